@@ -1,0 +1,1 @@
+//! The agent program as a library; `main.rs` is a thin shell around it.

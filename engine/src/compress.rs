@@ -1,0 +1,1 @@
+//! zstd into bounded buffers.

@@ -1,0 +1,1 @@
+//! Bits of changed blocks, harvested by exchange.

@@ -1,0 +1,1 @@
+//! The bytes on wire and disk.

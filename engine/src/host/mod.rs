@@ -1,0 +1,1 @@
+//! What every daemon needs besides the data path.

@@ -1,0 +1,1 @@
+//! QUIC and TLS around the protocol cores.

@@ -1,0 +1,1 @@
+//! What a disk is written to.

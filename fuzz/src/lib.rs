@@ -1,0 +1,1 @@
+//! Shared entry points of the fuzz targets.

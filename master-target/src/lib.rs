@@ -1,0 +1,1 @@
+//! The master-target program as a library; `main.rs` is a thin shell around it.

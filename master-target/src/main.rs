@@ -1,0 +1,2 @@
+//! Entry point of `reprotect-master-target`.
+fn main() {}

@@ -1,0 +1,1 @@
+//! The process-server program as a library; `main.rs` is a thin shell around it.

@@ -1,0 +1,2 @@
+//! Entry point of `reprotect-process-server`.
+fn main() {}
