@@ -1,1 +1,159 @@
-//! The protocol without I/O or clocks.
+//! The protocol without I/O or clocks: `handle_*` in, `poll_*` out, time is an argument.
+//!
+//! The same cores run under QUIC, in the simulator and in fuzzing.
+//!
+//! | file | role |
+//! |---|---|
+//! | [`agent`] | opens disks, sends delta and bulk, forgets only what is durable |
+//! | [`pass`] | plans one walk over a disk: copy, compare, refine, send |
+//! | [`process_server`] | relays one session, recompresses, never reorders |
+//! | [`master_target`] | one session's handshake and routing at the target |
+//! | [`target_disk`] | accepts, fences, credits and acknowledges one disk |
+//! | [`resume`] | the decision table of a reconnect |
+//! | [`batch`], [`credit`], [`state`] | cutting data into records, windows, transition tables |
+//!
+//! Invariants: no core blocks, reads a clock or touches a file; every queue is bounded by credit or by `limits`.
+
+pub mod agent;
+pub mod batch;
+pub mod credit;
+pub mod master_target;
+pub mod pass;
+pub mod process_server;
+pub mod resume;
+pub mod state;
+pub mod target_disk;
+
+use bytes::Bytes;
+
+use crate::error::{Answer, Severity};
+use crate::format::FormatError;
+use crate::format::frame::Frame;
+use crate::format::message::{Auth, ErrorCode};
+use crate::units::{DiskId, Generation, PeerId};
+
+/// Where a frame travels. Order holds inside a lane only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Lane {
+    /// The session's control stream, both ways.
+    Control,
+    /// A disk's delta stream, towards the target.
+    Delta(DiskId),
+    /// A disk's bulk stream, towards the target.
+    Bulk(DiskId),
+}
+
+/// A frame to be sent.
+#[derive(Clone, Debug)]
+pub struct Outgoing {
+    /// Its lane.
+    pub lane: Lane,
+    /// The frame.
+    pub frame: Frame,
+}
+
+impl Outgoing {
+    /// A frame on the control lane.
+    #[must_use]
+    pub const fn control(frame: Frame) -> Self {
+        Self { lane: Lane::Control, frame }
+    }
+}
+
+/// Proves the agent's identity end to end, through any relay.
+pub trait Prover: Send {
+    /// Signs what the target asked for.
+    fn prove(&self, nonce: &[u8; 32], target: PeerId) -> Auth;
+}
+
+/// Checks proofs and grants at the target.
+pub trait Authority: Send + Sync {
+    /// Checks an agent's proof.
+    ///
+    /// # Errors
+    /// The reason it is refused.
+    fn check_proof(&self, auth: &Auth, nonce: &[u8; 32]) -> Result<(), String>;
+
+    /// Signs a grant.
+    fn issue(&self, disk: DiskId, size_sectors: u64, generation: Generation, agent: PeerId) -> Bytes;
+
+    /// Checks a presented grant.
+    ///
+    /// # Errors
+    /// The reason it is refused.
+    fn check_grant(
+        &self,
+        grant: &[u8],
+        disk: DiskId,
+        size_sectors: u64,
+        generation: Generation,
+        agent: PeerId,
+    ) -> Result<(), String>;
+}
+
+/// Why a session cannot go on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProtoError {
+    /// Bytes that are not the protocol.
+    #[error("the peer sent bytes that are not the protocol: {0}")]
+    Format(#[from] FormatError),
+    /// A message that makes no sense in this state.
+    #[error("unexpected {got} while {state}")]
+    Unexpected {
+        /// What came.
+        got: &'static str,
+        /// The state it came in.
+        state: &'static str,
+    },
+    /// No common version or feature set.
+    #[error("no common protocol version: {0}; update the older of the two programs")]
+    Version(String),
+    /// The peer is not who it must be.
+    #[error("the peer was refused: {0}")]
+    Identity(String),
+    /// A limit was exceeded.
+    #[error("the peer exceeded a limit: {0}")]
+    Limit(String),
+    /// The peer did not finish in time.
+    #[error("the peer did not finish its handshake within 10 s")]
+    Timeout,
+    /// The peer ended the session and said why.
+    #[error("the peer ended the session ({code:?}): {text}")]
+    Peer {
+        /// Its code.
+        code: ErrorCode,
+        /// Its words.
+        text: String,
+    },
+}
+
+impl ProtoError {
+    /// The code that tells the peer.
+    #[must_use]
+    pub const fn code(&self) -> ErrorCode {
+        match self {
+            Self::Format(_) | Self::Unexpected { .. } | Self::Timeout => ErrorCode::Protocol,
+            Self::Version(_) => ErrorCode::Version,
+            Self::Identity(_) => ErrorCode::Identity,
+            Self::Limit(_) => ErrorCode::Limit,
+            Self::Peer { code, .. } => *code,
+        }
+    }
+}
+
+impl Answer for ProtoError {
+    fn severity(&self) -> Severity {
+        match self {
+            Self::Format(_) | Self::Unexpected { .. } | Self::Timeout | Self::Limit(_) => Severity::Retry,
+            Self::Version(_) | Self::Identity(_) => Severity::Stop,
+            Self::Peer { code, .. } => match code {
+                ErrorCode::Version
+                | ErrorCode::Identity
+                | ErrorCode::Size
+                | ErrorCode::Target
+                | ErrorCode::Fork => Severity::Stop,
+                _ => Severity::Retry,
+            },
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! Batches: ordered lists of records of one disk, the unit that is sent, credited and made durable.
+//!
+//! Invariants: at most 4 MiB of plain payload and [`BATCH_RECORDS_MAX`] records; a delta batch's records have the
+//! contiguous sequences `first_sequence ..= last_sequence`; the chain digest covers canonical plaintext fields only,
+//! so a relay may recompress but not reorder, drop or alter. A bulk batch says which sectors it settles
+//! (`cover`), including those that needed no record. Units: sectors, bytes, sequences.
+
+use bytes::{Bytes, BytesMut};
+
+use super::FormatError;
+use super::extent::{Record, RecordKind};
+use super::frame::{Frame, FrameKind};
+use super::wire::{wire, wire_enum};
+use crate::limits::{BATCH_PLAIN_BYTES_MAX, BATCH_RECORDS_MAX, DELTA_RECORD_BYTES_MAX};
+use crate::units::{BLOCK_BYTES, DiskId, Generation, LineageId, SectorRange, Sequence, Timestamp};
+
+/// Digest of a delta stream up to a batch.
+pub type Chain = [u8; 16];
+
+/// The chain before the first batch of a lineage.
+pub const CHAIN_START: Chain = [0; 16];
+
+wire_enum! {
+    /// What the sequences of a stretch promise.
+    pub enum Stretch: u8 {
+        /// Captured in submission order: every sequence is a crash-consistent state.
+        Ordered = 1,
+        /// Harvested: only marks are states.
+        Diff = 2,
+    }
+}
+
+wire! {
+    /// Head of a delta batch.
+    pub struct BatchHeader / BatchHeaderWire = 96 {
+        /// The disk.
+        disk: DiskId,
+        /// Its history.
+        lineage: LineageId,
+        /// The sender's fencing token.
+        generation: Generation,
+        /// Sequence of the first record.
+        first_sequence: Sequence,
+        /// Chain digest of everything before this batch.
+        chain: Chain,
+        /// When the newest change in it was captured, by the source's clock.
+        source_time: Timestamp,
+        /// Number of records.
+        record_count: u32,
+        /// What its sequences promise.
+        stretch: Stretch,
+        ; reserved: [u8; 19],
+    }
+}
+
+wire! {
+    /// Head of a bulk batch.
+    pub struct BulkHeader / BulkHeaderWire = 96 {
+        /// The disk.
+        disk: DiskId,
+        /// Its history.
+        lineage: LineageId,
+        /// The sender's fencing token.
+        generation: Generation,
+        /// The pass it belongs to.
+        pass: u64,
+        /// Newest delta sequence when the data were read.
+        as_of: Sequence,
+        /// The sectors this batch settles.
+        cover: SectorRange,
+        /// Number of records; zero where the sectors proved equal.
+        record_count: u32,
+        ; reserved: [u8; 20],
+    }
+}
+
+wire_enum! {
+    /// What a mark says of the disk at its sequence.
+    pub enum MarkClass: u8 {
+        /// Crash-consistent.
+        Crash = 1,
+        /// Taken while file systems were frozen.
+        Frozen = 2,
+        /// Application-consistent.
+        App = 3,
+        /// Blocks of different times: never offered as a point.
+        Fuzzy = 4,
+    }
+}
+
+wire! {
+    /// A mark: says what the stream stands for at a sequence.
+    pub struct Mark / MarkWire = 96 {
+        /// The disk.
+        disk: DiskId,
+        /// Its history.
+        lineage: LineageId,
+        /// The sender's fencing token.
+        generation: Generation,
+        /// The last sequence before the mark.
+        sequence: Sequence,
+        /// Chain digest of everything before the mark.
+        chain: Chain,
+        /// The mark's time by the source's clock.
+        source_time: Timestamp,
+        /// What it promises.
+        class: MarkClass,
+        ; reserved: [u8; 23],
+    }
+}
+
+/// What sending records costs in credit: their plain payload, and a block each so that empty ones are not free.
+#[must_use]
+pub fn credit_cost(records: &[Record]) -> u64 {
+    records.iter().map(|record| record.plain_bytes() + BLOCK_BYTES).sum::<u64>() + BLOCK_BYTES
+}
+
+impl BatchHeader {
+    /// Sequence of the last record.
+    #[must_use]
+    pub const fn last_sequence(&self) -> Sequence {
+        Sequence(self.first_sequence.0 + self.record_count as u64 - 1)
+    }
+
+    /// The chain digest after this batch with these records.
+    #[must_use]
+    pub fn chain_after(&self, records: &[Record]) -> Chain {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.chain);
+        hasher.update(&self.disk.0);
+        hasher.update(&self.lineage.0);
+        hasher.update(&self.first_sequence.0.to_le_bytes());
+        hasher.update(&[self.stretch as u8]);
+        for record in records {
+            record.digest(&mut hasher);
+        }
+        let mut chain = CHAIN_START;
+        for (slot, byte) in chain.iter_mut().zip(hasher.finalize().as_bytes()) {
+            *slot = *byte;
+        }
+        chain
+    }
+}
+
+/// Encodes a batch as a frame; payload is shared, not copied.
+fn encode(kind: FrameKind, head: &[u8], records: &[Record]) -> Frame {
+    let mut parts = Vec::with_capacity(1 + 2 * records.len());
+    let mut pending = BytesMut::from(head);
+    for record in records {
+        record.put_head(&mut pending);
+        // Small payloads ride with the heads; large ones stay where they are.
+        if record.payload().len() <= 1024 {
+            pending.extend_from_slice(record.payload());
+        } else {
+            parts.push(pending.split().freeze());
+            parts.push(record.payload().clone());
+        }
+    }
+    if !pending.is_empty() {
+        parts.push(pending.freeze());
+    }
+    Frame::from_parts(kind, parts)
+}
+
+/// A delta batch as a frame.
+#[must_use]
+pub fn encode_batch(header: &BatchHeader, records: &[Record]) -> Frame {
+    debug_assert_eq!(header.record_count as usize, records.len());
+    encode(FrameKind::Batch, &header.to_bytes(), records)
+}
+
+/// A bulk batch as a frame.
+#[must_use]
+pub fn encode_bulk(header: &BulkHeader, records: &[Record]) -> Frame {
+    debug_assert_eq!(header.record_count as usize, records.len());
+    encode(FrameKind::Bulk, &header.to_bytes(), records)
+}
+
+/// Reads a delta batch's body.
+///
+/// # Errors
+/// When any length, checksum or count is not what the format says.
+pub fn decode_batch(mut body: Bytes) -> Result<(BatchHeader, Vec<Record>), FormatError> {
+    let (header, _) = BatchHeader::read_prefix(&body)?;
+    let records = take_records(&mut body, BatchHeader::BYTES, header.record_count)?;
+    if records.is_empty() {
+        return Err(FormatError::Field {
+            what: "Batch",
+            field: "record_count",
+            got: 0,
+            expected: "at least one record",
+        });
+    }
+    if header.first_sequence.0 == 0 || header.first_sequence.0.checked_add(records.len() as u64).is_none() {
+        return Err(FormatError::Field {
+            what: "Batch",
+            field: "first_sequence",
+            got: header.first_sequence.0,
+            expected: "a sequence from 1 that does not overflow",
+        });
+    }
+    if let Some(long) = records.iter().find(|record| record.plain_bytes() > DELTA_RECORD_BYTES_MAX) {
+        return Err(FormatError::Field {
+            what: "Batch",
+            field: "record",
+            got: long.plain_bytes(),
+            expected: "at most 64 KiB plain in a delta record",
+        });
+    }
+    Ok((header, records))
+}
+
+/// Reads a bulk batch's body.
+///
+/// # Errors
+/// When any length, checksum or count is not what the format says, or a record lies outside the cover.
+pub fn decode_bulk(mut body: Bytes) -> Result<(BulkHeader, Vec<Record>), FormatError> {
+    let (header, _) = BulkHeader::read_prefix(&body)?;
+    let records = take_records(&mut body, BulkHeader::BYTES, header.record_count)?;
+    let mut at = header.cover.start;
+    for record in &records {
+        if record.range().start < at || record.range().end > header.cover.end {
+            return Err(FormatError::Field {
+                what: "Bulk",
+                field: "record",
+                got: record.range().start,
+                expected: "ascending records inside the cover",
+            });
+        }
+        at = record.range().end;
+    }
+    Ok((header, records))
+}
+
+fn take_records(body: &mut Bytes, head_bytes: usize, count: u32) -> Result<Vec<Record>, FormatError> {
+    if count > BATCH_RECORDS_MAX {
+        return Err(FormatError::Field {
+            what: "Batch",
+            field: "record_count",
+            got: count.into(),
+            expected: "at most 8192",
+        });
+    }
+    let _ = body.split_to(head_bytes.min(body.len()));
+    let mut records = Vec::with_capacity(count.min(64) as usize);
+    let mut plain = 0_u64;
+    for _ in 0..count {
+        let record = Record::take(body)?;
+        debug_assert!(record.kind() == RecordKind::Data || record.payload().is_empty());
+        plain += record.plain_bytes();
+        if plain > BATCH_PLAIN_BYTES_MAX {
+            return Err(FormatError::Field {
+                what: "Batch",
+                field: "plain bytes",
+                got: plain,
+                expected: "at most 4 MiB",
+            });
+        }
+        records.push(record);
+    }
+    if body.is_empty() { Ok(records) } else { Err(FormatError::Trailing { what: "Batch", got: body.len() }) }
+}

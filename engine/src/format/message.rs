@@ -1,0 +1,663 @@
+//! The bodies of all frames but batches: fixed heads, some with a bounded tail.
+//!
+//! Invariants: a head's count says how long its tail is, nothing may follow it; tails are bounded by `limits`.
+//! Units: sectors, bytes, sequences; see each field.
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+use super::FormatError;
+use super::batch::{Chain, Mark};
+use super::frame::{Frame, FrameKind};
+use super::handshake::{Hello, HelloAck};
+use super::wire::{Text, put_items, take_items, wire, wire_enum};
+use crate::checksum::UnitHash;
+use crate::limits::{CHUNK_BYTES, COMPARE_FINE_BYTES, DISKS_PER_AGENT_MAX, RANGES_PER_MESSAGE_MAX};
+use crate::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence};
+
+/// Identifies a source disk on its agent: derived from what the disk itself says, stable over reboots.
+pub type SourceId = [u8; 16];
+
+wire! {
+    /// Head of AUTH; the signature and the certificates (each with a u16 length before it) follow.
+    pub struct AuthHead / AuthHeadWire = 24 {
+        /// Who it is.
+        agent: PeerId,
+        /// Length of the signature over the session's nonce.
+        signature_bytes: u16,
+        /// Number of certificates, leaf first.
+        certificate_count: u16,
+        ; reserved: [u8; 4],
+    }
+}
+
+wire! {
+    /// The session may be used.
+    pub struct Welcome / WelcomeWire = 16 {
+        /// Disks that will be offered now; more may come later.
+        offers: u32,
+        ; reserved: [u8; 12],
+    }
+}
+
+wire! {
+    /// Head of INVENTORY; [`InventoryDisk`]s follow.
+    pub struct InventoryHead / InventoryHeadWire = 80 {
+        /// The machine's host name.
+        host_name: Text<64>,
+        /// Number of disks.
+        disk_count: u32,
+        ; reserved: [u8; 12],
+    }
+}
+
+wire! {
+    /// One disk an agent could protect.
+    pub struct InventoryDisk / InventoryDiskWire = 256 {
+        /// Its stable identity.
+        source: [u8; 16],
+        /// Its size.
+        size_sectors: u64,
+        /// GPT disk GUID, or zeros.
+        gpt_guid: [u8; 16],
+        /// MBR signature, or zero.
+        mbr_signature: u32,
+        /// Number of file-system UUIDs.
+        fs_count: u8,
+        /// Whether the agent offers it without being told.
+        selected: bool,
+        /// Path or name on the machine.
+        name: Text<82>,
+        /// File-system UUIDs, zero-filled.
+        fs_uuids: [u8; 128],
+    }
+}
+
+wire! {
+    /// Head of OFFER; the signed grant follows.
+    pub struct OfferHead / OfferHeadWire = 64 {
+        /// The disk.
+        disk: DiskId,
+        /// The source disk it is to be read from.
+        source: [u8; 16],
+        /// Its size.
+        size_sectors: u64,
+        /// The generation the grant carries.
+        generation: Generation,
+        /// Length of the signed grant.
+        grant_bytes: u16,
+        ; reserved: [u8; 14],
+    }
+}
+
+wire! {
+    /// Head of OPEN_DISK; the signed grant follows.
+    pub struct OpenDiskHead / OpenDiskHeadWire = 96 {
+        /// The disk.
+        disk: DiskId,
+        /// Its size at the source now.
+        size_sectors: u64,
+        /// The generation of the presented grant.
+        generation: Generation,
+        /// The history the agent continues; zeros when it knows none.
+        lineage: LineageId,
+        /// What the agent last knew to be durable.
+        durable: Sequence,
+        /// Length of the signed grant.
+        grant_bytes: u16,
+        ; reserved: [u8; 38],
+    }
+}
+
+wire_enum! {
+    /// What the target needs of a pass over the whole disk.
+    pub enum PassMode: u8 {
+        /// Nothing: the disk was synced.
+        Done = 0,
+        /// The target is empty: send everything.
+        Copy = 1,
+        /// The target holds something: send what differs.
+        Compare = 2,
+    }
+}
+
+wire! {
+    /// Head of GRANT; settled ranges (16 bytes each) and then the signed grant of the new generation follow.
+    pub struct GrantHead / GrantHeadWire = 112 {
+        /// The disk.
+        disk: DiskId,
+        /// The new fencing token, already durable at the target.
+        generation: Generation,
+        /// The history at the target.
+        lineage: LineageId,
+        /// Durable sequence at the target.
+        durable: Sequence,
+        /// Chain digest at that sequence.
+        chain: Chain,
+        /// The pass.
+        pass: u64,
+        /// What it needs.
+        mode: PassMode,
+        /// Number of settled ranges.
+        range_count: u32,
+        /// Length of the signed grant.
+        grant_bytes: u16,
+        ; reserved: [u8; 33],
+    }
+}
+
+wire! {
+    /// Delta acknowledgement; each sequence names a contiguous prefix, `received ≥ durable ≥ applied` (I5).
+    pub struct Ack / AckWire = 64 {
+        /// The disk.
+        disk: DiskId,
+        /// Its generation.
+        generation: Generation,
+        /// Held by the process server or accepted by the target.
+        received: Sequence,
+        /// Survives any crash.
+        durable: Sequence,
+        /// On the target.
+        applied: Sequence,
+        /// The last durable mark.
+        marked: Sequence,
+        ; reserved: [u8; 8],
+    }
+}
+
+wire! {
+    /// Head of BULK_ACK; durable ranges follow.
+    pub struct BulkAckHead / BulkAckHeadWire = 48 {
+        /// The disk.
+        disk: DiskId,
+        /// Its generation.
+        generation: Generation,
+        /// The pass.
+        pass: u64,
+        /// Number of ranges.
+        range_count: u32,
+        ; reserved: [u8; 12],
+    }
+}
+
+wire! {
+    /// Credit: the sender may have sent this much since GRANT, in all.
+    pub struct Credit / CreditWire = 48 {
+        /// The disk.
+        disk: DiskId,
+        /// Its generation.
+        generation: Generation,
+        /// Upper bound of the summed credit cost of all batches.
+        limit: u64,
+        ; reserved: [u8; 16],
+    }
+}
+
+wire_enum! {
+    /// Why delta must be sent again.
+    pub enum NackReason: u8 {
+        /// Sequences are missing before this batch.
+        Gap = 1,
+        /// A record failed its checks.
+        Damaged = 2,
+    }
+}
+
+wire! {
+    /// Delta must be sent again.
+    pub struct Nack / NackWire = 48 {
+        /// The disk.
+        disk: DiskId,
+        /// Its generation.
+        generation: Generation,
+        /// The first sequence wanted.
+        resume_from: Sequence,
+        /// Why.
+        reason: NackReason,
+        ; reserved: [u8; 15],
+    }
+}
+
+wire! {
+    /// A higher generation exists: whoever still uses a lower one must stop (I9).
+    pub struct Fenced / FencedWire = 32 {
+        /// The disk.
+        disk: DiskId,
+        /// The generation in force.
+        generation: Generation,
+        ; reserved: [u8; 8],
+    }
+}
+
+wire! {
+    /// Head of COMPARE_REQUEST; the 64 KiB units to refine (u16 each, relative to the range) follow.
+    pub struct CompareRequestHead / CompareRequestHeadWire = 64 {
+        /// The disk.
+        disk: DiskId,
+        /// The asker's generation.
+        generation: Generation,
+        /// Number of the request, echoed.
+        request: u64,
+        /// The sectors, at most one chunk.
+        range: SectorRange,
+        /// Bytes a hash covers.
+        unit_bytes: u32,
+        /// Number of units to refine; zero for the whole range.
+        unit_count: u16,
+        ; reserved: [u8; 10],
+    }
+}
+
+wire! {
+    /// Head of COMPARE_HASHES; hashes in address order follow.
+    pub struct CompareHashesHead / CompareHashesHeadWire = 48 {
+        /// The disk.
+        disk: DiskId,
+        /// The asker's generation.
+        generation: Generation,
+        /// The request answered.
+        request: u64,
+        /// Number of hashes.
+        hash_count: u32,
+        ; reserved: [u8; 12],
+    }
+}
+
+wire_enum! {
+    /// Why a compare pass is asked for.
+    pub enum PassCause: u8 {
+        /// The operator asked.
+        Operator = 1,
+        /// The target lost data it had called durable.
+        TargetLostDurable = 2,
+        /// The stream's chain does not fit the target's.
+        ChainMismatch = 3,
+        /// The agent lost track of what changed.
+        TrackingLost = 4,
+        /// The agent continues another history than the target holds.
+        OtherLineage = 5,
+    }
+}
+
+wire! {
+    /// The agent asks for a compare pass.
+    pub struct PassBegin / PassBeginWire = 32 {
+        /// The disk.
+        disk: DiskId,
+        /// Its generation.
+        generation: Generation,
+        /// Why.
+        cause: PassCause,
+        ; reserved: [u8; 7],
+    }
+}
+
+wire! {
+    /// The state of the pass at the target.
+    pub struct PassState / PassStateWire = 48 {
+        /// The disk.
+        disk: DiskId,
+        /// Its generation.
+        generation: Generation,
+        /// The pass.
+        pass: u64,
+        /// What it needs now.
+        mode: PassMode,
+        ; reserved: [u8; 15],
+    }
+}
+
+wire! {
+    /// The agent has covered the whole disk.
+    pub struct PassEnd / PassEndWire = 48 {
+        /// The disk.
+        disk: DiskId,
+        /// Its generation.
+        generation: Generation,
+        /// The pass.
+        pass: u64,
+        ; reserved: [u8; 16],
+    }
+}
+
+wire_enum! {
+    /// What went wrong at the other end; the catalogue is in the operations document.
+    pub enum ErrorCode: u16 {
+        /// No common version or an unknown required feature.
+        Version = 1,
+        /// The peer is not who or what it must be here.
+        Identity = 2,
+        /// The grant does not allow this.
+        Grant = 3,
+        /// A message that makes no sense here.
+        Protocol = 4,
+        /// A limit was exceeded.
+        Limit = 5,
+        /// The size at the source is not the size at the target.
+        Size = 6,
+        /// The target failed; a person must look.
+        Target = 7,
+        /// The target is full; it goes on by itself when there is space.
+        Full = 8,
+        /// The master target cannot be reached from the process server.
+        Upstream = 9,
+        /// The disk is not known here.
+        UnknownDisk = 10,
+        /// Histories forked: a person must choose.
+        Fork = 11,
+    }
+}
+
+wire! {
+    /// Head of ERROR; the text follows.
+    pub struct ErrorHead / ErrorHeadWire = 32 {
+        /// The disk, or zeros for the session.
+        disk: DiskId,
+        /// What.
+        code: ErrorCode,
+        /// Length of the text.
+        text_bytes: u16,
+        ; reserved: [u8; 12],
+    }
+}
+
+/// The agent's proof of identity, end to end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Auth {
+    /// Who it is.
+    pub agent: PeerId,
+    /// Signature over the session's nonce and both identities.
+    pub signature: Bytes,
+    /// Certificates in DER, leaf first.
+    pub certificates: Vec<Bytes>,
+}
+
+/// Any message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "each variant is named after the structure it carries")]
+pub enum Message {
+    Hello(Hello),
+    HelloAck(HelloAck),
+    Auth(Auth),
+    Welcome(Welcome),
+    Inventory(InventoryHead, Vec<InventoryDisk>),
+    Offer(OfferHead, Bytes),
+    OpenDisk(OpenDiskHead, Bytes),
+    Grant(GrantHead, Vec<SectorRange>, Bytes),
+    Mark(Mark),
+    Ack(Ack),
+    BulkAck(BulkAckHead, Vec<SectorRange>),
+    Credit(Credit),
+    Nack(Nack),
+    Fenced(Fenced),
+    CompareRequest(CompareRequestHead, Vec<u16>),
+    CompareHashes(CompareHashesHead, Vec<UnitHash>),
+    PassBegin(PassBegin),
+    PassState(PassState),
+    PassEnd(PassEnd),
+    Error(ErrorHead, String),
+}
+
+/// Certificates a proof may carry.
+pub const CERTIFICATES_MAX: usize = 4;
+/// Longest single certificate in bytes.
+pub const CERTIFICATE_BYTES_MAX: usize = 8192;
+/// Longest signature in bytes.
+pub const SIGNATURE_BYTES_MAX: usize = 512;
+/// Longest signed grant in bytes.
+pub const GRANT_BYTES_MAX: usize = 512;
+/// Most hashes one answer may carry: a whole chunk at the finest.
+pub const HASHES_MAX: usize = (CHUNK_BYTES / COMPARE_FINE_BYTES) as usize;
+
+impl Message {
+    /// The message as a frame.
+    #[must_use]
+    pub fn encode(&self) -> Frame {
+        let mut out = BytesMut::new();
+        let kind = match self {
+            Self::Hello(m) => put(&mut out, FrameKind::Hello, &m.to_bytes()),
+            Self::HelloAck(m) => put(&mut out, FrameKind::HelloAck, &m.to_bytes()),
+            Self::Auth(m) => put_auth(&mut out, m),
+            Self::Welcome(m) => put(&mut out, FrameKind::Welcome, &m.to_bytes()),
+            Self::Inventory(m, disks) => {
+                put(&mut out, FrameKind::Inventory, &m.to_bytes());
+                for disk in disks {
+                    out.put_slice(&disk.to_bytes());
+                }
+                FrameKind::Inventory
+            }
+            Self::Offer(m, grant) => {
+                put(&mut out, FrameKind::Offer, &m.to_bytes());
+                put(&mut out, FrameKind::Offer, grant)
+            }
+            Self::OpenDisk(m, grant) => {
+                put(&mut out, FrameKind::OpenDisk, &m.to_bytes());
+                put(&mut out, FrameKind::OpenDisk, grant)
+            }
+            Self::Grant(m, ranges, grant) => {
+                put(&mut out, FrameKind::Grant, &m.to_bytes());
+                put_items(&mut out, ranges.iter().copied());
+                put(&mut out, FrameKind::Grant, grant)
+            }
+            Self::Mark(m) => put(&mut out, FrameKind::Mark, &m.to_bytes()),
+            Self::Ack(m) => put(&mut out, FrameKind::Ack, &m.to_bytes()),
+            Self::BulkAck(m, ranges) => {
+                put(&mut out, FrameKind::BulkAck, &m.to_bytes());
+                put_items(&mut out, ranges.iter().copied());
+                FrameKind::BulkAck
+            }
+            Self::Credit(m) => put(&mut out, FrameKind::Credit, &m.to_bytes()),
+            Self::Nack(m) => put(&mut out, FrameKind::Nack, &m.to_bytes()),
+            Self::Fenced(m) => put(&mut out, FrameKind::Fenced, &m.to_bytes()),
+            Self::CompareRequest(m, units) => {
+                put(&mut out, FrameKind::CompareRequest, &m.to_bytes());
+                put_items(&mut out, units.iter().copied());
+                FrameKind::CompareRequest
+            }
+            Self::CompareHashes(m, hashes) => {
+                put(&mut out, FrameKind::CompareHashes, &m.to_bytes());
+                put_items(&mut out, hashes.iter().copied());
+                FrameKind::CompareHashes
+            }
+            Self::PassBegin(m) => put(&mut out, FrameKind::PassBegin, &m.to_bytes()),
+            Self::PassState(m) => put(&mut out, FrameKind::PassState, &m.to_bytes()),
+            Self::PassEnd(m) => put(&mut out, FrameKind::PassEnd, &m.to_bytes()),
+            Self::Error(m, text) => {
+                put(&mut out, FrameKind::Error, &m.to_bytes());
+                put(&mut out, FrameKind::Error, text.as_bytes())
+            }
+        };
+        Frame::new(kind, out.freeze())
+    }
+
+    /// Reads a message of a kind that is not a batch.
+    ///
+    /// # Errors
+    /// When the body is not what the format says, or the kind is a batch.
+    pub fn decode(kind: FrameKind, body: &Bytes) -> Result<Self, FormatError> {
+        Ok(match kind {
+            FrameKind::Hello => Self::Hello(Hello::decode(body)?),
+            FrameKind::HelloAck => Self::HelloAck(HelloAck::decode(body)?),
+            FrameKind::Auth => Self::Auth(take_auth(body)?),
+            FrameKind::Welcome => Self::Welcome(Welcome::read_exact(body)?),
+            FrameKind::Inventory => take_inventory(body)?,
+            FrameKind::Offer => {
+                let (head, rest) = OfferHead::read_prefix(body)?;
+                Self::Offer(head, take_blob(rest, head.grant_bytes, "Offer")?)
+            }
+            FrameKind::OpenDisk => {
+                let (head, rest) = OpenDiskHead::read_prefix(body)?;
+                Self::OpenDisk(head, take_blob(rest, head.grant_bytes, "OpenDisk")?)
+            }
+            FrameKind::Grant => {
+                let (head, rest) = GrantHead::read_prefix(body)?;
+                let (ranges, rest) =
+                    take_items(rest, bounded(head.range_count, RANGES_PER_MESSAGE_MAX, "Grant")?, "Grant")?;
+                Self::Grant(head, ranges, take_blob(rest, head.grant_bytes, "Grant")?)
+            }
+            FrameKind::Mark => Self::Mark(Mark::read_exact(body)?),
+            FrameKind::Ack => Self::Ack(Ack::read_exact(body)?),
+            FrameKind::BulkAck => {
+                let (head, rest) = BulkAckHead::read_prefix(body)?;
+                let count = bounded(head.range_count, RANGES_PER_MESSAGE_MAX, "BulkAck")?;
+                Self::BulkAck(head, all_items(rest, count, "BulkAck")?)
+            }
+            FrameKind::Credit => Self::Credit(Credit::read_exact(body)?),
+            FrameKind::Nack => Self::Nack(Nack::read_exact(body)?),
+            FrameKind::Fenced => Self::Fenced(Fenced::read_exact(body)?),
+            FrameKind::CompareRequest => take_compare_request(body)?,
+            FrameKind::CompareHashes => {
+                let (head, rest) = CompareHashesHead::read_prefix(body)?;
+                let count = bounded(head.hash_count, HASHES_MAX, "CompareHashes")?;
+                Self::CompareHashes(head, all_items(rest, count, "CompareHashes")?)
+            }
+            FrameKind::PassBegin => Self::PassBegin(PassBegin::read_exact(body)?),
+            FrameKind::PassState => Self::PassState(PassState::read_exact(body)?),
+            FrameKind::PassEnd => Self::PassEnd(PassEnd::read_exact(body)?),
+            FrameKind::Error => {
+                let (head, rest) = ErrorHead::read_prefix(body)?;
+                let text = take_blob_of(rest, head.text_bytes.into(), usize::from(u16::MAX), "Error")?;
+                Self::Error(head, String::from_utf8_lossy(&text).into_owned())
+            }
+            FrameKind::Batch | FrameKind::Bulk => {
+                return Err(FormatError::Field {
+                    what: "Frame",
+                    field: "kind",
+                    got: kind as u64,
+                    expected: "a message, not a batch",
+                });
+            }
+        })
+    }
+
+    /// An ERROR for a disk (or the session, with [`DiskId::NONE`]).
+    #[must_use]
+    pub fn error(disk: DiskId, code: ErrorCode, text: &str) -> Self {
+        let cut: String = text.chars().take(1000).collect();
+        Self::Error(ErrorHead { disk, code, text_bytes: cut.len() as u16 }, cut)
+    }
+}
+
+fn put(out: &mut BytesMut, kind: FrameKind, bytes: &[u8]) -> FrameKind {
+    out.put_slice(bytes);
+    kind
+}
+
+fn put_auth(out: &mut BytesMut, auth: &Auth) -> FrameKind {
+    let head = AuthHead {
+        agent: auth.agent,
+        signature_bytes: auth.signature.len() as u16,
+        certificate_count: auth.certificates.len() as u16,
+    };
+    out.put_slice(&head.to_bytes());
+    out.put_slice(&auth.signature);
+    for certificate in &auth.certificates {
+        out.put_u16_le(certificate.len() as u16);
+        out.put_slice(certificate);
+    }
+    FrameKind::Auth
+}
+
+fn take_auth(body: &Bytes) -> Result<Auth, FormatError> {
+    const WHAT: &str = "Auth";
+    let (head, rest) = AuthHead::read_prefix(body)?;
+    bounded(head.signature_bytes.into(), SIGNATURE_BYTES_MAX, WHAT)?;
+    let count = bounded(head.certificate_count.into(), CERTIFICATES_MAX, WHAT)?;
+    let (signature, mut rest) = split(rest, head.signature_bytes.into(), WHAT)?;
+    let mut certificates = Vec::with_capacity(count);
+    for _ in 0..count {
+        let (len, after) = take_items::<u16>(rest, 1, WHAT)?;
+        let len = usize::from(len.first().copied().unwrap_or(0));
+        bounded(len as u32, CERTIFICATE_BYTES_MAX, WHAT)?;
+        let (certificate, after) = split(after, len, WHAT)?;
+        certificates.push(Bytes::copy_from_slice(certificate));
+        rest = after;
+    }
+    if !rest.is_empty() {
+        return Err(FormatError::Trailing { what: WHAT, got: rest.len() });
+    }
+    Ok(Auth { agent: head.agent, signature: Bytes::copy_from_slice(signature), certificates })
+}
+
+fn take_inventory(body: &Bytes) -> Result<Message, FormatError> {
+    let (head, mut rest) = InventoryHead::read_prefix(body)?;
+    let count = bounded(head.disk_count, DISKS_PER_AGENT_MAX, "Inventory")?;
+    let mut disks = Vec::with_capacity(count);
+    for _ in 0..count {
+        let (disk, after) = InventoryDisk::read_prefix(rest)?;
+        if disk.fs_count > 8 {
+            return Err(FormatError::Field {
+                what: "InventoryDisk",
+                field: "fs_count",
+                got: disk.fs_count.into(),
+                expected: "at most 8",
+            });
+        }
+        disks.push(disk);
+        rest = after;
+    }
+    if rest.is_empty() {
+        Ok(Message::Inventory(head, disks))
+    } else {
+        Err(FormatError::Trailing { what: "Inventory", got: rest.len() })
+    }
+}
+
+fn take_compare_request(body: &Bytes) -> Result<Message, FormatError> {
+    const WHAT: &str = "CompareRequest";
+    let (head, rest) = CompareRequestHead::read_prefix(body)?;
+    let field = |field, got, expected| Err(FormatError::Field { what: WHAT, field, got, expected });
+    if head.range.is_empty() || head.range.bytes() > CHUNK_BYTES {
+        return field("range", head.range.len(), "one sector to one chunk");
+    }
+    if u64::from(head.unit_bytes) != crate::limits::COMPARE_UNIT_BYTES
+        && u64::from(head.unit_bytes) != COMPARE_FINE_BYTES
+    {
+        return field("unit_bytes", head.unit_bytes.into(), "65536 or 4096");
+    }
+    let units: Vec<u16> = all_items(rest, bounded(head.unit_count.into(), HASHES_MAX, WHAT)?, WHAT)?;
+    if units.windows(2).any(|pair| matches!(pair, [a, b] if a >= b)) {
+        return field("units", 0, "ascending units");
+    }
+    Ok(Message::CompareRequest(head, units))
+}
+
+fn bounded(count: u32, max: usize, what: &'static str) -> Result<usize, FormatError> {
+    let count = count as usize;
+    if count <= max {
+        Ok(count)
+    } else {
+        Err(FormatError::Field {
+            what,
+            field: "count",
+            got: count as u64,
+            expected: "no more than the limit",
+        })
+    }
+}
+
+fn split<'a>(bytes: &'a [u8], len: usize, what: &'static str) -> Result<(&'a [u8], &'a [u8]), FormatError> {
+    bytes.split_at_checked(len).ok_or(FormatError::Short { what, got: bytes.len(), expected: len })
+}
+
+fn all_items<T: super::wire::WireField>(
+    bytes: &[u8],
+    count: usize,
+    what: &'static str,
+) -> Result<Vec<T>, FormatError> {
+    let (items, rest) = take_items(bytes, count, what)?;
+    if rest.is_empty() { Ok(items) } else { Err(FormatError::Trailing { what, got: rest.len() }) }
+}
+
+fn take_blob(bytes: &[u8], len: u16, what: &'static str) -> Result<Bytes, FormatError> {
+    take_blob_of(bytes, len.into(), GRANT_BYTES_MAX, what)
+}
+
+fn take_blob_of(bytes: &[u8], len: usize, max: usize, what: &'static str) -> Result<Bytes, FormatError> {
+    bounded(len as u32, max, what)?;
+    let (blob, rest) = split(bytes, len, what)?;
+    if rest.is_empty() {
+        Ok(Bytes::copy_from_slice(blob))
+    } else {
+        Err(FormatError::Trailing { what, got: rest.len() })
+    }
+}

@@ -1,0 +1,853 @@
+//! The agent's end of the protocol: one session with one master target (directly or through a process server), and
+//! all disks it may open there.
+//!
+//! Call order: [`Agent::handle_connected`], then frames by [`Agent::handle_frame`]; after every call drain
+//! [`Agent::poll_transmit`] and [`Agent::poll_event`]; [`Agent::handle_disconnected`] when the connection is gone,
+//! after which the next `handle_connected` goes on where durable progress stands.
+//!
+//! Invariants: a delta batch is forgotten only when the target called it durable (I7); nothing is sent beyond the
+//! credit granted; a disk's work items carry the epoch of
+//! the walk that wanted them and are ignored when it is over.
+//! Units: sectors, sequences, bytes of credit cost. Called by `agent/src/session.rs` and by the simulator.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+
+use super::credit::Balance;
+use super::pass::{Pass, PassAction, Sink};
+use super::resume::{Decision, Ours, Theirs, decide};
+use super::state::{AgentDiskPhase, AgentLink};
+use super::{Lane, Outgoing, ProtoError, Prover};
+use crate::checksum::UnitHash;
+use crate::format::batch::{
+    BatchHeader, BulkHeader, CHAIN_START, Chain, Mark, MarkClass, Stretch, credit_cost, encode_batch,
+    encode_bulk,
+};
+use crate::format::extent::Record;
+use crate::format::frame::{Frame, FrameKind};
+use crate::format::handshake::{Hello, Version};
+use crate::format::message::{
+    Ack, CompareRequestHead, ErrorCode, GrantHead, InventoryDisk, InventoryHead, Message, Nack, OfferHead,
+    OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
+};
+use crate::format::wire::Text;
+use crate::limits::{CHUNK_BYTES, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DISKS_PER_AGENT_MAX};
+use crate::range_set::RangeSet;
+use crate::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence, Timestamp};
+
+/// What the agent's driver is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AgentEvent {
+    /// The session may be used.
+    Ready,
+    /// The target offers a disk; answer with [`Agent::open`] or leave it.
+    Offered {
+        /// The disk.
+        disk: DiskId,
+        /// The source it is to be read from.
+        source: SourceId,
+        /// Its size at the target.
+        size_sectors: u64,
+    },
+    /// The disk is open; a pass follows unless the mode is [`PassMode::Done`].
+    Opened {
+        /// The disk.
+        disk: DiskId,
+        /// What the target needs.
+        mode: PassMode,
+    },
+    /// Something to do for a pass; answer with the same epoch.
+    Work {
+        /// The disk.
+        disk: DiskId,
+        /// Names the walk; an answer with an older one is ignored.
+        epoch: u64,
+        /// Where the chunk's records will go, which bounds their length.
+        sink: Sink,
+        /// The newest delta sequence now; to be handed back with bulk data read from now on.
+        as_of: Sequence,
+        /// What.
+        action: PassAction,
+    },
+    /// The whole disk is on the target.
+    Synced {
+        /// The disk.
+        disk: DiskId,
+    },
+    /// A scan round's mark is durable.
+    ScanDone {
+        /// The disk.
+        disk: DiskId,
+    },
+    /// A compare pass was asked for, and why.
+    Resync {
+        /// The disk.
+        disk: DiskId,
+        /// Why.
+        cause: PassCause,
+    },
+    /// The disk was fenced or refused and stays stopped until it is offered again.
+    Stopped {
+        /// The disk.
+        disk: DiskId,
+        /// The other end's code.
+        code: ErrorCode,
+        /// The other end's words.
+        text: String,
+    },
+    /// The target paused or warned; nothing to do.
+    Warned {
+        /// The disk.
+        disk: DiskId,
+        /// The other end's code.
+        code: ErrorCode,
+        /// The other end's words.
+        text: String,
+    },
+}
+
+/// A delta batch that is not yet durable.
+#[derive(Debug)]
+struct SentBatch {
+    header: BatchHeader,
+    records: Vec<Record>,
+    chain_after: Chain,
+    cost: u64,
+    chunk: Option<u64>,
+}
+
+/// A bulk batch that waits for credit.
+#[derive(Debug)]
+struct WaitingBulk {
+    chunk: u64,
+    cost: u64,
+    frame: Frame,
+}
+
+#[derive(Debug)]
+struct AgentDisk {
+    phase: AgentDiskPhase,
+    source: SourceId,
+    size_sectors: u64,
+    generation: Generation,
+    grant: Bytes,
+    lineage: Option<LineageId>,
+    durable: Sequence,
+    durable_chain: Chain,
+    last: Sequence,
+    last_chain: Chain,
+    unacked: VecDeque<SentBatch>,
+    unsent_from: usize,
+    mark: Option<Mark>,
+    mark_sent: bool,
+    balance: Balance,
+    bulk: VecDeque<WaitingBulk>,
+    pass: Option<Pass>,
+    requests: BTreeMap<u64, u64>,
+    next_request: u64,
+    epoch: u64,
+    newest_time: Timestamp,
+}
+
+impl AgentDisk {
+    const fn whole(&self) -> SectorRange {
+        SectorRange { start: 0, end: self.size_sectors }
+    }
+
+    /// The chain digest at `sequence`, if it is a batch border we still know.
+    fn chain_at(&self, sequence: Sequence) -> Option<Chain> {
+        if sequence == self.durable {
+            return Some(self.durable_chain);
+        }
+        let batch = self.unacked.iter().find(|batch| batch.header.last_sequence() == sequence);
+        batch.map(|batch| batch.chain_after)
+    }
+
+    fn forget_durable(&mut self, durable: Sequence) {
+        while let Some(batch) = self.unacked.front()
+            && batch.header.last_sequence() <= durable
+        {
+            self.durable = batch.header.last_sequence();
+            self.durable_chain = batch.chain_after;
+            self.unacked.pop_front();
+            self.unsent_from = self.unsent_from.saturating_sub(1);
+        }
+    }
+
+    /// Ends the running walk: work handed out for it is ignored when it comes back.
+    fn end_walk(&mut self) {
+        self.pass = None;
+        self.bulk.clear();
+        self.requests.clear();
+        self.epoch += 1;
+    }
+
+    /// A mark after everything submitted so far.
+    fn place_mark(&mut self, disk: DiskId, class: MarkClass, source_time: Timestamp) {
+        self.mark_sent = false;
+        self.mark = self.lineage.map(|lineage| Mark {
+            disk,
+            lineage,
+            generation: self.generation,
+            sequence: self.last,
+            chain: self.last_chain,
+            source_time,
+            class,
+        });
+    }
+
+    /// Takes over the target's position, dropping what is not durable: a pass will carry it.
+    fn adopt(&mut self, head: &GrantHead) {
+        self.lineage = Some(head.lineage);
+        self.durable = head.durable;
+        self.durable_chain = head.chain;
+        self.last = head.durable;
+        self.last_chain = head.chain;
+        self.unacked.clear();
+        self.unsent_from = 0;
+        self.mark = None;
+    }
+}
+
+/// The agent's end of a session.
+pub struct Agent {
+    id: PeerId,
+    target: PeerId,
+    prover: Box<dyn Prover>,
+    link: AgentLink,
+    host_name: Text<64>,
+    inventory: Vec<InventoryDisk>,
+    disks: BTreeMap<DiskId, AgentDisk>,
+    next_disk: usize,
+    chunk_bytes: u64,
+    outbox: VecDeque<Outgoing>,
+    events: VecDeque<AgentEvent>,
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Agent").field("id", &self.id).field("link", &self.link).finish_non_exhaustive()
+    }
+}
+
+impl Agent {
+    /// An agent that knows no disk yet; `target` may be [`PeerId::NONE`] for whichever target answers.
+    #[must_use]
+    pub fn new(id: PeerId, target: PeerId, prover: Box<dyn Prover>) -> Self {
+        Self {
+            id,
+            target,
+            prover,
+            link: AgentLink::Down,
+            host_name: Text::new(""),
+            inventory: Vec::new(),
+            disks: BTreeMap::new(),
+            next_disk: 0,
+            chunk_bytes: CHUNK_BYTES,
+            outbox: VecDeque::new(),
+            events: VecDeque::new(),
+        }
+    }
+
+    /// Tells which disks the machine has; sent now if the session is up, and at every later one.
+    pub fn set_inventory(&mut self, host_name: &str, disks: Vec<InventoryDisk>) {
+        self.host_name = Text::new(host_name);
+        self.inventory = disks;
+        self.inventory.truncate(DISKS_PER_AGENT_MAX);
+        if self.link == AgentLink::Ready {
+            self.send_inventory();
+        }
+    }
+
+    /// Sets how many bytes a walk handles at once: a multiple of the compare unit, at most [`CHUNK_BYTES`]. Sixteen
+    /// chunks a disk are held in memory.
+    pub const fn set_chunk_bytes(&mut self, bytes: u64) {
+        self.chunk_bytes = bytes;
+    }
+
+    /// Whether disks may be opened.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.link == AgentLink::Ready
+    }
+
+    /// A connection is up; `session` names the attempt in both ends' logs.
+    pub fn handle_connected(&mut self, session: [u8; 16]) {
+        self.link.become_state(AgentLink::HelloSent);
+        self.control(&Message::Hello(Hello::new(self.id, self.target, session)));
+    }
+
+    /// The connection is gone. What was not durable waits for the next one.
+    pub fn handle_disconnected(&mut self) {
+        if self.link != AgentLink::Down {
+            self.link.become_state(AgentLink::Down);
+        }
+        self.outbox.clear();
+        for disk in self.disks.values_mut() {
+            if disk.phase != AgentDiskPhase::Closed {
+                disk.phase.become_state(AgentDiskPhase::Closed);
+            }
+            disk.end_walk();
+            disk.balance = Balance::default();
+        }
+    }
+
+    /// Takes a frame from the control stream.
+    ///
+    /// # Errors
+    /// When the session cannot go on: close the connection, tell the operator by the error's severity.
+    pub fn handle_frame(&mut self, kind: FrameKind, body: &Bytes) -> Result<(), ProtoError> {
+        let message = Message::decode(kind, body)?;
+        match (self.link, message) {
+            (_, Message::Error(head, text)) => return self.handle_error(head.disk, head.code, text),
+            (AgentLink::HelloSent, Message::HelloAck(ack)) => {
+                if ack.version != Version::V1 as u16 {
+                    return Err(ProtoError::Version(format!("the target answered version {}", ack.version)));
+                }
+                if self.target != PeerId::NONE && ack.target != self.target {
+                    return Err(ProtoError::Identity(format!(
+                        "target {} instead of {}",
+                        ack.target, self.target
+                    )));
+                }
+                let proof = self.prover.prove(&ack.nonce, ack.target);
+                self.link.become_state(AgentLink::ProofSent);
+                self.control(&Message::Auth(proof));
+            }
+            (AgentLink::ProofSent, Message::Welcome(_)) => {
+                self.link.become_state(AgentLink::Ready);
+                self.send_inventory();
+                self.events.push_back(AgentEvent::Ready);
+            }
+            (AgentLink::Ready, Message::Offer(head, grant)) => self.handle_offer(&head, grant)?,
+            (AgentLink::Ready, Message::Grant(head, ranges, grant)) => {
+                self.handle_grant(&head, &ranges, grant)
+            }
+            (AgentLink::Ready, Message::Ack(ack)) => self.handle_ack(&ack),
+            (AgentLink::Ready, Message::BulkAck(head, ranges)) => {
+                if let Some(pass) =
+                    self.open_disk(head.disk, head.generation).and_then(|disk| disk.pass.as_mut())
+                    && pass.number() == head.pass
+                {
+                    pass.handle_settled(&ranges);
+                }
+            }
+            (AgentLink::Ready, Message::Credit(credit)) => {
+                if let Some(disk) = self.open_disk(credit.disk, credit.generation) {
+                    disk.balance.raise(credit.limit);
+                }
+            }
+            (AgentLink::Ready, Message::Nack(nack)) => self.handle_nack(&nack),
+            (AgentLink::Ready, Message::Fenced(fenced)) => {
+                let text = format!("generation {} was granted to another session", fenced.generation);
+                self.stop_disk(fenced.disk, ErrorCode::Grant, text);
+            }
+            (AgentLink::Ready, Message::CompareHashes(head, hashes)) => {
+                if let Some(disk) = self.open_disk(head.disk, head.generation)
+                    && let Some(chunk) = disk.requests.remove(&head.request)
+                    && let Some(pass) = disk.pass.as_mut()
+                {
+                    pass.handle_remote(chunk, hashes)
+                        .map_err(|error| ProtoError::Limit(error.to_string()))?;
+                }
+            }
+            (AgentLink::Ready, Message::PassState(state)) => self.handle_pass_state(&state),
+            (state, _) => return Err(ProtoError::Unexpected { got: frame_name(kind), state: state.name() }),
+        }
+        Ok(())
+    }
+
+    fn handle_error(&mut self, disk: DiskId, code: ErrorCode, text: String) -> Result<(), ProtoError> {
+        if disk == DiskId::NONE {
+            return Err(ProtoError::Peer { code, text });
+        }
+        if code == ErrorCode::Full {
+            self.events.push_back(AgentEvent::Warned { disk, code, text });
+        } else {
+            self.stop_disk(disk, code, text);
+        }
+        Ok(())
+    }
+
+    fn stop_disk(&mut self, disk: DiskId, code: ErrorCode, text: String) {
+        let Some(state) = self.disks.get_mut(&disk) else { return };
+        if matches!(state.phase, AgentDiskPhase::Open | AgentDiskPhase::Opening) {
+            state.phase.become_state(AgentDiskPhase::Stopped);
+            state.end_walk();
+            self.events.push_back(AgentEvent::Stopped { disk, code, text });
+        }
+    }
+
+    fn handle_offer(&mut self, head: &OfferHead, grant: Bytes) -> Result<(), ProtoError> {
+        if self.disks.len() >= DISKS_PER_AGENT_MAX && !self.disks.contains_key(&head.disk) {
+            return Err(ProtoError::Limit(format!("more than {DISKS_PER_AGENT_MAX} disks offered")));
+        }
+        let disk = self.disks.entry(head.disk).or_insert_with(|| AgentDisk {
+            phase: AgentDiskPhase::Closed,
+            source: head.source,
+            size_sectors: head.size_sectors,
+            generation: head.generation,
+            grant: Bytes::new(),
+            lineage: None,
+            durable: Sequence::ZERO,
+            durable_chain: CHAIN_START,
+            last: Sequence::ZERO,
+            last_chain: CHAIN_START,
+            unacked: VecDeque::new(),
+            unsent_from: 0,
+            mark: None,
+            mark_sent: false,
+            balance: Balance::default(),
+            bulk: VecDeque::new(),
+            pass: None,
+            requests: BTreeMap::new(),
+            next_request: 1,
+            epoch: 0,
+            newest_time: Timestamp::ZERO,
+        });
+        if !matches!(disk.phase, AgentDiskPhase::Closed | AgentDiskPhase::Stopped) {
+            return Ok(()); // offered twice: the first stands
+        }
+        disk.phase.become_state(AgentDiskPhase::Offered);
+        disk.source = head.source;
+        disk.size_sectors = head.size_sectors;
+        disk.generation = head.generation;
+        disk.grant = grant;
+        self.events.push_back(AgentEvent::Offered {
+            disk: head.disk,
+            source: head.source,
+            size_sectors: head.size_sectors,
+        });
+        Ok(())
+    }
+
+    /// Opens an offered disk whose source has `size_sectors` now.
+    pub fn open(&mut self, disk: DiskId, size_sectors: u64) {
+        let Some(state) = self.disks.get_mut(&disk) else { return };
+        if state.phase != AgentDiskPhase::Offered {
+            return;
+        }
+        state.phase.become_state(AgentDiskPhase::Opening);
+        let message = Message::OpenDisk(
+            OpenDiskHead {
+                disk,
+                size_sectors,
+                generation: state.generation,
+                lineage: state.lineage.unwrap_or(LineageId::NONE),
+                durable: state.durable,
+                grant_bytes: state.grant.len() as u16,
+            },
+            state.grant.clone(),
+        );
+        self.control(&message);
+    }
+
+    fn handle_grant(&mut self, head: &GrantHead, ranges: &[SectorRange], grant: Bytes) {
+        let Some(disk) = self.disks.get_mut(&head.disk) else { return };
+        if disk.phase != AgentDiskPhase::Opening {
+            return;
+        }
+        disk.phase.become_state(AgentDiskPhase::Open);
+        disk.generation = head.generation;
+        disk.grant = grant;
+        disk.balance = Balance::default();
+        disk.mark_sent = false;
+        let ours = Ours {
+            lineage: disk.lineage,
+            durable: disk.durable,
+            last: disk.last,
+            chain_there: disk.chain_at(head.durable),
+        };
+        let theirs = Theirs { lineage: head.lineage, durable: head.durable, chain: head.chain };
+        let mut wanted = None;
+        match decide(&ours, &theirs) {
+            Decision::Adopt => disk.adopt(head),
+            Decision::Continue { .. } => {
+                disk.forget_durable(head.durable);
+                disk.unsent_from = 0;
+                for batch in &mut disk.unacked {
+                    batch.header.generation = head.generation;
+                    batch.chunk = None;
+                }
+            }
+            Decision::Compare(cause) => {
+                disk.adopt(head);
+                wanted = Some(cause);
+            }
+        }
+        if head.mode == PassMode::Done {
+            disk.pass = None;
+        } else {
+            let settled: RangeSet = ranges.iter().copied().collect();
+            let pass = Pass::new(head.pass, head.mode, Sink::Bulk, disk.whole(), settled);
+            disk.pass = Some(pass.with_chunk_bytes(self.chunk_bytes));
+        }
+        self.events.push_back(AgentEvent::Opened { disk: head.disk, mode: head.mode });
+        if let Some(cause) = wanted {
+            self.begin_pass(head.disk, cause);
+        }
+    }
+
+    /// Asks for a compare pass over the whole disk.
+    pub fn begin_pass(&mut self, disk: DiskId, cause: PassCause) {
+        let Some(state) = self.disks.get_mut(&disk) else { return };
+        if state.phase != AgentDiskPhase::Open {
+            return;
+        }
+        let message = Message::PassBegin(PassBegin { disk, generation: state.generation, cause });
+        self.control(&message);
+        self.events.push_back(AgentEvent::Resync { disk, cause });
+    }
+
+    /// Begins a scan round: everything that differs goes by the delta stream, a fuzzy mark ends it. Answers whether
+    /// it began (the disk is open, synced and not already being walked).
+    pub fn begin_scan(&mut self, disk: DiskId) -> bool {
+        let Some(state) = self.disks.get_mut(&disk) else { return false };
+        if state.phase != AgentDiskPhase::Open || state.pass.is_some() || state.mark.is_some() {
+            return false;
+        }
+        let pass = Pass::new(0, PassMode::Compare, Sink::Delta, state.whole(), RangeSet::new());
+        state.pass = Some(pass.with_chunk_bytes(self.chunk_bytes));
+        true
+    }
+
+    fn handle_pass_state(&mut self, state: &PassState) {
+        let chunk_bytes = self.chunk_bytes;
+        let Some(disk) = self.open_disk(state.disk, state.generation) else { return };
+        if state.mode == PassMode::Done {
+            if disk.pass.as_ref().is_some_and(|pass| pass.number() == state.pass) {
+                disk.pass = None;
+                self.events.push_back(AgentEvent::Synced { disk: state.disk });
+            }
+        } else {
+            disk.end_walk();
+            let pass = Pass::new(state.pass, state.mode, Sink::Bulk, disk.whole(), RangeSet::new());
+            disk.pass = Some(pass.with_chunk_bytes(chunk_bytes));
+        }
+    }
+
+    fn handle_ack(&mut self, ack: &Ack) {
+        let Some(disk) = self.open_disk(ack.disk, ack.generation) else { return };
+        disk.forget_durable(ack.durable);
+        if let Some(mark) = &disk.mark
+            && disk.mark_sent
+            && ack.marked >= mark.sequence
+            && ack.durable >= mark.sequence
+        {
+            disk.mark = None;
+            if disk.pass.as_ref().is_some_and(|pass| pass.sink() == Sink::Delta) {
+                disk.pass = None;
+                self.events.push_back(AgentEvent::ScanDone { disk: ack.disk });
+            }
+        }
+    }
+
+    fn handle_nack(&mut self, nack: &Nack) {
+        let Some(disk) = self.open_disk(nack.disk, nack.generation) else { return };
+        let from = disk.unacked.iter().position(|batch| batch.header.last_sequence() >= nack.resume_from);
+        disk.unsent_from = from.unwrap_or(disk.unacked.len());
+        disk.mark_sent = false;
+    }
+
+    fn open_disk(&mut self, disk: DiskId, generation: Generation) -> Option<&mut AgentDisk> {
+        self.disks
+            .get_mut(&disk)
+            .filter(|disk| disk.phase == AgentDiskPhase::Open && disk.generation == generation)
+    }
+
+    /// The chunk was read; `hashes` where the work item asked for them.
+    ///
+    /// # Errors
+    /// When the number of hashes does not fit the chunk: a bug of the reader.
+    pub fn handle_read(
+        &mut self,
+        disk: DiskId,
+        epoch: u64,
+        chunk: SectorRange,
+        hashes: Option<Vec<UnitHash>>,
+    ) -> Result<(), ProtoError> {
+        match self.pass_of(disk, epoch) {
+            Some(pass) => {
+                pass.handle_read(chunk, hashes).map_err(|error| ProtoError::Limit(error.to_string()))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The fine hashes of a kept chunk.
+    ///
+    /// # Errors
+    /// When their number does not fit the chunk: a bug of the reader.
+    pub fn handle_fine(
+        &mut self,
+        disk: DiskId,
+        epoch: u64,
+        chunk: SectorRange,
+        hashes: Vec<UnitHash>,
+    ) -> Result<(), ProtoError> {
+        match self.pass_of(disk, epoch) {
+            Some(pass) => {
+                pass.handle_fine(chunk, hashes).map_err(|error| ProtoError::Limit(error.to_string()))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn pass_of(&mut self, disk: DiskId, epoch: u64) -> Option<&mut Pass> {
+        self.disks.get_mut(&disk).filter(|disk| disk.epoch == epoch)?.pass.as_mut()
+    }
+
+    /// Submits the records of a chunk of the current pass; `as_of` as handed out with the work item, `time` when the
+    /// data were read.
+    pub fn submit_chunk(
+        &mut self,
+        disk: DiskId,
+        epoch: u64,
+        chunk: SectorRange,
+        as_of: Sequence,
+        time: Timestamp,
+        records: Vec<Record>,
+    ) {
+        let Some((sink, pass)) = self.pass_of(disk, epoch).map(|pass| (pass.sink(), pass.number())) else {
+            return;
+        };
+        let Some(state) = self.disks.get_mut(&disk) else { return };
+        state.newest_time = state.newest_time.max(time);
+        match sink {
+            Sink::Bulk => {
+                let header = BulkHeader {
+                    disk,
+                    lineage: state.lineage.unwrap_or(LineageId::NONE),
+                    generation: state.generation,
+                    pass,
+                    as_of,
+                    cover: chunk,
+                    record_count: records.len() as u32,
+                };
+                let cost = credit_cost(&records);
+                let frame = encode_bulk(&header, &records);
+                state.bulk.push_back(WaitingBulk { chunk: chunk.start, cost, frame });
+            }
+            Sink::Delta if records.is_empty() => {
+                if let Some(pass) = state.pass.as_mut() {
+                    pass.handle_sent(chunk.start);
+                }
+            }
+            Sink::Delta => {
+                self.submit_delta(disk, Stretch::Diff, time, records);
+                if let Some(batch) = self.disks.get_mut(&disk).and_then(|disk| disk.unacked.back_mut()) {
+                    batch.chunk = Some(chunk.start);
+                }
+            }
+        }
+    }
+
+    /// Gives records their sequences and queues them; answers the last sequence.
+    ///
+    /// # Panics
+    /// When `records` is empty or more than a batch holds: the caller cuts.
+    pub fn submit_delta(
+        &mut self,
+        disk: DiskId,
+        stretch: Stretch,
+        source_time: Timestamp,
+        records: Vec<Record>,
+    ) -> Option<Sequence> {
+        assert!(!records.is_empty());
+        let state = self.disks.get_mut(&disk)?;
+        let header = BatchHeader {
+            disk,
+            lineage: state.lineage?,
+            generation: state.generation,
+            first_sequence: state.last.next(),
+            chain: state.last_chain,
+            source_time,
+            record_count: records.len() as u32,
+            stretch,
+        };
+        let chain_after = header.chain_after(&records);
+        state.last = header.last_sequence();
+        state.last_chain = chain_after;
+        let cost = credit_cost(&records);
+        state.unacked.push_back(SentBatch { header, records, chain_after, cost, chunk: None });
+        Some(state.last)
+    }
+
+    /// Places a mark after everything submitted so far.
+    pub fn submit_mark(&mut self, disk: DiskId, class: MarkClass, source_time: Timestamp) {
+        if let Some(state) = self.disks.get_mut(&disk) {
+            state.place_mark(disk, class, source_time);
+        }
+    }
+
+    /// The next frame to send, if credit allows one.
+    pub fn poll_transmit(&mut self) -> Option<Outgoing> {
+        if let Some(outgoing) = self.outbox.pop_front() {
+            return Some(outgoing);
+        }
+        let count = self.disks.len();
+        for step in 0..count {
+            let index = (self.next_disk + step) % count;
+            let Some((id, disk)) = self.disks.iter_mut().nth(index) else { continue };
+            if disk.phase != AgentDiskPhase::Open {
+                continue;
+            }
+            if let Some(outgoing) = next_delta(*id, disk).or_else(|| next_bulk(*id, disk)) {
+                self.next_disk = (index + 1) % count;
+                return Some(outgoing);
+            }
+        }
+        None
+    }
+
+    /// The next event.
+    pub fn poll_event(&mut self) -> Option<AgentEvent> {
+        self.advance_passes();
+        self.events.pop_front()
+    }
+
+    fn advance_passes(&mut self) {
+        let mut out = Vec::new();
+        for (id, disk) in &mut self.disks {
+            if disk.phase != AgentDiskPhase::Open {
+                continue;
+            }
+            let Some(pass) = disk.pass.as_mut() else { continue };
+            while let Some(action) = pass.poll_action() {
+                if let PassAction::Ask { chunk, units } = action {
+                    let request = disk.next_request;
+                    disk.next_request += 1;
+                    disk.requests.insert(request, chunk.start);
+                    let unit_bytes =
+                        if units.is_empty() { COMPARE_UNIT_BYTES } else { COMPARE_FINE_BYTES } as u32;
+                    out.push(Message::CompareRequest(
+                        CompareRequestHead {
+                            disk: *id,
+                            generation: disk.generation,
+                            request,
+                            range: chunk,
+                            unit_bytes,
+                            unit_count: units.len() as u16,
+                        },
+                        units,
+                    ));
+                } else {
+                    self.events.push_back(AgentEvent::Work {
+                        disk: *id,
+                        epoch: disk.epoch,
+                        sink: pass.sink(),
+                        as_of: disk.last,
+                        action,
+                    });
+                }
+            }
+            if pass.take_end() {
+                match pass.sink() {
+                    Sink::Bulk => out.push(Message::PassEnd(PassEnd {
+                        disk: *id,
+                        generation: disk.generation,
+                        pass: pass.number(),
+                    })),
+                    Sink::Delta => disk.place_mark(*id, MarkClass::Fuzzy, disk.newest_time),
+                }
+            }
+        }
+        for message in out {
+            self.control(&message);
+        }
+    }
+
+    /// Bytes of plain delta payload that are not durable yet.
+    #[must_use]
+    pub fn undurable_bytes(&self, disk: DiskId) -> u64 {
+        self.disks.get(&disk).map_or(0, |disk| disk.unacked.iter().map(|batch| batch.cost).sum())
+    }
+
+    /// Sectors settled and in all of the running walk, if one runs.
+    #[must_use]
+    pub fn pass_progress(&self, disk: DiskId) -> Option<(u64, u64)> {
+        Some(self.disks.get(&disk)?.pass.as_ref()?.progress())
+    }
+
+    /// The durable and the last given sequence.
+    #[must_use]
+    pub fn position(&self, disk: DiskId) -> Option<(Sequence, Sequence)> {
+        self.disks.get(&disk).map(|disk| (disk.durable, disk.last))
+    }
+
+    fn send_inventory(&mut self) {
+        let head = InventoryHead { host_name: self.host_name, disk_count: self.inventory.len() as u32 };
+        self.control(&Message::Inventory(head, self.inventory.clone()));
+    }
+
+    fn control(&mut self, message: &Message) {
+        self.outbox.push_back(Outgoing::control(message.encode()));
+    }
+}
+
+/// The next delta batch or mark of a disk that credit allows.
+fn next_delta(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
+    if let Some(batch) = disk.unacked.get_mut(disk.unsent_from) {
+        if !disk.balance.spend(batch.cost) {
+            return None;
+        }
+        disk.unsent_from += 1;
+        let frame = encode_batch(&batch.header, &batch.records);
+        if let Some(chunk) = batch.chunk.take()
+            && let Some(pass) = disk.pass.as_mut()
+        {
+            pass.handle_sent(chunk);
+        }
+        return Some(Outgoing { lane: Lane::Delta(id), frame });
+    }
+    if let Some(mark) = &disk.mark
+        && !disk.mark_sent
+    {
+        disk.mark_sent = true;
+        let mark = Mark { generation: disk.generation, ..*mark };
+        return Some(Outgoing { lane: Lane::Delta(id), frame: Message::Mark(mark).encode() });
+    }
+    None
+}
+
+fn next_bulk(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
+    let cost = disk.bulk.front()?.cost;
+    if !disk.balance.spend(cost) {
+        return None;
+    }
+    let bulk = disk.bulk.pop_front()?;
+    if let Some(pass) = disk.pass.as_mut() {
+        pass.handle_sent(bulk.chunk);
+    }
+    Some(Outgoing { lane: Lane::Bulk(id), frame: bulk.frame })
+}
+
+/// The frame's name, for messages.
+#[must_use]
+pub(super) const fn frame_name(kind: FrameKind) -> &'static str {
+    match kind {
+        FrameKind::Hello => "HELLO",
+        FrameKind::HelloAck => "HELLO_ACK",
+        FrameKind::Auth => "AUTH",
+        FrameKind::Welcome => "WELCOME",
+        FrameKind::Inventory => "INVENTORY",
+        FrameKind::Offer => "OFFER",
+        FrameKind::OpenDisk => "OPEN_DISK",
+        FrameKind::Grant => "GRANT",
+        FrameKind::Batch => "BATCH",
+        FrameKind::Mark => "MARK",
+        FrameKind::Bulk => "BULK",
+        FrameKind::Ack => "ACK",
+        FrameKind::BulkAck => "BULK_ACK",
+        FrameKind::Credit => "CREDIT",
+        FrameKind::Nack => "NACK",
+        FrameKind::Fenced => "FENCED",
+        FrameKind::CompareRequest => "COMPARE_REQUEST",
+        FrameKind::CompareHashes => "COMPARE_HASHES",
+        FrameKind::PassBegin => "PASS_BEGIN",
+        FrameKind::PassState => "PASS_STATE",
+        FrameKind::PassEnd => "PASS_END",
+        FrameKind::Error => "ERROR",
+    }
+}

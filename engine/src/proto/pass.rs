@@ -1,0 +1,468 @@
+//! One walk over a disk: which chunks are read, which hashes are asked for, and which pieces are sent.
+//!
+//! A chunk goes `reading → (comparing → refining →) sending → sent`. A bulk pass repairs the target until all of the
+//! disk is settled durably; a scan round does the same through the delta stream and forgets itself at its mark.
+//!
+//! Invariants: at most [`CHUNKS_OPEN_MAX`] chunks hold data at the agent; a chunk is settled only when the target
+//! says its sectors are durable (bulk) or its records were given sequences (scan); a reconnect begins again with what
+//! is not settled. Units: sectors; a unit is 64 KiB, a fine unit 4 KiB, counted from the chunk's first sector.
+//! Driven by [`super::agent`]; the data themselves stay with the agent's reader.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::checksum::UnitHash;
+use crate::format::message::PassMode;
+use crate::limits::{CHUNK_BYTES, CHUNKS_OPEN_MAX, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES};
+use crate::range_set::RangeSet;
+use crate::units::{SECTOR_BYTES, SectorRange};
+
+const UNIT_SECTORS: u64 = COMPARE_UNIT_BYTES / SECTOR_BYTES;
+const FINE_SECTORS: u64 = COMPARE_FINE_BYTES / SECTOR_BYTES;
+
+/// Where the pieces of a walk go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sink {
+    /// Initial sync or resync, by the bulk stream.
+    Bulk,
+    /// A scan round, by the delta stream.
+    Delta,
+}
+
+/// What the walk wants done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PassAction {
+    /// Read the chunk and keep its data; with `hash`, answer with its unit hashes.
+    Read {
+        /// The chunk.
+        chunk: SectorRange,
+        /// Whether hashes are needed.
+        hash: bool,
+    },
+    /// Ask the target for hashes of the chunk, or with `units` for the fine hashes of those units.
+    Ask {
+        /// The chunk.
+        chunk: SectorRange,
+        /// Units to refine; empty for unit hashes of the whole chunk.
+        units: Vec<u16>,
+    },
+    /// Hash these units of the kept data finely.
+    HashFine {
+        /// The chunk.
+        chunk: SectorRange,
+        /// The units.
+        units: Vec<u16>,
+    },
+    /// Make records of these pieces of the kept data and submit them (perhaps none); then forget the data.
+    Send {
+        /// The chunk.
+        chunk: SectorRange,
+        /// What to send, ascending.
+        pieces: Vec<SectorRange>,
+    },
+}
+
+#[derive(Debug, Default)]
+struct Chunk {
+    range: SectorRange,
+    local: Option<Vec<UnitHash>>,
+    remote: Option<Vec<UnitHash>>,
+    refine: Vec<u16>,
+    pieces: Vec<SectorRange>,
+    local_fine: Option<Vec<UnitHash>>,
+    remote_fine: Option<Vec<UnitHash>>,
+}
+
+/// One walk over a disk.
+#[derive(Debug)]
+pub struct Pass {
+    number: u64,
+    mode: PassMode,
+    sink: Sink,
+    whole: SectorRange,
+    chunk_sectors: u64,
+    settled: RangeSet,
+    begun: RangeSet,
+    cursor: u64,
+    open: BTreeMap<u64, Chunk>,
+    actions: VecDeque<PassAction>,
+    end_announced: bool,
+}
+
+/// An answer that does not fit what was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{got} hashes where {expected} were asked for")]
+pub struct HashCountError {
+    /// Hashes that came.
+    pub got: usize,
+    /// Hashes asked for.
+    pub expected: usize,
+}
+
+impl Pass {
+    /// A walk over `whole` that leaves out what is settled.
+    #[must_use]
+    pub fn new(number: u64, mode: PassMode, sink: Sink, whole: SectorRange, settled: RangeSet) -> Self {
+        Self {
+            number,
+            mode,
+            sink,
+            whole,
+            chunk_sectors: CHUNK_BYTES / SECTOR_BYTES,
+            begun: settled.clone(),
+            settled,
+            cursor: whole.start,
+            open: BTreeMap::new(),
+            actions: VecDeque::new(),
+            end_announced: false,
+        }
+    }
+
+    /// The same walk in chunks of `bytes`, a multiple of the compare unit, at most [`CHUNK_BYTES`].
+    ///
+    /// # Panics
+    /// When `bytes` is not.
+    #[must_use]
+    pub fn with_chunk_bytes(mut self, bytes: u64) -> Self {
+        assert!(
+            bytes.is_multiple_of(COMPARE_UNIT_BYTES) && (COMPARE_UNIT_BYTES..=CHUNK_BYTES).contains(&bytes)
+        );
+        self.chunk_sectors = bytes / SECTOR_BYTES;
+        self
+    }
+
+    /// Number of the pass at the target (zero for scan rounds).
+    #[must_use]
+    pub const fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Where its pieces go.
+    #[must_use]
+    pub const fn sink(&self) -> Sink {
+        self.sink
+    }
+
+    /// Whether it compares before it sends.
+    #[must_use]
+    pub const fn mode(&self) -> PassMode {
+        self.mode
+    }
+
+    /// Sectors settled so far and in all.
+    #[must_use]
+    pub fn progress(&self) -> (u64, u64) {
+        (self.settled.sector_count(), self.whole.len())
+    }
+
+    /// The next thing to do, if the window allows one.
+    pub fn poll_action(&mut self) -> Option<PassAction> {
+        if self.actions.is_empty() && self.open.len() < CHUNKS_OPEN_MAX {
+            self.begin_chunk();
+        }
+        self.actions.pop_front()
+    }
+
+    fn begin_chunk(&mut self) {
+        let Some(range) = self.next_range() else { return };
+        self.cursor = range.end;
+        self.begun.insert(range);
+        self.open.insert(range.start, Chunk { range, ..Chunk::default() });
+        let hash = self.mode == PassMode::Compare;
+        self.actions.push_back(PassAction::Read { chunk: range, hash });
+        if hash {
+            self.actions.push_back(PassAction::Ask { chunk: range, units: Vec::new() });
+        }
+    }
+
+    /// The next run that nobody began, within one aligned chunk.
+    fn next_range(&self) -> Option<SectorRange> {
+        let mut at = self.cursor;
+        while at < self.whole.end {
+            let window = SectorRange::new(
+                at,
+                ((at / self.chunk_sectors + 1) * self.chunk_sectors).min(self.whole.end),
+            );
+            if let Some(range) = self.begun.missing(window).first() {
+                return Some(*range);
+            }
+            at = window.end;
+        }
+        None
+    }
+
+    /// The chunk was read; `hashes` as asked for.
+    ///
+    /// # Errors
+    /// When the number of hashes does not fit.
+    pub fn handle_read(
+        &mut self,
+        chunk: SectorRange,
+        hashes: Option<Vec<UnitHash>>,
+    ) -> Result<(), HashCountError> {
+        let Some(state) = self.open.get_mut(&chunk.start) else { return Ok(()) };
+        match hashes {
+            None => self.actions.push_back(PassAction::Send { chunk, pieces: vec![chunk] }),
+            Some(hashes) => {
+                check_count(hashes.len(), unit_count(state.range))?;
+                state.local = Some(hashes);
+                self.compare(chunk.start);
+            }
+        }
+        Ok(())
+    }
+
+    /// The target's hashes came: unit hashes first, then fine ones.
+    ///
+    /// # Errors
+    /// When the number of hashes does not fit.
+    pub fn handle_remote(&mut self, chunk_start: u64, hashes: Vec<UnitHash>) -> Result<(), HashCountError> {
+        let Some(state) = self.open.get_mut(&chunk_start) else { return Ok(()) };
+        if state.remote.is_none() {
+            check_count(hashes.len(), unit_count(state.range))?;
+            state.remote = Some(hashes);
+            self.compare(chunk_start);
+        } else {
+            check_count(hashes.len(), fine_count(state))?;
+            state.remote_fine = Some(hashes);
+            self.compare_fine(chunk_start);
+        }
+        Ok(())
+    }
+
+    /// The fine hashes of the kept data are there.
+    ///
+    /// # Errors
+    /// When the number of hashes does not fit.
+    pub fn handle_fine(&mut self, chunk: SectorRange, hashes: Vec<UnitHash>) -> Result<(), HashCountError> {
+        let Some(state) = self.open.get_mut(&chunk.start) else { return Ok(()) };
+        check_count(hashes.len(), fine_count(state))?;
+        state.local_fine = Some(hashes);
+        self.compare_fine(chunk.start);
+        Ok(())
+    }
+
+    fn compare(&mut self, start: u64) {
+        let Some(state) = self.open.get_mut(&start) else { return };
+        let (Some(local), Some(remote)) = (&state.local, &state.remote) else { return };
+        for (index, (ours, theirs)) in local.iter().zip(remote).enumerate() {
+            if ours == theirs {
+                continue;
+            }
+            if *ours == UnitHash::ZEROS || *theirs == UnitHash::ZEROS {
+                state.pieces.push(sub_range(state.range, index as u64, UNIT_SECTORS));
+            } else {
+                state.refine.push(index as u16); // at most 64 units a chunk
+            }
+        }
+        let (chunk, units) = (state.range, state.refine.clone());
+        if units.is_empty() {
+            self.send(start);
+        } else {
+            self.actions.push_back(PassAction::HashFine { chunk, units: units.clone() });
+            self.actions.push_back(PassAction::Ask { chunk, units });
+        }
+    }
+
+    fn compare_fine(&mut self, start: u64) {
+        let Some(state) = self.open.get_mut(&start) else { return };
+        let (Some(local), Some(remote)) = (&state.local_fine, &state.remote_fine) else { return };
+        let mut hashes = local.iter().zip(remote);
+        for unit in &state.refine {
+            for fine in
+                sub_range(state.range, u64::from(*unit), UNIT_SECTORS).aligned_from_start(FINE_SECTORS)
+            {
+                if let Some((ours, theirs)) = hashes.next()
+                    && ours != theirs
+                {
+                    state.pieces.push(fine);
+                }
+            }
+        }
+        self.send(start);
+    }
+
+    fn send(&mut self, start: u64) {
+        let Some(state) = self.open.get_mut(&start) else { return };
+        let pieces: RangeSet = state.pieces.drain(..).collect();
+        self.actions.push_back(PassAction::Send { chunk: state.range, pieces: pieces.iter().collect() });
+    }
+
+    /// The records of a chunk left the agent: its window place is free.
+    pub fn handle_sent(&mut self, chunk_start: u64) {
+        if let Some(chunk) = self.open.remove(&chunk_start)
+            && self.sink == Sink::Delta
+        {
+            self.settled.insert(chunk.range);
+        }
+    }
+
+    /// Sectors became durable at the target.
+    pub fn handle_settled(&mut self, ranges: &[SectorRange]) {
+        for range in ranges {
+            self.settled.insert(range.intersect(self.whole));
+        }
+    }
+
+    /// Whether everything is settled; true once, so that the end is announced once.
+    #[must_use]
+    pub fn take_end(&mut self) -> bool {
+        let over = !self.end_announced && self.open.is_empty() && self.settled.contains(self.whole);
+        self.end_announced |= over;
+        over
+    }
+}
+
+impl SectorRange {
+    /// Pieces of `unit` sectors counted from the run's own start.
+    fn aligned_from_start(self, unit: u64) -> impl Iterator<Item = Self> {
+        (0..self.len().div_ceil(unit)).map(move |index| sub_range(self, index, unit))
+    }
+}
+
+fn sub_range(range: SectorRange, index: u64, unit: u64) -> SectorRange {
+    let start = range.start + index * unit;
+    SectorRange::new(start, (start + unit).min(range.end))
+}
+
+/// Number of units of a run, counted from its own start.
+#[must_use]
+pub const fn unit_count(range: SectorRange) -> usize {
+    range.len().div_ceil(UNIT_SECTORS) as usize
+}
+
+fn fine_count(chunk: &Chunk) -> usize {
+    chunk
+        .refine
+        .iter()
+        .map(|unit| {
+            sub_range(chunk.range, u64::from(*unit), UNIT_SECTORS).len().div_ceil(FINE_SECTORS) as usize
+        })
+        .sum()
+}
+
+const fn check_count(got: usize, expected: usize) -> Result<(), HashCountError> {
+    if got == expected { Ok(()) } else { Err(HashCountError { got, expected }) }
+}
+
+/// The byte runs that hashes of a request cover, relative to the chunk's first byte: whole units, or the fine units
+/// of `units`. The one definition both ends use.
+pub fn hash_spans(chunk: SectorRange, unit_bytes: u64, units: &[u16]) -> Vec<std::ops::Range<usize>> {
+    let relative = |range: SectorRange| {
+        let from = ((range.start - chunk.start) * SECTOR_BYTES) as usize;
+        from..from + range.bytes() as usize
+    };
+    let unit = (unit_bytes / SECTOR_BYTES).max(1);
+    if units.is_empty() {
+        return chunk.aligned_from_start(unit).map(relative).collect();
+    }
+    units
+        .iter()
+        .map(|index| chunk.start + u64::from(*index) * UNIT_SECTORS)
+        .filter(|start| *start < chunk.end)
+        .flat_map(|start| {
+            SectorRange::new(start, (start + UNIT_SECTORS).min(chunk.end)).aligned_from_start(unit)
+        })
+        .map(relative)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H: fn(u8) -> UnitHash = |byte| UnitHash([byte; 16]);
+
+    fn whole(units: u64) -> SectorRange {
+        SectorRange::new(0, units * UNIT_SECTORS)
+    }
+
+    #[test]
+    fn a_copy_reads_and_sends_every_chunk_once_and_ends_when_all_is_durable() {
+        let disk = whole(64 * 3 + 1);
+        let mut pass = Pass::new(1, PassMode::Copy, Sink::Bulk, disk, RangeSet::new());
+        let mut sent = RangeSet::new();
+        while let Some(action) = pass.poll_action() {
+            match action {
+                PassAction::Read { chunk, hash } => {
+                    assert!(!hash);
+                    pass.handle_read(chunk, None).unwrap();
+                }
+                PassAction::Send { chunk, pieces } => {
+                    assert_eq!(pieces, [chunk]);
+                    assert!(sent.overlap(chunk).next().is_none(), "twice: {chunk}");
+                    sent.insert(chunk);
+                    pass.handle_sent(chunk.start);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(sent.contains(disk));
+        assert!(!pass.take_end(), "nothing is durable yet");
+        pass.handle_settled(&[disk]);
+        assert!(pass.take_end());
+        assert!(!pass.take_end(), "announced once");
+    }
+
+    #[test]
+    fn a_compare_refines_only_units_that_differ_and_sends_only_fine_units_that_differ() {
+        let disk = whole(4);
+        let mut pass = Pass::new(2, PassMode::Compare, Sink::Bulk, disk, RangeSet::new());
+        assert_eq!(pass.poll_action(), Some(PassAction::Read { chunk: disk, hash: true }));
+        assert_eq!(pass.poll_action(), Some(PassAction::Ask { chunk: disk, units: vec![] }));
+        pass.handle_remote(0, vec![H(1), H(2), UnitHash::ZEROS, H(4)]).unwrap();
+        pass.handle_read(disk, Some(vec![H(1), H(9), H(3), UnitHash::ZEROS])).unwrap();
+        assert_eq!(pass.poll_action(), Some(PassAction::HashFine { chunk: disk, units: vec![1] }));
+        assert_eq!(pass.poll_action(), Some(PassAction::Ask { chunk: disk, units: vec![1] }));
+        let mut theirs = vec![H(5); 16];
+        theirs[3] = H(6);
+        theirs[4] = H(6);
+        pass.handle_fine(disk, vec![H(5); 16]).unwrap();
+        pass.handle_remote(0, theirs).unwrap();
+        let pieces = vec![SectorRange::new(128 + 24, 128 + 40), SectorRange::new(256, 512)];
+        assert_eq!(pass.poll_action(), Some(PassAction::Send { chunk: disk, pieces }));
+    }
+
+    #[test]
+    fn the_window_bounds_open_chunks() {
+        let mut pass = Pass::new(1, PassMode::Copy, Sink::Bulk, whole(64 * 100), RangeSet::new());
+        let mut reads = 0;
+        while let Some(PassAction::Read { .. }) = pass.poll_action() {
+            reads += 1;
+        }
+        assert_eq!(reads, CHUNKS_OPEN_MAX);
+    }
+
+    #[test]
+    fn settled_ranges_are_never_read_again() {
+        let settled: RangeSet =
+            [SectorRange::new(0, 100), SectorRange::new(8192, 8200)].into_iter().collect();
+        let mut pass = Pass::new(1, PassMode::Copy, Sink::Bulk, SectorRange::new(0, 8300), settled.clone());
+        let mut read = RangeSet::new();
+        while let Some(action) = pass.poll_action() {
+            if let PassAction::Read { chunk, .. } = action {
+                assert!(settled.overlap(chunk).next().is_none());
+                read.insert(chunk);
+                pass.handle_sent(chunk.start);
+            }
+        }
+        read.extend(&settled);
+        assert!(read.contains(SectorRange::new(0, 8300)));
+    }
+
+    #[test]
+    fn hashes_of_the_wrong_number_are_refused() {
+        let disk = whole(4);
+        let mut pass = Pass::new(2, PassMode::Compare, Sink::Bulk, disk, RangeSet::new());
+        let _ = pass.poll_action();
+        assert!(pass.handle_remote(0, vec![H(1); 3]).is_err());
+        assert!(pass.handle_read(disk, Some(vec![H(1); 5])).is_err());
+    }
+
+    #[test]
+    fn hash_spans_end_with_the_chunk() {
+        let chunk = SectorRange::new(1000, 1000 + 200);
+        assert_eq!(hash_spans(chunk, COMPARE_UNIT_BYTES, &[]), [0..65536, 65536..102_400]);
+        assert_eq!(hash_spans(chunk, COMPARE_FINE_BYTES, &[1]).len(), 9);
+        assert_eq!(hash_spans(chunk, COMPARE_FINE_BYTES, &[7]), Vec::<std::ops::Range<usize>>::new());
+    }
+}

@@ -1,0 +1,383 @@
+//! One relayed session: what comes from an agent goes to the master target, recompressed, and back.
+//!
+//! Call order: [`RelaySession::handle_frame`] for frames of either side, [`RelaySession::handle_recoded`] for
+//! finished compression jobs; drain [`RelaySession::poll_action`]; [`RelaySession::handle_forwarded`] when a frame
+//! was handed to the transport.
+//!
+//! Invariants: frames of a lane leave in the order they came, whatever order compression finishes in; checksums,
+//! positions and order are never touched (a batch keeps its canonical fields); a relay acknowledges nothing by
+//! itself, so losing it loses nothing (I7); what it holds for a disk is bounded by the credit it passes on.
+//! Units: credit cost in bytes. Called by `process-server/src/relay.rs` and the simulator.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+
+use super::agent::frame_name;
+use super::state::RelayLink;
+use super::{Lane, Outgoing, ProtoError};
+use crate::format::batch::{
+    BatchHeader, BulkHeader, credit_cost, decode_batch, decode_bulk, encode_batch, encode_bulk,
+};
+use crate::format::extent::{Codec, Record};
+use crate::format::frame::{Frame, FrameKind};
+use crate::format::handshake::Hello;
+use crate::format::message::{Credit, GrantHead, Message};
+use crate::limits::HANDSHAKE_NANOS_MAX;
+use crate::units::{DiskId, MonoTime, PeerId, SECTOR_BYTES};
+
+/// One side of a relayed session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The agent.
+    Agent,
+    /// The master target.
+    Target,
+}
+
+/// What the driver is to do.
+#[derive(Clone, Debug)]
+pub enum RelayAction {
+    /// Connect to this target ([`PeerId::NONE`]: the configured one); then [`RelaySession::handle_dialled`].
+    Dial(PeerId),
+    /// Compress each raw record that is worth it; then [`RelaySession::handle_recoded`].
+    Recode {
+        /// Names the job.
+        job: u64,
+        /// The records.
+        records: Vec<Record>,
+    },
+    /// Send; then [`RelaySession::handle_forwarded`] with the cost.
+    Forward {
+        /// To whom.
+        to: Side,
+        /// What.
+        outgoing: Outgoing,
+        /// The disk whose window it frees.
+        disk: DiskId,
+        /// Credit cost it frees.
+        cost: u64,
+    },
+}
+
+/// Head of a batch that waits for its records.
+#[derive(Clone, Copy, Debug)]
+enum BatchHead {
+    Delta(BatchHeader),
+    Bulk(BulkHeader),
+}
+
+#[derive(Debug)]
+enum Slot {
+    /// Compression runs.
+    Waiting { job: u64, head: BatchHead, cost: u64 },
+    /// May leave when it is first.
+    Ready { frame: Frame, cost: u64 },
+}
+
+#[derive(Debug, Default)]
+struct RelayDisk {
+    size_sectors: u64,
+    upstream_limit: u64,
+    received: u64,
+    forwarded: u64,
+    announced: u64,
+    generation: crate::units::Generation,
+}
+
+/// One relayed session.
+#[derive(Debug)]
+pub struct RelaySession {
+    link: RelayLink,
+    agent: PeerId,
+    transport_agent: PeerId,
+    deadline: MonoTime,
+    window_bytes: u64,
+    hello: Option<Hello>,
+    lanes: BTreeMap<Lane, VecDeque<Slot>>,
+    disks: BTreeMap<DiskId, RelayDisk>,
+    sizes: BTreeMap<DiskId, u64>,
+    next_job: u64,
+    held_bytes: u64,
+    actions: VecDeque<RelayAction>,
+}
+
+impl RelaySession {
+    /// A session of the agent that the connection's certificate names; at most `window_bytes` are held per disk.
+    #[must_use]
+    pub fn new(transport_agent: PeerId, window_bytes: u64, now: MonoTime) -> Self {
+        Self {
+            link: RelayLink::Fresh,
+            agent: PeerId::NONE,
+            transport_agent,
+            deadline: now.plus_nanos(HANDSHAKE_NANOS_MAX),
+            window_bytes,
+            hello: None,
+            lanes: BTreeMap::new(),
+            disks: BTreeMap::new(),
+            sizes: BTreeMap::new(),
+            next_job: 0,
+            held_bytes: 0,
+            actions: VecDeque::new(),
+        }
+    }
+
+    /// Plain bytes (credit cost) held and not yet handed to the transport.
+    #[must_use]
+    pub const fn held_bytes(&self) -> u64 {
+        self.held_bytes
+    }
+
+    /// Takes a frame from one side.
+    ///
+    /// # Errors
+    /// When the session cannot go on: tell the agent, close both connections.
+    pub fn handle_frame(&mut self, from: Side, kind: FrameKind, body: Bytes) -> Result<(), ProtoError> {
+        match (from, self.link) {
+            (Side::Agent, RelayLink::Fresh) if kind == FrameKind::Hello => self.handle_hello(&body),
+            (Side::Target, RelayLink::Waiting) if kind == FrameKind::HelloAck => {
+                self.link.become_state(RelayLink::Open);
+                self.pass_on(Side::Agent, Lane::Control, Frame::new(kind, body));
+                Ok(())
+            }
+            (Side::Target, RelayLink::Waiting | RelayLink::Open) if kind == FrameKind::Error => {
+                self.pass_on(Side::Agent, Lane::Control, Frame::new(kind, body));
+                Ok(())
+            }
+            (Side::Agent, RelayLink::Open) => self.from_agent(kind, body),
+            (Side::Target, RelayLink::Open) => self.from_target(kind, body),
+            (_, state) => Err(ProtoError::Unexpected { got: frame_name(kind), state: state.name() }),
+        }
+    }
+
+    fn handle_hello(&mut self, body: &[u8]) -> Result<(), ProtoError> {
+        let mut hello = Hello::decode(body)?;
+        if hello.agent != self.transport_agent {
+            return Err(ProtoError::Identity("the certificate is of another agent than the hello".into()));
+        }
+        if hello.common_version().is_none() {
+            return Err(ProtoError::Version(
+                "the agent speaks none of this process server's versions".into(),
+            ));
+        }
+        self.agent = hello.agent;
+        hello.relays = hello.relays.saturating_add(1);
+        self.hello = Some(hello);
+        self.link.become_state(RelayLink::Dialling);
+        self.actions.push_back(RelayAction::Dial(hello.target));
+        Ok(())
+    }
+
+    /// The target is connected.
+    pub fn handle_dialled(&mut self) {
+        if let Some(hello) = self.hello.take() {
+            self.link.become_state(RelayLink::Waiting);
+            self.pass_on(Side::Target, Lane::Control, Message::Hello(hello).encode());
+        }
+    }
+
+    fn from_agent(&mut self, kind: FrameKind, body: Bytes) -> Result<(), ProtoError> {
+        match kind {
+            FrameKind::Batch => {
+                let (header, records) = decode_batch(body)?;
+                self.take_batch(Lane::Delta(header.disk), header.disk, BatchHead::Delta(header), records)
+            }
+            FrameKind::Bulk => {
+                let (header, records) = decode_bulk(body)?;
+                self.take_batch(Lane::Bulk(header.disk), header.disk, BatchHead::Bulk(header), records)
+            }
+            FrameKind::Mark => {
+                let Message::Mark(mark) = Message::decode(kind, &body)? else { return Ok(()) };
+                self.queue(Lane::Delta(mark.disk), Slot::Ready { frame: Frame::new(kind, body), cost: 0 });
+                Ok(())
+            }
+            FrameKind::Auth
+            | FrameKind::Inventory
+            | FrameKind::OpenDisk
+            | FrameKind::CompareRequest
+            | FrameKind::PassBegin
+            | FrameKind::PassEnd
+            | FrameKind::Error => {
+                if let Message::OpenDisk(head, _) = Message::decode(kind, &body)? {
+                    self.sizes.insert(head.disk, head.size_sectors);
+                }
+                self.pass_on(Side::Target, Lane::Control, Frame::new(kind, body));
+                Ok(())
+            }
+            _ => Err(ProtoError::Unexpected { got: frame_name(kind), state: "relaying from the agent" }),
+        }
+    }
+
+    fn take_batch(
+        &mut self,
+        lane: Lane,
+        disk_id: DiskId,
+        head: BatchHead,
+        records: Vec<Record>,
+    ) -> Result<(), ProtoError> {
+        let Some(disk) = self.disks.get_mut(&disk_id) else {
+            return Err(ProtoError::Identity(format!("disk {disk_id} was not granted in this session")));
+        };
+        let cost = credit_cost(&records);
+        disk.received += cost;
+        if disk.received > disk.announced {
+            return Err(ProtoError::Limit("a batch was sent without credit".into()));
+        }
+        for record in &records {
+            if record.range().end > disk.size_sectors {
+                return Err(ProtoError::Limit(format!("{} lie outside the granted disk", record.range())));
+            }
+            record.check_stored()?;
+        }
+        self.held_bytes += cost;
+        if records.iter().any(|record| record.codec() == Codec::Raw) {
+            let job = self.next_job;
+            self.next_job += 1;
+            self.queue(lane, Slot::Waiting { job, head, cost });
+            self.actions.push_back(RelayAction::Recode { job, records });
+        } else {
+            let frame = encode_head(&head, &records);
+            self.queue(lane, Slot::Ready { frame, cost });
+        }
+        Ok(())
+    }
+
+    /// A compression job is done.
+    pub fn handle_recoded(&mut self, job: u64, records: &[Record]) {
+        for slots in self.lanes.values_mut() {
+            for slot in slots.iter_mut() {
+                if let Slot::Waiting { job: waiting, head, cost } = slot
+                    && *waiting == job
+                {
+                    *slot = Slot::Ready { frame: encode_head(head, records), cost: *cost };
+                    return self.drain_lanes();
+                }
+            }
+        }
+    }
+
+    fn queue(&mut self, lane: Lane, slot: Slot) {
+        self.lanes.entry(lane).or_default().push_back(slot);
+        self.drain_lanes();
+    }
+
+    /// Lets go what stands first in its lane and is ready.
+    fn drain_lanes(&mut self) {
+        for (lane, slots) in &mut self.lanes {
+            while let Some(Slot::Ready { .. }) = slots.front() {
+                let Some(Slot::Ready { frame, cost }) = slots.pop_front() else { break };
+                let disk = match lane {
+                    Lane::Delta(disk) | Lane::Bulk(disk) => *disk,
+                    Lane::Control => DiskId::NONE,
+                };
+                let outgoing = Outgoing { lane: *lane, frame };
+                self.actions.push_back(RelayAction::Forward { to: Side::Target, outgoing, disk, cost });
+            }
+        }
+    }
+
+    fn from_target(&mut self, kind: FrameKind, body: Bytes) -> Result<(), ProtoError> {
+        match kind {
+            FrameKind::Welcome
+            | FrameKind::Offer
+            | FrameKind::Ack
+            | FrameKind::BulkAck
+            | FrameKind::Nack
+            | FrameKind::Fenced
+            | FrameKind::CompareHashes
+            | FrameKind::PassState
+            | FrameKind::Grant
+            | FrameKind::Credit => {}
+            _ => {
+                return Err(ProtoError::Unexpected {
+                    got: frame_name(kind),
+                    state: "relaying from the target",
+                });
+            }
+        }
+        match kind {
+            FrameKind::Grant => {
+                if let Message::Grant(head, ..) = Message::decode(kind, &body)? {
+                    self.handle_grant(&head);
+                }
+            }
+            FrameKind::Credit => {
+                if let Message::Credit(credit) = Message::decode(kind, &body)? {
+                    self.handle_credit(&credit);
+                }
+                return Ok(()); // passed on as far as this relay's own window allows
+            }
+            _ => {}
+        }
+        self.pass_on(Side::Agent, Lane::Control, Frame::new(kind, body));
+        Ok(())
+    }
+
+    fn handle_grant(&mut self, head: &GrantHead) {
+        let size_sectors = self.sizes.get(&head.disk).copied().unwrap_or(0).min(u64::MAX / SECTOR_BYTES);
+        let disk = RelayDisk { size_sectors, generation: head.generation, ..RelayDisk::default() };
+        self.disks.insert(head.disk, disk);
+    }
+
+    fn handle_credit(&mut self, credit: &Credit) {
+        if let Some(disk) = self.disks.get_mut(&credit.disk) {
+            disk.upstream_limit = disk.upstream_limit.max(credit.limit);
+        }
+        self.announce_credit(credit.disk);
+    }
+
+    /// Bytes of a disk were handed to the transport: the window opens.
+    pub fn handle_forwarded(&mut self, disk: DiskId, cost: u64) {
+        self.held_bytes = self.held_bytes.saturating_sub(cost);
+        if let Some(state) = self.disks.get_mut(&disk) {
+            state.forwarded += cost;
+        }
+        if cost > 0 {
+            self.announce_credit(disk);
+        }
+    }
+
+    /// Passes on credit: never more than the target gave, never more than this relay will hold.
+    fn announce_credit(&mut self, id: DiskId) {
+        let window = self.window_bytes;
+        let Some(disk) = self.disks.get_mut(&id) else { return };
+        let limit = disk.upstream_limit.min(disk.forwarded + window);
+        let worth_it = limit >= disk.announced + window / 8 || limit == disk.upstream_limit;
+        if limit > disk.announced && worth_it {
+            disk.announced = limit;
+            let credit = Credit { disk: id, generation: disk.generation, limit };
+            self.pass_on(Side::Agent, Lane::Control, Message::Credit(credit).encode());
+        }
+    }
+
+    /// When [`Self::handle_timeout`] wants to be called.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<MonoTime> {
+        (!matches!(self.link, RelayLink::Open | RelayLink::Over)).then_some(self.deadline)
+    }
+
+    /// Time passed.
+    ///
+    /// # Errors
+    /// When a side did not finish its handshake in time.
+    pub fn handle_timeout(&mut self, now: MonoTime) -> Result<(), ProtoError> {
+        if self.poll_timeout().is_some_and(|at| now >= at) { Err(ProtoError::Timeout) } else { Ok(()) }
+    }
+
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<RelayAction> {
+        self.actions.pop_front()
+    }
+
+    fn pass_on(&mut self, to: Side, lane: Lane, frame: Frame) {
+        let outgoing = Outgoing { lane, frame };
+        self.actions.push_back(RelayAction::Forward { to, outgoing, disk: DiskId::NONE, cost: 0 });
+    }
+}
+
+fn encode_head(head: &BatchHead, records: &[Record]) -> Frame {
+    match head {
+        BatchHead::Delta(header) => encode_batch(header, records),
+        BatchHead::Bulk(header) => encode_bulk(header, records),
+    }
+}

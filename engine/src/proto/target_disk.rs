@@ -1,0 +1,663 @@
+//! One disk at the target: who may write it, in what order, with how much credit, and when its writes are durable.
+//!
+//! Call order: `handle_*`, then drain [`TargetDisk::poll_action`]; the driver executes [`DiskAction`]s **strictly in
+//! the order they come**, one after another, and reports each; [`TargetDisk::handle_timeout`] at
+//! [`TargetDisk::poll_timeout`].
+//!
+//! Invariants: a generation is durable before its GRANT is sent, and lower ones are refused from the moment it is
+//! chosen (I9); the state that a checkpoint records was true when the checkpoint was ordered, and everything ordered
+//! before it was executed before it, so `durable` never runs ahead of the medium (I5); a failed write or flush stops
+//! the disk (I6); bulk never overwrites what delta wrote since the pass began.
+//! Units: sectors, sequences, credit cost in bytes. Called by `master-target/src/disk_worker.rs` and the simulator.
+
+use std::collections::VecDeque;
+
+use super::credit::{FlowLimits, Window};
+use super::state::TargetDiskPhase;
+use crate::checksum::UnitHash;
+use crate::format::batch::{BatchHeader, BulkHeader, CHAIN_START, Chain, Mark, credit_cost};
+use crate::format::disk_state::DiskState;
+use crate::format::extent::Record;
+use crate::format::message::{
+    Ack, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead, Message,
+    Nack, NackReason, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
+};
+use crate::limits::RANGES_PER_MESSAGE_MAX;
+use crate::range_set::RangeSet;
+use crate::units::{DiskId, Generation, LineageId, MonoTime, PeerId, SectorRange, Sequence};
+
+/// Names a session at the target; never reused while the daemon runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SessionId(pub u64);
+
+/// A record to be written and the parts of it that bulk may still write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The record; its payload was checked before it was handed in.
+    pub record: Record,
+    /// Which of its sectors to write, ascending.
+    pub keep: Vec<SectorRange>,
+}
+
+/// What the driver is to do, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskAction {
+    /// Write these; then [`TargetDisk::handle_written`] with the cost.
+    Write {
+        /// The pieces; later ones win where delta overlaps itself.
+        pieces: Vec<Piece>,
+        /// To be reported back.
+        cost: u64,
+    },
+    /// Hash the target; then [`TargetDisk::handle_hashed`].
+    Hash {
+        /// Who asked.
+        session: SessionId,
+        /// What was asked.
+        request: CompareRequestHead,
+        /// Units to refine.
+        units: Vec<u16>,
+    },
+    /// Flush the target, then make the state durable; then [`TargetDisk::handle_checkpointed`].
+    Checkpoint {
+        /// The state.
+        state: Box<DiskState>,
+    },
+    /// Send to a session (GRANTs get their signature there).
+    Reply {
+        /// To whom.
+        session: SessionId,
+        /// What.
+        message: Message,
+    },
+}
+
+/// Something an operator should know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskNotice {
+    /// The disk is open.
+    Opened(Generation),
+    /// The whole disk is on the target.
+    Synced,
+    /// A compare pass began.
+    Resync(PassCause),
+    /// A session that had the disk open was fenced.
+    FencedSession(SessionId),
+    /// A mark is durable.
+    Marked(Sequence),
+}
+
+#[derive(Debug)]
+struct Checkpoint {
+    written_cost: u64,
+    sequence: Sequence,
+    marked: Sequence,
+    settled: RangeSet,
+    ends_pass: bool,
+    grants: Option<SessionId>,
+    announces_pass: bool,
+}
+
+/// One disk at the target.
+#[derive(Debug)]
+pub struct TargetDisk {
+    phase: TargetDiskPhase,
+    /// What the next checkpoint records.
+    state: DiskState,
+    /// Whether `state` says more than the last ordered checkpoint.
+    dirty: bool,
+    session: Option<SessionId>,
+    received: Sequence,
+    nacked: bool,
+    window: Window,
+    ordered_cost: u64,
+    unflushed_bytes: u64,
+    dirty_since: Option<MonoTime>,
+    fresh_settled: RangeSet,
+    pass_end_wanted: bool,
+    pass_announce: bool,
+    opening: Option<SessionId>,
+    running: Option<Checkpoint>,
+    durable: Sequence,
+    ever_opened: bool,
+    limits: FlowLimits,
+    actions: VecDeque<DiskAction>,
+    notices: VecDeque<DiskNotice>,
+}
+
+impl TargetDisk {
+    /// The state of a disk that was never opened; `mode` is [`PassMode::Copy`] only for a target that is known to
+    /// read as zeros everywhere.
+    #[must_use]
+    pub fn new_state(
+        disk: DiskId,
+        agent: PeerId,
+        source: SourceId,
+        size_sectors: u64,
+        lineage: LineageId,
+        mode: PassMode,
+    ) -> DiskState {
+        DiskState {
+            disk,
+            agent,
+            source,
+            size_sectors,
+            generation: Generation::ZERO,
+            lineage,
+            sequence: Sequence::ZERO,
+            chain: CHAIN_START,
+            marked: Sequence::ZERO,
+            pass: 1,
+            mode,
+            settled: RangeSet::new(),
+            touched: RangeSet::new(),
+        }
+    }
+
+    /// A disk whose state was read back (or is new).
+    #[must_use]
+    pub fn new(state: DiskState, limits: FlowLimits) -> Self {
+        Self {
+            phase: TargetDiskPhase::Closed,
+            received: state.sequence,
+            durable: state.sequence,
+            ever_opened: state.generation > Generation::ZERO,
+            state,
+            dirty: false,
+            session: None,
+            nacked: false,
+            window: Window::new(limits),
+            ordered_cost: 0,
+            unflushed_bytes: 0,
+            dirty_since: None,
+            fresh_settled: RangeSet::new(),
+            pass_end_wanted: false,
+            pass_announce: false,
+            opening: None,
+            running: None,
+            limits,
+            actions: VecDeque::new(),
+            notices: VecDeque::new(),
+        }
+    }
+
+    /// The state as the next checkpoint would record it.
+    #[must_use]
+    pub const fn state(&self) -> &DiskState {
+        &self.state
+    }
+
+    /// Where the disk stands.
+    #[must_use]
+    pub const fn phase(&self) -> TargetDiskPhase {
+        self.phase
+    }
+
+    /// The durable (and applied) sequence.
+    #[must_use]
+    pub const fn durable(&self) -> Sequence {
+        self.durable
+    }
+
+    /// OPEN_DISK by a session whose grant was checked.
+    pub fn handle_open(&mut self, now: MonoTime, session: SessionId, open: &OpenDiskHead) {
+        if self.phase == TargetDiskPhase::Failed {
+            let text = "the target failed; look at the master target's log, then restart it";
+            return self.refuse(session, ErrorCode::Target, text);
+        }
+        if open.size_sectors != self.state.size_sectors {
+            let text = format!(
+                "the source has {} sectors, the target {}; grow the smaller one or protect the disk anew",
+                open.size_sectors, self.state.size_sectors
+            );
+            return self.refuse(session, ErrorCode::Size, &text);
+        }
+        if open.generation != self.state.generation {
+            return self.reply(session, Message::Fenced(self.fenced()));
+        }
+        self.phase.become_state(TargetDiskPhase::Opening);
+        self.state.generation = self.state.generation.next();
+        if self.ever_opened && self.state.mode == PassMode::Copy {
+            self.state.mode = PassMode::Compare; // something was perhaps written and not recorded
+        }
+        self.ever_opened = true;
+        if let Some(old) = self.session.take().filter(|old| *old != session) {
+            self.reply(old, Message::Fenced(self.fenced()));
+            self.notices.push_back(DiskNotice::FencedSession(old));
+        }
+        self.opening = Some(session);
+        self.received = self.state.sequence;
+        self.nacked = false;
+        self.pass_end_wanted = false;
+        self.pass_announce = false;
+        self.touch(now);
+        self.checkpoint_if_due(now, true);
+    }
+
+    /// A delta batch whose payload was checked. What a peer does wrong is answered, never an error here.
+    pub fn handle_batch(
+        &mut self,
+        now: MonoTime,
+        session: SessionId,
+        header: &BatchHeader,
+        records: Vec<Record>,
+    ) {
+        if !self.may_write(session, header.generation) {
+            return self.reply(session, Message::Fenced(self.fenced()));
+        }
+        let cost = credit_cost(&records);
+        if !self.window.accept(cost) {
+            return self.expel(session, ErrorCode::Limit, "a batch was sent without credit");
+        }
+        let chain = (header.lineage == self.state.lineage).then_some(self.state.chain);
+        let last = header.last_sequence();
+        if chain.is_some() && last <= self.received {
+            self.window_written(cost);
+            if last <= self.durable {
+                self.ack(session);
+            }
+            return;
+        }
+        if header.first_sequence > self.received.next() {
+            self.window_written(cost);
+            if !self.nacked {
+                self.nacked = true;
+                self.nack(session, NackReason::Gap);
+            }
+            return;
+        }
+        if header.first_sequence != self.received.next() || chain != Some(header.chain) {
+            let text = "the stream's history does not fit what the target holds; a person must choose a side";
+            return self.expel(session, ErrorCode::Fork, text);
+        }
+        if let Some(bad) = records.iter().find(|record| record.range().end > self.state.size_sectors) {
+            let text = format!("{} lie outside the granted disk", bad.range());
+            return self.expel(session, ErrorCode::Grant, &text);
+        }
+        self.nacked = false;
+        self.received = last;
+        self.state.sequence = last;
+        self.state.chain = header.chain_after(&records);
+        if self.state.mode != PassMode::Done {
+            for record in &records {
+                self.state.touched.insert(record.range());
+            }
+        }
+        let pieces = records.into_iter().map(|record| Piece { keep: vec![record.range()], record }).collect();
+        self.order_write(now, pieces, cost);
+    }
+
+    /// A delta batch that failed its checks before it came here.
+    pub fn handle_damaged(&mut self, session: SessionId, generation: Generation) {
+        if self.may_write(session, generation) {
+            self.nack(session, NackReason::Damaged);
+        }
+    }
+
+    /// A mark in the delta stream.
+    pub fn handle_mark(&mut self, now: MonoTime, session: SessionId, mark: &Mark) {
+        if !self.may_write(session, mark.generation) {
+            return self.reply(session, Message::Fenced(self.fenced()));
+        }
+        if mark.lineage != self.state.lineage || mark.sequence > self.received {
+            return; // its batches were refused and are being sent again, the mark with them
+        }
+        if mark.sequence == self.received && mark.chain == self.state.chain {
+            self.state.marked = mark.sequence;
+            self.touch(now);
+            self.checkpoint_if_due(now, true);
+        }
+    }
+
+    /// A bulk batch whose payload was checked.
+    pub fn handle_bulk(
+        &mut self,
+        now: MonoTime,
+        session: SessionId,
+        header: &BulkHeader,
+        records: Vec<Record>,
+    ) {
+        if !self.may_write(session, header.generation) {
+            return self.reply(session, Message::Fenced(self.fenced()));
+        }
+        let cost = credit_cost(&records);
+        if !self.window.accept(cost) {
+            return self.expel(session, ErrorCode::Limit, "a batch was sent without credit");
+        }
+        if header.pass != self.state.pass || self.state.mode == PassMode::Done {
+            return self.window_written(cost); // of a pass that is over
+        }
+        if !self.state.whole().contains(header.cover) {
+            let text = format!("{} lie outside the granted disk", header.cover);
+            return self.expel(session, ErrorCode::Grant, &text);
+        }
+        let pieces = records
+            .into_iter()
+            .map(|record| Piece { keep: self.state.touched.missing(record.range()), record })
+            .filter(|piece| !piece.keep.is_empty())
+            .collect::<Vec<_>>();
+        self.state.settled.insert(header.cover);
+        self.state.touched.remove(header.cover);
+        self.fresh_settled.insert(header.cover);
+        self.order_write(now, pieces, cost);
+    }
+
+    /// A request for hashes.
+    pub fn handle_compare(&mut self, session: SessionId, request: CompareRequestHead, units: Vec<u16>) {
+        if !self.may_write(session, request.generation) {
+            return self.reply(session, Message::Fenced(self.fenced()));
+        }
+        if !self.state.whole().contains(request.range) {
+            let text = format!("{} lie outside the granted disk", request.range);
+            return self.expel(session, ErrorCode::Grant, &text);
+        }
+        self.actions.push_back(DiskAction::Hash { session, request, units });
+    }
+
+    /// The agent asks for a compare pass.
+    pub fn handle_pass_begin(&mut self, now: MonoTime, session: SessionId, begin: &PassBegin) {
+        if !self.may_write(session, begin.generation) {
+            return self.reply(session, Message::Fenced(self.fenced()));
+        }
+        self.state.pass += 1;
+        self.state.mode = PassMode::Compare;
+        self.state.settled.clear();
+        self.state.touched.clear();
+        self.fresh_settled.clear();
+        self.pass_end_wanted = false;
+        self.pass_announce = true;
+        self.notices.push_back(DiskNotice::Resync(begin.cause));
+        self.touch(now);
+        self.checkpoint_if_due(now, true);
+    }
+
+    /// The agent says that it covered the disk.
+    pub fn handle_pass_end(&mut self, now: MonoTime, session: SessionId, end: &PassEnd) {
+        if !self.may_write(session, end.generation) {
+            return self.reply(session, Message::Fenced(self.fenced()));
+        }
+        if end.pass != self.state.pass {
+            return;
+        }
+        if self.state.mode == PassMode::Done {
+            return self.reply(session, Message::PassState(self.pass_state()));
+        }
+        if self.state.settled.contains(self.state.whole()) {
+            self.pass_end_wanted = true;
+            self.touch(now);
+            self.checkpoint_if_due(now, true);
+        } else {
+            self.refuse(session, ErrorCode::Protocol, "the pass was ended before it covered the disk");
+        }
+    }
+
+    /// A session is gone.
+    pub fn handle_session_lost(&mut self, now: MonoTime, session: SessionId) {
+        if self.opening == Some(session) {
+            self.opening = None;
+        }
+        if self.session == Some(session) {
+            self.session = None;
+        }
+        if self.session.is_none()
+            && self.opening.is_none()
+            && matches!(self.phase, TargetDiskPhase::Open | TargetDiskPhase::Opening)
+        {
+            self.phase.become_state(TargetDiskPhase::Closed);
+        }
+        if let Some(running) = &mut self.running
+            && running.grants == Some(session)
+        {
+            running.grants = None;
+        }
+        self.checkpoint_if_due(now, self.dirty);
+    }
+
+    /// A [`DiskAction::Write`] is done.
+    pub fn handle_written(&mut self, cost: u64) {
+        self.window_written(cost);
+    }
+
+    /// A [`DiskAction::Hash`] is done.
+    pub fn handle_hashed(&mut self, session: SessionId, request: &CompareRequestHead, hashes: Vec<UnitHash>) {
+        let head = CompareHashesHead {
+            disk: request.disk,
+            generation: request.generation,
+            request: request.request,
+            hash_count: hashes.len() as u32,
+        };
+        self.reply(session, Message::CompareHashes(head, hashes));
+    }
+
+    /// A [`DiskAction::Checkpoint`] is done: what it recorded is durable.
+    pub fn handle_checkpointed(&mut self, now: MonoTime) {
+        let Some(done) = self.running.take() else { return };
+        self.durable = done.sequence;
+        self.window.made_durable(done.written_cost);
+        if done.marked > Sequence::ZERO && done.marked == done.sequence {
+            self.notices.push_back(DiskNotice::Marked(done.marked));
+        }
+        if done.ends_pass {
+            self.notices.push_back(DiskNotice::Synced);
+        }
+        if let Some(session) = done.grants
+            && self.opening == Some(session)
+        {
+            self.grant(session);
+        } else if let Some(session) = self.session {
+            self.acknowledge(session, &done);
+        }
+        self.checkpoint_if_due(now, false);
+    }
+
+    fn acknowledge(&mut self, session: SessionId, done: &Checkpoint) {
+        if !done.settled.is_empty() {
+            let ranges: Vec<SectorRange> = done.settled.iter().collect();
+            for part in ranges.chunks(RANGES_PER_MESSAGE_MAX) {
+                let head = BulkAckHead {
+                    disk: self.state.disk,
+                    generation: self.state.generation,
+                    pass: self.state.pass,
+                    range_count: part.len() as u32,
+                };
+                self.reply(session, Message::BulkAck(head, part.to_vec()));
+            }
+        }
+        self.ack(session);
+        if done.ends_pass || done.announces_pass {
+            self.reply(session, Message::PassState(self.pass_state()));
+        }
+        self.announce_credit();
+    }
+
+    fn grant(&mut self, session: SessionId) {
+        self.opening = None;
+        self.session = Some(session);
+        self.phase.become_state(TargetDiskPhase::Open);
+        self.window = Window::new(self.limits);
+        self.ordered_cost = 0;
+        let mut settled = self.state.settled.clone();
+        settled.truncate_to_longest(RANGES_PER_MESSAGE_MAX);
+        let ranges: Vec<SectorRange> = settled.iter().collect();
+        let head = GrantHead {
+            disk: self.state.disk,
+            generation: self.state.generation,
+            lineage: self.state.lineage,
+            durable: self.durable,
+            chain: self.state.chain,
+            pass: self.state.pass,
+            mode: self.state.mode,
+            range_count: ranges.len() as u32,
+            grant_bytes: 0,
+        };
+        self.reply(session, Message::Grant(head, ranges, bytes::Bytes::new()));
+        self.notices.push_back(DiskNotice::Opened(self.state.generation));
+        self.announce_credit();
+    }
+
+    /// The driver could not write or flush: the disk stops (I6).
+    pub fn handle_failed(&mut self, reason: &str) {
+        if self.phase == TargetDiskPhase::Failed {
+            return;
+        }
+        self.phase.become_state(TargetDiskPhase::Failed);
+        self.actions.clear();
+        self.running = None;
+        for session in [self.session.take(), self.opening.take()].into_iter().flatten() {
+            self.refuse(session, ErrorCode::Target, reason);
+        }
+    }
+
+    /// The driver waits for space: tell the session, nothing else changes.
+    pub fn handle_full(&mut self, reason: &str) {
+        if let Some(session) = self.session {
+            self.refuse(session, ErrorCode::Full, reason);
+        }
+    }
+
+    /// When [`Self::handle_timeout`] wants to be called.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<MonoTime> {
+        self.dirty_since
+            .filter(|_| self.running.is_none())
+            .map(|since| since.plus_nanos(self.limits.flush_nanos))
+    }
+
+    /// Time passed.
+    pub fn handle_timeout(&mut self, now: MonoTime) {
+        let due = self.poll_timeout().is_some_and(|at| now >= at);
+        self.checkpoint_if_due(now, due);
+    }
+
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<DiskAction> {
+        self.actions.pop_front()
+    }
+
+    /// The next thing to tell.
+    pub fn poll_notice(&mut self) -> Option<DiskNotice> {
+        self.notices.pop_front()
+    }
+
+    fn may_write(&self, session: SessionId, generation: Generation) -> bool {
+        self.phase == TargetDiskPhase::Open
+            && self.session == Some(session)
+            && generation == self.state.generation
+    }
+
+    fn order_write(&mut self, now: MonoTime, pieces: Vec<Piece>, cost: u64) {
+        self.ordered_cost += cost;
+        self.unflushed_bytes += cost;
+        self.touch(now);
+        self.actions.push_back(DiskAction::Write { pieces, cost });
+        self.checkpoint_if_due(now, false);
+    }
+
+    const fn touch(&mut self, now: MonoTime) {
+        self.dirty = true;
+        if self.dirty_since.is_none() {
+            self.dirty_since = Some(now);
+        }
+    }
+
+    /// Orders a checkpoint when one is due and none runs; everything ordered before it is covered by it.
+    fn checkpoint_if_due(&mut self, now: MonoTime, wanted: bool) {
+        let wanted = wanted
+            || self.unflushed_bytes >= self.limits.flush_bytes
+            || self.opening.is_some()
+            || self.pass_end_wanted
+            || self.pass_announce
+            || self.dirty_since.is_some_and(|since| now >= since.plus_nanos(self.limits.flush_nanos));
+        if !wanted || !self.dirty || self.running.is_some() || self.phase == TargetDiskPhase::Failed {
+            return;
+        }
+        let ends_pass = std::mem::take(&mut self.pass_end_wanted);
+        if ends_pass {
+            self.state.mode = PassMode::Done;
+            self.state.settled.clear();
+            self.state.touched.clear();
+        }
+        self.dirty = false;
+        self.dirty_since = None;
+        self.unflushed_bytes = 0;
+        self.running = Some(Checkpoint {
+            written_cost: self.ordered_cost,
+            sequence: self.state.sequence,
+            marked: self.state.marked,
+            settled: std::mem::take(&mut self.fresh_settled),
+            ends_pass,
+            grants: self.opening,
+            announces_pass: std::mem::take(&mut self.pass_announce),
+        });
+        self.actions.push_back(DiskAction::Checkpoint { state: Box::new(self.state.clone()) });
+    }
+
+    fn window_written(&mut self, cost: u64) {
+        self.window.wrote(cost);
+        self.announce_credit();
+    }
+
+    fn announce_credit(&mut self) {
+        let Some(session) = self.session else { return };
+        if let Some(limit) = self.window.announce() {
+            let credit = Credit { disk: self.state.disk, generation: self.state.generation, limit };
+            self.reply(session, Message::Credit(credit));
+        }
+    }
+
+    fn ack(&mut self, session: SessionId) {
+        let ack = Ack {
+            disk: self.state.disk,
+            generation: self.state.generation,
+            received: self.received,
+            durable: self.durable,
+            applied: self.durable,
+            marked: self.state.marked.min(self.durable),
+        };
+        self.reply(session, Message::Ack(ack));
+    }
+
+    fn nack(&mut self, session: SessionId, reason: NackReason) {
+        let nack = Nack {
+            disk: self.state.disk,
+            generation: self.state.generation,
+            resume_from: self.received.next(),
+            reason,
+        };
+        self.reply(session, Message::Nack(nack));
+    }
+
+    const fn fenced(&self) -> Fenced {
+        Fenced { disk: self.state.disk, generation: self.state.generation }
+    }
+
+    const fn pass_state(&self) -> PassState {
+        PassState {
+            disk: self.state.disk,
+            generation: self.state.generation,
+            pass: self.state.pass,
+            mode: self.state.mode,
+        }
+    }
+
+    fn refuse(&mut self, session: SessionId, code: ErrorCode, text: &str) {
+        self.reply(session, Message::error(self.state.disk, code, text));
+    }
+
+    /// Refuses and takes the disk away from a session that broke a rule; it must open the disk again.
+    fn expel(&mut self, session: SessionId, code: ErrorCode, text: &str) {
+        self.refuse(session, code, text);
+        self.session = None;
+        self.phase.become_state(TargetDiskPhase::Closed);
+    }
+
+    fn reply(&mut self, session: SessionId, message: Message) {
+        self.actions.push_back(DiskAction::Reply { session, message });
+    }
+
+    /// The chain digest of everything accepted.
+    #[must_use]
+    pub const fn chain(&self) -> Chain {
+        self.state.chain
+    }
+}
