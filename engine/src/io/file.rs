@@ -9,8 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::buffer::PoolBuf;
-use super::handle::{BOUNCE_BYTES_MAX, Buffer, Handle, Piece, Plan, Route};
+use super::handle::Handle;
 use super::open::OpenOptions;
+use super::plan::{BOUNCE_BYTES_MAX, Buffer, Piece, Plan, Route};
 use super::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 
 /// Threads one call may use: enough to keep a disk's queue from running dry at 1 MiB per transfer.

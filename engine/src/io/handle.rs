@@ -1,4 +1,4 @@
-//! What the file backends share: opening, alignment, routing of transfers, zeroing, mapping, flushing.
+//! What the file backends share: opening, alignment, zeroing, mapping, and the memory of a failure.
 //!
 //! Invariants: a handle holds up to two descriptors of one inode, one direct and one through the page cache; only
 //! transfers whose offset, length and memory fit the device go to the direct one. Of one call, everything direct
@@ -6,7 +6,7 @@
 //! neighbours over what went to the medium directly. The kernel keeps the two coherent between calls. A failed
 //! write or flush is remembered and refuses every later change (I6); a full medium is not such a failure.
 //! Units: bytes. Called by `file.rs` and `uring.rs` only.
-#![expect(unsafe_code, reason = "one fcntl for a lock that no safe wrapper offers")]
+#![expect(unsafe_code, reason = "a lock and an ioctl that no safe wrapper offers")]
 
 use std::fs::{File, OpenOptions as StdOpenOptions};
 use std::io::{self, ErrorKind};
@@ -18,108 +18,14 @@ use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 
 use super::open::OpenOptions;
+use super::plan::{Alignment, Buffer, PIECE_BYTES_MAX, Plan, Route};
 use super::{BlockError, BlockOp, ByteRange, ReadAt, WriteAt};
 use crate::units::BLOCK_BYTES;
-
-/// Largest single transfer given to the kernel.
-pub(super) const PIECE_BYTES_MAX: usize = 1 << 20;
-/// Largest transfer through a bounce buffer: bounds the memory of a full queue of them.
-pub(super) const BOUNCE_BYTES_MAX: usize = 256 << 10;
-
-/// Where a transfer's bytes come from or go to.
-#[derive(Debug)]
-pub(super) enum Buffer<'a> {
-    /// Filled from the medium.
-    Read(&'a mut [u8]),
-    /// Put on the medium.
-    Write(&'a [u8]),
-}
-
-impl Buffer<'_> {
-    pub(super) fn len(&self) -> usize {
-        match self {
-            Self::Read(data) => data.len(),
-            Self::Write(data) => data.len(),
-        }
-    }
-
-    fn address(&self) -> usize {
-        match self {
-            Self::Read(data) => data.as_ptr().addr(),
-            Self::Write(data) => data.as_ptr().addr(),
-        }
-    }
-
-    fn op(&self) -> BlockOp {
-        match self {
-            Self::Read(_) => BlockOp::Read,
-            Self::Write(_) => BlockOp::Write,
-        }
-    }
-}
-
-impl<'a> Buffer<'a> {
-    fn split_at(self, mid: usize) -> (Self, Self) {
-        match self {
-            Self::Read(data) => {
-                let (a, b) = data.split_at_mut(mid);
-                (Self::Read(a), Self::Read(b))
-            }
-            Self::Write(data) => {
-                let (a, b) = data.split_at(mid);
-                (Self::Write(a), Self::Write(b))
-            }
-        }
-    }
-}
-
-/// How a piece reaches the medium.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Route {
-    /// Straight between the caller's memory and the device.
-    Direct,
-    /// Directly, by way of an aligned buffer, because the caller's memory is not aligned.
-    Bounce,
-    /// Through the page cache.
-    Buffered,
-}
-
-/// One transfer of at most [`PIECE_BYTES_MAX`].
-#[derive(Debug)]
-pub(super) struct Piece<'a> {
-    pub(super) offset: u64,
-    pub(super) buffer: Buffer<'a>,
-    pub(super) route: Route,
-}
-
-impl Piece<'_> {
-    pub(super) fn op(&self) -> BlockOp {
-        self.buffer.op()
-    }
-
-    pub(super) fn range(&self) -> ByteRange {
-        ByteRange { start: self.offset, end: self.offset + self.buffer.len() as u64 }
-    }
-}
-
-/// The pieces of one call: all of `direct` completes before `buffered` starts.
-#[derive(Debug, Default)]
-pub(super) struct Plan<'a> {
-    pub(super) direct: Vec<Piece<'a>>,
-    pub(super) buffered: Vec<Piece<'a>>,
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     File,
     Device,
-}
-
-/// What direct I/O demands of a transfer; both powers of two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Alignment {
-    pub(super) offset: u64,
-    pub(super) memory: usize,
 }
 
 /// An open file or block device.
@@ -168,6 +74,13 @@ impl Handle {
             return Err(io::Error::other("replaced while it was being opened; try again"));
         }
         let kind = if is_device { Kind::Device } else { Kind::File };
+        if kind == Kind::Device && options.write && is_read_only(&buffered)? {
+            // The kernel opens such a device for writing all the same, and refuses each write.
+            return Err(io::Error::new(
+                ErrorKind::ReadOnlyFilesystem,
+                "it may not be written: the device is set read-only; clear that (blockdev --setrw) or attach another",
+            ));
+        }
         if options.exclusive && kind == Kind::File {
             lock_file(&buffered, options.write)?;
         }
@@ -249,44 +162,24 @@ impl Handle {
 
     /// Cuts reads into pieces; refuses the whole batch if one lies outside the file.
     pub(super) fn plan_reads<'a>(&self, reads: &'a mut [ReadAt<'_>]) -> Result<Plan<'a>, BlockError> {
+        let direct = self.direct.as_ref().map(|(_, alignment)| *alignment);
         let mut plan = Plan::default();
         for read in reads {
             self.check_range(BlockOp::Read, read.offset, read.data.len() as u64)?;
-            self.cut(read.offset, Buffer::Read(read.data), &mut plan);
+            plan.cut(read.offset, Buffer::Read(read.data), direct);
         }
         Ok(plan)
     }
 
     /// Cuts writes into pieces; refuses the whole batch if one lies outside the file.
     pub(super) fn plan_writes<'a>(&self, writes: &'a [WriteAt<'_>]) -> Result<Plan<'a>, BlockError> {
+        let direct = self.direct.as_ref().map(|(_, alignment)| *alignment);
         let mut plan = Plan::default();
         for write in writes {
             self.check_range(BlockOp::Write, write.offset, write.data.len() as u64)?;
-            self.cut(write.offset, Buffer::Write(write.data), &mut plan);
+            plan.cut(write.offset, Buffer::Write(write.data), direct);
         }
         Ok(plan)
-    }
-
-    /// One transfer into: an unaligned head, an aligned middle in pieces, an unaligned tail.
-    fn cut<'a>(&self, offset: u64, buffer: Buffer<'a>, plan: &mut Plan<'a>) {
-        let Some((_, alignment)) = &self.direct else {
-            chop(offset, buffer, Route::Buffered, &mut plan.buffered);
-            return;
-        };
-        let end = offset + buffer.len() as u64;
-        let first = offset.next_multiple_of(alignment.offset);
-        let last = end / alignment.offset * alignment.offset;
-        if first >= last {
-            chop(offset, buffer, Route::Buffered, &mut plan.buffered);
-            return;
-        }
-        let (head, rest) = buffer.split_at((first - offset) as usize);
-        let (middle, tail) = rest.split_at((last - first) as usize);
-        chop(offset, head, Route::Buffered, &mut plan.buffered);
-        let fits = middle.address().is_multiple_of(alignment.memory);
-        let route = if fits { Route::Direct } else { Route::Bounce };
-        chop(first, middle, route, &mut plan.direct);
-        chop(last, tail, Route::Buffered, &mut plan.buffered);
     }
 
     /// Zeroes `range`: as a hole where the medium can, as an unwritten extent else; `Ok(false)` when it can
@@ -403,18 +296,6 @@ fn push_joined(found: &mut Vec<ByteRange>, next: ByteRange) {
     }
 }
 
-/// Cuts a run of one route into pieces the kernel takes at once.
-fn chop<'a>(mut offset: u64, mut buffer: Buffer<'a>, route: Route, out: &mut Vec<Piece<'a>>) {
-    let most = if route == Route::Bounce { BOUNCE_BYTES_MAX } else { PIECE_BYTES_MAX };
-    while buffer.len() > 0 {
-        let len = buffer.len().min(most);
-        let (piece, rest) = buffer.split_at(len);
-        out.push(Piece { offset, buffer: piece, route });
-        offset += len as u64;
-        buffer = rest;
-    }
-}
-
 fn explain_open(error: io::Error, options: &OpenOptions) -> io::Error {
     match error.raw_os_error() {
         Some(libc::EBUSY) if options.exclusive => io::Error::new(
@@ -427,6 +308,14 @@ fn explain_open(error: io::Error, options: &OpenOptions) -> io::Error {
         ),
         _ => error,
     }
+}
+
+fn is_read_only(device: &File) -> io::Result<bool> {
+    const BLKROGET: rustix::ioctl::Opcode = rustix::ioctl::opcode::none(0x12, 94);
+    // SAFETY: BLKROGET writes one `int` and nothing else.
+    let flag =
+        unsafe { rustix::ioctl::ioctl(device, rustix::ioctl::Getter::<BLKROGET, libc::c_int>::new()) }?;
+    Ok(flag != 0)
 }
 
 /// Locks the whole file for this open file description: for writing against everyone, for reading against writers.
@@ -500,4 +389,29 @@ fn direct_read_works(direct: &File, alignment: Alignment, size_bytes: u64) -> bo
     let Ok(mut buffer) = super::buffer::PoolBuf::alone(alignment.offset as usize) else { return false };
     // A failing medium is the business of the first real read; only "this does not work here" matters now.
     !matches!(direct.read_at(&mut buffer, 0), Err(error) if error.raw_os_error() == Some(libc::EINVAL))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_full_medium_leaves_a_file_writable_after_a_failure() {
+        let file = tempfile::NamedTempFile::new().expect("temporary file");
+        let options = OpenOptions { write: true, ..OpenOptions::default() };
+        let fail = |op, errno| {
+            let mut handle = Handle::open(file.path(), &options).expect("open");
+            let error = handle.error(op, ByteRange { start: 0, end: 1 }, io::Error::from_raw_os_error(errno));
+            assert!(handle.note::<()>(Err(error)).is_err());
+            handle.check_changeable(BlockOp::Write).map_err(|error| error.to_string())
+        };
+        assert_eq!(fail(BlockOp::Write, libc::ENOSPC), Ok(()));
+        assert_eq!(fail(BlockOp::Read, libc::EIO), Ok(()));
+        for (op, errno) in
+            [(BlockOp::Write, libc::EIO), (BlockOp::Zero, libc::EIO), (BlockOp::Flush, libc::ENOSPC)]
+        {
+            let refused = fail(op, errno).expect_err("failed");
+            assert!(refused.contains("reopened and verified"), "{refused}");
+        }
+    }
 }

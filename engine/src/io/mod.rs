@@ -16,6 +16,8 @@ mod handle;
 pub mod memory;
 #[cfg(feature = "io")]
 pub mod open;
+#[cfg(feature = "io")]
+mod plan;
 #[cfg(feature = "uring")]
 pub mod uring;
 

@@ -18,8 +18,9 @@ use io_uring::{IoUring, opcode, squeue, types};
 
 use super::buffer::{BufferArena, PAGE_BYTES, PoolBuf};
 use super::file::progress;
-use super::handle::{BOUNCE_BYTES_MAX, Buffer, Handle, Piece, Route};
+use super::handle::Handle;
 use super::open::OpenOptions;
+use super::plan::{BOUNCE_BYTES_MAX, Buffer, Piece, Route};
 use super::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 
 /// Deepest queue: keeps the ring's own memory and its locked bounce buffers small.
