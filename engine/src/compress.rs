@@ -6,11 +6,13 @@
 //! window is the buffer itself). Units: bytes. Contexts are costly and reused: one per worker thread.
 //! Called by the agent and process server (compressing), the master target (decompressing) and the journal.
 
+mod level;
+
 use zstd::zstd_safe;
 use zstd_safe::zstd_sys::ZSTD_ErrorCode;
 
+pub use self::level::{EVIDENCE_NANOS, HOLD_NANOS_MAX, HOLD_NANOS_MIN, LevelController, Load};
 use crate::error::{Answer, Severity};
-use crate::units::MonoTime;
 
 /// The levels in use, fastest first. Zero is left out: zstd takes it for its default, three.
 pub const LEVELS: [i32; 8] = [-5, -4, -3, -2, -1, 1, 2, 3];
@@ -140,9 +142,9 @@ impl std::fmt::Debug for Compressor {
     }
 }
 
-/// The most a compressed record may take for compression to be worth its decompression.
+/// The most a compressed record may take for compression to be worth its decompression: 94 %.
 fn stored_bytes_max(plain_bytes: usize) -> usize {
-    plain_bytes - plain_bytes.div_ceil(100) * 6.min(plain_bytes)
+    plain_bytes - (plain_bytes / 50 * 3 + plain_bytes % 50 * 3 / 50)
 }
 
 /// A reusable decompressor for untrusted bytes; one per worker thread.
@@ -190,5 +192,134 @@ impl Decompressor {
 impl std::fmt::Debug for Decompressor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Decompressor").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn text(len: usize) -> Vec<u8> {
+        (0..len).map(|at| b"the path of one write "[at % 22] ^ u8::from(at % 1000 == 7)).collect()
+    }
+
+    fn noise(len: usize) -> Vec<u8> {
+        let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()
+        };
+        std::iter::repeat_with(&mut next).flatten().take(len).collect()
+    }
+
+    fn stored(plain: &[u8]) -> Vec<u8> {
+        Compressor::new(LEVEL_DEFAULT)
+            .expect("context")
+            .compress(plain)
+            .expect("compress")
+            .expect("compressible")
+    }
+
+    fn decompress(stored: &[u8], len: usize) -> Result<Vec<u8>, CompressError> {
+        let mut plain = vec![0; len];
+        Decompressor::new().expect("context").decompress_into(stored, &mut plain).map(|()| plain)
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_compressed_comes_back(
+            runs in proptest::collection::vec((any::<u8>(), 1..2000_usize), 1..60), level in -7..=5_i32,
+        ) {
+            let plain: Vec<u8> = runs.iter().flat_map(|(byte, len)| std::iter::repeat_n(*byte, *len)).collect();
+            let mut compressor = Compressor::new(level).expect("context");
+            prop_assert!(LEVELS.contains(&compressor.level()));
+            if let Some(stored) = compressor.compress(&plain).expect("compress") {
+                prop_assert!(stored.len() * 100 <= plain.len() * 94 + 100);
+                prop_assert_eq!(decompress(&stored, plain.len()), Ok(plain));
+            }
+        }
+
+        #[test]
+        fn damaged_bytes_are_refused_or_fill_the_buffer_and_never_panic(
+            at in any::<prop::sample::Index>(), flip in 1..=255_u8, cut in any::<prop::sample::Index>(),
+        ) {
+            let mut bytes = stored(&text(20_000));
+            prop_assert!(decompress(&bytes[..cut.index(bytes.len())], 20_000).is_err(), "cut short");
+            let at = at.index(bytes.len());
+            bytes[at] ^= flip;
+            if let Ok(plain) = decompress(&bytes, 20_000) {
+                prop_assert_eq!(plain.len(), 20_000); // the fragment CRCs above find what zstd cannot
+            }
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), len in 0..5000_usize) {
+            let _ = decompress(&bytes, len);
+            let framed = [&[0x28, 0xB5, 0x2F, 0xFD][..], &bytes].concat();
+            let _ = decompress(&framed, len);
+        }
+    }
+
+    #[test]
+    fn what_saves_under_six_percent_stays_plain() {
+        let mut compressor = Compressor::new(3).expect("context");
+        assert_eq!(compressor.compress(&noise(1 << 20)), Ok(None));
+        assert_eq!(compressor.compress(&[]), Ok(None));
+        for (zeros, worth) in [(3_000, false), (9_000, true)] {
+            let mut plain = noise(100_000);
+            plain[..zeros].fill(0);
+            assert_eq!(compressor.compress(&plain).expect("compress").is_some(), worth, "{zeros} zeros");
+        }
+        // A buffer left over from something larger does not change the rule.
+        let mut reused = Vec::with_capacity(1 << 20);
+        assert_eq!(compressor.compress_into(&noise(10_000), &mut reused), Ok(false));
+        assert_eq!(compressor.compress_into(&text(10_000), &mut reused), Ok(true));
+    }
+
+    #[test]
+    fn the_limit_is_ninety_four_percent_for_every_length() {
+        for len in (0..3000).chain([65_536, 1 << 20, usize::MAX]) {
+            let exact = len as u128 - len as u128 * 6 / 100;
+            assert_eq!(stored_bytes_max(len) as u128, exact, "{len}");
+        }
+    }
+
+    #[test]
+    fn a_compression_bomb_is_refused_by_its_header_and_by_its_blocks() {
+        let bomb = stored(&vec![0; 64 << 20]);
+        assert!(bomb.len() < 16 << 10);
+        let expected = 64 << 10;
+        assert_eq!(
+            decompress(&bomb, expected as usize),
+            Err(CompressError::ContentSize { got: 64 << 20, expected }),
+        );
+        // The same frame with a lie in its header: a window byte, then the content size in four.
+        assert_eq!(bomb[4] & 0xE0, 0x80, "the layout this test edits");
+        let mut lying = bomb;
+        lying[6..10].copy_from_slice(&(expected as u32).to_le_bytes());
+        assert!(matches!(decompress(&lying, expected as usize), Err(CompressError::Damaged { .. })));
+    }
+
+    #[test]
+    fn a_frame_without_its_size_or_with_company_is_refused() {
+        let plain = text(5000);
+        let mut context = zstd_safe::CCtx::create();
+        context.set_parameter(zstd_safe::CParameter::ContentSizeFlag(false)).expect("parameter");
+        let mut anonymous = Vec::with_capacity(6000);
+        context.compress2(&mut anonymous, &plain).expect("compress");
+        let stored_bytes = anonymous.len();
+        assert_eq!(decompress(&anonymous, 5000), Err(CompressError::NoContentSize { stored_bytes }));
+
+        let frame = stored(&plain);
+        let skippable = [0x50, 0x2A, 0x4D, 0x18, 0, 0, 0, 0];
+        for company in [&frame[..], &skippable, b"x"] {
+            let stored = [&frame, company].concat();
+            let error = CompressError::NotOneFrame { stored_bytes: stored.len() };
+            assert_eq!(decompress(&stored, 5000), Err(error));
+        }
+        assert_eq!(decompress(&frame, 5000), Ok(plain));
     }
 }
