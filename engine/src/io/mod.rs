@@ -11,10 +11,18 @@ pub mod buffer;
 pub mod durable;
 #[cfg(feature = "io")]
 pub mod file;
+#[cfg(feature = "io")]
+mod handle;
 pub mod memory;
+#[cfg(feature = "io")]
+pub mod open;
+#[cfg(feature = "io")]
+mod plan;
 #[cfg(feature = "uring")]
 pub mod uring;
 
+#[cfg(feature = "io")]
+pub use self::open::{Backend, OpenOptions, open, open_reporting};
 use crate::error::{Answer, Severity};
 
 /// A half-open run of bytes in a file.
