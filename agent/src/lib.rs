@@ -1,1 +1,2 @@
 //! The agent program as a library; `main.rs` is a thin shell around it.
+pub mod config;

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use toml::de::{DeTable, DeValue};
 
+use super::places::{self, Places, Program};
+use super::values::{AddressText, HostPort};
 use crate::error::{Answer, Severity};
 
 /// Largest configuration file; a larger one is some other file named by mistake.
@@ -105,6 +107,49 @@ pub fn load_or_default<T: DeserializeOwned + Default>(path: &Path) -> Result<Loa
     }
 }
 
+/// The command-line options every program shares; they win over the file.
+#[derive(Clone, Debug, Default)]
+pub struct Overrides {
+    /// `--config`: the file, which must then exist.
+    pub config: Option<PathBuf>,
+    /// `--state-dir`: moves state, socket and the default place of the file.
+    pub state_dir: Option<PathBuf>,
+    /// `--log-level`.
+    pub log_level: Option<String>,
+}
+
+impl Overrides {
+    /// Loads the file of `program` that these options lead to.
+    ///
+    /// # Errors
+    /// As [`load`] where the operator named the file, else as [`load_or_default`].
+    pub fn load<T: DeserializeOwned + Default>(&self, program: Program) -> Result<Loaded<T>, ConfigError> {
+        match places::config_path(program, self.config.as_deref(), self.state_dir.as_deref()) {
+            (path, true) => load(&path),
+            (path, false) => load_or_default(&path),
+        }
+    }
+
+    /// The places of `program`: `--state-dir`, else the file's `state_dir`, else the packaged ones.
+    ///
+    /// # Errors
+    /// When the file's `state_dir` is relative or the resulting paths do not fit.
+    pub fn places<T>(
+        &self,
+        program: Program,
+        loaded: &Loaded<T>,
+        state_dir: Option<&Path>,
+    ) -> Result<Places, ConfigError> {
+        if self.state_dir.is_none() && state_dir.is_some_and(Path::is_relative) {
+            return Err(loaded.invalid("state_dir", "a relative path", "write an absolute one"));
+        }
+        Places::resolve(program, self.state_dir.as_deref().or(state_dir)).map_err(|error| {
+            let (what, remedy) = explain(&error.to_string());
+            loaded.invalid("state_dir", what, remedy)
+        })
+    }
+}
+
 fn read(path: &Path) -> Result<String, ConfigError> {
     let failed = |source: std::io::Error| match source.kind() {
         std::io::ErrorKind::NotFound => ConfigError::Missing { path: path.to_owned() },
@@ -150,6 +195,27 @@ pub fn parse<T: DeserializeOwned>(path: &Path, text: String) -> Result<Loaded<T>
 }
 
 impl<T> Loaded<T> {
+    /// The addresses `texts` of dotted `key` with their ports; one that stands twice is refused.
+    ///
+    /// # Errors
+    /// Names the address that stands twice.
+    pub fn addresses(
+        &self,
+        key: &str,
+        texts: &[AddressText],
+        default_port: u16,
+    ) -> Result<Vec<HostPort>, ConfigError> {
+        let mut addresses: Vec<HostPort> = Vec::with_capacity(texts.len());
+        for text in texts {
+            let address = text.with_default_port(default_port);
+            if addresses.contains(&address) {
+                return Err(self.invalid(key, format!("{address} stands twice"), "write it once"));
+            }
+            addresses.push(address);
+        }
+        Ok(addresses)
+    }
+
     /// The file this came from (or would have come from).
     #[must_use]
     pub fn path(&self) -> &Path {
