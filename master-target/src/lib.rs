@@ -1,1 +1,2 @@
 //! The master-target program as a library; `main.rs` is a thin shell around it.
+pub mod config;

@@ -1,1 +1,2 @@
 //! The process-server program as a library; `main.rs` is a thin shell around it.
+pub mod config;

@@ -1,0 +1,288 @@
+//! The agent's configuration: raw TOML and the settings it is resolved to, once.
+//!
+//! Invariants: every key has a description in [`KEYS`] (asserted by a test that asks the type); settings are valid by
+//! construction, nothing checks them again. Units stand on the keys. Called by `main` and by `check-config`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use reprotect_engine::host::config::{ConfigError, Loaded, Overrides};
+use reprotect_engine::host::config_doc::KeyDoc;
+use reprotect_engine::host::logging::{self, LOG_KEYS, LogConfig};
+use reprotect_engine::host::places::{MASTER_TARGET_PORT, Places, Program};
+use reprotect_engine::host::values::{AddressText, ByteSize, DurationText, HostPort, LevelText, Rate};
+use serde::{Deserialize, Serialize};
+
+/// Who compresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compress {
+    /// The agent where it speaks to a master target directly, else the process server.
+    #[default]
+    Auto,
+    /// The process server.
+    Relay,
+    /// The agent.
+    Source,
+    /// Nobody.
+    Off,
+}
+
+/// The `[disks]` table.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DisksConfig {
+    /// Disks to offer in addition to those selected by default.
+    pub include: Vec<String>,
+    /// Disks not to offer.
+    pub exclude: Vec<String>,
+}
+
+/// The file as written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RawConfig {
+    /// Moves state and admin socket.
+    pub state_dir: Option<PathBuf>,
+    /// Process servers and master targets to dial.
+    pub upstream: Vec<AddressText>,
+    /// Who compresses.
+    pub compress: Compress,
+    /// zstd level where the agent compresses.
+    pub compress_level: LevelText,
+    /// Limit on reading the disks.
+    pub read_rate: Rate,
+    /// Pause between two passes over a disk.
+    pub scan_interval: DurationText,
+    /// Payload budget.
+    pub memory: ByteSize,
+    /// Which disks.
+    pub disks: DisksConfig,
+    /// Logs.
+    pub log: LogConfig,
+}
+
+impl Default for RawConfig {
+    fn default() -> Self {
+        Self {
+            state_dir: None,
+            upstream: Vec::new(),
+            compress: Compress::Auto,
+            compress_level: LevelText::Adaptive,
+            read_rate: Rate::UNLIMITED,
+            scan_interval: DurationText(Duration::from_secs(15 * 60)),
+            memory: ByteSize(256 << 20),
+            disks: DisksConfig::default(),
+            log: LogConfig::default(),
+        }
+    }
+}
+
+/// Every key, for the commented default file.
+pub const KEYS: [KeyDoc; 11] = [
+    KeyDoc {
+        key: "state_dir",
+        about: "Where identity, certificates and progress are kept; setting it moves the admin socket there too.",
+        unit: "absolute path; default /var/lib/reprotect/agent with the socket /run/reprotect/agent.sock",
+        cost: "a few megabytes of disk",
+        example: "\"/var/lib/reprotect/agent\"",
+    },
+    KeyDoc {
+        key: "upstream",
+        about: "Process servers and master targets to dial, tried in this order; empty: the addresses in the enrolment token.",
+        unit: "list of \"host\" or \"host:port\"; without a port 7443, a master target (a process server listens on 7444)",
+        cost: "none",
+        example: "",
+    },
+    KeyDoc {
+        key: "compress",
+        about: "Who compresses: the agent (source), the process server (relay), nobody (off), or whichever suits the path (auto).",
+        unit: "auto, relay, source or off",
+        cost: "source spends this machine's CPU, off spends link bandwidth",
+        example: "",
+    },
+    KeyDoc {
+        key: "compress_level",
+        about: "How hard the agent compresses when it does.",
+        unit: "adaptive, or a zstd level from -5 (fast) to 3 (small)",
+        cost: "each level up costs CPU and gains ratio; adaptive follows the measured link and CPU",
+        example: "",
+    },
+    KeyDoc {
+        key: "read_rate",
+        about: "Limit on reading the disks, all together, so that the machine's own work goes on.",
+        unit: "unlimited, or a rate such as 200 Mbit/s or 100 MB/s",
+        cost: "a lower rate makes initial sync and every pass last longer",
+        example: "",
+    },
+    KeyDoc {
+        key: "scan_interval",
+        about: "Pause between the end of one pass over a disk and the beginning of the next.",
+        unit: "duration from 100ms to 7d",
+        cost: "shorter finds changes sooner and reads the disks more often",
+        example: "",
+    },
+    KeyDoc {
+        key: "memory",
+        about: "Budget for data read and not yet acknowledged as written, all disks together.",
+        unit: "size from 64 MiB to 64 GiB",
+        cost: "this much memory; below 64 MiB per disk, disks wait for one another on slow links",
+        example: "",
+    },
+    KeyDoc {
+        key: "disks.include",
+        about: "Disks to offer besides those selected by default (`reprotect-agent disks` shows them), and image files.",
+        unit: "list of names, paths, WWIDs or patterns with * and ?",
+        cost: "none",
+        example: "",
+    },
+    KeyDoc {
+        key: "disks.exclude",
+        about: "Disks never to offer; wins over include.",
+        unit: "list of names, paths, WWIDs or patterns with * and ?",
+        cost: "none",
+        example: "",
+    },
+    LOG_KEYS[0],
+    LOG_KEYS[1],
+];
+
+/// What the agent runs with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// State directory and admin socket.
+    pub places: Places,
+    /// The file these came from, read again on SIGHUP.
+    pub config_path: PathBuf,
+    /// Peers to dial, in order; empty means those of the enrolment token.
+    pub upstream: Vec<HostPort>,
+    /// Who compresses.
+    pub compress: Compress,
+    /// zstd level where the agent compresses.
+    pub compress_level: LevelText,
+    /// Limit on reading.
+    pub read_rate: Rate,
+    /// Pause between two passes.
+    pub scan_interval: Duration,
+    /// Payload budget in bytes.
+    pub memory_bytes: u64,
+    /// Which disks.
+    pub disks: DisksConfig,
+    /// Logs.
+    pub log: LogConfig,
+}
+
+impl Settings {
+    /// Loads and resolves the file that the command line's `overrides` lead to.
+    ///
+    /// # Errors
+    /// Names file, line, key, what is wrong and what to write.
+    pub fn load(overrides: &Overrides) -> Result<Self, ConfigError> {
+        Self::resolve(&overrides.load(Program::Agent)?, overrides)
+    }
+
+    /// Resolves a loaded file.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn resolve(loaded: &Loaded<RawConfig>, overrides: &Overrides) -> Result<Self, ConfigError> {
+        let raw = &loaded.raw;
+        let scan_range =
+            DurationText(Duration::from_millis(100))..=DurationText(Duration::from_secs(7 * 86_400));
+        if let LevelText::Fixed(level) = raw.compress_level {
+            loaded.in_range("compress_level", level, &(-5..=3))?;
+        }
+        for (key, list) in [("disks.include", &raw.disks.include), ("disks.exclude", &raw.disks.exclude)] {
+            if list.iter().any(|name| name.trim().is_empty()) {
+                return Err(loaded.invalid(
+                    key,
+                    "an empty name",
+                    "write a name such as \"sdb\", or remove it",
+                ));
+            }
+        }
+        Ok(Self {
+            places: overrides.places(Program::Agent, loaded, raw.state_dir.as_deref())?,
+            config_path: loaded.path().to_owned(),
+            upstream: loaded.addresses("upstream", &raw.upstream, MASTER_TARGET_PORT)?,
+            compress: raw.compress,
+            compress_level: raw.compress_level,
+            read_rate: raw.read_rate,
+            scan_interval: loaded.in_range("scan_interval", raw.scan_interval, &scan_range)?.0,
+            memory_bytes: loaded
+                .in_range("memory", raw.memory, &(ByteSize(64 << 20)..=ByteSize(64 << 30)))?
+                .0,
+            disks: raw.disks.clone(),
+            log: logging::resolve(loaded, &raw.log, overrides.log_level.as_deref())?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use reprotect_engine::host::{config, config_doc};
+
+    use super::*;
+
+    fn resolve(text: &str) -> Result<Settings, ConfigError> {
+        let loaded = config::parse(Path::new("agent.toml"), text.to_owned())?;
+        Settings::resolve(&loaded, &Overrides::default())
+    }
+
+    #[test]
+    fn every_key_is_documented_and_the_commented_default_is_the_default() {
+        assert_eq!(config_doc::undocumented::<RawConfig>(&KEYS), Vec::<String>::new());
+        let text = config_doc::render::<RawConfig>("Agent", &KEYS).unwrap();
+        assert_eq!(resolve(&text).unwrap(), resolve("").unwrap());
+        let active = config_doc::uncommented(&text);
+        assert!(active.contains("\nmemory = \"256 MiB\"\n"), "{active}");
+        assert_eq!(resolve(&active).unwrap(), resolve("").unwrap());
+    }
+
+    #[test]
+    fn values_out_of_range_name_key_line_and_range() {
+        for (text, refusal) in [
+            (
+                "\nmemory = \"1 MiB\"",
+                "agent.toml:2: `memory`: 1 MiB is too small; write a value from 64 MiB to 64 GiB",
+            ),
+            (
+                "compress_level = 19",
+                "agent.toml:1: `compress_level`: 19 is too large; write a value from -5 to 3",
+            ),
+            (
+                "scan_interval = \"1ms\"",
+                "agent.toml:1: `scan_interval`: 1ms is too small; write a value from 100ms to 7d",
+            ),
+            (
+                "upstream = [\"a\", \"a:7443\"]",
+                "agent.toml:1: `upstream`: a:7443 stands twice; write it once",
+            ),
+            (
+                "[log]\nlevel = \"loud\"",
+                "agent.toml:2: `log.level`: \"loud\" is not a level; write error, warn, info, debug or trace",
+            ),
+            ("state_dir = \"here\"", "agent.toml:1: `state_dir`: a relative path; write an absolute one"),
+        ] {
+            assert_eq!(resolve(text).unwrap_err().to_string(), refusal);
+        }
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_file() {
+        let loaded =
+            config::parse(Path::new("a"), "state_dir = \"/srv/a\"\n[log]\nlevel = \"warn\"".to_owned());
+        let loaded = loaded.unwrap();
+        let file = Settings::resolve(&loaded, &Overrides::default()).unwrap();
+        assert_eq!((file.places.state_dir.as_path(), file.log.level.as_str()), (Path::new("/srv/a"), "warn"));
+        let overrides =
+            Overrides { config: None, state_dir: Some("/srv/b".into()), log_level: Some("debug".to_owned()) };
+        let both = Settings::resolve(&loaded, &overrides).unwrap();
+        assert_eq!(
+            (both.places.socket.as_path(), both.log.level.as_str()),
+            (Path::new("/srv/b/agent.sock"), "debug")
+        );
+    }
+}

@@ -1,0 +1,231 @@
+//! The master target's configuration: raw TOML and the settings it is resolved to, once.
+//!
+//! Invariants: every key has a description in [`KEYS`] (asserted by a test that asks the type); settings are valid by
+//! construction, nothing checks them again. Units stand on the keys. Called by `main` and by `check-config`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use reprotect_engine::host::config::{ConfigError, Loaded, Overrides};
+use reprotect_engine::host::config_doc::KeyDoc;
+use reprotect_engine::host::logging::{self, LOG_KEYS, LogConfig};
+use reprotect_engine::host::places::{MASTER_TARGET_PORT, Places, Program};
+use reprotect_engine::host::values::{AddressText, ByteSize, DurationText, HostPort, ListenText};
+use reprotect_engine::limits::{PROGRESS_BYTES, PROGRESS_NANOS, UNDURABLE_BYTES_MAX};
+use serde::{Deserialize, Serialize};
+
+/// The file as written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RawConfig {
+    /// Moves state and admin socket.
+    pub state_dir: Option<PathBuf>,
+    /// Where agents and process servers dial in.
+    pub listen: ListenText,
+    /// Addresses written into invitation tokens.
+    pub advertise: Vec<AddressText>,
+    /// Directories in which `protect` may create disks.
+    pub datastores: Vec<PathBuf>,
+    /// Flush after this many written bytes.
+    pub flush_bytes: ByteSize,
+    /// Flush this long after the first unflushed write.
+    pub flush_interval: DurationText,
+    /// Name of this site for people.
+    pub site: Option<String>,
+    /// Logs.
+    pub log: LogConfig,
+}
+
+impl Default for RawConfig {
+    fn default() -> Self {
+        Self {
+            state_dir: None,
+            listen: ListenText::ANY,
+            advertise: Vec::new(),
+            datastores: Vec::new(),
+            flush_bytes: ByteSize(PROGRESS_BYTES),
+            flush_interval: DurationText(Duration::from_nanos(PROGRESS_NANOS)),
+            site: None,
+            log: LogConfig::default(),
+        }
+    }
+}
+
+/// Every key, for the commented default file.
+pub const KEYS: [KeyDoc; 9] = [
+    KeyDoc {
+        key: "state_dir",
+        about: "Where the certificate authority, the machines and their progress are kept; setting it moves the admin socket there too.",
+        unit: "absolute path; default /var/lib/reprotect/master-target with the socket /run/reprotect/master-target.sock",
+        cost: "a few megabytes of disk; back it up, it holds the certificate authority",
+        example: "\"/var/lib/reprotect/master-target\"",
+    },
+    KeyDoc {
+        key: "listen",
+        about: "Where agents and process servers dial in, UDP and TCP.",
+        unit: "IP address with or without a port (default 7443); [::] takes IPv4 too",
+        cost: "none",
+        example: "",
+    },
+    KeyDoc {
+        key: "advertise",
+        about: "Addresses of this target as the others see it, written into invitation tokens; empty: this machine's own addresses.",
+        unit: "list of \"host\" or \"host:port\" (default: the port of listen)",
+        cost: "none",
+        example: "",
+    },
+    KeyDoc {
+        key: "datastores",
+        about: "Directories in which `protect --datastore` may create disks; empty: any.",
+        unit: "list of absolute paths",
+        cost: "none",
+        example: "",
+    },
+    KeyDoc {
+        key: "flush_bytes",
+        about: "A disk is flushed and its progress recorded after this many written bytes.",
+        unit: "size from 1 MiB to 96 MiB",
+        cost: "larger flushes less often and sends more twice after a kill; no memory",
+        example: "",
+    },
+    KeyDoc {
+        key: "flush_interval",
+        about: "A disk is flushed at the latest this long after its first unflushed write.",
+        unit: "duration from 10ms to 60s",
+        cost: "longer means fewer flushes and later durable acknowledgements",
+        example: "",
+    },
+    KeyDoc {
+        key: "site",
+        about: "Name of this site, shown to operators and written into the certificate authority when it is created.",
+        unit: "text of at most 64 characters",
+        cost: "none",
+        example: "\"Lyon\"",
+    },
+    LOG_KEYS[0],
+    LOG_KEYS[1],
+];
+
+/// What the master target runs with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// State directory and admin socket.
+    pub places: Places,
+    /// The file these came from, read again on SIGHUP.
+    pub config_path: PathBuf,
+    /// Where agents and process servers dial in.
+    pub listen: SocketAddr,
+    /// Addresses for invitation tokens; empty means this machine's own.
+    pub advertise: Vec<HostPort>,
+    /// Directories in which disks may be created; empty means any.
+    pub datastores: Vec<PathBuf>,
+    /// Flush after this many written bytes.
+    pub flush_bytes: u64,
+    /// Flush this long after the first unflushed write.
+    pub flush_interval: Duration,
+    /// Name of this site.
+    pub site: Option<String>,
+    /// Logs.
+    pub log: LogConfig,
+}
+
+impl Settings {
+    /// Loads and resolves the file that the command line's `overrides` lead to.
+    ///
+    /// # Errors
+    /// Names file, line, key, what is wrong and what to write.
+    pub fn load(overrides: &Overrides) -> Result<Self, ConfigError> {
+        Self::resolve(&overrides.load(Program::MasterTarget)?, overrides)
+    }
+
+    /// Resolves a loaded file.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn resolve(loaded: &Loaded<RawConfig>, overrides: &Overrides) -> Result<Self, ConfigError> {
+        let raw = &loaded.raw;
+        if let Some(path) = raw.datastores.iter().find(|path| path.is_relative()) {
+            let what = format!("{} is a relative path", path.display());
+            return Err(loaded.invalid("datastores", what, "write an absolute one"));
+        }
+        let site_fits = |site: &String| {
+            !site.trim().is_empty() && site.chars().count() <= 64 && !site.chars().any(char::is_control)
+        };
+        if raw.site.as_ref().is_some_and(|site| !site_fits(site)) {
+            return Err(loaded.invalid(
+                "site",
+                "empty, too long or unprintable",
+                "write 1 to 64 printable characters",
+            ));
+        }
+        let listen = raw.listen.with_default_port(MASTER_TARGET_PORT);
+        // Half of what may be undurable, so that writing goes on while a flush runs.
+        let flush_range = ByteSize(1 << 20)..=ByteSize(UNDURABLE_BYTES_MAX / 2);
+        let interval_range = DurationText(Duration::from_millis(10))..=DurationText(Duration::from_secs(60));
+        Ok(Self {
+            places: overrides.places(Program::MasterTarget, loaded, raw.state_dir.as_deref())?,
+            config_path: loaded.path().to_owned(),
+            listen,
+            advertise: loaded.addresses("advertise", &raw.advertise, listen.port())?,
+            datastores: raw.datastores.clone(),
+            flush_bytes: loaded.in_range("flush_bytes", raw.flush_bytes, &flush_range)?.0,
+            flush_interval: loaded.in_range("flush_interval", raw.flush_interval, &interval_range)?.0,
+            site: raw.site.clone(),
+            log: logging::resolve(loaded, &raw.log, overrides.log_level.as_deref())?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use reprotect_engine::host::{config, config_doc};
+
+    use super::*;
+
+    fn resolve(text: &str) -> Result<Settings, ConfigError> {
+        let loaded = config::parse(Path::new("mt.toml"), text.to_owned())?;
+        Settings::resolve(&loaded, &Overrides::default())
+    }
+
+    #[test]
+    fn every_key_is_documented_and_the_commented_default_is_the_default() {
+        assert_eq!(config_doc::undocumented::<RawConfig>(&KEYS), Vec::<String>::new());
+        let text = config_doc::render::<RawConfig>("Master target", &KEYS).unwrap();
+        assert_eq!(resolve(&text).unwrap(), resolve("").unwrap());
+        let active = config_doc::uncommented(&text);
+        assert!(active.contains("\nflush_interval = \"1s\"\n"), "{active}");
+        assert_eq!(resolve(&active).unwrap(), resolve("").unwrap());
+    }
+
+    #[test]
+    fn advertised_addresses_take_the_port_listened_on() {
+        assert_eq!(resolve("").unwrap().listen.to_string(), "[::]:7443");
+        let settings =
+            resolve("listen = \"0.0.0.0:9000\"\nadvertise = [\"home.example\", \"other:1\"]").unwrap();
+        let texts: Vec<String> = settings.advertise.iter().map(ToString::to_string).collect();
+        assert_eq!(texts, ["home.example:9000", "other:1"]);
+    }
+
+    #[test]
+    fn values_out_of_range_name_key_line_and_range() {
+        for (text, refusal) in [
+            (
+                "flush_bytes = \"1 GiB\"",
+                "mt.toml:1: `flush_bytes`: 1 GiB is too large; write a value from 1 MiB to 96 MiB",
+            ),
+            (
+                "\ndatastores = [\"vm\"]",
+                "mt.toml:2: `datastores`: vm is a relative path; write an absolute one",
+            ),
+            (
+                "site = \"\"",
+                "mt.toml:1: `site`: empty, too long or unprintable; write 1 to 64 printable characters",
+            ),
+        ] {
+            assert_eq!(resolve(text).unwrap_err().to_string(), refusal);
+        }
+    }
+}
