@@ -1,1 +1,45 @@
-//! QUIC and TLS around the protocol cores.
+//! QUIC and TLS around the protocol cores: who a peer is, who may speak, and the endpoint they speak through.
+//!
+//! Invariants: TLS 1.3 only, no 0-RTT, no resumption (a resumed session would outlive a revocation); a data
+//! connection reaches a daemon only with a verified identity of an allowed role; private keys never leave the
+//! machine that made them and are never world- or group-readable. Called by the three programs.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`files`] | private files: refused when others may read them, replaced atomically |
+//! | [`identity`] | certificate, key and the name inside; signatures |
+//! | [`revocations`] | who is no longer believed, also on live connections |
+//! | [`trust`] | the one place where a certificate chain is believed or refused |
+//! | [`ca`] | the master target's certificate authority |
+//! | [`tls`] | rustls configurations |
+//! | [`endpoint`] | UDP sockets, transport limits, accepting and dialling |
+//! | [`token`], [`invitations`], [`enroll`] | how a new machine gets its certificate |
+//! | [`grant`] | what a master target allows an agent, signed |
+
+pub mod ca;
+pub mod endpoint;
+//pub mod enroll;
+pub mod files;
+//pub mod grant;
+pub mod identity;
+//pub mod invitations;
+pub mod revocations;
+pub mod tls;
+//pub mod token;
+pub mod trust;
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::units::Timestamp;
+
+/// ALPN of the data protocol.
+pub const ALPN_DATA: &[u8] = b"reprotect/1";
+/// ALPN of enrolment and certificate renewal.
+pub const ALPN_ENROLL: &[u8] = b"reprotect-enroll/1";
+
+/// The wall clock. A clock before 1970 reads as zero, in which no certificate is valid.
+#[must_use]
+pub fn wall_clock() -> Timestamp {
+    let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
+    Timestamp(u64::try_from(nanos).unwrap_or(u64::MAX))
+}

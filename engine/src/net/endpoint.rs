@@ -1,0 +1,582 @@
+//! UDP endpoints: transport limits, accepting with every doubt resolved first, dialling.
+//!
+//! Invariants: a [`PeerConnection`] exists only for a peer whose chain was verified in this very handshake; until
+//! then the other side can open no stream and send no more than [`UNVERIFIED_WINDOW_BYTES`]; a connection is closed
+//! when its peer is revoked or its certificate expires; unfinished handshakes are bounded in number and time, and
+//! the second half of them is open only to addresses that answered a retry, so that forged senders cannot fill it.
+//! Units: bytes and `Duration`s. Called by the three programs.
+
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
+use quinn::{Connection, EndpointConfig, Incoming, MtuDiscoveryConfig, TransportConfig, VarInt};
+use rustls_pki_types::CertificateDer;
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
+
+use crate::error::{Answer, Severity};
+use crate::limits::{DISKS_PER_AGENT_MAX, HANDSHAKE_NANOS_MAX, KEEP_ALIVE_NANOS};
+use crate::net::identity::{PeerIdentity, server_name};
+use crate::net::revocations::Revocations;
+use crate::net::{ALPN_DATA, ALPN_ENROLL, wall_clock};
+use crate::units::PeerId;
+
+/// What an unverified or enrolling peer may have in flight towards us.
+pub const UNVERIFIED_WINDOW_BYTES: u32 = 64 << 10;
+/// Verified connections waiting for the daemon to take them.
+const ACCEPTED_MAX: usize = 16;
+/// Longest wait for an expiry, so that a clock that is set forward is noticed within it.
+const EXPIRY_CHECK_MAX: Duration = Duration::from_secs(60);
+
+/// Why a connection was closed by us, as the other side sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CloseCode {
+    /// Done.
+    Finished,
+    /// The data protocol needs a certificate.
+    NoCertificate,
+    /// The peer was revoked.
+    Revoked,
+    /// The peer's certificate expired: renew, then dial again.
+    Expired,
+    /// The daemon is stopping: dial again later.
+    ShuttingDown,
+    /// The other side broke the rules of the protocol.
+    Violation,
+}
+
+impl CloseCode {
+    /// Every code.
+    pub const ALL: [Self; 6] = [
+        Self::Finished,
+        Self::NoCertificate,
+        Self::Revoked,
+        Self::Expired,
+        Self::ShuttingDown,
+        Self::Violation,
+    ];
+
+    /// On the wire; frozen.
+    #[must_use]
+    pub const fn code(self) -> u32 {
+        match self {
+            Self::Finished => 0,
+            Self::NoCertificate => 1,
+            Self::Revoked => 2,
+            Self::Expired => 3,
+            Self::ShuttingDown => 4,
+            Self::Violation => 5,
+        }
+    }
+
+    /// The code a lost connection carries, if the other side closed it with one.
+    #[must_use]
+    pub fn of(error: &quinn::ConnectionError) -> Option<Self> {
+        let quinn::ConnectionError::ApplicationClosed(close) = error else { return None };
+        Self::ALL.into_iter().find(|code| u64::from(code.code()) == close.error_code.into_inner())
+    }
+
+    /// Closes `connection` with this code.
+    pub fn close(self, connection: &Connection) {
+        let reason: &[u8] = match self {
+            Self::Finished => b"finished",
+            Self::NoCertificate => b"a client certificate is required; enrol first",
+            Self::Revoked => b"this peer is revoked",
+            Self::Expired => b"the certificate expired; renew it",
+            Self::ShuttingDown => b"shutting down",
+            Self::Violation => b"protocol violation",
+        };
+        connection.close(VarInt::from_u32(self.code()), reason);
+    }
+}
+
+/// Transport limits. Every field states its cost.
+///
+/// The defaults were tuned on loopback; see the table in `engine/docs` of the release for the numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TransportSettings {
+    /// Flow-control window of one stream; memory a peer can make us hold per stream. 16 MiB fill 1 Gbit/s × 100 ms.
+    pub stream_window_bytes: u32,
+    /// Receive window of a connection: the most a verified peer can make us hold.
+    pub receive_window_bytes: u32,
+    /// Unacknowledged bytes kept for sending again per connection.
+    pub send_window_bytes: u64,
+    /// Streams of each direction a verified peer may have open: bounds the table of streams.
+    pub streams_max: u32,
+    /// A silent connection is given up after this. Shorter finds dead peers sooner and forgives less.
+    pub idle_timeout: Duration,
+    /// Something is sent at least this often.
+    pub keep_alive: Duration,
+    /// Largest UDP payload probed for. 8,900 fits Ethernet with jumbo frames (9,000 less IP, UDP and tunnel headers);
+    /// fewer, larger packets are the largest saving of CPU there is. Probing costs a few packets per connection;
+    /// a path that carries less stays at what it carries. Receive buffers grow with it (64 packets each, 32 buffers).
+    pub udp_payload_bytes_max: u16,
+    /// Kernel buffer of the socket in each direction: absorbs bursts while the process is not scheduled.
+    pub socket_buffer_bytes: usize,
+    /// Handshakes in progress on a listening endpoint; about 20 KiB each.
+    pub unfinished_handshakes_max: usize,
+    /// A handshake not finished in this time is dropped.
+    pub handshake_timeout: Duration,
+}
+
+impl Default for TransportSettings {
+    fn default() -> Self {
+        Self {
+            stream_window_bytes: 16 << 20,
+            receive_window_bytes: 128 << 20,
+            send_window_bytes: 128 << 20,
+            // One delta and one bulk stream per disk, one control stream, one to spare.
+            streams_max: 2 * DISKS_PER_AGENT_MAX as u32 + 2,
+            idle_timeout: Duration::from_secs(5),
+            keep_alive: Duration::from_nanos(KEEP_ALIVE_NANOS),
+            udp_payload_bytes_max: 8900,
+            socket_buffer_bytes: 8 << 20,
+            unfinished_handshakes_max: 512,
+            handshake_timeout: Duration::from_nanos(HANDSHAKE_NANOS_MAX),
+        }
+    }
+}
+
+impl TransportSettings {
+    /// What both sides have in common.
+    fn transport(&self) -> Result<TransportConfig, EndpointError> {
+        let idle = self
+            .idle_timeout
+            .try_into()
+            .map_err(|_| EndpointError::Setting { name: "idle_timeout", remedy: "use less than a day" })?;
+        let mut mtu = MtuDiscoveryConfig::default();
+        mtu.upper_bound(self.udp_payload_bytes_max);
+        let mut config = TransportConfig::default();
+        config
+            .stream_receive_window(VarInt::from_u32(self.stream_window_bytes))
+            .receive_window(VarInt::from_u32(self.receive_window_bytes))
+            .send_window(self.send_window_bytes)
+            .max_concurrent_bidi_streams(VarInt::from_u32(self.streams_max))
+            .max_concurrent_uni_streams(VarInt::from_u32(self.streams_max))
+            .max_idle_timeout(Some(idle))
+            .keep_alive_interval(Some(self.keep_alive))
+            .mtu_discovery_config(Some(mtu))
+            .datagram_receive_buffer_size(None)
+            .enable_segmentation_offload(true);
+        Ok(config)
+    }
+
+    /// For accepted connections: nothing is allowed until the peer is known; then [`Self::open_up`].
+    fn unverified_transport(&self) -> Result<TransportConfig, EndpointError> {
+        let mut config = self.transport()?;
+        config
+            .receive_window(VarInt::from_u32(UNVERIFIED_WINDOW_BYTES))
+            .max_concurrent_bidi_streams(VarInt::from_u32(0))
+            .max_concurrent_uni_streams(VarInt::from_u32(0));
+        Ok(config)
+    }
+
+    fn open_up(&self, connection: &Connection) {
+        connection.set_receive_window(VarInt::from_u32(self.receive_window_bytes));
+        connection.set_max_concurrent_bi_streams(VarInt::from_u32(self.streams_max));
+        connection.set_max_concurrent_uni_streams(VarInt::from_u32(self.streams_max));
+    }
+}
+
+/// Why an endpoint or a connection cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum EndpointError {
+    /// The socket.
+    #[error(
+        "cannot {action} UDP {address}: {source}; check that the address is this machine's and that no other program has the port"
+    )]
+    Socket {
+        /// What was tried.
+        action: &'static str,
+        /// Where.
+        address: SocketAddr,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A transport setting out of range.
+    #[error("setting `{name}` is out of range; {remedy}")]
+    Setting {
+        /// The field.
+        name: &'static str,
+        /// What to write.
+        remedy: &'static str,
+    },
+    /// The TLS configuration has no cipher QUIC can start with.
+    #[error("the TLS configuration lacks AES-128-GCM, which QUIC starts with")]
+    Cipher(#[from] quinn::crypto::rustls::NoInitialCipherSuite),
+    /// Dialling was refused locally.
+    #[error("cannot dial {address}: {source}")]
+    Dial {
+        /// Whom.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: quinn::ConnectError,
+    },
+    /// The connection was not established, or was lost.
+    #[error("no connection with {address}: {source}")]
+    Connection {
+        /// With whom.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: quinn::ConnectionError,
+    },
+    /// Nobody finished the handshake in time.
+    #[error("no connection with {0}: no answer in time; check address, port and firewall (UDP)")]
+    TimedOut(SocketAddr),
+    /// The other side has no certificate that can be read (cannot happen after a verified handshake).
+    #[error("no connection with {0}: it showed no certificate")]
+    Unidentified(SocketAddr),
+}
+
+impl Answer for EndpointError {
+    fn severity(&self) -> Severity {
+        match self {
+            Self::Connection { .. } | Self::TimedOut(_) => Severity::Retry,
+            _ => Severity::Stop,
+        }
+    }
+}
+
+/// A connection with a peer that is believed. Cloning shares the connection.
+#[derive(Clone, Debug)]
+pub struct PeerConnection {
+    /// The connection; it is closed by itself when the peer is revoked or its certificate expires.
+    pub connection: Connection,
+    /// The peer, verified in the handshake.
+    pub peer: Arc<PeerIdentity>,
+}
+
+/// What a listening endpoint hands over.
+#[derive(Debug)]
+pub enum Accepted {
+    /// A data connection.
+    Peer(PeerConnection),
+    /// An enrolment, or a renewal when the client showed its present certificate. It may open one stream.
+    Enrolment {
+        /// The connection.
+        connection: Connection,
+        /// Who renews.
+        peer: Option<PeerIdentity>,
+    },
+}
+
+/// A listening endpoint.
+#[derive(Debug)]
+pub struct Server {
+    endpoint: quinn::Endpoint,
+    settings: TransportSettings,
+    accepted: Mutex<mpsc::Receiver<Accepted>>,
+}
+
+/// Listens on `address` (port 0: any free one). Must be called inside a tokio runtime.
+///
+/// # Errors
+/// When the address cannot be had or a setting is out of range.
+pub fn bind_server(
+    address: SocketAddr,
+    tls: rustls::ServerConfig,
+    revocations: Arc<Revocations>,
+    settings: TransportSettings,
+) -> Result<Server, EndpointError> {
+    let config = quic_server_config(tls, &settings)?;
+    let endpoint = bind(address, Some(config), &settings)?;
+    let (deliver, accepted) = mpsc::channel(ACCEPTED_MAX);
+    let gate = Gate {
+        slots: Arc::new(Semaphore::new(settings.unfinished_handshakes_max)),
+        settings: settings.clone(),
+        revocations,
+        deliver,
+    };
+    tokio::spawn(accept_all(endpoint.clone(), gate));
+    Ok(Server { endpoint, settings, accepted: Mutex::new(accepted) })
+}
+
+impl Server {
+    /// The next connection; `None` after [`Self::close`]. Safe to drop at the await.
+    pub async fn accept(&self) -> Option<Accepted> {
+        self.accepted.lock().await.recv().await
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// When the socket is gone.
+    pub fn local_address(&self) -> io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// Uses another TLS configuration for connections from now on: after the own certificate was renewed.
+    ///
+    /// # Errors
+    /// When QUIC cannot use it; the old one stays.
+    pub fn replace_tls(&self, tls: rustls::ServerConfig) -> Result<(), EndpointError> {
+        self.endpoint.set_server_config(Some(quic_server_config(tls, &self.settings)?));
+        Ok(())
+    }
+
+    /// Accepts nothing more, closes every connection, and waits until the peers know.
+    pub async fn close(&self) {
+        self.endpoint.close(VarInt::from_u32(CloseCode::ShuttingDown.code()), b"shutting down");
+        self.endpoint.wait_idle().await;
+    }
+
+    /// Connections that exist, finished handshake or not.
+    #[must_use]
+    pub fn open_connections(&self) -> usize {
+        self.endpoint.open_connections()
+    }
+}
+
+fn quic_server_config(
+    tls: rustls::ServerConfig,
+    settings: &TransportSettings,
+) -> Result<quinn::ServerConfig, EndpointError> {
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
+    config
+        .transport_config(Arc::new(settings.unverified_transport()?))
+        // What waits for a decision of ours is little: the gate decides at once.
+        .max_incoming(settings.unfinished_handshakes_max)
+        .incoming_buffer_size(16 << 10)
+        .incoming_buffer_size_total(4 << 20)
+        .migration(true);
+    Ok(config)
+}
+
+fn bind(
+    address: SocketAddr,
+    server: Option<quinn::ServerConfig>,
+    settings: &TransportSettings,
+) -> Result<quinn::Endpoint, EndpointError> {
+    let error = |action| move |source| EndpointError::Socket { action, address, source };
+    let socket = UdpSocket::bind(address).map_err(error("listen on"))?;
+    enlarge_buffers(&socket, settings.socket_buffer_bytes);
+    let mut config = EndpointConfig::default();
+    config
+        .max_udp_payload_size(settings.udp_payload_bytes_max)
+        .map_err(|_| EndpointError::Setting { name: "udp_payload_bytes_max", remedy: "use 1200 to 65527" })?;
+    quinn::Endpoint::new(config, server, socket, Arc::new(quinn::TokioRuntime)).map_err(error("use"))
+}
+
+/// Asks for large buffers: beyond the system's limit where we may (CAP_NET_ADMIN), else as far as it goes. Smaller
+/// ones only cost speed, so a refusal is told and not an error.
+fn enlarge_buffers(socket: &UdpSocket, bytes: usize) {
+    use rustix::net::sockopt;
+    let receive = sockopt::set_socket_recv_buffer_size_force(socket, bytes)
+        .or_else(|_| sockopt::set_socket_recv_buffer_size(socket, bytes));
+    let send = sockopt::set_socket_send_buffer_size_force(socket, bytes)
+        .or_else(|_| sockopt::set_socket_send_buffer_size(socket, bytes));
+    let got = sockopt::socket_recv_buffer_size(socket).unwrap_or(0);
+    // The kernel reports twice what it grants.
+    if receive.is_err() || send.is_err() || got < bytes {
+        tracing::info!(
+            asked_bytes = bytes,
+            got_bytes = got,
+            "UDP buffers are smaller than asked for; raise net.core.rmem_max and net.core.wmem_max for full speed"
+        );
+    }
+}
+
+/// Decides about incoming connections.
+#[derive(Clone)]
+struct Gate {
+    slots: Arc<Semaphore>,
+    settings: TransportSettings,
+    revocations: Arc<Revocations>,
+    deliver: mpsc::Sender<Accepted>,
+}
+
+async fn accept_all(endpoint: quinn::Endpoint, gate: Gate) {
+    loop {
+        let incoming = tokio::select! {
+            incoming = endpoint.accept() => incoming,
+            () = gate.deliver.closed() => None,
+        };
+        let Some(incoming) = incoming else { return };
+        if let Some((incoming, slot)) = gate.admit(incoming) {
+            tokio::spawn(gate.clone().handshake(incoming, slot));
+        }
+    }
+}
+
+impl Gate {
+    /// Half of the slots are for anyone; beyond, a sender must first prove that it receives what we send it (retry);
+    /// when all are taken it is refused. Neither answer leaves any state here.
+    fn admit(&self, incoming: Incoming) -> Option<(Incoming, OwnedSemaphorePermit)> {
+        let under_load = self.slots.available_permits() <= self.settings.unfinished_handshakes_max / 2;
+        if under_load && !incoming.remote_address_validated() && incoming.may_retry() {
+            if let Err(error) = incoming.retry() {
+                error.into_incoming().refuse();
+            }
+            return None;
+        }
+        match Arc::clone(&self.slots).try_acquire_owned() {
+            Ok(slot) => Some((incoming, slot)),
+            Err(_) => {
+                incoming.refuse();
+                None
+            }
+        }
+    }
+
+    /// The slot is held until the daemon has taken the connection, so a slow daemon slows dialling down.
+    async fn handshake(self, incoming: Incoming, slot: OwnedSemaphorePermit) {
+        let address = incoming.remote_address();
+        let Ok(connecting) = incoming.accept() else { return };
+        let connection = match tokio::time::timeout(self.settings.handshake_timeout, connecting).await {
+            Ok(Ok(connection)) => connection,
+            Ok(Err(error)) => {
+                tracing::debug!(%address, %error, "handshake failed");
+                return;
+            }
+            Err(_) => {
+                tracing::debug!(%address, "handshake not finished in time");
+                return;
+            }
+        };
+        if let Some(accepted) = self.classify(connection)
+            && let Err(unwanted) = self.deliver.send(accepted).await
+        {
+            let (Accepted::Peer(PeerConnection { connection, .. }) | Accepted::Enrolment { connection, .. }) =
+                unwanted.0;
+            CloseCode::ShuttingDown.close(&connection);
+        }
+        drop(slot);
+    }
+
+    fn classify(&self, connection: Connection) -> Option<Accepted> {
+        let peer = peer_identity(&connection);
+        match protocol(&connection).as_deref() {
+            Some(ALPN_DATA) => {
+                let Some(peer) = peer else {
+                    CloseCode::NoCertificate.close(&connection);
+                    return None;
+                };
+                self.settings.open_up(&connection);
+                Some(Accepted::Peer(believe(connection, peer, &self.revocations)))
+            }
+            Some(ALPN_ENROLL) => {
+                connection.set_max_concurrent_bi_streams(VarInt::from_u32(1));
+                Some(Accepted::Enrolment { connection, peer })
+            }
+            _ => {
+                CloseCode::Violation.close(&connection);
+                None
+            }
+        }
+    }
+}
+
+fn protocol(connection: &Connection) -> Option<Vec<u8>> {
+    connection.handshake_data()?.downcast::<HandshakeData>().ok()?.protocol
+}
+
+/// The chain the other side showed; the handshake verified it.
+pub(crate) fn peer_chain(connection: &Connection) -> Option<Vec<CertificateDer<'static>>> {
+    connection.peer_identity()?.downcast().ok().map(|chain| *chain)
+}
+
+fn peer_identity(connection: &Connection) -> Option<PeerIdentity> {
+    PeerIdentity::from_certificate(peer_chain(connection)?.first()?).ok()
+}
+
+/// Binds a verified connection to its peer's standing.
+fn believe(connection: Connection, peer: PeerIdentity, revocations: &Arc<Revocations>) -> PeerConnection {
+    let peer = Arc::new(peer);
+    tokio::spawn(watch(connection.clone(), Arc::clone(&peer), Arc::clone(revocations)));
+    PeerConnection { connection, peer }
+}
+
+/// Ends with the connection, or ends it.
+async fn watch(connection: Connection, peer: Arc<PeerIdentity>, revocations: Arc<Revocations>) {
+    tokio::select! {
+        _ = connection.closed() => {}
+        () = revocations.revoked(&peer) => {
+            tracing::warn!(peer = %peer.peer, role = %peer.role, "peer was revoked: connection closed");
+            CloseCode::Revoked.close(&connection);
+        }
+        () = expired(&peer) => {
+            tracing::warn!(peer = %peer.peer, role = %peer.role, "peer's certificate expired: connection closed");
+            CloseCode::Expired.close(&connection);
+        }
+    }
+}
+
+async fn expired(peer: &PeerIdentity) {
+    loop {
+        let left = peer.not_after.0.saturating_sub(wall_clock().0);
+        if left == 0 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_nanos(left).min(EXPIRY_CHECK_MAX)).await;
+    }
+}
+
+/// An endpoint for dialling. One serves any number of connections.
+#[derive(Debug)]
+pub struct Dialer {
+    endpoint: quinn::Endpoint,
+    settings: TransportSettings,
+    transport: Arc<TransportConfig>,
+}
+
+impl Dialer {
+    /// A socket on `local` (usually the unspecified address and port 0). Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// When the address cannot be had or a setting is out of range.
+    pub fn bind(local: SocketAddr, settings: TransportSettings) -> Result<Self, EndpointError> {
+        let transport = Arc::new(settings.transport()?);
+        Ok(Self { endpoint: bind(local, None, &settings)?, settings, transport })
+    }
+
+    /// Dials with a configuration of `tls::client_config`. TLS 1.3 lets a client finish before the server has judged
+    /// its certificate: a refusal shows as a closed connection right after.
+    ///
+    /// # Errors
+    /// When nobody answers in time, or either side refuses the other.
+    pub async fn connect(
+        &self,
+        address: SocketAddr,
+        tls: rustls::ClientConfig,
+        expected: Option<PeerId>,
+        revocations: &Arc<Revocations>,
+    ) -> Result<PeerConnection, EndpointError> {
+        let connection = self.connect_raw(address, tls, expected).await?;
+        let Some(peer) = peer_identity(&connection) else {
+            CloseCode::NoCertificate.close(&connection);
+            return Err(EndpointError::Unidentified(address));
+        };
+        Ok(believe(connection, peer, revocations))
+    }
+
+    /// Dials without watching the peer's standing: enrolment.
+    pub(crate) async fn connect_raw(
+        &self,
+        address: SocketAddr,
+        tls: rustls::ClientConfig,
+        expected: Option<PeerId>,
+    ) -> Result<Connection, EndpointError> {
+        let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
+        config.transport_config(Arc::clone(&self.transport));
+        let name = expected.map_or_else(|| "any.reprotect.internal".to_owned(), server_name);
+        let connecting = self
+            .endpoint
+            .connect_with(config, address, &name)
+            .map_err(|source| EndpointError::Dial { address, source })?;
+        tokio::time::timeout(self.settings.handshake_timeout, connecting)
+            .await
+            .map_err(|_| EndpointError::TimedOut(address))?
+            .map_err(|source| EndpointError::Connection { address, source })
+    }
+
+    /// Closes every connection and waits until the peers know.
+    pub async fn close(&self) {
+        self.endpoint.close(VarInt::from_u32(CloseCode::ShuttingDown.code()), b"shutting down");
+        self.endpoint.wait_idle().await;
+    }
+}
