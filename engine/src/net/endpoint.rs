@@ -131,7 +131,7 @@ impl Default for TransportSettings {
             streams_max: 2 * DISKS_PER_AGENT_MAX as u32 + 2,
             idle_timeout: Duration::from_secs(5),
             keep_alive: Duration::from_nanos(KEEP_ALIVE_NANOS),
-            udp_payload_bytes_max: 8900,
+            udp_payload_bytes_max: 6500,
             socket_buffer_bytes: 8 << 20,
             unfinished_handshakes_max: 512,
             handshake_timeout: Duration::from_nanos(HANDSHAKE_NANOS_MAX),

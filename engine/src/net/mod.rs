@@ -13,24 +13,26 @@
 //! | [`ca`] | the master target's certificate authority |
 //! | [`tls`] | rustls configurations |
 //! | [`endpoint`] | UDP sockets, transport limits, accepting and dialling |
-//! | [`token`], [`invitations`], [`enroll`] | how a new machine gets its certificate |
+//! | [`token`], [`invitations`], [`enroll`], [`enroll_wire`] | how a new machine gets its certificate |
 //! | [`grant`] | what a master target allows an agent, signed |
 
 pub mod ca;
 pub mod endpoint;
-//pub mod enroll;
+pub mod enroll;
+pub mod enroll_wire;
 pub mod files;
-//pub mod grant;
+pub mod grant;
 pub mod identity;
-//pub mod invitations;
+pub mod invitations;
 pub mod revocations;
 pub mod tls;
-//pub mod token;
+pub mod token;
 pub mod trust;
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::OnceLock;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use crate::units::Timestamp;
+use crate::units::{MonoTime, Timestamp};
 
 /// ALPN of the data protocol.
 pub const ALPN_DATA: &[u8] = b"reprotect/1";
@@ -42,4 +44,12 @@ pub const ALPN_ENROLL: &[u8] = b"reprotect-enroll/1";
 pub fn wall_clock() -> Timestamp {
     let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos());
     Timestamp(u64::try_from(nanos).unwrap_or(u64::MAX))
+}
+
+/// The monotonic clock, from its first use in this process.
+#[must_use]
+pub fn mono_clock() -> MonoTime {
+    static START: OnceLock<Instant> = OnceLock::new();
+    let nanos = START.get_or_init(Instant::now).elapsed().as_nanos();
+    MonoTime(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
