@@ -1,3 +1,6 @@
 //! The agent program as a library; `main.rs` is a thin shell around it.
+
+pub mod cli;
+pub mod commands;
 pub mod config;
 pub mod disks;

@@ -1,0 +1,289 @@
+//! The command line of `reprotect-master-target`.
+//!
+//! Invariants: few options, everything else is in the configuration; each command's arguments are one struct, so that
+//! a command is a function of it. Exit status: 0 done, 1 failed, 2 wrong command line or configuration.
+//! Called by `main`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use reprotect_engine::host::config::Overrides;
+use reprotect_engine::host::values::DurationText;
+
+/// Receives replicated disks and writes them into VMDKs or attached disks.
+#[derive(Debug, Parser)]
+#[command(
+    name = "reprotect-master-target",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true,
+    after_help = "Exit status: 0 done, 1 failed, 2 wrong command line or configuration.\n\n\
+        Examples:\n  \
+        reprotect-master-target invite --role agent\n  \
+        reprotect-master-target protect web1 --datastore /vmfs/volumes/ds1/web1 --format flat\n  \
+        reprotect-master-target status --watch"
+)]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: GlobalArgs,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Clone, Debug, Args)]
+pub struct GlobalArgs {
+    /// Configuration file [default: /etc/reprotect/master-target.toml, or master-target.toml in --state-dir].
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Keep state and admin socket here instead of the packaged places.
+    #[arg(long, global = true, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// What is logged to standard error: error, warn, info, debug or trace.
+    #[arg(long, global = true, value_name = "LEVEL")]
+    pub log_level: Option<String>,
+    /// Print the result as JSON.
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+impl GlobalArgs {
+    /// The options that win over the configuration file.
+    #[must_use]
+    pub fn overrides(&self) -> Overrides {
+        Overrides {
+            config: self.config.clone(),
+            state_dir: self.state_dir.clone(),
+            log_level: self.log_level.clone(),
+        }
+    }
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the daemon in the foreground.
+    Run(RunArgs),
+    /// Check that this machine is ready: datastores, permissions, ports, clock.
+    Check(CheckArgs),
+    /// Check the configuration file, or print a commented default.
+    CheckConfig(CheckConfigArgs),
+    /// Print a one-time token with which an agent or a process server enrols.
+    Invite(InviteArgs),
+    /// Refuse a peer from now on.
+    Revoke(RevokeArgs),
+    /// List the enrolled machines and their disks.
+    Machines(MachinesArgs),
+    /// Begin replicating a machine's disks to existing disks or into new ones.
+    Protect(ProtectArgs),
+    /// Show machines, progress and health.
+    Status(StatusArgs),
+    /// Describe a VMDK or attached disk: format, size, extents, locks, what is on it.
+    Inspect(InspectArgs),
+}
+
+/// Arguments of `check-config`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Examples:\n  reprotect-master-target check-config --config ./master-target.toml\n  \
+    reprotect-master-target check-config --print-default > /etc/reprotect/master-target.toml")]
+pub struct CheckConfigArgs {
+    /// Print a configuration with every key, its default and its cost, and check nothing.
+    #[arg(long)]
+    pub print_default: bool,
+}
+
+/// Arguments of `check`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Prints PASS, WARN or FAIL with reason and remedy; exit status 1 on any FAIL.")]
+pub struct CheckArgs {}
+
+/// Arguments of `run`.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// Start although the preflight check of this name fails; may be repeated.
+    #[arg(long, value_name = "CHECK")]
+    pub force: Vec<String>,
+}
+
+/// Who may enrol with a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum InviteRole {
+    /// A machine to protect.
+    Agent,
+    /// A relay.
+    ProcessServer,
+}
+
+/// Arguments of `invite`.
+#[derive(Clone, Debug, Args)]
+#[command(
+    after_help = "The token is secret and works once.\n\nExamples:\n  reprotect-master-target invite --role agent\n  \
+    reprotect-master-target invite --role process-server --valid 1h"
+)]
+pub struct InviteArgs {
+    /// Who may enrol with it.
+    #[arg(long, value_enum)]
+    pub role: InviteRole,
+    /// How long it is valid.
+    #[arg(long, value_name = "DURATION", default_value = "15m")]
+    pub valid: DurationText,
+}
+
+/// Arguments of `revoke`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Example:\n  reprotect-master-target revoke web1")]
+pub struct RevokeArgs {
+    /// Name or UUID of the machine or process server (`machines` lists them).
+    #[arg(value_name = "PEER")]
+    pub peer: String,
+    /// Do not ask.
+    #[arg(long)]
+    pub yes: bool,
+}
+
+/// Arguments of `machines`.
+#[derive(Clone, Debug, Args)]
+pub struct MachinesArgs {}
+
+/// How a new disk is stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DiskFormat {
+    /// One descriptor and one flat file, as desktop products write it.
+    #[default]
+    Flat,
+    /// One descriptor and one flat file, as ESXi keeps it on a datastore.
+    Vmfs,
+    /// Flat extents of at most 2 GB.
+    #[value(name = "2gb-flat")]
+    TwoGbFlat,
+    /// One file that grows.
+    Sparse,
+    /// Growing extents of at most 2 GB.
+    #[value(name = "2gb-sparse")]
+    TwoGbSparse,
+}
+
+/// One `DISK=PATH`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskPath {
+    /// The machine's disk: its name or UUID as `machines` shows it.
+    pub disk: String,
+    /// The VMDK or attached disk to write.
+    pub path: PathBuf,
+}
+
+impl FromStr for DiskPath {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((disk, path)) if !disk.is_empty() && !path.is_empty() => {
+                Ok(Self { disk: disk.to_owned(), path: PathBuf::from(path) })
+            }
+            _ => Err("write DISK=PATH, for example sda=/vmfs/volumes/ds1/web1/web1.vmdk".to_owned()),
+        }
+    }
+}
+
+/// Arguments of `protect`.
+#[derive(Clone, Debug, Args)]
+#[command(
+    group(ArgGroup::new("where").required(true).args(["original", "original_from", "datastore"])),
+    after_help = "Existing disks are compared and only differences travel; nothing unmatched is overwritten without --yes.\n\n\
+    Examples:\n  \
+    reprotect-master-target protect web1 --original sda=/vmfs/volumes/ds1/web1/web1.vmdk\n  \
+    reprotect-master-target protect web1 --original-from /vmfs/volumes/ds1/web1\n  \
+    reprotect-master-target protect web1 --datastore /vmfs/volumes/ds1/web1 --format vmfs"
+)]
+pub struct ProtectArgs {
+    /// Name or UUID of the machine (`machines` lists them).
+    #[arg(value_name = "MACHINE")]
+    pub machine: String,
+    /// Write this disk of the machine to this existing VMDK or attached disk; may be repeated.
+    #[arg(long, value_name = "DISK=PATH")]
+    pub original: Vec<DiskPath>,
+    /// Propose the VMDKs in this directory by size and content; ambiguity is refused.
+    #[arg(long, value_name = "DIR")]
+    pub original_from: Option<PathBuf>,
+    /// Create new disks in this directory.
+    #[arg(long, value_name = "PATH")]
+    pub datastore: Option<PathBuf>,
+    /// How new disks are stored.
+    #[arg(long, value_enum, default_value_t, requires = "datastore")]
+    pub format: DiskFormat,
+    /// Overwrite what does not match, without asking.
+    #[arg(long)]
+    pub yes: bool,
+}
+
+/// Arguments of `status`.
+#[derive(Clone, Debug, Args)]
+#[command(
+    after_help = "Examples:\n  reprotect-master-target status\n  reprotect-master-target status --watch"
+)]
+pub struct StatusArgs {
+    /// Keep showing it until interrupted.
+    #[arg(long)]
+    pub watch: bool,
+}
+
+/// Arguments of `inspect`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Example:\n  reprotect-master-target inspect /vmfs/volumes/ds1/web1/web1.vmdk")]
+pub struct InspectArgs {
+    /// A VMDK descriptor, a sparse VMDK, a raw image or a block device.
+    #[arg(value_name = "PATH")]
+    pub path: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    fn parses(line: &str) -> Result<Cli, clap::error::ErrorKind> {
+        Cli::try_parse_from(line.split(' ')).map_err(|error| error.kind())
+    }
+
+    #[test]
+    fn protect_takes_exactly_one_place() {
+        use clap::error::ErrorKind;
+        let protect = "reprotect-master-target protect web1";
+        assert_eq!(parses(protect).unwrap_err(), ErrorKind::MissingRequiredArgument);
+        let both = format!("{protect} --original-from /a --datastore /b");
+        assert_eq!(parses(&both).unwrap_err(), ErrorKind::ArgumentConflict);
+        assert_eq!(parses(&format!("{protect} --original sda")).unwrap_err(), ErrorKind::ValueValidation);
+        let Command::Protect(args) =
+            parses(&format!("{protect} --original sda=/a.vmdk --original sdb=/b.vmdk")).unwrap().command
+        else {
+            panic!("another command");
+        };
+        assert_eq!(args.original[1], DiskPath { disk: "sdb".to_owned(), path: "/b.vmdk".into() });
+        let Command::Protect(args) =
+            parses(&format!("{protect} --datastore /ds --format 2gb-sparse")).unwrap().command
+        else {
+            panic!("another command");
+        };
+        assert_eq!(args.format, DiskFormat::TwoGbSparse);
+    }
+
+    #[test]
+    fn tokens_are_valid_for_a_quarter_of_an_hour_unless_said_otherwise() {
+        let valid = |line: &str| match parses(line).unwrap().command {
+            Command::Invite(args) => args.valid.0.as_secs(),
+            _ => panic!("another command"),
+        };
+        assert_eq!(valid("reprotect-master-target invite --role agent"), 900);
+        assert_eq!(valid("reprotect-master-target invite --role process-server --valid 1h"), 3600);
+        assert!(parses("reprotect-master-target invite --role agent --valid 5").is_err());
+    }
+}
