@@ -1,1 +1,2 @@
-//! The bytes on wire and disk.
+//! Bytes on wire and disk.
+pub mod vmdk;
