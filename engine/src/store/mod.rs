@@ -1,1 +1,4 @@
 //! What a disk is written to.
+pub mod identity;
+pub mod target;
+pub mod vmdk;
