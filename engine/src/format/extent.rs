@@ -276,6 +276,17 @@ impl Record {
         self.check_fragments(plain)
     }
 
+    /// The same record with its payload plain, after [`Self::open_into`] filled `plain`.
+    ///
+    /// # Panics
+    /// When `plain` is not [`Self::plain_bytes`] long.
+    #[must_use]
+    pub fn opened(&self, plain: Bytes) -> Self {
+        assert_eq!(plain.len() as u64, self.plain_bytes());
+        let codec = if self.kind == RecordKind::Data { Codec::Raw } else { Codec::None };
+        Self { codec, stored_crc: 0, payload: plain, ..self.clone() }
+    }
+
     fn check_fragments(&self, plain: &[u8]) -> Result<(), FormatError> {
         for (fragment, got) in fragments(self.range.start, plain).zip(&self.crcs) {
             let expected = crc32(fragment);

@@ -12,6 +12,7 @@
 //! | [`trust`] | the one place where a certificate chain is believed or refused |
 //! | [`ca`] | the master target's certificate authority |
 //! | [`tls`] | rustls configurations |
+//! | [`lanes`] | the frames of a session over a connection |
 //! | [`endpoint`] | UDP sockets, transport limits, accepting and dialling |
 //! | [`token`], [`invitations`], [`enroll`], [`enroll_wire`] | how a new machine gets its certificate |
 //! | [`grant`] | what a master target allows an agent, signed |
@@ -24,6 +25,7 @@ pub mod files;
 pub mod grant;
 pub mod identity;
 pub mod invitations;
+pub mod lanes;
 pub mod revocations;
 pub mod tls;
 pub mod token;

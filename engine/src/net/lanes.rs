@@ -1,0 +1,213 @@
+//! The lanes of a session over one QUIC connection: frames in, frames out.
+//!
+//! Invariants: the control lane is one bidirectional stream, opened by the dialling end; each disk's delta and bulk
+//! lanes are unidirectional streams towards the target, opened when first used; frames of a lane keep their order.
+//! What waits to be written is bounded by the protocol's credit, what was read and not yet handled by the channels'
+//! depth; when the reader stops reading, the transport's windows stop the sender. Payload is handed to the transport
+//! without a copy. Units: frames. Called by the three programs' session tasks.
+
+use std::collections::HashMap;
+
+use bytes::{Bytes, BytesMut};
+use quinn::{Connection, ReadExactError, RecvStream, SendStream};
+use tokio::sync::mpsc;
+
+use crate::error::{Answer, Severity};
+use crate::format::FormatError;
+use crate::format::frame::{Frame, FrameHeader, FrameKind};
+use crate::proto::{Lane, Outgoing};
+
+/// Control frames read and not yet handled.
+const CONTROL_FRAMES_MAX: usize = 64;
+/// Data frames (up to 8 MiB each) read and not yet handled, per connection.
+const DATA_FRAMES_MAX: usize = 4;
+
+/// Why lanes came to an end.
+#[derive(Debug, thiserror::Error)]
+pub enum LaneError {
+    /// The peer sent bytes that are no frame.
+    #[error("the peer sent bytes that are no frame: {0}")]
+    Format(#[from] FormatError),
+    /// The connection or a stream ended.
+    #[error("the connection ended: {0}")]
+    Ended(String),
+}
+
+impl Answer for LaneError {
+    fn severity(&self) -> Severity {
+        Severity::Retry
+    }
+}
+
+/// What arrives.
+#[derive(Debug)]
+pub enum Arrival {
+    /// A frame.
+    Frame(FrameKind, Bytes),
+    /// A lane ended by an error; the session is over.
+    Over(LaneError),
+}
+
+/// The reading half: all lanes of a connection.
+#[derive(Debug)]
+pub struct LaneReader {
+    control: mpsc::Receiver<Arrival>,
+    data: mpsc::Receiver<Arrival>,
+}
+
+impl LaneReader {
+    /// The next frame of any lane; control goes first. Safe to drop at the await.
+    pub async fn next(&mut self) -> Arrival {
+        let arrival = tokio::select! {
+            biased;
+            arrival = self.control.recv() => arrival,
+            arrival = self.data.recv() => arrival,
+        };
+        arrival.unwrap_or_else(|| Arrival::Over(LaneError::Ended("all streams are closed".into())))
+    }
+}
+
+/// The writing half: frames are queued here and leave in order, lane by lane. `T` comes back when a frame was handed
+/// to the transport.
+#[derive(Debug)]
+pub struct LaneWriter<T> {
+    connection: Connection,
+    control: mpsc::UnboundedSender<(Frame, T)>,
+    data: HashMap<Lane, mpsc::UnboundedSender<(Frame, T)>>,
+    written: mpsc::UnboundedSender<T>,
+}
+
+/// Lanes of a connection this end dialled.
+///
+/// # Errors
+/// When the connection is gone.
+pub async fn dialled<T: Send + 'static>(
+    connection: &Connection,
+) -> Result<(LaneReader, LaneWriter<T>, mpsc::UnboundedReceiver<T>), LaneError> {
+    let (send, recv) = connection.open_bi().await.map_err(|error| LaneError::Ended(error.to_string()))?;
+    Ok(join(connection, send, recv))
+}
+
+/// Lanes of a connection this end accepted; waits for the peer to open the control lane.
+///
+/// # Errors
+/// When the connection ends first.
+pub async fn accepted<T: Send + 'static>(
+    connection: &Connection,
+) -> Result<(LaneReader, LaneWriter<T>, mpsc::UnboundedReceiver<T>), LaneError> {
+    let (send, recv) = connection.accept_bi().await.map_err(|error| LaneError::Ended(error.to_string()))?;
+    Ok(join(connection, send, recv))
+}
+
+fn join<T: Send + 'static>(
+    connection: &Connection,
+    send: SendStream,
+    recv: RecvStream,
+) -> (LaneReader, LaneWriter<T>, mpsc::UnboundedReceiver<T>) {
+    let (control_in, control) = mpsc::channel(CONTROL_FRAMES_MAX);
+    let (data_in, data) = mpsc::channel(DATA_FRAMES_MAX);
+    tokio::spawn(read_lane(recv, control_in));
+    tokio::spawn(accept_data_lanes(connection.clone(), data_in));
+    let (written, handed_over) = mpsc::unbounded_channel();
+    let control_out = spawn_writer(send, 2, written.clone());
+    let writer = LaneWriter { connection: connection.clone(), control: control_out, data: HashMap::new(), written };
+    (LaneReader { control, data }, writer, handed_over)
+}
+
+impl<T: Send + 'static> LaneWriter<T> {
+    /// Queues a frame on its lane. A lane that cannot be written closes the connection, which the reader notices.
+    pub fn send(&mut self, outgoing: Outgoing, token: T) {
+        let lane = match outgoing.lane {
+            Lane::Control => &self.control,
+            data => self.data.entry(data).or_insert_with(|| {
+                open_data_lane(self.connection.clone(), matches!(data, Lane::Delta(_)), self.written.clone())
+            }),
+        };
+        // A failed send means that the writer ended with the connection; the session is being torn down.
+        let _ = lane.send((outgoing.frame, token));
+    }
+}
+
+async fn accept_data_lanes(connection: Connection, data: mpsc::Sender<Arrival>) {
+    while let Ok(recv) = connection.accept_uni().await {
+        tokio::spawn(read_lane(recv, data.clone()));
+    }
+}
+
+async fn read_lane(mut recv: RecvStream, arrivals: mpsc::Sender<Arrival>) {
+    loop {
+        let arrival = match read_frame(&mut recv).await {
+            Ok(Some((kind, body))) => Arrival::Frame(kind, body),
+            Ok(None) => return,
+            Err(error) => Arrival::Over(error),
+        };
+        let over = matches!(arrival, Arrival::Over(_));
+        if arrivals.send(arrival).await.is_err() || over {
+            return;
+        }
+    }
+}
+
+/// Reads one frame; `None` at the end of the stream.
+async fn read_frame(recv: &mut RecvStream) -> Result<Option<(FrameKind, Bytes)>, LaneError> {
+    let mut head = [0_u8; FrameHeader::BYTES];
+    match recv.read_exact(&mut head).await {
+        Ok(()) => {}
+        Err(ReadExactError::FinishedEarly(0)) => return Ok(None),
+        Err(error) => return Err(LaneError::Ended(error.to_string())),
+    }
+    let header = FrameHeader::decode(&head)?;
+    let want = header.body_bytes as usize;
+    let mut body = BytesMut::with_capacity(want);
+    while body.len() < want {
+        match recv.read_chunk(want - body.len(), true).await {
+            Ok(Some(chunk)) if chunk.bytes.len() == want => return Ok(Some((header.kind, chunk.bytes))),
+            Ok(Some(chunk)) => body.extend_from_slice(&chunk.bytes),
+            Ok(None) => return Err(LaneError::Ended("a frame was cut short".into())),
+            Err(error) => return Err(LaneError::Ended(error.to_string())),
+        }
+    }
+    Ok(Some((header.kind, body.freeze())))
+}
+
+fn spawn_writer<T: Send + 'static>(
+    send: SendStream,
+    priority: i32,
+    written: mpsc::UnboundedSender<T>,
+) -> mpsc::UnboundedSender<(Frame, T)> {
+    let (queue, frames) = mpsc::unbounded_channel();
+    tokio::spawn(write_lane(send, priority, frames, written));
+    queue
+}
+
+fn open_data_lane<T: Send + 'static>(
+    connection: Connection,
+    delta: bool,
+    written: mpsc::UnboundedSender<T>,
+) -> mpsc::UnboundedSender<(Frame, T)> {
+    let (queue, frames) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        if let Ok(send) = connection.open_uni().await {
+            write_lane(send, i32::from(delta), frames, written).await;
+        }
+    });
+    queue
+}
+
+async fn write_lane<T>(
+    mut send: SendStream,
+    priority: i32,
+    mut frames: mpsc::UnboundedReceiver<(Frame, T)>,
+    written: mpsc::UnboundedSender<T>,
+) {
+    // An error means that the stream is gone, which the next write reports.
+    let _ = send.set_priority(priority);
+    while let Some((frame, token)) = frames.recv().await {
+        let mut parts = frame.into_parts();
+        if send.write_all_chunks(&mut parts).await.is_err() {
+            return; // the connection is over; its reader tells the session
+        }
+        let _ = written.send(token);
+    }
+    let _ = send.finish();
+}
