@@ -87,11 +87,11 @@ fn disks_as_json_is_one_json_value() {
 /// A GPT with one Linux partition of 8 MiB from 1 MiB, on a disk of `bytes`.
 fn gpt(bytes: u64) -> Vec<u8> {
     let sectors = bytes / 512;
-    let mut image = vec![0_u8; usize::try_from(bytes).unwrap()];
+    let mut image = vec![0_u8; usize::try_from(bytes).expect("small")];
     // Protective MBR: one entry of type 0xEE over the whole disk.
     image[446 + 4] = 0xee;
     image[446 + 8..446 + 12].copy_from_slice(&1_u32.to_le_bytes());
-    image[446 + 12..446 + 16].copy_from_slice(&u32::try_from(sectors - 1).unwrap().to_le_bytes());
+    image[446 + 12..446 + 16].copy_from_slice(&u32::try_from(sectors - 1).expect("small").to_le_bytes());
     image[510..512].copy_from_slice(&[0x55, 0xaa]);
     let mut entries = vec![0_u8; 128 * 128];
     entries[..16].copy_from_slice(&[
@@ -122,7 +122,7 @@ fn gpt(bytes: u64) -> Vec<u8> {
         header
     };
     let mut put = |sector: u64, data: &[u8]| {
-        let at = usize::try_from(sector * 512).unwrap();
+        let at = usize::try_from(sector * 512).expect("small");
         image[at..at + data.len()].copy_from_slice(data);
     };
     put(1, &header(1, sectors - 1, 2));
