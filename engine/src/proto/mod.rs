@@ -60,6 +60,16 @@ impl Outgoing {
     }
 }
 
+/// What an agent signs to prove itself: fresh from the target, and bound to both ends.
+#[must_use]
+pub fn session_proof_message(nonce: &[u8; 32], agent: PeerId, target: PeerId) -> [u8; 64] {
+    let mut message = [0_u8; 64];
+    message[..32].copy_from_slice(nonce);
+    message[32..48].copy_from_slice(&agent.0);
+    message[48..].copy_from_slice(&target.0);
+    message
+}
+
 /// Proves the agent's identity end to end, through any relay.
 pub trait Prover: Send {
     /// Signs what the target asked for.
