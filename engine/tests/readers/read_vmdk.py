@@ -39,9 +39,17 @@ def libvmdk(path):
 def dissect(path):
     from dissect.hypervisor.disk.vmdk import VMDK
 
-    disk = VMDK(path)
-    stream = disk.open() if hasattr(disk, "open") else disk
-    return stream.size, digest(stream.read, stream.size)
+    disk, sector = VMDK(path), 0
+
+    # Its stream reads in units of 8 KiB and fails in the last one of a disk of another size, whoever made the disk;
+    # reading sectors is what the stream itself does.
+    def read(count):
+        nonlocal sector
+        data = disk.read_sectors(sector, count // 512)
+        sector += len(data) // 512
+        return data
+
+    return disk.size, digest(read, disk.size)
 
 
 def main():
