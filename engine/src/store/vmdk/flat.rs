@@ -54,7 +54,8 @@ impl FlatVmdk {
 
     /// Passes a result on and remembers a failure that must not be followed by anything.
     fn note<T>(&mut self, result: Result<T, BlockError>) -> Result<T, BlockError> {
-        self.failed |= result.as_ref().is_err_and(|error| !error.is_full() || error.op == BlockOp::Flush);
+        let fatal = |error: &BlockError| !error.is_full() || error.op == BlockOp::Flush;
+        self.failed |= self.keeper.is_writable() && result.as_ref().is_err_and(fatal);
         result
     }
 

@@ -32,11 +32,6 @@ impl Layout {
         self.end
     }
 
-    /// Name of the disk.
-    pub(super) fn name(&self) -> &str {
-        &self.name
-    }
-
     /// An error of this disk.
     pub(super) fn error(&self, op: BlockOp, range: ByteRange, source: std::io::Error) -> BlockError {
         BlockError { name: self.name.clone(), op, offset: range.start, len: range.len(), source }

@@ -45,8 +45,17 @@ struct Content {
 
 impl Content {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        for (at, byte) in (offset..).zip(data) {
-            *byte = self.pages.get(&(at / PAGE)).map_or(0, |page| page[(at % PAGE) as usize]);
+        let (mut at, mut rest) = (offset, data);
+        while !rest.is_empty() {
+            let inside = (at % PAGE) as usize;
+            let len = rest.len().min(PAGE as usize - inside);
+            let (part, tail) = rest.split_at_mut(len);
+            match self.pages.get(&(at / PAGE)) {
+                Some(page) => part.copy_from_slice(&page[inside..inside + len]),
+                None => part.fill(0),
+            }
+            at += len as u64;
+            rest = tail;
         }
     }
 

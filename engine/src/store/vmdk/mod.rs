@@ -97,3 +97,6 @@ pub trait TargetFile: BlockFile + std::fmt::Debug {
     /// When a flush or the trimming of a file fails; the target is then as after a crash and not lost.
     fn close(self: Box<Self>) -> Result<(), TargetError>;
 }
+
+#[cfg(test)]
+mod sparse_tests;
