@@ -81,7 +81,8 @@ impl Authority for SiteAuthority {
         generation: Generation,
         agent: PeerId,
     ) -> Result<(), String> {
-        let usage = GrantUse { agent, disk, generation, operations: Operations::REPLICATE, now: wall_clock() };
+        let usage =
+            GrantUse { agent, disk, generation, operations: Operations::REPLICATE, now: wall_clock() };
         let grant = self.verifier.verify(grant, &usage).map_err(|error| error.to_string())?;
         if grant.size.0 == size_sectors {
             Ok(())

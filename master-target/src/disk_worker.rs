@@ -250,7 +250,10 @@ impl Writer {
     fn run(&mut self, inputs: &sync_mpsc::Receiver<Opened>) {
         loop {
             let now = mono_clock();
-            let wait = self.disk.poll_timeout().map_or(IDLE, |at| Duration::from_nanos(at.nanos_since(now)).min(IDLE));
+            let wait = self
+                .disk
+                .poll_timeout()
+                .map_or(IDLE, |at| Duration::from_nanos(at.nanos_since(now)).min(IDLE));
             match inputs.recv_timeout(wait) {
                 Ok(Opened::Stop) | Err(sync_mpsc::RecvTimeoutError::Disconnected) => return,
                 Ok(input) => self.handle(input),
@@ -336,7 +339,9 @@ impl Writer {
 
     fn log(&self, notice: &DiskNotice) {
         match notice {
-            DiskNotice::Opened(generation) => tracing::info!(disk = %self.id, %generation, "opened by its agent"),
+            DiskNotice::Opened(generation) => {
+                tracing::info!(disk = %self.id, %generation, "opened by its agent")
+            }
             DiskNotice::Synced => tracing::info!(disk = %self.id, "the whole disk is on the target"),
             DiskNotice::Resync(cause) => tracing::warn!(disk = %self.id, ?cause, "a compare pass begins"),
             DiskNotice::FencedSession(session) => {

@@ -1,5 +1,18 @@
 //! The master-target program as a library; `main.rs` is a thin shell around it.
+//!
+//! A write's way: `session` (frames of a connection) → `disk_worker` (check, core, write, flush) → the target; what is
+//! known is in `registry` and, on disk, in `catalogue`; operators come in through `admin` and `commands`.
 
+pub mod admin;
+pub mod api;
+pub mod authority;
+pub mod catalogue;
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod daemon;
+pub mod disk_status;
+pub mod disk_worker;
+pub mod protect;
+pub mod registry;
+pub mod session;

@@ -179,7 +179,13 @@ fn crash_once(
                 }
                 allowed.push(sector(at, *version));
             }
-            prop_assert!(allowed.iter().any(|a| a == found), "sector {} in round {}: {:?}", at, round, &found[..16]);
+            prop_assert!(
+                allowed.iter().any(|a| a == found),
+                "sector {} in round {}: {:?}",
+                at,
+                round,
+                &found[..16]
+            );
         }
         // The second round writes after the repair and closes: still nothing foreign, and clean.
         file.write(&[WriteAt { offset: 0, data: &sector(0, 999) }]).unwrap();
@@ -195,7 +201,9 @@ fn drop_tables(files: &MemoryFiles, kind: VmdkKind) {
     let name = if kind.is_split() { "/d/disk-s001.vmdk" } else { PATH };
     let mut bytes = files.bytes(name);
     let header = crate::format::vmdk::sparse::SparseHeader::decode(&bytes).unwrap();
-    let crate::format::vmdk::sparse::Directory::At(directory) = header.directory else { panic!("no directory") };
+    let crate::format::vmdk::sparse::Directory::At(directory) = header.directory else {
+        panic!("no directory")
+    };
     for at in [directory, header.redundant_directory.unwrap()] {
         bytes[(at * 512) as usize..][..512].fill(0);
     }
@@ -248,10 +256,10 @@ fn zeros_leave_holes_and_clean_files_are_short() {
         file.zero(ByteRange { start: 0, end: 1 << 30 }).unwrap();
         assert_eq!(file.allocated(ByteRange { start: 0, end: 1 << 30 }).unwrap(), []);
         file.write(&[WriteAt { offset: 7 * GRAIN + 512, data: &[9; 512] }]).unwrap();
-        assert_eq!(file.allocated(ByteRange { start: 0, end: 1 << 30 }).unwrap(), [ByteRange {
-            start: 7 * GRAIN,
-            end: 8 * GRAIN
-        }]);
+        assert_eq!(
+            file.allocated(ByteRange { start: 0, end: 1 << 30 }).unwrap(),
+            [ByteRange { start: 7 * GRAIN, end: 8 * GRAIN }]
+        );
         file.close().unwrap();
         assert_eq!(files.bytes(name).len() as u64, fresh + GRAIN);
     }
@@ -309,7 +317,9 @@ fn a_full_medium_leaves_the_disk_as_it_was_and_usable() {
 fn set_entry(files: &MemoryFiles, grain: usize, primary: Option<u32>, redundant: Option<u32>, unclean: bool) {
     let mut bytes = files.bytes(PATH);
     let mut header = crate::format::vmdk::sparse::SparseHeader::decode(&bytes).unwrap();
-    let crate::format::vmdk::sparse::Directory::At(directory) = header.directory else { panic!("no directory") };
+    let crate::format::vmdk::sparse::Directory::At(directory) = header.directory else {
+        panic!("no directory")
+    };
     for (at, value) in [(directory, primary), (header.redundant_directory.unwrap(), redundant)] {
         let at = (at * 512) as usize;
         let table = u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize * 512;

@@ -1,0 +1,227 @@
+//! The daemon's admin interface: HTTP and JSON on its Unix socket.
+//!
+//! Invariants: who can open the socket (mode 0600) may do everything; handlers that touch files run on blocking
+//! threads; every refusal says what is wrong and what to do. Called by `daemon`.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::extract::State;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use reprotect_engine::format::message::PassMode;
+use reprotect_engine::host::admin::Refusal;
+use reprotect_engine::net::ca::Ca;
+use reprotect_engine::net::identity::{Identity, Role};
+use reprotect_engine::net::invitations::{Invitations, Invite};
+use reprotect_engine::net::revocations::{Revocation, Revocations};
+use reprotect_engine::net::wall_clock;
+use reprotect_engine::proto::state::TargetDiskPhase;
+use reprotect_engine::units::PeerId;
+
+use crate::api::{
+    DiskInfo, InviteAnswer, InviteRequest, RevokeAnswer, RevokeRequest, SessionInfo, StatusInfo,
+};
+use crate::catalogue::Machine;
+use crate::config::Settings;
+use crate::disk_status::sector_bytes;
+use crate::protect::{ProtectAnswer, ProtectRequest, protect};
+use crate::registry::{DiskView, Registry};
+
+/// What the handlers work on.
+#[derive(Debug)]
+pub struct AdminState {
+    /// Machines, disks, sessions.
+    pub registry: Arc<Registry>,
+    /// Open invitations.
+    pub invitations: Arc<Invitations>,
+    /// The CA.
+    pub ca: Arc<Ca>,
+    /// The target's own identity.
+    pub identity: Arc<Identity>,
+    /// Who is no longer believed.
+    pub revocations: Arc<Revocations>,
+    /// The configuration.
+    pub settings: Settings,
+    /// Where it listens.
+    pub listen: std::net::SocketAddr,
+    /// When it started.
+    pub started: Instant,
+}
+
+type Shared = State<Arc<AdminState>>;
+
+/// The routes.
+pub fn router(state: Arc<AdminState>) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/machines", get(machines))
+        .route("/v1/invite", post(invite))
+        .route("/v1/revoke", post(revoke))
+        .route("/v1/protect", post(protect_machine))
+        .with_state(state)
+}
+
+async fn status(State(state): Shared) -> Json<StatusInfo> {
+    let machines = state.registry.machines();
+    let disks = state.registry.disks().iter().map(|view| disk_info(view, &machines)).collect();
+    let session = |session: &crate::registry::LiveSession| SessionInfo {
+        agent: session.agent.map(|agent| agent.to_string()),
+        address: session.address.to_string(),
+        relay: session.relay.map(|relay| relay.to_string()),
+    };
+    Json(StatusInfo {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        target: state.identity.own().peer.to_string(),
+        site: state.identity.own().site.clone(),
+        listen: state.listen.to_string(),
+        uptime_seconds: state.started.elapsed().as_secs(),
+        disks,
+        sessions: state.registry.sessions().iter().map(|(_, live)| session(live)).collect(),
+    })
+}
+
+fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
+    let record = &view.record;
+    let machine = machines.iter().find(|machine| machine.agent == record.agent);
+    let mut info = DiskInfo {
+        disk: record.disk.clone(),
+        machine: machine.map_or_else(|| record.agent.clone(), |machine| machine.host_name.clone()),
+        agent: record.agent.clone(),
+        source: record.source_name.clone(),
+        path: record.path.display().to_string(),
+        kind: record.kind.clone(),
+        size_bytes: record.size_bytes,
+        state: "failed".to_owned(),
+        connected: false,
+        settled_bytes: 0,
+        generation: 0,
+        durable: 0,
+        marked: 0,
+        wire_bytes: 0,
+        plain_bytes: 0,
+        written_bytes: 0,
+        zeroed_bytes: 0,
+        problem: view.problem.clone(),
+    };
+    let Some(status) = &view.status else { return info };
+    let (snapshot, counters) = (status.snapshot(), status.counters());
+    info.state = match (snapshot.phase, snapshot.mode) {
+        (TargetDiskPhase::Failed, _) => "failed",
+        _ if snapshot.closed => "closed",
+        (_, PassMode::Done) => "synced",
+        (_, _) if snapshot.generation.0 == 0 => "waiting",
+        (_, PassMode::Copy) => "copying",
+        (_, PassMode::Compare) => "comparing",
+    }
+    .to_owned();
+    info.connected = snapshot.phase == TargetDiskPhase::Open;
+    info.settled_bytes = if snapshot.mode == PassMode::Done {
+        record.size_bytes
+    } else {
+        sector_bytes(snapshot.settled_sectors)
+    };
+    info.generation = snapshot.generation.0;
+    info.durable = snapshot.durable.0;
+    info.marked = snapshot.marked.0;
+    info.wire_bytes = counters.wire_bytes;
+    info.plain_bytes = counters.plain_bytes;
+    info.written_bytes = counters.written_bytes;
+    info.zeroed_bytes = counters.zeroed_bytes;
+    info.problem = info.problem.or(snapshot.problem);
+    info
+}
+
+async fn machines(State(state): Shared) -> Json<Vec<Machine>> {
+    Json(state.registry.machines())
+}
+
+async fn invite(
+    State(state): Shared,
+    Json(request): Json<InviteRequest>,
+) -> Result<Json<InviteAnswer>, Refusal> {
+    let role = match Role::parse(&request.role) {
+        Some(role @ (Role::Agent | Role::ProcessServer)) => role,
+        _ => {
+            let reason = format!("{} cannot be invited", request.role);
+            return Err(Refusal::conflict(
+                "no invitation",
+                reason,
+                "use --role agent or --role process-server",
+            ));
+        }
+    };
+    let addresses = advertised(&state);
+    blocking(move || {
+        let ca_key_sha256 = state.ca.key_sha256()?;
+        let invite = Invite {
+            role,
+            lifetime: Duration::from_secs(request.valid_seconds),
+            target: state.identity.own().peer,
+            ca_key_sha256,
+            addresses: addresses.clone(),
+        };
+        let (invitation, token) = state.invitations.create(invite, wall_clock())?;
+        Ok(InviteAnswer {
+            token: token.to_text()?,
+            peer: invitation.peer.to_string(),
+            valid_seconds: request.valid_seconds,
+            addresses,
+        })
+    })
+    .await
+}
+
+/// Where invited daemons find this target: as configured, else where it listens, else its host name.
+fn advertised(state: &AdminState) -> Vec<String> {
+    if !state.settings.advertise.is_empty() {
+        return state.settings.advertise.iter().map(ToString::to_string).take(4).collect();
+    }
+    if !state.listen.ip().is_unspecified() {
+        return vec![state.listen.to_string()];
+    }
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    vec![format!("{name}:{}", state.listen.port())]
+}
+
+async fn revoke(
+    State(state): Shared,
+    Json(request): Json<RevokeRequest>,
+) -> Result<Json<RevokeAnswer>, Refusal> {
+    blocking(move || {
+        let peer = match PeerId::parse(&request.peer) {
+            Ok(peer) => peer,
+            Err(_) => PeerId::parse(&state.registry.machine(&request.peer)?.agent)?,
+        };
+        if peer == state.identity.own().peer {
+            anyhow::bail!("this is the master target itself; it cannot be revoked");
+        }
+        state.revocations.revoke(Revocation::Peer(peer))?;
+        state.invitations.withdraw(peer)?;
+        tracing::warn!(%peer, "revoked; its connections are closed");
+        Ok(RevokeAnswer { peer: peer.to_string() })
+    })
+    .await
+}
+
+async fn protect_machine(
+    State(state): Shared,
+    Json(request): Json<ProtectRequest>,
+) -> Result<Json<ProtectAnswer>, Refusal> {
+    blocking(move || protect(&state.registry, &state.settings.datastores, &request)).await
+}
+
+/// Runs what touches files on a thread of its own; its error becomes a refusal whose text carries the remedy.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> Result<Json<T>, Refusal> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(Ok(value)) => Ok(Json(value)),
+        Ok(Err(error)) => Err(Refusal::conflict("refused", format!("{error:#}"), "")),
+        Err(error) => Err(Refusal::conflict(
+            "failed",
+            error.to_string(),
+            "see the daemon's log, report this as a defect",
+        )),
+    }
+}

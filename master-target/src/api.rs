@@ -1,0 +1,112 @@
+//! What the admin interface says: the JSON that daemon and commands exchange, version 1.
+//!
+//! Invariants: fields are only added; bytes are plain numbers, times are milliseconds. Used by `admin` and `commands`.
+
+use serde::{Deserialize, Serialize};
+
+/// A protected disk in `GET /v1/status`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DiskInfo {
+    /// Its UUID.
+    pub disk: String,
+    /// Its machine's name.
+    pub machine: String,
+    /// Its agent.
+    pub agent: String,
+    /// Its name on the machine.
+    pub source: String,
+    /// The target.
+    pub path: String,
+    /// Its kind.
+    pub kind: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// `waiting`, `copying`, `comparing`, `synced`, `failed` or `closed`.
+    pub state: String,
+    /// Whether an agent has it open now.
+    pub connected: bool,
+    /// Bytes of the disk settled by the running pass; the whole size when synced.
+    pub settled_bytes: u64,
+    /// The newest generation.
+    pub generation: u64,
+    /// Durable and applied sequence.
+    pub durable: u64,
+    /// Sequence of the last mark.
+    pub marked: u64,
+    /// Bytes of batches received since the daemon started.
+    pub wire_bytes: u64,
+    /// Plain bytes in them.
+    pub plain_bytes: u64,
+    /// Bytes written to the target since the daemon started.
+    pub written_bytes: u64,
+    /// Bytes zeroed on the target since the daemon started.
+    pub zeroed_bytes: u64,
+    /// What is wrong, if anything.
+    pub problem: Option<String>,
+}
+
+/// A live session.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SessionInfo {
+    /// Its agent, once proven.
+    pub agent: Option<String>,
+    /// Where it comes from.
+    pub address: String,
+    /// The process server it comes through.
+    pub relay: Option<String>,
+}
+
+/// `GET /v1/status`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StatusInfo {
+    /// The program's version.
+    pub version: String,
+    /// The target's UUID.
+    pub target: String,
+    /// The site.
+    pub site: String,
+    /// Where it listens.
+    pub listen: String,
+    /// Seconds since the start.
+    pub uptime_seconds: u64,
+    /// All disks.
+    pub disks: Vec<DiskInfo>,
+    /// All sessions.
+    pub sessions: Vec<SessionInfo>,
+}
+
+/// `POST /v1/invite`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct InviteRequest {
+    /// `agent` or `process-server`.
+    pub role: String,
+    /// How long it is valid.
+    pub valid_seconds: u64,
+}
+
+/// The answer to [`InviteRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct InviteAnswer {
+    /// The token.
+    pub token: String,
+    /// The UUID the invited daemon will have.
+    pub peer: String,
+    /// How long it is valid.
+    pub valid_seconds: u64,
+    /// Where it will connect.
+    pub addresses: Vec<String>,
+}
+
+/// `POST /v1/revoke`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RevokeRequest {
+    /// UUID of a peer, or name of a machine.
+    pub peer: String,
+}
+
+/// The answer to [`RevokeRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RevokeAnswer {
+    /// The peer refused from now on.
+    pub peer: String,
+}

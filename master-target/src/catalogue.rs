@@ -1,0 +1,240 @@
+//! What the master target knows of machines and disks, one JSON file each, replaced durably.
+//!
+//! Layout below the state directory: `machines/<agent>.json`, `disks/<disk>/disk.json`, `disks/<disk>/state` (the
+//! binary state file of `format::disk_state`). Invariants: a file that does not parse is named and left alone, the
+//! others are loaded; nothing here is derived from the wire without bounds. Units: bytes. Used by `registry`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use reprotect_engine::format::disk_state::DiskState;
+use reprotect_engine::format::message::InventoryDisk;
+use reprotect_engine::io::durable::{Access, create_dir_durable, read_bounded, replace_file};
+use reprotect_engine::store::fingerprint::{Fingerprint, TAGS_MAX};
+use reprotect_engine::store::target::TargetKind;
+use reprotect_engine::units::{DiskId, PeerId, SECTOR_BYTES};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// Largest file read.
+const FILE_BYTES_MAX: u64 = 64 << 20;
+
+/// A disk that an agent could protect.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceDisk {
+    /// Stable identity on the agent, 32 hexadecimal digits.
+    pub source: String,
+    /// Path or name on the machine.
+    pub name: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Whether the agent offers it without being told.
+    pub selected: bool,
+    /// GPT disk GUID, or zeros.
+    pub gpt_guid: String,
+    /// MBR signature, or zero.
+    pub mbr_signature: u32,
+    /// Tags of its file systems.
+    pub tags: Vec<String>,
+}
+
+impl SourceDisk {
+    /// As it came in an inventory.
+    #[must_use]
+    pub fn from_inventory(disk: &InventoryDisk) -> Self {
+        let tags = disk.fs_uuids.chunks_exact(16).take(usize::from(disk.fs_count)).map(hex).collect();
+        Self {
+            source: hex(&disk.source),
+            name: disk.name.as_str().to_owned(),
+            size_bytes: disk.size_sectors.saturating_mul(SECTOR_BYTES),
+            selected: disk.selected,
+            gpt_guid: hex(&disk.gpt_guid),
+            mbr_signature: disk.mbr_signature,
+            tags,
+        }
+    }
+
+    /// For pairing with existing targets.
+    #[must_use]
+    pub fn fingerprint(&self) -> Fingerprint {
+        Fingerprint {
+            gpt_guid: unhex(&self.gpt_guid).unwrap_or_default(),
+            mbr_signature: self.mbr_signature,
+            tags: self.tags.iter().filter_map(|tag| unhex(tag)).take(TAGS_MAX).collect(),
+        }
+    }
+}
+
+/// A machine whose agent has enrolled.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Its agent.
+    pub agent: String,
+    /// What it calls itself.
+    pub host_name: String,
+    /// Its disks, from its last inventory.
+    pub disks: Vec<SourceDisk>,
+}
+
+/// A protected disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProtectedDisk {
+    /// The disk.
+    pub disk: String,
+    /// The agent that may write it.
+    pub agent: String,
+    /// The source disk on that agent.
+    pub source: String,
+    /// Its name there.
+    pub source_name: String,
+    /// The target's descriptor, file or device.
+    pub path: PathBuf,
+    /// createType of a VMDK, or `device`.
+    pub kind: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Whether the target was there before.
+    pub existing: bool,
+}
+
+/// The folder.
+#[derive(Clone, Debug)]
+pub struct Catalogue {
+    root: PathBuf,
+}
+
+/// A disk as found in the folder: its record, and its state or why there is none.
+pub type FoundDisk = (ProtectedDisk, anyhow::Result<DiskState>);
+
+impl Catalogue {
+    /// Opens the folder, making what is missing.
+    ///
+    /// # Errors
+    /// When a directory cannot be made.
+    pub fn open(state_dir: &Path) -> anyhow::Result<Self> {
+        for name in ["machines", "disks"] {
+            create_dir_durable(&state_dir.join(name))?;
+        }
+        Ok(Self { root: state_dir.to_owned() })
+    }
+
+    /// All machines whose file is readable; the others are named in the log.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed.
+    pub fn machines(&self) -> anyhow::Result<Vec<Machine>> {
+        let mut machines = Vec::new();
+        for path in entries(&self.root.join("machines"))? {
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue;
+            }
+            match read_json(&path) {
+                Ok(machine) => machines.push(machine),
+                Err(error) => {
+                    tracing::error!("{error:#}; the machine is left out until the file is repaired")
+                }
+            }
+        }
+        Ok(machines)
+    }
+
+    /// Records a machine.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save_machine(&self, machine: &Machine) -> anyhow::Result<()> {
+        let path = self.root.join("machines").join(format!("{}.json", machine.agent));
+        Ok(replace_file(&path, &serde_json::to_vec_pretty(machine)?, Access::Private)?)
+    }
+
+    /// All disks whose record is readable.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed.
+    pub fn disks(&self) -> anyhow::Result<Vec<FoundDisk>> {
+        let mut disks = Vec::new();
+        for dir in entries(&self.root.join("disks"))? {
+            match read_json::<ProtectedDisk>(&dir.join("disk.json")) {
+                Ok(record) => {
+                    let state = read_state(&dir.join("state"));
+                    disks.push((record, state));
+                }
+                Err(error) => tracing::error!("{error:#}; the disk is left out until the file is repaired"),
+            }
+        }
+        Ok(disks)
+    }
+
+    /// Records a new disk: its state first, so that a record always has one.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn save_disk(&self, record: &ProtectedDisk, state: &DiskState) -> anyhow::Result<()> {
+        let dir = self.root.join("disks").join(&record.disk);
+        create_dir_durable(&dir)?;
+        replace_file(&dir.join("state"), &state.to_bytes(), Access::Private)?;
+        replace_file(&dir.join("disk.json"), &serde_json::to_vec_pretty(record)?, Access::Private)?;
+        Ok(())
+    }
+
+    /// Where a disk's state is kept.
+    #[must_use]
+    pub fn state_path(&self, disk: DiskId) -> PathBuf {
+        self.root.join("disks").join(disk.to_string()).join("state")
+    }
+}
+
+/// The kind a record names.
+#[must_use]
+pub fn kind_from_text(text: &str) -> Option<TargetKind> {
+    [
+        TargetKind::MonolithicFlat,
+        TargetKind::TwoGbMaxExtentFlat,
+        TargetKind::Vmfs,
+        TargetKind::MonolithicSparse,
+        TargetKind::TwoGbMaxExtentSparse,
+        TargetKind::Device,
+    ]
+    .into_iter()
+    .find(|kind| kind.to_string() == text)
+}
+
+/// The agent of a text.
+#[must_use]
+pub fn peer(text: &str) -> Option<PeerId> {
+    PeerId::parse(text).ok()
+}
+
+/// Hexadecimal digits.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// Sixteen bytes of 32 hexadecimal digits.
+#[must_use]
+pub fn unhex(text: &str) -> Option<[u8; 16]> {
+    (text.len() == 32).then(|| u128::from_str_radix(text, 16).ok().map(u128::to_be_bytes))?
+}
+
+fn entries(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let list = std::fs::read_dir(dir).with_context(|| format!("cannot list {}", dir.display()))?;
+    let mut paths = list.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>()?;
+    paths.sort();
+    Ok(paths)
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
+    let bytes = read_bounded(path, FILE_BYTES_MAX)?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{} is damaged", path.display()))
+}
+
+fn read_state(path: &Path) -> anyhow::Result<DiskState> {
+    let bytes = read_bounded(path, FILE_BYTES_MAX)?;
+    DiskState::decode(&bytes).with_context(|| format!("{} is damaged", path.display()))
+}

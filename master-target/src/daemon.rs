@@ -1,0 +1,190 @@
+//! The master target daemon: opens what it needs in order, accepts connections, stops cleanly.
+//!
+//! Order: state directory and its lock → CA and own identity → catalogue and targets → UDP port → admin socket →
+//! ready. Stopping goes the other way: no new connections, sessions end, every target is flushed and closed.
+//! Invariants: one daemon per state directory; a daemon that says ready accepts sessions. Called by `main` and tests.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use reprotect_engine::host::admin::AdminServer;
+use reprotect_engine::host::places::Program;
+use reprotect_engine::host::run_lock::RunLock;
+use reprotect_engine::host::shutdown::{Notifier, Shutdown};
+use reprotect_engine::net::ca::Ca;
+use reprotect_engine::net::endpoint::{Accepted, Server, TransportSettings, bind_server};
+use reprotect_engine::net::enroll::serve_enrolment;
+use reprotect_engine::net::identity::{IDENTITY_FILE, Identity, Role};
+use reprotect_engine::net::invitations::Invitations;
+use reprotect_engine::net::revocations::Revocations;
+use reprotect_engine::net::tls::server_config;
+use reprotect_engine::net::trust::{PeerRule, Trust};
+use reprotect_engine::net::wall_clock;
+use reprotect_engine::proto::Authority;
+use reprotect_engine::proto::credit::FlowLimits;
+use reprotect_engine::units::PeerId;
+
+use crate::admin::{AdminState, router};
+use crate::authority::SiteAuthority;
+use crate::catalogue::Catalogue;
+use crate::config::Settings;
+use crate::registry::Registry;
+use crate::session;
+
+/// The site's name where none is configured.
+const SITE_DEFAULT: &str = "default";
+/// How often the own certificate's age is looked at.
+const RENEWAL_CHECK: Duration = Duration::from_secs(3600);
+
+/// Everything about who this target is.
+struct Keys {
+    ca: Arc<Ca>,
+    identity: Arc<Identity>,
+    trust: Arc<Trust>,
+    revocations: Arc<Revocations>,
+    invitations: Arc<Invitations>,
+}
+
+/// Runs until `shutdown`.
+///
+/// # Errors
+/// When something it needs cannot be had; the text says what and what to do.
+pub async fn run(settings: Settings, shutdown: Shutdown) -> anyhow::Result<()> {
+    settings.places.create_state_dir()?;
+    let _lock = RunLock::acquire(Program::MasterTarget, &settings.places.state_dir)?;
+    let keys = open_keys(&settings)?;
+    let limits = FlowLimits {
+        flush_bytes: settings.flush_bytes,
+        flush_nanos: u64::try_from(settings.flush_interval.as_nanos()).unwrap_or(u64::MAX),
+        ..FlowLimits::default()
+    };
+    let catalogue = Catalogue::open(&settings.places.state_dir)?;
+    let registry = tokio::task::spawn_blocking(move || Registry::open(catalogue, limits)).await??;
+    let registry = Arc::new(registry);
+    let authority: Arc<dyn Authority> =
+        Arc::new(SiteAuthority::new(Arc::clone(&keys.identity), Arc::clone(&keys.trust))?);
+    let site = keys.identity.own().site.clone();
+    let rule = PeerRule::of_site(&site, &[Role::Agent, Role::ProcessServer]);
+    let tls = server_config(&keys.identity, Arc::clone(&keys.trust), rule.clone(), true)?;
+    let server = Arc::new(bind_server(
+        settings.listen,
+        tls,
+        Arc::clone(&keys.revocations),
+        TransportSettings::default(),
+    )?);
+    let listen = server.local_address()?;
+    let admin = AdminServer::bind(&settings.places.socket).await?;
+    let state = Arc::new(AdminState {
+        registry: Arc::clone(&registry),
+        invitations: Arc::clone(&keys.invitations),
+        ca: Arc::clone(&keys.ca),
+        identity: Arc::clone(&keys.identity),
+        revocations: Arc::clone(&keys.revocations),
+        settings: settings.clone(),
+        listen,
+        started: Instant::now(),
+    });
+    let admin_task = tokio::spawn(admin.serve(router(state), shutdown.clone()));
+    let notifier = Notifier::from_env()?;
+    notifier.send("READY=1")?;
+    tracing::info!(%listen, site, target = %keys.identity.own().peer, "ready");
+    tokio::select! {
+        () = accept(&server, &keys, authority, &registry) => {}
+        () = renew_own(&server, &keys, &rule, &settings) => {}
+        () = notifier.watch(&shutdown) => {}
+        () = shutdown.requested() => {}
+    }
+    tracing::info!("stopping: closing sessions, then every target");
+    // Best effort: systemd learns of the end by the exit as well.
+    let _ = notifier.send("STOPPING=1");
+    server.close().await;
+    tokio::task::spawn_blocking(move || registry.stop()).await?;
+    admin_task.await??;
+    Ok(())
+}
+
+fn open_keys(settings: &Settings) -> anyhow::Result<Keys> {
+    let state_dir = &settings.places.state_dir;
+    let site = settings.site.as_deref().unwrap_or(SITE_DEFAULT);
+    let ca_dir = state_dir.join("ca");
+    let now = wall_clock();
+    let ca = Ca::open_or_create(&ca_dir, site, now)?;
+    let revocations = Arc::new(Revocations::load(state_dir.join("revoked"))?);
+    let trust = Arc::new(Trust::new(&[ca.certificate().clone()], Arc::clone(&revocations))?);
+    let identity = if state_dir.join(IDENTITY_FILE).exists() {
+        Identity::load(state_dir)?
+    } else {
+        let peer =
+            PeerId::random().map_err(|error| anyhow::anyhow!("the system has no randomness: {error}"))?;
+        let identity = ca.issue_identity(Role::MasterTarget, peer, now)?;
+        identity.save(state_dir)?;
+        identity
+    };
+    let identity = if identity.is_due_for_renewal(now) {
+        let renewed = ca.issue_identity(Role::MasterTarget, identity.own().peer, now)?;
+        renewed.save(state_dir)?;
+        renewed
+    } else {
+        identity
+    };
+    let invitations = Invitations::load(state_dir.join("invitations"))?;
+    Ok(Keys {
+        ca: Arc::new(ca),
+        identity: Arc::new(identity),
+        trust,
+        revocations,
+        invitations: Arc::new(invitations),
+    })
+}
+
+/// Accepts until the endpoint is closed.
+async fn accept(server: &Server, keys: &Keys, authority: Arc<dyn Authority>, registry: &Arc<Registry>) {
+    let target = keys.identity.own().peer;
+    while let Some(accepted) = server.accept().await {
+        match accepted {
+            Accepted::Peer(peer) => {
+                tokio::spawn(session::serve(peer, target, Arc::clone(&authority), Arc::clone(registry)));
+            }
+            Accepted::Enrolment { connection, peer } => {
+                let (invitations, ca) = (Arc::clone(&keys.invitations), Arc::clone(&keys.ca));
+                tokio::spawn(async move {
+                    let address = connection.remote_address();
+                    match serve_enrolment(connection, peer, &invitations, &ca).await {
+                        Ok(enrolled) => tracing::info!(
+                            %address, peer = %enrolled.peer, role = %enrolled.role, host = enrolled.host_name, "enrolled"
+                        ),
+                        Err(error) => tracing::warn!(%address, %error, "an enrolment was refused"),
+                    }
+                });
+            }
+        }
+    }
+}
+
+/// Renews the target's own certificate in time; never returns.
+async fn renew_own(server: &Server, keys: &Keys, rule: &PeerRule, settings: &Settings) {
+    loop {
+        tokio::time::sleep(RENEWAL_CHECK).await;
+        if keys.identity.is_due_for_renewal(wall_clock())
+            && let Err(error) = renew_now(server, keys, rule, settings)
+        {
+            tracing::error!("the target's own certificate could not be renewed: {error:#}");
+        }
+    }
+}
+
+fn renew_now(server: &Server, keys: &Keys, rule: &PeerRule, settings: &Settings) -> anyhow::Result<()> {
+    let state_dir = &settings.places.state_dir;
+    let saved = Identity::load(state_dir)?;
+    if !saved.is_due_for_renewal(wall_clock()) {
+        return Ok(()); // renewed by this daemon already
+    }
+    let renewed = keys.ca.issue_identity(Role::MasterTarget, keys.identity.own().peer, wall_clock())?;
+    renewed.save(state_dir)?;
+    server
+        .replace_tls(server_config(&renewed, Arc::clone(&keys.trust), rule.clone(), true)?)
+        .context("the endpoint refused the new certificate")?;
+    tracing::info!("the target's own certificate was renewed");
+    Ok(())
+}

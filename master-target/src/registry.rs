@@ -1,0 +1,321 @@
+//! Everything that lives in a running master target: machines, disks with their workers, sessions.
+//!
+//! Invariants: one lock, held for look-ups and small changes only, never across I/O; a disk that cannot be opened is
+//! listed with its problem and hinders no other; a session is offered exactly the disks of its agent.
+//! Called by `session` (per connection), `protect` and `admin`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, anyhow};
+use reprotect_engine::format::disk_state::DiskState;
+use reprotect_engine::format::message::{InventoryDisk, PassMode};
+use reprotect_engine::format::vmdk::descriptor::DiskUuid;
+use reprotect_engine::io;
+use reprotect_engine::proto::credit::FlowLimits;
+use reprotect_engine::proto::target_disk::SessionId;
+use reprotect_engine::store::target::{Expectation, Target, TargetSpec, open_target};
+use reprotect_engine::store::vmdk::ExtentOpener;
+use reprotect_engine::store::vmdk::fs::FsOpener;
+use reprotect_engine::units::{DiskId, Generation, PeerId, SECTOR_BYTES};
+use tokio::sync::mpsc;
+
+use crate::catalogue::{Catalogue, Machine, ProtectedDisk, SourceDisk, kind_from_text, peer, unhex};
+use crate::disk_status::DiskStatus;
+use crate::disk_worker::{DiskSetup, DiskWorker, WorkerMessage};
+
+/// What a session needs to know to offer a disk.
+#[derive(Clone, Debug)]
+pub struct Offer {
+    /// The disk.
+    pub disk: DiskId,
+    /// The source disk on the agent.
+    pub source: [u8; 16],
+    /// Its size.
+    pub size_sectors: u64,
+    /// The newest generation.
+    pub generation: Generation,
+}
+
+/// A live session.
+#[derive(Clone, Debug)]
+pub struct LiveSession {
+    /// The agent, once it proved itself.
+    pub agent: Option<PeerId>,
+    /// Where it comes from: the agent or its process server.
+    pub address: SocketAddr,
+    /// The process server it comes through.
+    pub relay: Option<PeerId>,
+    /// Where offers go.
+    offers: mpsc::UnboundedSender<Offer>,
+}
+
+/// A disk the registry knows.
+#[derive(Debug)]
+struct KnownDisk {
+    record: ProtectedDisk,
+    worker: Option<DiskWorker>,
+    uuid: Option<DiskUuid>,
+    problem: Option<String>,
+}
+
+/// A disk as shown to operators.
+#[derive(Debug)]
+pub struct DiskView {
+    /// Its record.
+    pub record: ProtectedDisk,
+    /// What it is doing; `None` when it could not be opened.
+    pub status: Option<Arc<DiskStatus>>,
+    /// Why it could not be opened.
+    pub problem: Option<String>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    machines: BTreeMap<PeerId, Machine>,
+    disks: BTreeMap<DiskId, KnownDisk>,
+    sessions: BTreeMap<SessionId, LiveSession>,
+    next_session: u64,
+}
+
+/// The registry.
+pub struct Registry {
+    catalogue: Catalogue,
+    opener: Arc<dyn ExtentOpener>,
+    limits: FlowLimits,
+    inner: Mutex<Inner>,
+}
+
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Registry").finish_non_exhaustive()
+    }
+}
+
+impl Registry {
+    /// Loads the catalogue and opens every target. Blocks.
+    ///
+    /// # Errors
+    /// When the catalogue's folder cannot be used; a single disk's trouble is shown, not returned.
+    pub fn open(catalogue: Catalogue, limits: FlowLimits) -> anyhow::Result<Self> {
+        let opener: Arc<dyn ExtentOpener> = Arc::new(FsOpener::new(|path, writable| {
+            let options = if writable { io::OpenOptions::writing() } else { io::OpenOptions::reading() };
+            io::open(path, &options)
+        }));
+        let registry = Self { catalogue, opener, limits, inner: Mutex::default() };
+        for machine in registry.catalogue.machines()? {
+            if let Some(agent) = peer(&machine.agent) {
+                registry.lock().machines.insert(agent, machine);
+            }
+        }
+        for (record, state) in registry.catalogue.disks()? {
+            registry.start_known(record, state);
+        }
+        Ok(registry)
+    }
+
+    fn start_known(&self, record: ProtectedDisk, state: anyhow::Result<DiskState>) {
+        let Ok(disk) = DiskId::parse(&record.disk) else {
+            tracing::error!(disk = record.disk, "a disk record without a valid UUID is left out");
+            return;
+        };
+        let started = state.and_then(|state| {
+            let target = self.open_existing(&record)?;
+            let uuid = target.facts().uuid;
+            Ok((self.start_worker(target, state)?, uuid))
+        });
+        let known = match started {
+            Ok((worker, uuid)) => KnownDisk { record, worker: Some(worker), uuid, problem: None },
+            Err(error) => {
+                let problem = format!("{error:#}");
+                tracing::error!(%disk, path = %record.path.display(), "{problem}; this disk waits, the others go on");
+                KnownDisk { record, worker: None, uuid: None, problem: Some(problem) }
+            }
+        };
+        self.lock().disks.insert(disk, known);
+    }
+
+    fn open_existing(&self, record: &ProtectedDisk) -> anyhow::Result<Target> {
+        let kind =
+            kind_from_text(&record.kind).with_context(|| format!("unknown target kind {}", record.kind))?;
+        let spec = TargetSpec { path: record.path.clone(), kind };
+        let expect = Expectation {
+            size_bytes: Some(record.size_bytes),
+            known_uuids: BTreeSet::new(), // it is this disk's own UUID that stands there
+            writable: true,
+        };
+        let target = open_target(&self.opener, &spec, &expect)?;
+        if !target.repair().is_nothing() {
+            tracing::warn!(path = %record.path.display(), repair = ?target.repair(), "the target was repaired on opening");
+        }
+        Ok(target)
+    }
+
+    fn start_worker(&self, target: Target, mut state: DiskState) -> anyhow::Result<DiskWorker> {
+        if !target.repair().is_nothing() && state.mode != PassMode::Done {
+            // What repair dropped must be compared again: the pass forgets what it settled.
+            state.settled.clear();
+        }
+        let state_path = self.catalogue.state_path(state.disk);
+        DiskWorker::start(DiskSetup { target, state, state_path, limits: self.limits })
+    }
+
+    /// Records a new disk, starts it and offers it to its agent's live sessions. Blocks.
+    ///
+    /// # Errors
+    /// When a file cannot be written or a thread not started.
+    pub fn add_disk(&self, record: ProtectedDisk, target: Target, state: DiskState) -> anyhow::Result<()> {
+        let (disk, agent, uuid) = (state.disk, state.agent, target.facts().uuid);
+        self.catalogue.save_disk(&record, &state)?;
+        let worker = self.start_worker(target, state)?;
+        let known = KnownDisk { record, worker: Some(worker), uuid, problem: None };
+        let mut inner = self.lock();
+        inner.disks.insert(disk, known);
+        let offer = inner.disks.get(&disk).and_then(|known| offer_of(disk, known));
+        for session in inner.sessions.values().filter(|session| session.agent == Some(agent)) {
+            if let Some(offer) = &offer {
+                // A closed channel means that the session just ended; its next one is offered the disk.
+                let _ = session.offers.send(offer.clone());
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A panic elsewhere leaves whole values: every change below is one insertion or removal.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How targets are opened.
+    #[must_use]
+    pub const fn opener(&self) -> &Arc<dyn ExtentOpener> {
+        &self.opener
+    }
+
+    /// UUIDs of all targets that are open.
+    #[must_use]
+    pub fn known_uuids(&self) -> BTreeSet<DiskUuid> {
+        self.lock().disks.values().filter_map(|disk| disk.uuid).collect()
+    }
+
+    /// Registers a session that began; answers its name and where its offers arrive.
+    pub fn begin_session(
+        &self,
+        address: SocketAddr,
+        relay: Option<PeerId>,
+    ) -> (SessionId, mpsc::UnboundedReceiver<Offer>) {
+        let (offers, receiver) = mpsc::unbounded_channel();
+        let mut inner = self.lock();
+        inner.next_session += 1;
+        let id = SessionId(inner.next_session);
+        inner.sessions.insert(id, LiveSession { agent: None, address, relay, offers });
+        (id, receiver)
+    }
+
+    /// The session's agent proved itself: its disks.
+    pub fn session_ready(&self, session: SessionId, agent: PeerId) -> Vec<Offer> {
+        let mut inner = self.lock();
+        if let Some(live) = inner.sessions.get_mut(&session) {
+            live.agent = Some(agent);
+        }
+        let name = agent.to_string();
+        let own = inner.disks.iter().filter(|(_, known)| known.record.agent == name);
+        own.filter_map(|(disk, known)| offer_of(*disk, known)).collect()
+    }
+
+    /// The session is over.
+    pub fn end_session(&self, session: SessionId) {
+        self.lock().sessions.remove(&session);
+    }
+
+    /// An agent told its disks.
+    ///
+    /// # Errors
+    /// When the record cannot be written.
+    pub fn take_inventory(
+        &self,
+        agent: PeerId,
+        host_name: &str,
+        disks: &[InventoryDisk],
+    ) -> anyhow::Result<()> {
+        let machine = Machine {
+            agent: agent.to_string(),
+            host_name: host_name.to_owned(),
+            disks: disks.iter().map(SourceDisk::from_inventory).collect(),
+        };
+        let changed = self.lock().machines.insert(agent, machine.clone()).as_ref() != Some(&machine);
+        if changed { self.catalogue.save_machine(&machine) } else { Ok(()) }
+    }
+
+    /// Where a disk's frames go, and its size.
+    #[must_use]
+    pub fn disk_inputs(&self, disk: DiskId) -> Option<(mpsc::Sender<WorkerMessage>, u64)> {
+        let inner = self.lock();
+        let known = inner.disks.get(&disk)?;
+        Some((known.worker.as_ref()?.inputs(), known.record.size_bytes / SECTOR_BYTES))
+    }
+
+    /// All machines.
+    #[must_use]
+    pub fn machines(&self) -> Vec<Machine> {
+        self.lock().machines.values().cloned().collect()
+    }
+
+    /// The machine of a name or UUID.
+    ///
+    /// # Errors
+    /// When there is none, or the name is not unique.
+    pub fn machine(&self, name: &str) -> anyhow::Result<Machine> {
+        let inner = self.lock();
+        let found: Vec<&Machine> = inner
+            .machines
+            .values()
+            .filter(|machine| machine.host_name == name || machine.agent == name)
+            .collect();
+        match found.as_slice() {
+            [machine] => Ok((*machine).clone()),
+            [] => Err(anyhow!(
+                "no machine {name} has connected; `machines` lists those that have, `invite --role agent` makes a token for a new one"
+            )),
+            _ => {
+                Err(anyhow!("{} machines are called {name}; use the UUID that `machines` shows", found.len()))
+            }
+        }
+    }
+
+    /// All disks.
+    #[must_use]
+    pub fn disks(&self) -> Vec<DiskView> {
+        let view = |known: &KnownDisk| DiskView {
+            record: known.record.clone(),
+            status: known.worker.as_ref().map(|worker| Arc::clone(worker.status())),
+            problem: known.problem.clone(),
+        };
+        self.lock().disks.values().map(view).collect()
+    }
+
+    /// All live sessions.
+    #[must_use]
+    pub fn sessions(&self) -> Vec<(SessionId, LiveSession)> {
+        self.lock().sessions.iter().map(|(id, session)| (*id, session.clone())).collect()
+    }
+
+    /// Flushes and closes every target. Blocks.
+    pub fn stop(&self) {
+        let disks = std::mem::take(&mut self.lock().disks);
+        for worker in disks.into_values().filter_map(|known| known.worker) {
+            worker.stop();
+        }
+    }
+}
+
+fn offer_of(disk: DiskId, known: &KnownDisk) -> Option<Offer> {
+    let worker = known.worker.as_ref()?;
+    Some(Offer {
+        disk,
+        source: unhex(&known.record.source)?,
+        size_sectors: known.record.size_bytes / SECTOR_BYTES,
+        generation: worker.status().snapshot().generation,
+    })
+}

@@ -1,0 +1,189 @@
+//! One connection at the master target: the session core between the lanes and the disks.
+//!
+//! Invariants: a session task never touches a disk itself, it routes; when it ends, every disk it opened is told; a
+//! peer's error ends this session only and is logged once. Started by `daemon` for each accepted connection.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use reprotect_engine::error::Answer;
+use reprotect_engine::format::handshake::Role;
+use reprotect_engine::format::message::Message;
+use reprotect_engine::net::endpoint::{CloseCode, PeerConnection};
+use reprotect_engine::net::lanes::{self, Arrival, LaneReader, LaneWriter};
+use reprotect_engine::net::{identity, mono_clock};
+use reprotect_engine::proto::master_target::{DiskInput, SessionEvent, TargetSession, Transport};
+use reprotect_engine::proto::target_disk::SessionId;
+use reprotect_engine::proto::{Authority, Outgoing, ProtoError};
+use reprotect_engine::units::{DiskId, PeerId};
+use tokio::sync::mpsc;
+
+use crate::disk_worker::{Replies, WorkerMessage};
+use crate::registry::{Offer, Registry};
+
+/// How long a connection may take to open its control lane.
+const CONTROL_WAIT: Duration = Duration::from_secs(10);
+
+/// Serves a connection to its end.
+pub async fn serve(
+    peer: PeerConnection,
+    target: PeerId,
+    authority: Arc<dyn Authority>,
+    registry: Arc<Registry>,
+) {
+    let address = peer.connection.remote_address();
+    let role = match peer.peer.role {
+        identity::Role::Agent => Role::Agent,
+        identity::Role::ProcessServer => Role::ProcessServer,
+        identity::Role::MasterTarget => return CloseCode::Violation.close(&peer.connection),
+    };
+    let relay = (role == Role::ProcessServer).then_some(peer.peer.peer);
+    let Ok(Ok((reader, writer, _written))) =
+        tokio::time::timeout(CONTROL_WAIT, lanes::accepted::<()>(&peer.connection)).await
+    else {
+        tracing::info!(%address, "a connection opened no control stream in time");
+        return CloseCode::Violation.close(&peer.connection);
+    };
+    let mut nonce = [0_u8; 32];
+    if rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty()).is_err() {
+        tracing::error!("the system has no randomness; the session is refused");
+        return CloseCode::Violation.close(&peer.connection);
+    }
+    let (id, offers) = registry.begin_session(address, relay);
+    let transport = Transport { role, peer: peer.peer.peer };
+    let (replies, from_disks) = mpsc::unbounded_channel();
+    let mut session = Session {
+        id,
+        core: TargetSession::new(id, target, transport, authority, nonce, mono_clock()),
+        registry: Arc::clone(&registry),
+        writer,
+        replies,
+    };
+    let result = session.run(reader, offers, from_disks).await;
+    if let Err(error) = &result {
+        session.writer.send(
+            Outgoing::control(Message::error(DiskId::NONE, error.code(), &error.to_string()).encode()),
+            (),
+        );
+        if error.severity() == reprotect_engine::error::Severity::Retry {
+            tracing::info!(session = id.0, %address, %error, "session ended");
+        } else {
+            tracing::warn!(session = id.0, %address, %error, "session refused");
+        }
+        // Time for the error to reach the peer before the connection goes.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    session.tell_disks().await;
+    registry.end_session(id);
+    CloseCode::Finished.close(&peer.connection);
+}
+
+struct Session {
+    id: SessionId,
+    core: TargetSession,
+    registry: Arc<Registry>,
+    writer: LaneWriter<()>,
+    replies: Replies,
+}
+
+impl Session {
+    async fn run(
+        &mut self,
+        mut reader: LaneReader,
+        mut offers: mpsc::UnboundedReceiver<Offer>,
+        mut from_disks: mpsc::UnboundedReceiver<Message>,
+    ) -> Result<(), ProtoError> {
+        loop {
+            let now = mono_clock();
+            let wait = self
+                .core
+                .poll_timeout()
+                .map_or(Duration::from_secs(3600), |at| Duration::from_nanos(at.nanos_since(now)));
+            tokio::select! {
+                arrival = reader.next() => match arrival {
+                    Arrival::Frame(kind, body) => self.core.handle_frame(kind, body)?,
+                    Arrival::Over(error) => {
+                        tracing::info!(session = self.id.0, agent = ?self.core.agent(), %error, "session over");
+                        return Ok(());
+                    }
+                },
+                Some(offer) = offers.recv() => self.offer(&offer),
+                Some(message) = from_disks.recv() => {
+                    if let Message::Error(head, text) = &message
+                        && head.disk == DiskId::NONE
+                    {
+                        return Err(ProtoError::Peer { code: head.code, text: text.clone() });
+                    }
+                    self.send_reply(message);
+                }
+                () = tokio::time::sleep(wait) => self.core.handle_timeout(mono_clock())?,
+            }
+            self.handle_events().await;
+            self.transmit();
+        }
+    }
+
+    fn offer(&mut self, offer: &Offer) {
+        self.core.offer(offer.disk, offer.source, offer.size_sectors, offer.generation);
+    }
+
+    fn send_reply(&mut self, message: Message) {
+        let size = match &message {
+            Message::Grant(head, ..) => {
+                self.registry.disk_inputs(head.disk).map_or(0, |(_, sectors)| sectors)
+            }
+            _ => 0,
+        };
+        self.core.send_reply(message, size);
+    }
+
+    fn transmit(&mut self) {
+        while let Some(outgoing) = self.core.poll_transmit() {
+            self.writer.send(outgoing, ());
+        }
+    }
+
+    async fn handle_events(&mut self) {
+        while let Some(event) = self.core.poll_event() {
+            match event {
+                SessionEvent::Ready { agent, relays } => {
+                    tracing::info!(session = self.id.0, %agent, relays, "agent connected");
+                    for offer in self.registry.session_ready(self.id, agent) {
+                        self.offer(&offer);
+                    }
+                }
+                SessionEvent::Inventory { host_name, disks } => self.take_inventory(host_name, disks).await,
+                SessionEvent::ToDisk(disk, input) => self.to_disk(disk, input).await,
+            }
+        }
+    }
+
+    async fn take_inventory(
+        &self,
+        host_name: String,
+        disks: Vec<reprotect_engine::format::message::InventoryDisk>,
+    ) {
+        let Some(agent) = self.core.agent() else { return };
+        let registry = Arc::clone(&self.registry);
+        let saved =
+            tokio::task::spawn_blocking(move || registry.take_inventory(agent, &host_name, &disks)).await;
+        if let Ok(Err(error)) = saved {
+            tracing::error!(%agent, "the inventory could not be recorded: {error:#}");
+        }
+    }
+
+    async fn to_disk(&mut self, disk: DiskId, input: DiskInput) {
+        let Some((inputs, _)) = self.registry.disk_inputs(disk) else { return };
+        let message = WorkerMessage::Input { session: self.id, input, replies: self.replies.clone() };
+        // A closed channel means that the daemon stops.
+        let _ = inputs.send(message).await;
+    }
+
+    async fn tell_disks(&self) {
+        for disk in self.core.opened() {
+            if let Some((inputs, _)) = self.registry.disk_inputs(disk) {
+                let _ = inputs.send(WorkerMessage::Lost(self.id)).await;
+            }
+        }
+    }
+}
