@@ -9,6 +9,7 @@
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
@@ -287,12 +288,14 @@ pub fn bind_server(
     let endpoint = bind(address, Some(config), &settings)?;
     let (deliver, accepted) = mpsc::channel(ACCEPTED_MAX);
     let gate = Gate {
+        endpoint: endpoint.clone(),
+        believed: Arc::new(AtomicUsize::new(0)),
         slots: Arc::new(Semaphore::new(settings.unfinished_handshakes_max)),
         settings: settings.clone(),
         revocations,
         deliver,
     };
-    tokio::spawn(accept_all(endpoint.clone(), gate));
+    tokio::spawn(accept_all(gate));
     Ok(Server { endpoint, settings, accepted: Mutex::new(accepted) })
 }
 
@@ -384,16 +387,19 @@ fn enlarge_buffers(socket: &UdpSocket, bytes: usize) {
 /// Decides about incoming connections.
 #[derive(Clone)]
 struct Gate {
+    endpoint: quinn::Endpoint,
+    /// Live connections of verified peers.
+    believed: Arc<AtomicUsize>,
     slots: Arc<Semaphore>,
     settings: TransportSettings,
     revocations: Arc<Revocations>,
     deliver: mpsc::Sender<Accepted>,
 }
 
-async fn accept_all(endpoint: quinn::Endpoint, gate: Gate) {
+async fn accept_all(gate: Gate) {
     loop {
         let incoming = tokio::select! {
-            incoming = endpoint.accept() => incoming,
+            incoming = gate.endpoint.accept() => incoming,
             () = gate.deliver.closed() => None,
         };
         let Some(incoming) = incoming else { return };
@@ -405,9 +411,13 @@ async fn accept_all(endpoint: quinn::Endpoint, gate: Gate) {
 
 impl Gate {
     /// Half of the slots are for anyone; beyond, a sender must first prove that it receives what we send it (retry);
-    /// when all are taken it is refused. Neither answer leaves any state here.
+    /// when all are taken it is refused. Neither answer leaves any state here. A handshake that its client cancels
+    /// frees its slot at once, but quinn keeps the connection for a few round trips: those count too.
     fn admit(&self, incoming: Incoming) -> Option<(Incoming, OwnedSemaphorePermit)> {
-        let under_load = self.slots.available_permits() <= self.settings.unfinished_handshakes_max / 2;
+        let max = self.settings.unfinished_handshakes_max;
+        let kept = self.endpoint.open_connections().saturating_sub(self.believed.load(Ordering::Relaxed));
+        let doubtful = kept.max(max - self.slots.available_permits().min(max));
+        let under_load = doubtful >= max / 2;
         if under_load && !incoming.remote_address_validated() && incoming.may_retry() {
             if let Err(error) = incoming.retry() {
                 error.into_incoming().refuse();
@@ -415,8 +425,8 @@ impl Gate {
             return None;
         }
         match Arc::clone(&self.slots).try_acquire_owned() {
-            Ok(slot) => Some((incoming, slot)),
-            Err(_) => {
+            Ok(slot) if doubtful < max => Some((incoming, slot)),
+            _ => {
                 incoming.refuse();
                 None
             }
@@ -457,6 +467,12 @@ impl Gate {
                     return None;
                 };
                 self.settings.open_up(&connection);
+                self.believed.fetch_add(1, Ordering::Relaxed);
+                let (ended, believed) = (connection.clone(), Arc::clone(&self.believed));
+                tokio::spawn(async move {
+                    ended.closed().await;
+                    believed.fetch_sub(1, Ordering::Relaxed);
+                });
                 Some(Accepted::Peer(believe(connection, peer, &self.revocations)))
             }
             Some(ALPN_ENROLL) => {
