@@ -7,7 +7,7 @@
 //! Units: bytes and `Duration`s. Called by the three programs.
 
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -21,6 +21,7 @@ use crate::error::{Answer, Severity};
 use crate::limits::{DISKS_PER_AGENT_MAX, HANDSHAKE_NANOS_MAX, KEEP_ALIVE_NANOS};
 use crate::net::identity::{PeerIdentity, server_name};
 use crate::net::revocations::Revocations;
+use crate::net::socket;
 use crate::net::{ALPN_DATA, ALPN_ENROLL, wall_clock};
 use crate::units::PeerId;
 
@@ -356,32 +357,14 @@ fn bind(
     settings: &TransportSettings,
 ) -> Result<quinn::Endpoint, EndpointError> {
     let error = |action| move |source| EndpointError::Socket { action, address, source };
-    let socket = UdpSocket::bind(address).map_err(error("listen on"))?;
-    enlarge_buffers(&socket, settings.socket_buffer_bytes);
+    let socket = socket::bind(address, settings.socket_buffer_bytes, settings.udp_payload_bytes_max)
+        .map_err(error("listen on"))?;
     let mut config = EndpointConfig::default();
     config
         .max_udp_payload_size(settings.udp_payload_bytes_max)
         .map_err(|_| EndpointError::Setting { name: "udp_payload_bytes_max", remedy: "use 1200 to 65527" })?;
-    quinn::Endpoint::new(config, server, socket, Arc::new(quinn::TokioRuntime)).map_err(error("use"))
-}
-
-/// Asks for large buffers: beyond the system's limit where we may (CAP_NET_ADMIN), else as far as it goes. Smaller
-/// ones only cost speed, so a refusal is told and not an error.
-fn enlarge_buffers(socket: &UdpSocket, bytes: usize) {
-    use rustix::net::sockopt;
-    let receive = sockopt::set_socket_recv_buffer_size_force(socket, bytes)
-        .or_else(|_| sockopt::set_socket_recv_buffer_size(socket, bytes));
-    let send = sockopt::set_socket_send_buffer_size_force(socket, bytes)
-        .or_else(|_| sockopt::set_socket_send_buffer_size(socket, bytes));
-    let got = sockopt::socket_recv_buffer_size(socket).unwrap_or(0);
-    // The kernel reports twice what it grants.
-    if receive.is_err() || send.is_err() || got < bytes {
-        tracing::info!(
-            asked_bytes = bytes,
-            got_bytes = got,
-            "UDP buffers are smaller than asked for; raise net.core.rmem_max and net.core.wmem_max for full speed"
-        );
-    }
+    quinn::Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(quinn::TokioRuntime))
+        .map_err(error("use"))
 }
 
 /// Decides about incoming connections.

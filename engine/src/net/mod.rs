@@ -12,7 +12,7 @@
 //! | [`trust`] | the one place where a certificate chain is believed or refused |
 //! | [`ca`] | the master target's certificate authority |
 //! | [`tls`] | rustls configurations |
-//! | [`endpoint`] | UDP sockets, transport limits, accepting and dialling |
+//! | [`endpoint`], `socket` | transport limits, accepting and dialling; UDP |
 //! | [`token`], [`invitations`], [`enroll`], [`enroll_wire`] | how a new machine gets its certificate |
 //! | [`grant`] | what a master target allows an agent, signed |
 
@@ -25,6 +25,7 @@ pub mod grant;
 pub mod identity;
 pub mod invitations;
 pub mod revocations;
+mod socket;
 pub mod tls;
 pub mod token;
 pub mod trust;
