@@ -1,5 +1,7 @@
 //! Enrolment end to end: a token turns into an identity once, for the right machine, at the right target only.
 
+#![expect(clippy::unwrap_used, reason = "a failed step of a helper is a failed test")]
+
 #[path = "tls_matrix/support.rs"]
 mod support;
 

@@ -4,6 +4,8 @@
 //! that believe anything and show what they like; the defenders are the real configurations and endpoints.
 //! Invariant of each negative row: the server never hands the connection to its daemon.
 
+#![expect(clippy::unwrap_used, reason = "a failed step of a helper is a failed test")]
+
 #[path = "tls_matrix/support.rs"]
 mod support;
 

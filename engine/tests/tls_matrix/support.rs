@@ -3,6 +3,7 @@
 //! Invariant: the daemons here do what the programs do (accept, serve enrolment, echo streams) and nothing that would
 //! hide a fault of the code under test.
 
+#![expect(clippy::unwrap_used, reason = "test support: a failed step is a failed test")]
 #![expect(dead_code, reason = "shared by several test programs, each of which uses a part")]
 
 use std::net::SocketAddr;
