@@ -13,7 +13,7 @@
 //! | [`ca`] | the master target's certificate authority |
 //! | [`tls`] | rustls configurations |
 //! | [`lanes`] | the frames of a session over a connection |
-//! | [`endpoint`] | UDP sockets, transport limits, accepting and dialling |
+//! | [`endpoint`], `socket` | transport limits, accepting and dialling; UDP |
 //! | [`token`], [`invitations`], [`enroll`], [`enroll_wire`] | how a new machine gets its certificate |
 //! | [`grant`] | what a master target allows an agent, signed |
 
@@ -27,6 +27,7 @@ pub mod identity;
 pub mod invitations;
 pub mod lanes;
 pub mod revocations;
+mod socket;
 pub mod tls;
 pub mod token;
 pub mod trust;

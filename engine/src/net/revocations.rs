@@ -6,7 +6,7 @@
 //! Called by `trust` in every handshake and by `endpoint` for every live connection.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use tokio::sync::watch;
@@ -158,7 +158,7 @@ impl Revocations {
     }
 }
 
-fn read(path: &PathBuf) -> Result<BTreeSet<Revocation>, RevocationError> {
+fn read(path: &Path) -> Result<BTreeSet<Revocation>, RevocationError> {
     let bytes = match files::read_public(path) {
         Err(error) if error.is_missing() => return Ok(BTreeSet::new()),
         other => other?,
@@ -171,7 +171,7 @@ fn read(path: &PathBuf) -> Result<BTreeSet<Revocation>, RevocationError> {
             Ok(text) if let Some(entry) = parse(text) => {
                 entries.insert(entry);
             }
-            _ => return Err(RevocationError::Line { path: path.clone(), line: index + 1 }),
+            _ => return Err(RevocationError::Line { path: path.to_owned(), line: index + 1 }),
         }
     }
     if entries.len() > REVOCATIONS_MAX { Err(RevocationError::Full) } else { Ok(entries) }

@@ -190,19 +190,33 @@ impl PeerVerifier {
     }
 }
 
+/// A refusal that reads as a sentence where rustls prints causes by `Debug`.
+#[derive(thiserror::Error)]
+#[error(transparent)]
+struct Reason(IdentityError);
+
+impl std::fmt::Debug for Reason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(&self.0, f)
+    }
+}
+
 /// The TLS alert a refusal becomes; what has no alert of its own keeps its whole reason.
 fn refusal(error: IdentityError) -> rustls::Error {
     let reason = match error {
         IdentityError::Chain(webpki::Error::CertExpired { .. }) => CertificateError::Expired,
         IdentityError::Chain(webpki::Error::CertNotValidYet { .. }) => CertificateError::NotValidYet,
-        IdentityError::Chain(webpki::Error::UnknownIssuer) => CertificateError::UnknownIssuer,
+        // A CA of the same name with another key is as unknown as one of another name.
+        IdentityError::Chain(webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey) => {
+            CertificateError::UnknownIssuer
+        }
         IdentityError::Chain(webpki::Error::RequiredEkuNotFoundContext(_)) => {
             CertificateError::InvalidPurpose
         }
         IdentityError::Revoked(_) => CertificateError::Revoked,
         IdentityError::Malformed { .. } | IdentityError::ChainTooLong { .. } => CertificateError::BadEncoding,
         IdentityError::RoleRefused { .. } => CertificateError::ApplicationVerificationFailure,
-        other => CertificateError::Other(OtherError(Arc::new(other))),
+        other => CertificateError::Other(OtherError(Arc::new(Reason(other)))),
     };
     rustls::Error::InvalidCertificate(reason)
 }
