@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use reprotect_engine::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 use reprotect_engine::store::target::{
-    CreateOptions, Expectation, Target, TargetError, TargetKind, TargetSpec, VmdkKind, create_target, detect_target,
-    open_target,
+    CreateOptions, Expectation, Target, TargetError, TargetKind, TargetSpec, VmdkKind, create_target,
+    detect_target, open_target,
 };
 use reprotect_engine::store::vmdk::ExtentOpener;
 use reprotect_engine::store::vmdk::fs::FsOpener;
@@ -51,7 +51,9 @@ impl BlockFile for PlainFile {
     fn write(&mut self, writes: &[WriteAt<'_>]) -> Result<(), BlockError> {
         for WriteAt { offset, data } in writes {
             assert!(offset + data.len() as u64 <= self.size, "write past the end of {}", self.name);
-            self.file.write_all_at(data, *offset).map_err(|e| self.fail(BlockOp::Write, *offset, data.len(), e))?;
+            self.file
+                .write_all_at(data, *offset)
+                .map_err(|e| self.fail(BlockOp::Write, *offset, data.len(), e))?;
         }
         Ok(())
     }
@@ -111,7 +113,8 @@ struct Twin {
 impl Twin {
     fn new(target: Target, dir: &Path, seed: u64) -> Self {
         let raw_path = dir.join("expected.raw");
-        let raw = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&raw_path).unwrap();
+        let raw =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&raw_path).unwrap();
         raw.set_len(target.size_bytes()).unwrap();
         Self { target, raw, raw_path, random: Random(seed | 1) }
     }
@@ -132,8 +135,9 @@ impl Twin {
                 _ => self.random.below(sectors - len),
             };
             let zero = number % 6 == 3;
-            let data: Vec<u8> =
-                (0..len * 64).flat_map(|_| if zero { [0; 8] } else { self.random.next().to_le_bytes() }).collect();
+            let data: Vec<u8> = (0..len * 64)
+                .flat_map(|_| if zero { [0; 8] } else { self.random.next().to_le_bytes() })
+                .collect();
             self.write(start * 512, &data);
             if number % 9 == 4 {
                 self.target.flush().unwrap();
@@ -199,7 +203,10 @@ fn ask_readers(disk: &Path, raw: &Path) {
     let (expected, _) = sum.split_once(' ').unwrap();
     let size = std::fs::metadata(raw).unwrap().len();
     for reader in ["libvmdk", "dissect"] {
-        assert!(verdicts.contains(&format!("{reader} {size} {expected}")), "{reader}: {verdicts} expected {expected}");
+        assert!(
+            verdicts.contains(&format!("{reader} {size} {expected}")),
+            "{reader}: {verdicts} expected {expected}"
+        );
     }
 }
 
@@ -246,7 +253,8 @@ fn split_disks_are_read_the_same_across_the_border_of_two_files() {
         let target =
             create_target(&opener(), &spec, size, &BTreeSet::new(), &CreateOptions::default()).unwrap();
         let mut twin = Twin::new(target, dir.path(), 5);
-        let data: Vec<u8> = (0..400_000).flat_map(|_| twin.random.next().to_le_bytes()).take(3 << 20).collect();
+        let data: Vec<u8> =
+            (0..400_000).flat_map(|_| twin.random.next().to_le_bytes()).take(3 << 20).collect();
         twin.write((2047 << 20) - (1 << 20) - 512, &data);
         twin.target.close().unwrap();
         let compare =

@@ -87,7 +87,9 @@ impl DiskIdentity {
         let first = read_at(disk, whole, 0, SECTOR_BYTES)?;
         let mbr = Mbr::parse(&first);
         let mut ranges = Vec::new();
-        if let Some(gpt) = Gpt::read(disk, size_bytes)?.filter(|_| mbr.as_ref().is_none_or(Mbr::is_protective)) {
+        if let Some(gpt) =
+            Gpt::read(disk, size_bytes)?.filter(|_| mbr.as_ref().is_none_or(Mbr::is_protective))
+        {
             identity.gpt_disk_guid = Some(gpt.disk_guid);
             ranges = gpt.ranges;
         } else if let Some(content) = probe_content(disk, whole)? {
@@ -110,7 +112,12 @@ impl DiskIdentity {
 }
 
 /// Reads up to `len` bytes at `offset` of `within`; fewer at its end.
-fn read_at(disk: &mut dyn BlockFile, within: ByteRange, offset: u64, len: u64) -> Result<Vec<u8>, BlockError> {
+fn read_at(
+    disk: &mut dyn BlockFile,
+    within: ByteRange,
+    offset: u64,
+    len: u64,
+) -> Result<Vec<u8>, BlockError> {
     let start = within.start.saturating_add(offset).min(within.end);
     let len = len.min(within.end - start);
     let mut data = vec![0; len as usize]; // at most GPT_ENTRY_BYTES_MAX
@@ -171,7 +178,9 @@ impl Mbr {
     fn ranges(&self, disk: &mut dyn BlockFile, disk_bytes: u64) -> Result<Vec<ByteRange>, BlockError> {
         let mut ranges = Vec::new();
         for (kind, start, count) in self.entries {
-            let Some(range) = sectors(start, count, disk_bytes).filter(|_| kind != 0 && start != 0) else { continue };
+            let Some(range) = sectors(start, count, disk_bytes).filter(|_| kind != 0 && start != 0) else {
+                continue;
+            };
             if is_extended(kind) {
                 logical(disk, range, &mut ranges)?;
             } else {
@@ -187,7 +196,11 @@ const fn is_extended(kind: u8) -> bool {
 }
 
 /// Follows the chain of logical partitions, whose links are relative to the extended partition.
-fn logical(disk: &mut dyn BlockFile, extended: ByteRange, found: &mut Vec<ByteRange>) -> Result<(), BlockError> {
+fn logical(
+    disk: &mut dyn BlockFile,
+    extended: ByteRange,
+    found: &mut Vec<ByteRange>,
+) -> Result<(), BlockError> {
     let mut offset = 0;
     for _ in 0..LOGICAL_MAX {
         let Some(record) = Mbr::parse(&read_at(disk, extended, offset, SECTOR_BYTES)?) else { return Ok(()) };
@@ -267,7 +280,13 @@ impl GptHeader {
             return None;
         }
         let disk_guid = uuid::Uuid::from_bytes_le(bytes(sector, 56)?).hyphenated().to_string();
-        Some(Self { disk_guid, first: le64(sector, 72)?, entries, entry_bytes, entries_crc: le32(sector, 88)? })
+        Some(Self {
+            disk_guid,
+            first: le64(sector, 72)?,
+            entries,
+            entry_bytes,
+            entries_crc: le32(sector, 88)?,
+        })
     }
 }
 
@@ -293,7 +312,10 @@ fn ext(data: &[u8]) -> Option<Content> {
 }
 
 fn xfs(data: &[u8]) -> Option<Content> {
-    data.starts_with(b"XFSB").then(|| bytes(data, 32)).flatten().and_then(|uuid| hyphenated(ContentKind::Xfs, uuid))
+    data.starts_with(b"XFSB")
+        .then(|| bytes(data, 32))
+        .flatten()
+        .and_then(|uuid| hyphenated(ContentKind::Xfs, uuid))
 }
 
 fn btrfs(data: &[u8]) -> Option<Content> {
@@ -318,7 +340,8 @@ fn lvm(data: &[u8]) -> Option<Content> {
     }
     let header = le32(label, 20)? as usize;
     let uuid = bytes::<32>(label, header)?;
-    let text = std::str::from_utf8(&uuid).ok().filter(|text| text.bytes().all(|b| b.is_ascii_alphanumeric()))?;
+    let text =
+        std::str::from_utf8(&uuid).ok().filter(|text| text.bytes().all(|b| b.is_ascii_alphanumeric()))?;
     let (mut groups, mut rest) = (Vec::new(), text);
     for len in [6, 4, 4, 4, 4, 4, 6] {
         let (group, tail) = rest.split_at_checked(len)?;
@@ -429,7 +452,8 @@ pub fn propose_pairs(
         if best == 0 {
             continue;
         }
-        let fitting: Vec<usize> = (0..targets.len()).filter(|target| score(source, *target) == best).collect();
+        let fitting: Vec<usize> =
+            (0..targets.len()).filter(|target| score(source, *target) == best).collect();
         let rivals: BTreeSet<usize> = fitting
             .iter()
             .flat_map(|target| (0..sources.len()).filter(|other| score(*other, *target) >= best))

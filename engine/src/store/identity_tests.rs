@@ -68,10 +68,16 @@ fn a_gpt_is_read_from_its_backup_when_the_primary_is_damaged() {
     let whole = probe(&image);
     assert_eq!(whole.gpt_disk_guid.as_deref(), Some("abababab-abab-abab-abab-abababababab"));
     assert_eq!(whole.mbr_signature, None);
-    assert_eq!(whole.partitions, [Partition {
-        range: ByteRange { start: MIB as u64, end: 3 * MIB as u64 },
-        content: Some(Content { kind: ContentKind::Ext, uuid: "11111111-1111-1111-1111-111111111111".into() }),
-    }]);
+    assert_eq!(
+        whole.partitions,
+        [Partition {
+            range: ByteRange { start: MIB as u64, end: 3 * MIB as u64 },
+            content: Some(Content {
+                kind: ContentKind::Ext,
+                uuid: "11111111-1111-1111-1111-111111111111".into()
+            }),
+        }]
+    );
     image[512 + 60] ^= 1; // the GUID: only the checksum tells
     assert_eq!(probe(&image), whole);
     let end = image.len();
@@ -108,14 +114,30 @@ fn contents_are_recognised_on_the_bare_disk() {
     let uuid: [u8; 16] = std::array::from_fn(|n| n as u8 + 1);
     let text = "01020304-0506-0708-090a-0b0c0d0e0f10";
     let cases: [(ContentKind, &str, &dyn Fn(&mut [u8])); 8] = [
-        (ContentKind::Xfs, text, &|i| { put(i, 0, b"XFSB"); put(i, 32, &uuid) }),
-        (ContentKind::Btrfs, text, &|i| { put(i, 0x10040, b"_BHRfS_M"); put(i, 0x10020, &uuid) }),
-        (ContentKind::Swap, text, &|i| { put(i, 4086, b"SWAPSPACE2"); put(i, 1036, &uuid) }),
+        (ContentKind::Xfs, text, &|i| {
+            put(i, 0, b"XFSB");
+            put(i, 32, &uuid)
+        }),
+        (ContentKind::Btrfs, text, &|i| {
+            put(i, 0x10040, b"_BHRfS_M");
+            put(i, 0x10020, &uuid)
+        }),
+        (ContentKind::Swap, text, &|i| {
+            put(i, 4086, b"SWAPSPACE2");
+            put(i, 1036, &uuid)
+        }),
         (ContentKind::Ext, text, &|i| put_ext(i, 0, uuid)),
         (ContentKind::LvmPhysicalVolume, "abcdef-0123-4567-89AB-CDEF-ghij-klmnop", &|i| {
-            put(i, 512, b"LABELONE\x01\0\0\0\0\0\0\0\0\0\0\0\x20\0\0\0LVM2 001abcdef0123456789ABCDEFghijklmnop");
+            put(
+                i,
+                512,
+                b"LABELONE\x01\0\0\0\0\0\0\0\0\0\0\0\x20\0\0\0LVM2 001abcdef0123456789ABCDEFghijklmnop",
+            );
         }),
-        (ContentKind::Luks, text, &|i| { put(i, 0, b"LUKS\xba\xbe"); put(i, 168, text.as_bytes()) }),
+        (ContentKind::Luks, text, &|i| {
+            put(i, 0, b"LUKS\xba\xbe");
+            put(i, 168, text.as_bytes())
+        }),
         (ContentKind::Ntfs, "0102030405060708", &|i| {
             put(i, 3, b"NTFS    ");
             put(i, 72, &0x0102_0304_0506_0708_u64.to_le_bytes());
@@ -185,7 +207,11 @@ fn named(disks: &[(&str, DiskIdentity)]) -> Vec<(String, DiskIdentity)> {
 
 #[test]
 fn pairs_follow_identity_and_size() {
-    let sources = named(&[("sda", disk(10, "g1", &["a", "b"])), ("sdb", disk(10, "", &["c"])), ("sdc", disk(20, "", &["x"]))]);
+    let sources = named(&[
+        ("sda", disk(10, "g1", &["a", "b"])),
+        ("sdb", disk(10, "", &["c"])),
+        ("sdc", disk(20, "", &["x"])),
+    ]);
     let targets = named(&[
         ("data.vmdk", disk(10, "", &["c"])),
         ("other.vmdk", disk(10, "g9", &["a", "b"])),
@@ -199,14 +225,17 @@ fn pairs_follow_identity_and_size() {
 #[test]
 fn clones_are_refused_with_every_candidate_named() {
     let clone = || disk(10, "g1", &["a"]);
-    let error = propose_pairs(&named(&[("sda", clone())]), &named(&[("one", clone()), ("two", clone())])).unwrap_err();
+    let error = propose_pairs(&named(&[("sda", clone())]), &named(&[("one", clone()), ("two", clone())]))
+        .unwrap_err();
     assert_eq!(error, Ambiguity { sources: vec!["sda".into()], targets: vec!["one".into(), "two".into()] });
     assert!(error.to_string().contains("\"two\""));
-    let error = propose_pairs(&named(&[("sda", clone()), ("sdb", clone())]), &named(&[("one", clone())])).unwrap_err();
+    let error = propose_pairs(&named(&[("sda", clone()), ("sdb", clone())]), &named(&[("one", clone())]))
+        .unwrap_err();
     assert_eq!(error.sources, ["sda", "sdb"]);
     // A weaker claim does not stand against a better one.
     let weaker = disk(10, "", &["a"]);
-    let pairs = propose_pairs(&named(&[("sda", clone())]), &named(&[("one", clone()), ("two", weaker)])).unwrap();
+    let pairs =
+        propose_pairs(&named(&[("sda", clone())]), &named(&[("one", clone()), ("two", weaker)])).unwrap();
     assert_eq!(pairs[0].target, 0);
 }
 

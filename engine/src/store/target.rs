@@ -180,7 +180,8 @@ pub fn create_target(
     }
     let CreateOptions { adapter, uuid, reserved_bytes } = *options;
     create_vmdk(opener, &spec.path, &CreateSpec { kind, size_bytes, adapter, uuid, reserved_bytes })?;
-    let expect = Expectation { size_bytes: Some(size_bytes), known_uuids: known_uuids.clone(), writable: true };
+    let expect =
+        Expectation { size_bytes: Some(size_bytes), known_uuids: known_uuids.clone(), writable: true };
     let mut target = open_target(opener, spec, &expect)?;
     target.facts.fresh = true;
     Ok(target)
@@ -225,7 +226,9 @@ pub fn detect_target(opener: &Arc<dyn ExtentOpener>, path: &Path) -> Result<Targ
 
 fn check_size(path: &Path, got: u64, expected: Option<u64>) -> Result<(), TargetError> {
     match expected {
-        Some(expected) if expected != got => Err(TargetError::SizeDiffers { path: path.into(), got, expected }),
+        Some(expected) if expected != got => {
+            Err(TargetError::SizeDiffers { path: path.into(), got, expected })
+        }
         _ => Ok(()),
     }
 }
@@ -448,10 +451,15 @@ mod tests {
     fn missing_short_and_foreign_extents_are_named() {
         let files = edited(TargetKind::MonolithicFlat, "web-flat.vmdk", "gone-flat.vmdk");
         let error = open(&files, TargetKind::MonolithicFlat).unwrap_err();
-        assert!(matches!(error, TargetError::MissingFile { .. }) && error.to_string().contains("gone-flat.vmdk"));
+        assert!(
+            matches!(error, TargetError::MissingFile { .. }) && error.to_string().contains("gone-flat.vmdk")
+        );
         let files = edited(TargetKind::MonolithicFlat, "", "");
         files.put("/ds/vm/web-flat.vmdk", &[0; 512]);
-        assert!(matches!(open(&files, TargetKind::MonolithicFlat), Err(TargetError::ExtentShort { got: 512, .. })));
+        assert!(matches!(
+            open(&files, TargetKind::MonolithicFlat),
+            Err(TargetError::ExtentShort { got: 512, .. })
+        ));
         for outside in ["/etc/shadow", "../web-flat.vmdk", "sub/x.vmdk", ".."] {
             let files = edited(TargetKind::MonolithicFlat, "web-flat.vmdk", outside);
             let error = open(&files, TargetKind::MonolithicFlat).unwrap_err();
@@ -461,7 +469,9 @@ mod tests {
 
     #[test]
     fn kinds_that_cannot_be_targets_say_what_to_do() {
-        for (kind, remedy) in [("streamOptimized", "convert"), ("vmfsRawDeviceMap", "device target"), ("custom", "convert")] {
+        for (kind, remedy) in
+            [("streamOptimized", "convert"), ("vmfsRawDeviceMap", "device target"), ("custom", "convert")]
+        {
             let files = edited(TargetKind::MonolithicFlat, "monolithicFlat", kind);
             let error = open(&files, TargetKind::MonolithicFlat).unwrap_err();
             assert!(matches!(error, TargetError::Unsupported { .. }), "{error}");

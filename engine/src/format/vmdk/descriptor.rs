@@ -115,8 +115,13 @@ impl CreateType {
             "streamoptimized" => Self::StreamOptimized,
             "vmfssparse" => Self::VmfsSparse,
             "sesparse" => Self::SeSparse,
-            "vmfsrawdevicemap" | "vmfsrdm" | "vmfspassthroughrawdevicemap" | "vmfsrdmp" | "vmfsraw"
-            | "fulldevice" | "partitioneddevice" => Self::RawDevice(word.to_owned()),
+            "vmfsrawdevicemap"
+            | "vmfsrdm"
+            | "vmfspassthroughrawdevicemap"
+            | "vmfsrdmp"
+            | "vmfsraw"
+            | "fulldevice"
+            | "partitioneddevice" => Self::RawDevice(word.to_owned()),
             _ => Self::Other(word.to_owned()),
         }
     }
@@ -183,7 +188,9 @@ impl fmt::Display for DiskUuid {
 #[non_exhaustive]
 pub enum DescriptorError {
     /// More than [`DESCRIPTOR_BYTES_MAX`].
-    #[error("descriptor has {got} bytes, more than {DESCRIPTOR_BYTES_MAX}: this is not a descriptor, or too many extents")]
+    #[error(
+        "descriptor has {got} bytes, more than {DESCRIPTOR_BYTES_MAX}: this is not a descriptor, or too many extents"
+    )]
     TooLong {
         /// Bytes there are or would be.
         got: usize,
@@ -226,7 +233,9 @@ pub enum DescriptorError {
     #[error("extents have more than 2^53 sectors together")]
     Size,
     /// A value or file name that a descriptor cannot hold.
-    #[error("{what} {got:?} cannot stand in a descriptor: quotes, line ends and control characters are not allowed")]
+    #[error(
+        "{what} {got:?} cannot stand in a descriptor: quotes, line ends and control characters are not allowed"
+    )]
     Unwritable {
         /// What it is.
         what: &'static str,
@@ -257,13 +266,17 @@ impl Descriptor {
         if text.len() > DESCRIPTOR_BYTES_MAX {
             return Err(DescriptorError::TooLong { got: text.len() });
         }
-        let text = std::str::from_utf8(text).map_err(|error| DescriptorError::NotText { at: error.valid_up_to() })?;
+        let text = std::str::from_utf8(text)
+            .map_err(|error| DescriptorError::NotText { at: error.valid_up_to() })?;
         let lines: Vec<String> = text.split('\n').map(str::to_owned).collect();
         let mut extents = Vec::new();
         let mut total = 0_u64;
         for (number, line) in (1..).zip(&lines) {
             if let Some(extent) = parse_extent(number, line)? {
-                total = total.checked_add(extent.sectors).filter(|n| *n <= 1 << 53).ok_or(DescriptorError::Size)?;
+                total = total
+                    .checked_add(extent.sectors)
+                    .filter(|n| *n <= 1 << 53)
+                    .ok_or(DescriptorError::Size)?;
                 extents.push(extent);
             }
         }
@@ -433,18 +446,24 @@ fn parse_extent(line: usize, text: &str) -> Result<Option<Extent>, DescriptorErr
     let rest = rest.trim();
     let (file, rest) = match rest.strip_prefix('"') {
         Some(quoted) => {
-            let (name, rest) = quoted.split_once('"').ok_or_else(|| error("the quote of its file name is not closed"))?;
+            let (name, rest) =
+                quoted.split_once('"').ok_or_else(|| error("the quote of its file name is not closed"))?;
             (Some(name.to_owned()), rest)
         }
         None => (None, rest),
     };
-    if file.as_deref().is_none_or(str::is_empty) && !matches!(kind, ExtentKind::Zero) && access != Access::None {
+    if file.as_deref().is_none_or(str::is_empty)
+        && !matches!(kind, ExtentKind::Zero)
+        && access != Access::None
+    {
         return Err(error("it names no file"));
     }
     let (offset, _) = split_word(rest);
     let offset = match (&kind, offset) {
         (ExtentKind::Flat, "") => 0, // written so by some tools for the only extent of a file
-        (ExtentKind::Flat, digits) => digits.parse().map_err(|_| error("its offset is not a number of sectors"))?,
+        (ExtentKind::Flat, digits) => {
+            digits.parse().map_err(|_| error("its offset is not a number of sectors"))?
+        }
         _ => 0,
     };
     if sectors.checked_add(offset).is_none_or(|end| end > 1 << 53) {
@@ -573,7 +592,9 @@ fn extent_line(extent: &Extent) -> Result<String, DescriptorError> {
         ExtentKind::Vmfs => format!("{access} {} VMFS \"{file}\"", extent.sectors),
         ExtentKind::Sparse => format!("{access} {} SPARSE \"{file}\"", extent.sectors),
         ExtentKind::Zero => format!("{access} {} ZERO", extent.sectors),
-        kind => return Err(DescriptorError::Unwritable { what: "the extent type", got: format!("{kind:?}") }),
+        kind => {
+            return Err(DescriptorError::Unwritable { what: "the extent type", got: format!("{kind:?}") });
+        }
     })
 }
 

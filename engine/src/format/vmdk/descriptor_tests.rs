@@ -13,12 +13,26 @@ const ESXI: &str = "# Disk DescriptorFile\r\nversion=3\r\nencoding=\"UTF-8\"\r\n
 fn new(create_type: CreateType, extents: &[Extent]) -> Result<Descriptor, DescriptorError> {
     let (cid, long_content_id) = (0x0123_4567, [7; 16]);
     let uuid = DiskUuid::from_random([0x5a; 16]);
-    NewDescriptor { create_type, extents, cid, long_content_id, uuid, adapter: AdapterType::default(), hardware_version: 14 }
-        .build()
+    NewDescriptor {
+        create_type,
+        extents,
+        cid,
+        long_content_id,
+        uuid,
+        adapter: AdapterType::default(),
+        hardware_version: 14,
+    }
+    .build()
 }
 
 fn flat(file: &str) -> Extent {
-    Extent { access: Access::ReadWrite, sectors: 4096, kind: ExtentKind::Flat, file: Some(file.to_owned()), offset: 0 }
+    Extent {
+        access: Access::ReadWrite,
+        sectors: 4096,
+        kind: ExtentKind::Flat,
+        file: Some(file.to_owned()),
+        offset: 0,
+    }
 }
 
 #[test]
@@ -46,7 +60,8 @@ fn a_new_content_identity_changes_eight_characters_and_no_more() {
 fn taking_over_a_tracked_disk_drops_the_line_and_the_version() {
     let mut d = Descriptor::parse(ESXI.as_bytes()).unwrap();
     assert_eq!(d.drop_change_tracking(false).as_deref(), Some("web 1-ctk.vmdk"));
-    let expected = ESXI.replace("changeTrackPath=\"web 1-ctk.vmdk\"\r\n", "").replace("version=3", "version=1");
+    let expected =
+        ESXI.replace("changeTrackPath=\"web 1-ctk.vmdk\"\r\n", "").replace("version=3", "version=1");
     assert_eq!(d.text(), expected);
     assert_eq!(d.drop_change_tracking(false), None);
 
@@ -64,10 +79,19 @@ fn extent_lines_of_every_type_are_parsed() {
         rw 9 vmfssparse \"d-000001.vmdk\"\nRW 9 SESPARSE \"e.vmdk\"\nRW 9 VMFSRDM \"r.vmdk\"\nRW 9 NEWKIND \"n.vmdk\"\n";
     let d = Descriptor::parse(text.as_bytes()).unwrap();
     let kinds: Vec<_> = d.extents().iter().map(|e| e.kind.clone()).collect();
-    assert_eq!(kinds, [
-        ExtentKind::Flat, ExtentKind::Sparse, ExtentKind::Zero, ExtentKind::Zero, ExtentKind::VmfsSparse,
-        ExtentKind::SeSparse, ExtentKind::RawDeviceMap, ExtentKind::Other("NEWKIND".into()),
-    ]);
+    assert_eq!(
+        kinds,
+        [
+            ExtentKind::Flat,
+            ExtentKind::Sparse,
+            ExtentKind::Zero,
+            ExtentKind::Zero,
+            ExtentKind::VmfsSparse,
+            ExtentKind::SeSparse,
+            ExtentKind::RawDeviceMap,
+            ExtentKind::Other("NEWKIND".into()),
+        ]
+    );
     assert_eq!((d.extents()[0].offset, d.extents()[0].file.as_deref()), (128, Some("a=b.vmdk")));
     assert_eq!(d.extents()[1].access, Access::ReadOnly);
     assert_eq!(d.create_type(), &CreateType::Other("custom".into()));
@@ -76,9 +100,20 @@ fn extent_lines_of_every_type_are_parsed() {
 #[test]
 fn bad_lines_are_named_by_number() {
     let with = |line: &str| Descriptor::parse(format!("CID=1\ncreateType=\"vmfs\"\n{line}\n").as_bytes());
-    for line in ["RW x FLAT \"a\" 0", "RW 0 FLAT \"a\" 0", "RW 5", "RW 5 FLAT \"a", "RW 5 FLAT", "RW 5 FLAT \"a\" z",
-        "RW 18446744073709551615 FLAT \"a\" 1"] {
-        assert!(matches!(with(line), Err(DescriptorError::Extent { line: 3, .. })), "{line}: {:?}", with(line));
+    for line in [
+        "RW x FLAT \"a\" 0",
+        "RW 0 FLAT \"a\" 0",
+        "RW 5",
+        "RW 5 FLAT \"a",
+        "RW 5 FLAT",
+        "RW 5 FLAT \"a\" z",
+        "RW 18446744073709551615 FLAT \"a\" 1",
+    ] {
+        assert!(
+            matches!(with(line), Err(DescriptorError::Extent { line: 3, .. })),
+            "{line}: {:?}",
+            with(line)
+        );
     }
     assert!(matches!(with("version=x"), Err(DescriptorError::Value { line: 3, key: "version", .. })));
     assert_eq!(Descriptor::parse(b"CID=1\n"), Err(DescriptorError::Missing { key: "createType" }));
@@ -106,9 +141,10 @@ fn new_descriptors_carry_identity_geometry_and_extents() {
 
 #[test]
 fn split_sizes_add_up() {
-    assert_eq!(extent_sizes(true, SPLIT_EXTENT_SECTORS * 2 + 5).collect::<Vec<_>>(), [
-        SPLIT_EXTENT_SECTORS, SPLIT_EXTENT_SECTORS, 5
-    ]);
+    assert_eq!(
+        extent_sizes(true, SPLIT_EXTENT_SECTORS * 2 + 5).collect::<Vec<_>>(),
+        [SPLIT_EXTENT_SECTORS, SPLIT_EXTENT_SECTORS, 5]
+    );
     assert_eq!(extent_sizes(false, 77).collect::<Vec<_>>(), [77]);
     assert_eq!(extent_sizes(true, 0).count(), 0);
 }

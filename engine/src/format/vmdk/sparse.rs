@@ -176,7 +176,9 @@ impl SparseHeader {
             return Err(field("version", version.into(), "1 to 3"));
         }
         let grain_sectors = raw.grain_size.get();
-        if !grain_sectors.is_power_of_two() || !(GRAIN_SECTORS_MIN..=GRAIN_SECTORS_MAX).contains(&grain_sectors) {
+        if !grain_sectors.is_power_of_two()
+            || !(GRAIN_SECTORS_MIN..=GRAIN_SECTORS_MAX).contains(&grain_sectors)
+        {
             return Err(field("grainSize", grain_sectors, "a power of two from 16 to 2048 sectors"));
         }
         if u64::from(raw.table_entries.get()) != TABLE_ENTRIES {
@@ -339,18 +341,28 @@ mod tests {
     }
 
     fn header() -> impl Strategy<Value = SparseHeader> {
-        (1_u32..=3, 0_u32..8, 1_u64..1 << 32, 4_u32..=11, proptest::option::of(1_u64..1000), 1_u64..1 << 20, any::<bool>())
-            .prop_map(|(version, flags, capacity, grain, descriptor, directory, unclean)| SparseHeader {
-                version,
-                flags,
-                capacity,
-                grain_sectors: 1 << grain,
-                descriptor: descriptor.map(|at| SectorRange::new(at, at + 20)),
-                redundant_directory: (flags & FLAG_REDUNDANT != 0).then_some(directory + 7),
-                directory: Directory::At(directory),
-                overhead: 384,
-                unclean,
-                compression: 0,
+        (
+            1_u32..=3,
+            0_u32..8,
+            1_u64..1 << 32,
+            4_u32..=11,
+            proptest::option::of(1_u64..1000),
+            1_u64..1 << 20,
+            any::<bool>(),
+        )
+            .prop_map(|(version, flags, capacity, grain, descriptor, directory, unclean)| {
+                SparseHeader {
+                    version,
+                    flags,
+                    capacity,
+                    grain_sectors: 1 << grain,
+                    descriptor: descriptor.map(|at| SectorRange::new(at, at + 20)),
+                    redundant_directory: (flags & FLAG_REDUNDANT != 0).then_some(directory + 7),
+                    directory: Directory::At(directory),
+                    overhead: 384,
+                    unclean,
+                    compression: 0,
+                }
             })
     }
 
@@ -403,10 +415,13 @@ mod tests {
         for grain in [0, 1, 8, 24, 4096, u64::MAX] {
             let mut header = sample();
             header.grain_sectors = grain;
-            assert!(matches!(
-                SparseHeader::decode(&header.encode()),
-                Err(HeaderError::Field { field: "grainSize", .. })
-            ), "{grain}");
+            assert!(
+                matches!(
+                    SparseHeader::decode(&header.encode()),
+                    Err(HeaderError::Field { field: "grainSize", .. })
+                ),
+                "{grain}"
+            );
         }
     }
 }

@@ -12,10 +12,12 @@ use super::error::TargetError;
 use super::keeper::random_cid;
 use super::opener::ExtentOpener;
 use crate::format::vmdk::descriptor::{
-    Access, AdapterType, DESCRIPTOR_BYTES_MAX, Descriptor, DiskUuid, Extent, ExtentKind, NewDescriptor, extent_sizes,
+    Access, AdapterType, DESCRIPTOR_BYTES_MAX, Descriptor, DiskUuid, Extent, ExtentKind, NewDescriptor,
+    extent_sizes,
 };
 use crate::format::vmdk::sparse::{
-    Directory, FILE_SECTORS_MAX, FLAG_NEWLINES, FLAG_REDUNDANT, GRAIN_SECTORS_DEFAULT, SparseHeader, TABLE_SECTORS,
+    Directory, FILE_SECTORS_MAX, FLAG_NEWLINES, FLAG_REDUNDANT, GRAIN_SECTORS_DEFAULT, SparseHeader,
+    TABLE_SECTORS,
 };
 use crate::io::WriteAt;
 use crate::limits::DISK_BYTES_MAX;
@@ -93,7 +95,9 @@ impl Plan {
         let invalid = |what: String| TargetError::Invalid { path: path.into(), what };
         let size = spec.size_bytes;
         if size == 0 || !size.is_multiple_of(SECTOR_BYTES) || size > DISK_BYTES_MAX {
-            return Err(invalid(format!("{size} bytes are no disk: whole sectors, at most {DISK_BYTES_MAX} bytes")));
+            return Err(invalid(format!(
+                "{size} bytes are no disk: whole sectors, at most {DISK_BYTES_MAX} bytes"
+            )));
         }
         let sectors = size / SECTOR_BYTES;
         if spec.kind.is_sparse() && !spec.kind.is_split() && sparse_sectors_max(sectors) > FILE_SECTORS_MAX {

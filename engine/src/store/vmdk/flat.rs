@@ -4,10 +4,10 @@
 //! another reason than a full medium, makes the disk refuse everything but reads (I6). Units: bytes.
 //! Made by `open`; called through [`BlockFile`].
 
+use super::TargetFile;
 use super::error::TargetError;
 use super::keeper::Keeper;
 use super::layout::{Layout, push_range};
-use super::TargetFile;
 use crate::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 
 /// A file that holds one or more extents.
@@ -35,12 +35,20 @@ pub struct FlatVmdk {
 
 impl std::fmt::Debug for FlatVmdk {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("FlatVmdk").field("layout", &self.layout).field("failed", &self.failed).finish_non_exhaustive()
+        f.debug_struct("FlatVmdk")
+            .field("layout", &self.layout)
+            .field("failed", &self.failed)
+            .finish_non_exhaustive()
     }
 }
 
 impl FlatVmdk {
-    pub(super) fn new(layout: Layout, parts: Vec<Part>, files: Vec<Box<dyn BlockFile>>, keeper: Keeper) -> Self {
+    pub(super) fn new(
+        layout: Layout,
+        parts: Vec<Part>,
+        files: Vec<Box<dyn BlockFile>>,
+        keeper: Keeper,
+    ) -> Self {
         let backings = files.into_iter().map(|file| Backing { file, unflushed: true }).collect();
         Self { layout, parts, backings, keeper, failed: false }
     }

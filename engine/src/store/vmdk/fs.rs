@@ -107,7 +107,9 @@ impl ExtentOpener for FsOpener {
     }
 
     fn create(&self, path: &Path, size_bytes: u64) -> Result<(), TargetError> {
-        let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| match error.kind() {
+        let file = OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| match error
+            .kind()
+        {
             ErrorKind::AlreadyExists => TargetError::Exists { path: path.into() },
             _ => TargetError::system("create", path, error),
         })?;
@@ -145,7 +147,9 @@ impl ExtentOpener for FsOpener {
 
     fn remove(&self, path: &Path) -> Result<(), TargetError> {
         match fs::remove_file(path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(TargetError::system("remove", path, error)),
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                Err(TargetError::system("remove", path, error))
+            }
             _ => Ok(()),
         }
     }

@@ -84,11 +84,10 @@ impl Keeper {
                 })?;
                 Vec::new()
             }
-            Home::Embedded(place) => {
-                changed_sectors(place, &self.descriptor.text(), &edited.text()).ok_or_else(|| {
+            Home::Embedded(place) => changed_sectors(place, &self.descriptor.text(), &edited.text())
+                .ok_or_else(|| {
                     fail(std::io::Error::other("the edited descriptor does not fit its place in the header"))
-                })?
-            }
+                })?,
         };
         self.descriptor = edited;
         self.touched = true;
@@ -97,7 +96,11 @@ impl Keeper {
 }
 
 /// The sectors in which two texts differ, padded with zeros; `None` when the new one does not fit.
-fn changed_sectors(place: SectorRange, old: &str, new: &str) -> Option<Vec<(u64, [u8; SECTOR_BYTES as usize])>> {
+fn changed_sectors(
+    place: SectorRange,
+    old: &str,
+    new: &str,
+) -> Option<Vec<(u64, [u8; SECTOR_BYTES as usize])>> {
     if new.len() as u64 > place.bytes() {
         return None;
     }

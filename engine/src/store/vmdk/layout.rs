@@ -140,11 +140,14 @@ mod tests {
         let layout = Layout::new("d".into(), [1000, 500, 2000]);
         let range = |start, end| ByteRange { start, end };
         let parts = layout.split(BlockOp::Zero, range(900, 1600)).unwrap();
-        assert_eq!(parts, [
-            (0, range(900, 1000), range(900, 1000)),
-            (1, range(0, 500), range(1000, 1500)),
-            (2, range(0, 100), range(1500, 1600)),
-        ]);
+        assert_eq!(
+            parts,
+            [
+                (0, range(900, 1000), range(900, 1000)),
+                (1, range(0, 500), range(1000, 1500)),
+                (2, range(0, 100), range(1500, 1600)),
+            ]
+        );
         let data: Vec<u8> = (0..=255).cycle().take(700).collect();
         let writes = layout.split_writes(&[WriteAt { offset: 900, data: &data }]).unwrap();
         let got: Vec<_> = writes.iter().map(|(e, w)| (*e, w[0].offset, w[0].data.len())).collect();

@@ -276,7 +276,9 @@ impl MemoryFile {
     fn check(&self, op: BlockOp, offset: u64, len: u64) -> Result<(), BlockError> {
         let kind = match op {
             BlockOp::Write | BlockOp::Zero if !self.writable => std::io::ErrorKind::PermissionDenied,
-            _ if offset.checked_add(len).is_none_or(|end| end > self.len) => std::io::ErrorKind::UnexpectedEof,
+            _ if offset.checked_add(len).is_none_or(|end| end > self.len) => {
+                std::io::ErrorKind::UnexpectedEof
+            }
             _ => return Ok(()),
         };
         Err(self.error(op, offset, len, kind))

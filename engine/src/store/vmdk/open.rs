@@ -79,7 +79,8 @@ pub fn open_vmdk(
 /// Snapshots, unsupported kinds, descriptors that cannot be understood.
 pub fn check_vmdk(opener: &dyn ExtentOpener, path: &Path) -> Result<CheckedVmdk, TargetError> {
     let head = opener.read_head(path, DESCRIPTOR_BYTES_MAX + 1)?;
-    let unsupported = |what: &str, remedy| TargetError::Unsupported { path: path.into(), what: what.into(), remedy };
+    let unsupported =
+        |what: &str, remedy| TargetError::Unsupported { path: path.into(), what: what.into(), remedy };
     let (text, home) = match recognise(&head) {
         Recognised::Descriptor => (head, Home::File),
         Recognised::HostedSparse => {
@@ -135,7 +136,8 @@ fn check_chain(opener: &dyn ExtentOpener, path: &Path, descriptor: &Descriptor) 
     }
     let name = file_name(path);
     let extents = descriptor.extents().iter().filter_map(|extent| extent.file.as_deref());
-    if let Some(delta) = std::iter::once(name.as_str()).chain(extents).find(|name| delta_base(name).is_some()) {
+    if let Some(delta) = std::iter::once(name.as_str()).chain(extents).find(|name| delta_base(name).is_some())
+    {
         return Err(snapshot(path, format!("the name {delta}")));
     }
     let stem = name.strip_suffix(".vmdk").unwrap_or(&name);
@@ -156,7 +158,8 @@ fn delta_base(name: &str) -> Option<&str> {
     };
     let base = numbered(stem).or_else(|| {
         let (head, tail) = stem.rsplit_once('-')?;
-        let split = tail.strip_prefix('s').is_some_and(|n| n.len() >= 3 && n.bytes().all(|b| b.is_ascii_digit()));
+        let split =
+            tail.strip_prefix('s').is_some_and(|n| n.len() >= 3 && n.bytes().all(|b| b.is_ascii_digit()));
         (split || matches!(tail, "delta" | "sesparse")).then(|| numbered(head)).flatten()
     })?;
     stem.get(..base)
@@ -164,7 +167,8 @@ fn delta_base(name: &str) -> Option<&str> {
 
 /// The kind of a disk, when it is one that can be written.
 fn kind_of(path: &Path, descriptor: &Descriptor) -> Result<VmdkKind, TargetError> {
-    let unsupported = |what: String, remedy| Err(TargetError::Unsupported { path: path.into(), what, remedy });
+    let unsupported =
+        |what: String, remedy| Err(TargetError::Unsupported { path: path.into(), what, remedy });
     if !(1..=3).contains(&descriptor.version()) {
         return unsupported(format!("a VMDK of version {}", descriptor.version()), "convert it to version 1");
     }
@@ -183,15 +187,22 @@ fn kind_of(path: &Path, descriptor: &Descriptor) -> Result<VmdkKind, TargetError
             return unsupported(format!("a raw device mapping ({word})"), remedy);
         }
         other => {
-            let remedy = "convert it to a flat or sparse disk, for instance with qemu-img convert or vmkfstools -i";
+            let remedy =
+                "convert it to a flat or sparse disk, for instance with qemu-img convert or vmkfstools -i";
             return unsupported(format!("of createType {other}"), remedy);
         }
     };
     if descriptor.extents().is_empty() {
-        return Err(TargetError::Damaged { path: path.into(), what: "its descriptor names no extent".into() });
+        return Err(TargetError::Damaged {
+            path: path.into(),
+            what: "its descriptor names no extent".into(),
+        });
     }
     if kind == VmdkKind::MonolithicSparse && descriptor.extents().len() != 1 {
-        return Err(TargetError::Damaged { path: path.into(), what: "a single sparse file with several extents".into() });
+        return Err(TargetError::Damaged {
+            path: path.into(),
+            what: "a single sparse file with several extents".into(),
+        });
     }
     for extent in descriptor.extents() {
         let fits = match extent.kind {
@@ -201,7 +212,10 @@ fn kind_of(path: &Path, descriptor: &Descriptor) -> Result<VmdkKind, TargetError
         };
         if !fits || extent.access != Access::ReadWrite {
             let what = format!("a disk with an extent {:?} {:?}", extent.access, extent.kind);
-            return unsupported(what, "only disks whose extents are all RW and of the disk's own kind can be written; convert it");
+            return unsupported(
+                what,
+                "only disks whose extents are all RW and of the disk's own kind can be written; convert it",
+            );
         }
     }
     Ok(kind)
@@ -217,7 +231,8 @@ pub(super) fn check_locks(
     names.extend(descriptor.extents().iter().filter_map(|extent| extent.file.clone()));
     let mut inodes = Vec::new();
     let neighbours = opener.neighbours(path)?;
-    let in_use = |sign: &str| TargetError::InUse { path: path.into(), sign: format!("lock {sign} beside it") };
+    let in_use =
+        |sign: &str| TargetError::InUse { path: path.into(), sign: format!("lock {sign} beside it") };
     if neighbours.iter().any(|name| name.starts_with(".lck-")) {
         for name in &names {
             inodes.extend(opener.facts(&path.with_file_name(name))?.map(|facts| facts.inode));
@@ -274,7 +289,8 @@ impl Open<'_> {
         let mut parts = Vec::new();
         for extent in self.descriptor.extents() {
             let path = self.extent_path(extent)?;
-            let (offset, expected) = (extent.offset * SECTOR_BYTES, (extent.offset + extent.sectors) * SECTOR_BYTES);
+            let (offset, expected) =
+                (extent.offset * SECTOR_BYTES, (extent.offset + extent.sectors) * SECTOR_BYTES);
             let got = self.facts(&path)?.size_bytes;
             if got < expected {
                 return Err(TargetError::ExtentShort { path, got, expected });
@@ -291,7 +307,8 @@ impl Open<'_> {
             let what = "two extents share sectors of one file".into();
             return Err(TargetError::Damaged { path: self.path.into(), what });
         }
-        let files = files.iter().map(|path| self.opener.open(path, self.writable)).collect::<Result<_, _>>()?;
+        let files =
+            files.iter().map(|path| self.opener.open(path, self.writable)).collect::<Result<_, _>>()?;
         Ok(FlatVmdk::new(self.layout(), parts, files, keeper))
     }
 
@@ -337,7 +354,8 @@ impl Open<'_> {
             });
         }
         if header.capacity != extent.sectors {
-            let what = format!("its header says {} sectors, the descriptor {}", header.capacity, extent.sectors);
+            let what =
+                format!("its header says {} sectors, the descriptor {}", header.capacity, extent.sectors);
             return Err(TargetError::Damaged { path, what });
         }
         let mut file = self.opener.open(&path, self.writable)?;

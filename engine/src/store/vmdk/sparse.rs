@@ -376,7 +376,10 @@ pub struct SparseVmdk {
 
 impl std::fmt::Debug for SparseVmdk {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SparseVmdk").field("layout", &self.layout).field("repair", &self.repair).finish_non_exhaustive()
+        f.debug_struct("SparseVmdk")
+            .field("layout", &self.layout)
+            .field("repair", &self.repair)
+            .finish_non_exhaustive()
     }
 }
 
@@ -481,7 +484,8 @@ impl TargetFile for SparseVmdk {
         if self.failed {
             return Err(failed(&self.layout, BlockOp::Flush).into());
         }
-        for SparseExtent { path, file, header, tables, begun, unflushed } in std::mem::take(&mut self.extents) {
+        for SparseExtent { path, file, header, tables, begun, unflushed } in std::mem::take(&mut self.extents)
+        {
             let mut extent = SparseExtent { path, file, header, tables, begun, unflushed };
             let cut = extent.finish(self.keeper.is_writable())?;
             let used = extent.tables.append() * SECTOR_BYTES;

@@ -257,7 +257,8 @@ impl Tables {
             self.append += self.grain_sectors;
             let lost = if first == 0 { &mut self.primary } else { &mut self.redundant };
             lost[table] = entry_of(sector);
-            writes.push((sector, encode(self.tables[table].as_deref().map_or(&[0; ENTRIES][..], |t| &t[..]))));
+            writes
+                .push((sector, encode(self.tables[table].as_deref().map_or(&[0; ENTRIES][..], |t| &t[..]))));
             self.dirty_directory.insert(table);
         }
         writes
@@ -265,8 +266,10 @@ impl Tables {
 
     /// Changed sectors of both directories, ready to write: sector of the file and bytes, neighbours joined.
     pub(super) fn directory_writes(&self) -> Vec<(u64, Vec<u8>)> {
-        let sectors: BTreeSet<usize> = self.dirty_directory.iter().map(|table| table / SECTOR_ENTRIES).collect();
-        let copies = [(Some(self.directories.primary), &self.primary), (self.directories.redundant, &self.redundant)];
+        let sectors: BTreeSet<usize> =
+            self.dirty_directory.iter().map(|table| table / SECTOR_ENTRIES).collect();
+        let copies =
+            [(Some(self.directories.primary), &self.primary), (self.directories.redundant, &self.redundant)];
         let mut pieces = Vec::new();
         for (at, entries) in copies {
             let Some(at) = at else { continue };
@@ -342,7 +345,9 @@ fn join(mut pieces: Vec<(u64, Vec<u8>)>) -> Vec<(u64, Vec<u8>)> {
     let mut joined: Vec<(u64, Vec<u8>)> = Vec::new();
     for (at, bytes) in pieces {
         match joined.last_mut() {
-            Some((start, run)) if *start + run.len() as u64 / SECTOR_BYTES == at => run.extend_from_slice(&bytes),
+            Some((start, run)) if *start + run.len() as u64 / SECTOR_BYTES == at => {
+                run.extend_from_slice(&bytes)
+            }
             _ => joined.push((at, bytes)),
         }
     }
@@ -401,7 +406,9 @@ impl Check<'_> {
         let mut starts = Vec::new();
         for index in 0..tables.primary.len() {
             let (mut bad, mut good) = (0, 0);
-            for copy in [Some(&mut tables.primary[index]), tables.redundant.get_mut(index)].into_iter().flatten() {
+            for copy in
+                [Some(&mut tables.primary[index]), tables.redundant.get_mut(index)].into_iter().flatten()
+            {
                 if *copy != 0 && u64::from(*copy) + TABLE_SECTORS > end {
                     *copy = 0;
                     bad += 1;
@@ -411,7 +418,9 @@ impl Check<'_> {
                 }
             }
             if bad > 0 && good == 0 {
-                return Err(LoadError::Damaged(format!("grain table {index} lies outside the file in every copy")));
+                return Err(LoadError::Damaged(format!(
+                    "grain table {index} lies outside the file in every copy"
+                )));
             }
             self.repair.lost_tables += u64::from(good == 1 && tables.is_redundant());
         }
@@ -484,7 +493,9 @@ impl Check<'_> {
     /// Gives a grain up: allowed only where a crash explains it.
     fn drop_grain(&mut self, tables: &mut Tables, grain: u64, claimed: u32) -> Result<u32, LoadError> {
         if !self.repair.unclean && !self.differing.contains_key(&grain) {
-            return Err(LoadError::Damaged(format!("grain {grain} claims sector {claimed}, outside the file or shared")));
+            return Err(LoadError::Damaged(format!(
+                "grain {grain} claims sector {claimed}, outside the file or shared"
+            )));
         }
         let start = self.base + grain * self.header.grain_sectors;
         let end = self.base + ((grain + 1) * self.header.grain_sectors).min(self.header.capacity);
@@ -539,7 +550,9 @@ fn shared_sectors(tables: &Tables) -> BTreeSet<u32> {
         let table = u64::from(*table);
         // A grain overlaps if it begins before the table's end and ends behind its start.
         let before = grains.partition_point(|at| u64::from(*at) < table + TABLE_SECTORS);
-        shared.extend(grains[..before].iter().rev().take_while(|at| u64::from(**at) + tables.grain_sectors > table));
+        shared.extend(
+            grains[..before].iter().rev().take_while(|at| u64::from(**at) + tables.grain_sectors > table),
+        );
     }
     shared
 }
