@@ -11,8 +11,17 @@ pub const HASH_BYTES: usize = 16;
 
 /// The hash of a compare unit; [`UnitHash::ZEROS`] for a unit that reads as zeros.
 #[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Hash, zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable,
-    zerocopy::KnownLayout, zerocopy::Unaligned,
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    Hash,
+    zerocopy::FromBytes,
+    zerocopy::IntoBytes,
+    zerocopy::Immutable,
+    zerocopy::KnownLayout,
+    zerocopy::Unaligned,
 )]
 #[repr(transparent)]
 pub struct UnitHash(pub [u8; HASH_BYTES]);

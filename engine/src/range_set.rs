@@ -204,8 +204,9 @@ mod tests {
 
     #[test]
     fn truncation_keeps_the_longest_runs() {
-        let mut set: RangeSet =
-            [SectorRange::new(0, 1), SectorRange::new(10, 20), SectorRange::new(30, 33)].into_iter().collect();
+        let mut set: RangeSet = [SectorRange::new(0, 1), SectorRange::new(10, 20), SectorRange::new(30, 33)]
+            .into_iter()
+            .collect();
         set.truncate_to_longest(2);
         assert_eq!(set.iter().collect::<Vec<_>>(), [SectorRange::new(10, 20), SectorRange::new(30, 33)]);
     }

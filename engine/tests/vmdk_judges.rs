@@ -4,7 +4,7 @@
 //! crash; every kind `qemu-img` creates is written by us so that it reads the same. A judge that is not installed is
 //! skipped with a line that says so.
 #![cfg(feature = "io")]
-#![allow(missing_docs, clippy::allow_attributes, reason = "a test crate")]
+#![expect(clippy::unwrap_used, reason = "a test crate: helpers outside test functions unwrap too")]
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};

@@ -113,7 +113,8 @@ fn an_mbr_gives_primary_and_logical_partitions_even_in_a_loop() {
 fn contents_are_recognised_on_the_bare_disk() {
     let uuid: [u8; 16] = std::array::from_fn(|n| n as u8 + 1);
     let text = "01020304-0506-0708-090a-0b0c0d0e0f10";
-    let cases: [(ContentKind, &str, &dyn Fn(&mut [u8])); 8] = [
+    type Fill<'a> = &'a dyn Fn(&mut [u8]);
+    let cases: [(ContentKind, &str, Fill<'_>); 8] = [
         (ContentKind::Xfs, text, &|i| {
             put(i, 0, b"XFSB");
             put(i, 32, &uuid)

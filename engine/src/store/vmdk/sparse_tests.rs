@@ -116,7 +116,8 @@ proptest! {
         cut in 0.0_f64..=1.0, seed in any::<u64>(), without_tables in any::<bool>())
     {
         let kind = if split { VmdkKind::TwoGbMaxExtentSparse } else { VmdkKind::MonolithicSparse };
-        crash_once(kind, &steps, cut, seed, without_tables)?;
+        let workload = Workload::run(kind, &steps, without_tables);
+        workload.crash((workload.trace.len() as f64 * cut) as usize, seed)?;
     }
 }
 
@@ -130,70 +131,112 @@ fn sector(at: u64, version: u64) -> [u8; 512] {
     bytes
 }
 
-fn crash_once(
-    kind: VmdkKind,
-    steps: &[(u64, u64, u8)],
-    cut: f64,
-    seed: u64,
-    without_tables: bool,
-) -> Result<(), TestCaseError> {
-    const SECTORS: u64 = 2500;
-    let files = make(kind, SECTORS * 512);
-    if without_tables {
-        drop_tables(&files, kind);
-    }
-    let before = files.snapshot();
-    let mut file = open(&files);
-    // For each step the length of the trace when it was done, and what it wrote.
-    let (mut done, mut flushed): (Vec<(usize, u64, u64, u64)>, Vec<usize>) = (Vec::new(), Vec::new());
-    for (version, (start, len, kind)) in (1_u64..).zip(steps) {
-        let data: Vec<u8> = (*start..start + len).flat_map(|at| sector(at, version)).collect();
-        file.write(&[WriteAt { offset: start * 512, data: &data }]).unwrap();
-        done.push((files.trace().len(), *start, *len, version));
-        if *kind == 0 {
-            file.flush().unwrap();
-            flushed.push(files.trace().len());
+/// Sectors of the disk that crashes.
+const CRASH_SECTORS: u64 = 2500;
+
+/// A disk that was written with everything remembered, to be crashed at any point.
+struct Workload {
+    before: MemoryFiles,
+    trace: Vec<Event>,
+    /// Of each write: length of the trace when it was done, first sector, sectors, version.
+    done: Vec<(usize, u64, u64, u64)>,
+    /// Lengths of the trace when flushes were done.
+    flushed: Vec<usize>,
+}
+
+impl Workload {
+    /// Steps: first sector, sectors, and 0 for a flush behind it.
+    fn run(kind: VmdkKind, steps: &[(u64, u64, u8)], without_tables: bool) -> Self {
+        let files = make(kind, CRASH_SECTORS * 512);
+        if without_tables {
+            drop_tables(&files, kind);
         }
-    }
-    file.close().unwrap();
-    let trace = files.trace();
-    let events = (trace.len() as f64 * cut) as usize;
-    // xorshift: which sectors land must be reproducible from the seed alone.
-    let mut state = seed | 1;
-    let after = before.crashed(&trace, events, || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state & 3 != 0
-    });
-    let durable_before = flushed.iter().copied().filter(|at| *at <= events).max().unwrap_or(0);
-    for round in 0..2 {
-        let mut file = open(&after);
-        let found = read(&mut *file, 0, (SECTORS * 512) as usize);
-        for (at, found) in (0..SECTORS).zip(found.chunks_exact(512)) {
-            let versions = done.iter().filter(|(_, start, len, _)| (*start..start + len).contains(&at));
-            let mut allowed = vec![[0; 512]];
-            for (end, _, _, version) in versions {
-                if *end <= durable_before {
-                    allowed.clear();
-                }
-                allowed.push(sector(at, *version));
+        // Behind the used part stands what an earlier crash left there: it must never be seen.
+        let name = if kind.is_split() { "/d/disk-s001.vmdk" } else { PATH };
+        let mut bytes = files.bytes(name);
+        bytes.extend((0..2 * CRASH_SECTORS).flat_map(|at| sector(1 << 20 | at, 777)));
+        files.put(name, &bytes);
+        let before = files.snapshot();
+        let files = before.snapshot(); // with a trace that begins here
+        let mut file = open(&files);
+        let (mut done, mut flushed) = (Vec::new(), Vec::new());
+        for (version, (start, len, kind)) in (1_u64..).zip(steps) {
+            let data: Vec<u8> = (*start..start + len).flat_map(|at| sector(at, version)).collect();
+            file.write(&[WriteAt { offset: start * 512, data: &data }]).unwrap();
+            done.push((files.trace().len(), *start, *len, version));
+            if *kind == 0 {
+                file.flush().unwrap();
+                flushed.push(files.trace().len());
             }
-            prop_assert!(
-                allowed.iter().any(|a| a == found),
-                "sector {} in round {}: {:?}",
-                at,
-                round,
-                &found[..16]
-            );
         }
-        // The second round writes after the repair and closes: still nothing foreign, and clean.
-        file.write(&[WriteAt { offset: 0, data: &sector(0, 999) }]).unwrap();
-        done.push((0, 0, 1, 999));
         file.close().unwrap();
+        Self { before, trace: files.trace(), done, flushed }
     }
-    prop_assert!(open_vmdk(&after.opener(), Path::new(PATH), false).unwrap().repair.is_nothing());
-    Ok(())
+
+    /// Power loss after so many events; opens, repairs, checks, writes on, closes, and checks again.
+    fn crash(&self, events: usize, seed: u64) -> Result<(), TestCaseError> {
+        // xorshift: which sectors land must be reproducible from the seed alone. Its low bits choose how many land.
+        let (mut state, often) = (seed | 1, seed % 4);
+        let after = self.before.crashed(&self.trace, events, || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state >> 32 & 3 < often + 1
+        });
+        let durable_before = self.flushed.iter().copied().filter(|at| *at <= events).max().unwrap_or(0);
+        let mut rewritten = None;
+        for round in 0..3 {
+            let OpenedVmdk { mut file, repair, .. } =
+                open_vmdk(&after.opener(), Path::new(PATH), true).unwrap();
+            prop_assert!(repair.dropped.is_empty(), "our own order never leaves a grain to drop: {repair:?}");
+            let found = read(&mut *file, 0, (CRASH_SECTORS * 512) as usize);
+            for (at, found) in (0..CRASH_SECTORS).zip(found.chunks_exact(512)) {
+                let mut allowed = vec![[0; 512]];
+                for (end, start, len, version) in &self.done {
+                    if !(*start..start + len).contains(&at) {
+                        continue;
+                    }
+                    if *end <= durable_before {
+                        allowed.clear();
+                    }
+                    allowed.push(sector(at, *version));
+                }
+                if rewritten.is_some_and(|(start, len): (u64, u64)| (start..start + len).contains(&at)) {
+                    allowed = vec![sector(at, 999)];
+                }
+                prop_assert!(
+                    allowed.iter().any(|a| a == found),
+                    "sector {at} in round {round} after {events} events, seed {seed}: {:?}",
+                    &found[..16]
+                );
+            }
+            // Later rounds: what is written after the repair reads back, the rest stays, and the disk is clean.
+            let again = (700, 400);
+            let data: Vec<u8> = (again.0..again.0 + again.1).flat_map(|at| sector(at, 999)).collect();
+            file.write(&[WriteAt { offset: again.0 * 512, data: &data }]).unwrap();
+            rewritten = Some(again);
+            file.close().unwrap();
+            prop_assert!(open_vmdk(&after.opener(), Path::new(PATH), false).unwrap().repair.is_nothing());
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn power_loss_at_every_point_of_a_long_run_shows_only_old_or_new() {
+    // New grains, overwrites, partial grains, runs across grains; 0 flushes.
+    let steps =
+        [(0, 200, 1), (130, 10, 0), (1000, 300, 1), (5, 3, 1), (1010, 2, 0), (2000, 500, 0), (600, 700, 2)];
+    for kind in [VmdkKind::MonolithicSparse, VmdkKind::TwoGbMaxExtentSparse] {
+        for without_tables in [false, true] {
+            let workload = Workload::run(kind, &steps, without_tables);
+            for events in 0..=workload.trace.len() {
+                for seed in 0..12_u64 {
+                    workload.crash(events, seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ seed).unwrap();
+                }
+            }
+        }
+    }
 }
 
 /// Makes the directories of a fresh disk empty, as some writers leave them until a table is needed.
