@@ -19,13 +19,13 @@ use reprotect_engine::host::places::Program;
 use reprotect_engine::host::run_lock::RunLock;
 use reprotect_engine::host::shutdown::{Notifier, Shutdown};
 use reprotect_engine::host::values::HostPort;
-use reprotect_engine::net::ca::ROOTS_FILE;
+
 use reprotect_engine::net::endpoint::{CloseCode, Dialer, PeerConnection, TransportSettings};
 use reprotect_engine::net::enroll::renew;
 use reprotect_engine::net::identity::{IDENTITY_FILE, Identity, Purpose, Role};
 use reprotect_engine::net::revocations::Revocations;
 use reprotect_engine::net::tls::client_config;
-use reprotect_engine::net::trust::{PeerRule, Trust};
+use reprotect_engine::net::trust::{PeerRule, ROOTS_FILE, Trust};
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::agent::Agent;
 use reprotect_engine::proto::{Prover, session_proof_message};

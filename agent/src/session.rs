@@ -29,7 +29,7 @@ use tokio::sync::mpsc;
 
 use crate::api::{DiskInfo, StatusInfo};
 use crate::config::{Compress, Settings};
-use crate::disks::source::SourceKind;
+use crate::disks::SourceKind;
 use crate::reader::{ChunkRead, DiskReader, ReadJob, Throttle};
 use crate::sources::Sources;
 use crate::workers::{Done, Job, JobKey, Workers};
@@ -38,6 +38,8 @@ use crate::workers::{Done, Job, JobKey, Workers};
 const TICK: Duration = Duration::from_millis(100);
 /// How often the compression level is looked at.
 const LEVEL_TICK: Duration = Duration::from_millis(250);
+/// Level an adaptive agent begins with: the fastest that pays on most links.
+const LEVEL_START: i32 = -1;
 /// Pause after a disk was opened before its first scan round.
 const FIRST_SCAN: Duration = Duration::from_millis(200);
 
@@ -98,7 +100,7 @@ impl Machine {
         core.set_inventory(host_name, crate::sources::inventory(&sources));
         let controller = match settings.compress_level {
             LevelText::Fixed(_) => None,
-            LevelText::Adaptive => Some(LevelController::new()),
+            LevelText::Adaptive => Some(LevelController::new(LEVEL_START)),
         };
         let level = match settings.compress_level {
             LevelText::Fixed(level) => level,

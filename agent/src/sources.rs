@@ -17,7 +17,7 @@ use reprotect_engine::units::SECTOR_BYTES;
 
 use crate::config::DisksConfig;
 use crate::disks::{SystemRoot, enumerate, select};
-use crate::disks::source::{Source, SourceKind};
+use crate::disks::{Source, SourceKind};
 
 /// A source and its identity.
 #[derive(Clone, Debug)]
@@ -42,7 +42,7 @@ pub type Sources = BTreeMap<SourceId, KnownSource>;
 pub fn find(config: &DisksConfig) -> anyhow::Result<Sources> {
     let root = SystemRoot::default();
     let disks = enumerate(&root)?;
-    let chosen = select::select(&root, &disks, &config.include, &config.exclude)?;
+    let chosen = select(&root, &disks, &config.include, &config.exclude)?;
     let mut sources = Sources::new();
     for source in &chosen {
         let fingerprint = probe(&source.path)
