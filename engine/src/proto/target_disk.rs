@@ -119,6 +119,8 @@ pub struct TargetDisk {
     opening: Option<SessionId>,
     running: Option<Checkpoint>,
     durable: Sequence,
+    /// Sequence of the last mark that a finished checkpoint recorded.
+    durable_marked: Sequence,
     ever_opened: bool,
     limits: FlowLimits,
     actions: VecDeque<DiskAction>,
@@ -161,6 +163,7 @@ impl TargetDisk {
             phase: TargetDiskPhase::Closed,
             received: state.sequence,
             durable: state.sequence,
+            durable_marked: state.marked,
             ever_opened: state.generation > Generation::ZERO,
             state,
             dirty: false,
@@ -433,6 +436,7 @@ impl TargetDisk {
     pub fn handle_checkpointed(&mut self, now: MonoTime) {
         let Some(done) = self.running.take() else { return };
         self.durable = done.sequence;
+        self.durable_marked = done.marked;
         self.window.made_durable(done.written_cost);
         if done.marked > Sequence::ZERO && done.marked == done.sequence {
             self.notices.push_back(DiskNotice::Marked(done.marked));
@@ -612,7 +616,7 @@ impl TargetDisk {
             received: self.received,
             durable: self.durable,
             applied: self.durable,
-            marked: self.state.marked.min(self.durable),
+            marked: self.durable_marked,
         };
         self.reply(session, Message::Ack(ack));
     }
