@@ -523,7 +523,7 @@ impl TargetDisk {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<MonoTime> {
         self.dirty_since
-            .filter(|_| self.running.is_none())
+            .filter(|_| self.running.is_none() && self.phase != TargetDiskPhase::Failed)
             .map(|since| since.plus_nanos(self.limits.flush_nanos))
     }
 
