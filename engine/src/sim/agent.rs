@@ -270,7 +270,14 @@ impl World {
     fn agent_event(&mut self, agent: usize, event: AgentEvent) {
         let life = self.agents[agent].life;
         match event {
-            AgentEvent::Ready | AgentEvent::Resync { .. } | AgentEvent::Warned { .. } => {}
+            AgentEvent::Ready | AgentEvent::Warned { .. } => {}
+            AgentEvent::Resync { disk, cause } => {
+                let disk = self.disk_index(disk);
+                self.note(|| format!("agent{agent} asks for a compare pass of disk{disk}: {cause:?}"));
+                let node = &mut self.agents[agent];
+                node.synced.remove(&disk);
+                node.scans.remove(&disk);
+            }
             AgentEvent::Offered { disk, .. } => {
                 let disk = self.disk_index(disk);
                 let usual = self.rng.pick(&[0, 1_000_000, 200_000_000]);
@@ -330,11 +337,11 @@ impl World {
         self.note(|| format!("agent{agent} opened disk{disk}: {mode:?}"));
         self.count("opens", 1);
         let first = self.agents[agent].opened.insert(disk);
-        if first && mode != PassMode::Copy && self.plan.mode == Mode::Ordered && !self.agents[agent].twin {
-            self.agents[agent].core.begin_pass(id, PassCause::TrackingLost);
-        }
         if mode == PassMode::Done {
             self.agent_synced(agent, disk);
+        }
+        if first && mode != PassMode::Copy && self.plan.mode == Mode::Ordered && !self.agents[agent].twin {
+            self.agents[agent].core.begin_pass(id, PassCause::TrackingLost);
         }
     }
 
