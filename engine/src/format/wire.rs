@@ -383,7 +383,7 @@ mod tests {
     #[test]
     fn reserved_bytes_short_input_and_trailing_input_are_refused() {
         let mut bytes = Sample { number: 7, range: SectorRange::new(1, 9) }.to_bytes();
-        assert!(Sample::read_exact(&bytes[..23]).is_err());
+        assert!(Sample::read_exact(&bytes[..Sample::BYTES - 1]).is_err());
         assert!(Sample::read_exact(&[bytes.as_slice(), &[0]].concat()).is_err());
         bytes[23] = 1;
         assert!(Sample::read_exact(&bytes).is_err());
