@@ -70,14 +70,14 @@ macro_rules! hammered {
 
 // Counts are chosen so that the whole file takes some ten seconds on two cores.
 hammered! {
-    frame: 40_000,
-    hello: 40_000,
-    message: 100_000,
-    batch: 20_000,
-    bulk: 20_000,
-    record: 20_000,
-    disk_state: 40_000,
-    agent_session: 2_000,
-    target_session: 2_000,
-    relay_session: 2_000,
+    frame: 200_000,
+    hello: 200_000,
+    message: 400_000,
+    batch: 100_000,
+    bulk: 100_000,
+    record: 100_000,
+    disk_state: 100_000,
+    agent_session: 20_000,
+    target_session: 20_000,
+    relay_session: 20_000,
 }
