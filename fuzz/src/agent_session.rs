@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
-use reprotect_engine::format::batch::{Stretch, credit_cost, decode_batch, decode_bulk};
+use reprotect_engine::format::batch::{MarkClass, Stretch, credit_cost, decode_batch, decode_bulk};
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::handshake::{HELLO_MAGIC, HelloAck, Role};
@@ -93,11 +93,7 @@ impl World {
             }
             22 => {
                 let id = disk(input);
-                self.agent.submit_mark(
-                    id,
-                    input.pick(&[reprotect_engine::format::batch::MarkClass::Crash]),
-                    Timestamp(1),
-                );
+                self.agent.submit_mark(id, input.pick(MarkClass::ALL), Timestamp(1));
             }
             _ => {
                 let id = disk(input);
@@ -311,10 +307,8 @@ impl World {
                 (peer.limit, peer.spent) = (0, 0);
                 peer.requests.clear();
             }
-            AgentEvent::Work { disk, epoch, sink, as_of, action } => {
-                if self.work.len() < 4096 {
-                    self.work.push_back((disk, epoch, sink, as_of, action));
-                }
+            AgentEvent::Work { disk, epoch, sink, as_of, action } if self.work.len() < 4096 => {
+                self.work.push_back((disk, epoch, sink, as_of, action));
             }
             _ => {}
         }

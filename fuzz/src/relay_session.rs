@@ -282,16 +282,16 @@ impl World {
                 Some(RelayAction::Dial(_)) => {}
                 Some(RelayAction::Recode { job, records }) => self.jobs.push((job, records)),
                 Some(RelayAction::Forward { to: Side::Target, outgoing, disk, cost }) => {
-                    self.to_target(&outgoing);
+                    self.leaves(&outgoing);
                     self.sent.push((disk, cost));
                 }
-                Some(RelayAction::Forward { to: Side::Agent, outgoing, .. }) => self.to_agent(&outgoing),
+                Some(RelayAction::Forward { to: Side::Agent, outgoing, .. }) => self.returns(&outgoing),
             }
         }
         assert_eq!(self.relay.held_bytes(), self.held);
     }
 
-    fn to_target(&mut self, outgoing: &Outgoing) {
+    fn leaves(&mut self, outgoing: &Outgoing) {
         let (kind, body) = (outgoing.frame.kind(), outgoing.frame.body());
         let left = match kind {
             FrameKind::Batch => {
@@ -308,7 +308,7 @@ impl World {
         assert_eq!(came, Some(left), "a batch was reordered, altered or made up");
     }
 
-    fn to_agent(&self, outgoing: &Outgoing) {
+    fn returns(&self, outgoing: &Outgoing) {
         assert_eq!(outgoing.lane, Lane::Control);
         if outgoing.frame.kind() == FrameKind::Credit
             && let Ok(Message::Credit(credit)) = Message::decode(FrameKind::Credit, &outgoing.frame.body())

@@ -293,13 +293,13 @@ impl World {
                         }
                     }
                 }
-                SessionEvent::ToDisk(disk, input) => self.to_disk(id, disk, input),
+                SessionEvent::ToDisk(disk, input) => self.hand_over(id, disk, input),
                 SessionEvent::Inventory { .. } => {}
             }
         }
     }
 
-    fn to_disk(&mut self, session: SessionId, id: DiskId, input: DiskInput) {
+    fn hand_over(&mut self, session: SessionId, id: DiskId, input: DiskInput) {
         let Some(disk) = self.disks.iter_mut().find(|disk| disk.stored.disk == id) else { return };
         let sound = |records: &[Record]| records.iter().all(|record| record.check_stored().is_ok());
         let (core, now) = (&mut disk.core, self.now);
