@@ -3,6 +3,7 @@
 //! whose bytes are frozen for ever and stand a second time in this file.
 //!
 //! Layout of a golden file: a line `== NAME`, then lines of up to 16 bytes, `offset: hex`.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod samples;
 

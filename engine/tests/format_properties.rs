@@ -1,5 +1,6 @@
 //! Properties of every decoder in `format`: arbitrary values come back as they went; damaged bytes are refused or say
 //! exactly what they say; garbage never panics; no length is believed.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 #[path = "samples/arbitrary.rs"]
 mod arbitrary;

@@ -3,6 +3,7 @@
 //! Replays the committed corpus (every input that ever failed is in it), then a fixed number of seeded mutations of
 //! it, then random scripts. A failure prints the target, the corpus file and the seed, and leaves the input in the
 //! system's folder for temporary files; move it into `corpus/<target>/` when the bug is fixed.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};

@@ -357,7 +357,11 @@ impl<const N: usize> WireField for Text<N> {
 }
 
 #[cfg(test)]
-#[expect(unreachable_pub, reason = "wire! declares public structures")]
+#[expect(
+    unreachable_pub,
+    clippy::wrong_self_convention,
+    reason = "wire! declares public structures of any size"
+)]
 mod tests {
     use super::*;
 
