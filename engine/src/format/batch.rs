@@ -3,25 +3,19 @@
 //! Invariants: at most 4 MiB of plain payload and [`BATCH_RECORDS_MAX`] records; a delta batch's records have the
 //! contiguous sequences `first_sequence ..= last_sequence`; the chain digest covers canonical plaintext fields only,
 //! so a relay may recompress but not reorder, drop or alter. A bulk batch says which sectors it settles
-//! (`cover`), including those that needed no record. The head has a CRC of its own, because nothing else would notice
-//! a wrong `cover`, and a wrong `chain` would look like a fork. Units: sectors, bytes, sequences.
-//!
-//! Layout: [`BatchHeader`] or [`BulkHeader`], CRC-32 of it (4 bytes), then the records.
+//! (`cover`), including those that needed no record. Units: sectors, bytes, sequences.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 
 use super::FormatError;
 use super::extent::{Record, RecordKind};
 use super::frame::{Frame, FrameKind};
-use super::wire::{wire, wire_enum};
-use crate::checksum::crc32;
+use super::wire::{COUNTER_MAX, wire, wire_enum};
 use crate::limits::{BATCH_PLAIN_BYTES_MAX, BATCH_RECORDS_MAX, DELTA_RECORD_BYTES_MAX};
 use crate::units::{BLOCK_BYTES, DiskId, Generation, LineageId, SectorRange, Sequence, Timestamp};
 
 /// Digest of a delta stream up to a batch.
 pub type Chain = [u8; 16];
-
-const HEAD_CRC_BYTES: usize = 4;
 
 /// The chain before the first batch of a lineage.
 pub const CHAIN_START: Chain = [0; 16];
@@ -152,7 +146,6 @@ impl BatchHeader {
 fn encode(kind: FrameKind, head: &[u8], records: &[Record]) -> Frame {
     let mut parts = Vec::with_capacity(1 + 2 * records.len());
     let mut pending = BytesMut::from(head);
-    pending.put_u32_le(crc32(head));
     for record in records {
         record.put_head(&mut pending);
         // Small payloads ride with the heads; large ones stay where they are.
@@ -188,8 +181,7 @@ pub fn encode_bulk(header: &BulkHeader, records: &[Record]) -> Frame {
 /// # Errors
 /// When any length, checksum or count is not what the format says.
 pub fn decode_batch(mut body: Bytes) -> Result<(BatchHeader, Vec<Record>), FormatError> {
-    let (header, rest) = BatchHeader::read_prefix(&body)?;
-    check_head("Batch head", &body, rest)?;
+    let (header, _) = BatchHeader::read_prefix(&body)?;
     let records = take_records(&mut body, BatchHeader::BYTES, header.record_count)?;
     if records.is_empty() {
         return Err(FormatError::Field {
@@ -199,12 +191,12 @@ pub fn decode_batch(mut body: Bytes) -> Result<(BatchHeader, Vec<Record>), Forma
             expected: "at least one record",
         });
     }
-    if header.first_sequence.0 == 0 || header.first_sequence.0.checked_add(records.len() as u64).is_none() {
+    if header.first_sequence.0 == 0 || header.last_sequence().0 > COUNTER_MAX {
         return Err(FormatError::Field {
             what: "Batch",
             field: "first_sequence",
             got: header.first_sequence.0,
-            expected: "a sequence from 1 that does not overflow",
+            expected: "sequences from 1 to below 2^63",
         });
     }
     if let Some(long) = records.iter().find(|record| record.plain_bytes() > DELTA_RECORD_BYTES_MAX) {
@@ -223,8 +215,7 @@ pub fn decode_batch(mut body: Bytes) -> Result<(BatchHeader, Vec<Record>), Forma
 /// # Errors
 /// When any length, checksum or count is not what the format says, or a record lies outside the cover.
 pub fn decode_bulk(mut body: Bytes) -> Result<(BulkHeader, Vec<Record>), FormatError> {
-    let (header, rest) = BulkHeader::read_prefix(&body)?;
-    check_head("Bulk head", &body, rest)?;
+    let (header, _) = BulkHeader::read_prefix(&body)?;
     let records = take_records(&mut body, BulkHeader::BYTES, header.record_count)?;
     let mut at = header.cover.start;
     for record in &records {
@@ -241,16 +232,6 @@ pub fn decode_bulk(mut body: Bytes) -> Result<(BulkHeader, Vec<Record>), FormatE
     Ok((header, records))
 }
 
-/// Checks the CRC that stands between the head of `body` and the `rest`.
-fn check_head(what: &'static str, body: &[u8], rest: &[u8]) -> Result<(), FormatError> {
-    let Some(got) = rest.first_chunk().map(|crc| u32::from_le_bytes(*crc)) else {
-        return Err(FormatError::Short { what, got: rest.len(), expected: HEAD_CRC_BYTES });
-    };
-    let head = body.get(..body.len().saturating_sub(rest.len())).unwrap_or_default();
-    let expected = crc32(head);
-    if got == expected { Ok(()) } else { Err(FormatError::Checksum { what, got, expected }) }
-}
-
 fn take_records(body: &mut Bytes, head_bytes: usize, count: u32) -> Result<Vec<Record>, FormatError> {
     if count > BATCH_RECORDS_MAX {
         return Err(FormatError::Field {
@@ -260,7 +241,7 @@ fn take_records(body: &mut Bytes, head_bytes: usize, count: u32) -> Result<Vec<R
             expected: "at most 8192",
         });
     }
-    let _ = body.split_to((head_bytes + HEAD_CRC_BYTES).min(body.len()));
+    let _ = body.split_to(head_bytes.min(body.len()));
     let mut records = Vec::with_capacity(count.min(64) as usize);
     let mut plain = 0_u64;
     for _ in 0..count {

@@ -231,6 +231,9 @@ impl TargetDisk {
             self.reply(old, Message::Fenced(self.fenced()));
             self.notices.push_back(DiskNotice::FencedSession(old));
         }
+        if let Some(running) = &mut self.running {
+            running.grants = None; // it records the generation before this one
+        }
         self.opening = Some(session);
         self.received = self.state.sequence;
         self.nacked = false;
