@@ -801,6 +801,12 @@ impl Agent {
         Some(self.disks.get(&disk)?.pass.as_ref()?.progress())
     }
 
+    /// Whether a mark waits to become durable.
+    #[must_use]
+    pub fn mark_pending(&self, disk: DiskId) -> bool {
+        self.disks.get(&disk).is_some_and(|disk| disk.mark.is_some())
+    }
+
     /// The durable and the last given sequence.
     #[must_use]
     pub fn position(&self, disk: DiskId) -> Option<(Sequence, Sequence)> {
