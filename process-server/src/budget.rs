@@ -9,7 +9,7 @@
 //! Invariants: the shares sum to at most the budget; an open disk has at least [`WINDOW_BYTES_MIN`], two whole batches,
 //! so that one is received while the other leaves and no batch is larger than its window; who cannot get the least is
 //! refused and told so, nobody else is slowed for it. Shares grow to an equal part while the budget is under three
-//! quarters (the rest is kept for newcomers' least shares) and shrink as newcomers come, never below what was already
+//! quarters and leaves room for one least window (the rest is kept for newcomers) and shrink as newcomers come, never below what was already
 //! announced. Units: bytes. Called by `relay` and shown by `status`.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -149,7 +149,9 @@ impl Share {
         let mut shares = self.budget.shares();
         let fair = shares.fair(self.purpose, self.budget.total);
         let wanted = if self.bytes < fair {
-            let room = (self.budget.total / 4 * 3).saturating_sub(shares.reserved);
+            let total = self.budget.total;
+            let room =
+                (total / 4 * 3).min(total.saturating_sub(WINDOW_BYTES_MIN)).saturating_sub(shares.reserved);
             self.bytes + room.min(fair - self.bytes)
         } else {
             fair.max(outstanding).min(self.bytes)
