@@ -1,0 +1,53 @@
+//! Bugs of the protocol cores that fuzzing found, each as the shortest sequence of calls that showed it.
+
+use reprotect_engine::format::message::{Message, OpenDiskHead, PassMode};
+use reprotect_engine::proto::credit::FlowLimits;
+use reprotect_engine::proto::target_disk::{DiskAction, SessionId, TargetDisk};
+use reprotect_engine::units::{DiskId, Generation, LineageId, MonoTime, PeerId, Sequence};
+
+const SESSION: SessionId = SessionId(1);
+const NOW: MonoTime = MonoTime(1);
+
+fn open(generation: u64) -> OpenDiskHead {
+    OpenDiskHead {
+        disk: DiskId([1; 16]),
+        size_sectors: 8,
+        generation: Generation(generation),
+        lineage: LineageId::NONE,
+        durable: Sequence::ZERO,
+        grant_bytes: 0,
+    }
+}
+
+/// Executes everything ordered so far: generations made durable, and generations granted.
+fn execute(disk: &mut TargetDisk) -> (Vec<u64>, Vec<u64>) {
+    let (mut durable, mut granted) = (Vec::new(), Vec::new());
+    while let Some(action) = disk.poll_action() {
+        match action {
+            DiskAction::Checkpoint { state } => {
+                durable.push(state.generation.0);
+                disk.handle_checkpointed(NOW);
+            }
+            DiskAction::Reply { message: Message::Grant(head, ..), .. } => {
+                assert!(
+                    durable.contains(&head.generation.0),
+                    "{} granted, {durable:?} durable",
+                    head.generation
+                );
+                granted.push(head.generation.0);
+            }
+            _ => {}
+        }
+    }
+    (durable, granted)
+}
+
+#[test]
+fn a_second_open_while_opening_is_granted_only_when_its_own_generation_is_durable() {
+    let (id, agent, lineage) = (DiskId([1; 16]), PeerId([2; 16]), LineageId([3; 16]));
+    let state = TargetDisk::new_state(id, agent, [0; 16], 8, lineage, PassMode::Copy);
+    let mut disk = TargetDisk::new(state, FlowLimits::default());
+    disk.handle_open(NOW, SESSION, &open(0)); // orders the checkpoint of generation 1
+    disk.handle_open(NOW, SESSION, &open(1)); // again, before that is durable
+    assert_eq!(execute(&mut disk), (vec![1, 2], vec![2]));
+}
