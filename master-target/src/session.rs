@@ -153,7 +153,7 @@ impl Session {
                     }
                 }
                 SessionEvent::Inventory { host_name, disks } => self.take_inventory(host_name, disks).await,
-                SessionEvent::ToDisk(disk, input) => self.to_disk(disk, input).await,
+                SessionEvent::ToDisk(disk, input) => self.route(disk, input).await,
             }
         }
     }
@@ -172,7 +172,7 @@ impl Session {
         }
     }
 
-    async fn to_disk(&mut self, disk: DiskId, input: DiskInput) {
+    async fn route(&mut self, disk: DiskId, input: DiskInput) {
         let Some((inputs, _)) = self.registry.disk_inputs(disk) else { return };
         let message = WorkerMessage::Input { session: self.id, input, replies: self.replies.clone() };
         // A closed channel means that the daemon stops.
