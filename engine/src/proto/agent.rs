@@ -198,6 +198,29 @@ impl AgentDisk {
         self.bulk.clear();
         self.requests.clear();
         self.epoch += 1;
+        for batch in &mut self.unacked {
+            batch.chunk = None; // of the walk that is over, not of the next one
+        }
+    }
+
+    /// Begins a walk under an epoch of its own.
+    fn begin_walk(&mut self, pass: Pass) {
+        self.end_walk();
+        self.pass = Some(pass);
+    }
+
+    /// Whether the mark stands before the next batch to be sent, so that it must be sent now.
+    fn mark_is_next(&self) -> bool {
+        let next = self.unacked.get(self.unsent_from).map(|batch| batch.header.first_sequence);
+        !self.mark_sent && self.mark.as_ref().is_some_and(|mark| next.is_none_or(|next| next > mark.sequence))
+    }
+
+    /// The stream goes on behind `received`: a mark there or later is still to be sent, one before it cannot be
+    /// placed any more unless it arrived.
+    fn resend_mark(&mut self, received: Sequence) {
+        if self.mark.as_ref().is_some_and(|mark| mark.sequence >= received) {
+            self.mark_sent = false;
+        }
     }
 
     /// A mark after everything submitted so far.
@@ -471,7 +494,6 @@ impl Agent {
         disk.generation = head.generation;
         disk.grant = grant;
         disk.balance = Balance::default();
-        disk.mark_sent = false;
         disk.set_target_pass(head.pass);
         let ours = Ours {
             lineage: disk.lineage,
@@ -488,8 +510,9 @@ impl Agent {
                 disk.unsent_from = 0;
                 for batch in &mut disk.unacked {
                     batch.header.generation = head.generation;
-                    batch.chunk = None;
                 }
+                disk.mark = disk.mark.filter(|mark| mark.sequence >= head.durable);
+                disk.mark_sent = false;
             }
             Decision::Compare(why) => {
                 disk.adopt(head);
@@ -497,11 +520,11 @@ impl Agent {
             }
         }
         if head.mode == PassMode::Done {
-            disk.pass = None;
+            disk.end_walk();
         } else {
             let settled: RangeSet = ranges.iter().copied().collect();
             let pass = Pass::new(head.pass, head.mode, Sink::Bulk, disk.whole(), settled);
-            disk.pass = Some(pass.with_chunk_bytes(self.chunk_bytes));
+            disk.begin_walk(pass.with_chunk_bytes(self.chunk_bytes));
         }
         self.events.push_back(AgentEvent::Opened { disk: head.disk, mode: head.mode });
         if let Some(cause) = cause {
@@ -538,7 +561,7 @@ impl Agent {
             return false;
         }
         let pass = Pass::new(0, PassMode::Compare, Sink::Delta, state.whole(), RangeSet::new());
-        state.pass = Some(pass.with_chunk_bytes(self.chunk_bytes));
+        state.begin_walk(pass.with_chunk_bytes(self.chunk_bytes));
         true
     }
 
@@ -548,13 +571,12 @@ impl Agent {
         disk.set_target_pass(state.pass);
         if state.mode == PassMode::Done {
             if disk.pass.as_ref().is_some_and(|pass| pass.number() == state.pass) {
-                disk.pass = None;
+                disk.end_walk();
                 self.events.push_back(AgentEvent::Synced { disk: state.disk });
             }
         } else {
-            disk.end_walk();
             let pass = Pass::new(state.pass, state.mode, Sink::Bulk, disk.whole(), RangeSet::new());
-            disk.pass = Some(pass.with_chunk_bytes(chunk_bytes));
+            disk.begin_walk(pass.with_chunk_bytes(chunk_bytes));
         }
     }
 
@@ -567,8 +589,9 @@ impl Agent {
             && ack.durable >= mark.sequence
         {
             disk.mark = None;
-            if disk.pass.as_ref().is_some_and(|pass| pass.sink() == Sink::Delta) {
-                disk.pass = None;
+            // The walk's own mark, or a later one: either way all it submitted is durable.
+            if disk.pass.as_ref().is_some_and(|pass| pass.sink() == Sink::Delta && pass.has_ended()) {
+                disk.end_walk();
                 self.events.push_back(AgentEvent::ScanDone { disk: ack.disk });
             }
         }
@@ -578,7 +601,7 @@ impl Agent {
         let Some(disk) = self.open_disk(nack.disk, nack.generation) else { return };
         let from = disk.unacked.iter().position(|batch| batch.header.last_sequence() >= nack.resume_from);
         disk.unsent_from = from.unwrap_or(disk.unacked.len());
-        disk.mark_sent = false;
+        disk.resend_mark(Sequence(nack.resume_from.0.saturating_sub(1)));
     }
 
     fn open_disk(&mut self, disk: DiskId, generation: Generation) -> Option<&mut AgentDisk> {
@@ -823,29 +846,27 @@ impl Agent {
     }
 }
 
-/// The next delta batch or mark of a disk that credit allows.
+/// The next delta batch or mark of a disk that credit allows; a mark goes exactly behind its last record.
 fn next_delta(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
-    if let Some(batch) = disk.unacked.get_mut(disk.unsent_from) {
-        if !disk.balance.spend(batch.cost) {
-            return None;
-        }
-        disk.unsent_from += 1;
-        let frame = encode_batch(&batch.header, &batch.records);
-        if let Some(chunk) = batch.chunk.take()
-            && let Some(pass) = disk.pass.as_mut()
-        {
-            pass.handle_sent(chunk);
-        }
-        return Some(Outgoing { lane: Lane::Delta(id), frame });
-    }
-    if let Some(mark) = &disk.mark
-        && !disk.mark_sent
+    if disk.mark_is_next()
+        && let Some(mark) = &disk.mark
     {
         disk.mark_sent = true;
         let mark = Mark { generation: disk.generation, ..*mark };
         return Some(Outgoing { lane: Lane::Delta(id), frame: Message::Mark(mark).encode() });
     }
-    None
+    let batch = disk.unacked.get_mut(disk.unsent_from)?;
+    if !disk.balance.spend(batch.cost) {
+        return None;
+    }
+    disk.unsent_from += 1;
+    let frame = encode_batch(&batch.header, &batch.records);
+    if let Some(chunk) = batch.chunk.take()
+        && let Some(pass) = disk.pass.as_mut()
+    {
+        pass.handle_sent(chunk);
+    }
+    Some(Outgoing { lane: Lane::Delta(id), frame })
 }
 
 fn next_bulk(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
