@@ -84,21 +84,22 @@ impl Window {
         self.accepted <= self.announced
     }
 
-    /// Everything accepted and not written so far is `cost` less.
+    /// Of what was accepted, `cost` is written.
     pub fn wrote(&mut self, cost: u64) {
         self.written += cost;
         debug_assert!(self.written <= self.accepted);
     }
 
-    /// What has been written so far.
-    #[must_use]
-    pub const fn written(&self) -> u64 {
-        self.written
+    /// Of what was written, `cost` is durable.
+    pub fn made_durable(&mut self, cost: u64) {
+        self.durable += cost;
+        debug_assert!(self.durable <= self.written);
     }
 
-    /// Everything that was written when `written` was read is durable.
-    pub fn made_durable(&mut self, written: u64) {
-        self.durable = self.durable.max(written);
+    /// Of what was accepted, `cost` will never be written: it was known already, or refused.
+    pub fn dropped(&mut self, cost: u64) {
+        self.wrote(cost);
+        self.made_durable(cost);
     }
 
     /// The limit to announce, when it grew enough to be worth a message.
@@ -135,8 +136,22 @@ mod tests {
             sent += more;
         }
         assert_eq!(sent, UNDURABLE_BYTES_MAX, "closed until something is durable");
-        window.made_durable(window.written());
+        window.made_durable(sent);
         assert!(window.announce().is_some());
+    }
+
+    #[test]
+    fn what_is_refused_costs_no_credit_for_ever() {
+        let limits = FlowLimits { unwritten_bytes: 80, undurable_bytes: 100, ..FlowLimits::default() };
+        let mut window = Window::new(limits);
+        let mut sent = 0;
+        for _ in 0..100 {
+            let _ = window.announce();
+            assert!(window.accept(40));
+            window.dropped(40);
+            sent += 40;
+            assert_eq!(window.limit(), sent + 80);
+        }
     }
 
     #[test]

@@ -89,7 +89,7 @@ pub enum DiskNotice {
 
 #[derive(Debug)]
 struct Checkpoint {
-    written_cost: u64,
+    cost: u64,
     sequence: Sequence,
     marked: Sequence,
     /// The pass that `settled` and `ends_pass` speak of: another may have begun when the checkpoint is done.
@@ -113,7 +113,6 @@ pub struct TargetDisk {
     received: Sequence,
     nacked: bool,
     window: Window,
-    ordered_cost: u64,
     unflushed_bytes: u64,
     dirty_since: Option<MonoTime>,
     fresh_settled: RangeSet,
@@ -173,7 +172,6 @@ impl TargetDisk {
             session: None,
             nacked: false,
             window: Window::new(limits),
-            ordered_cost: 0,
             unflushed_bytes: 0,
             dirty_since: None,
             fresh_settled: RangeSet::new(),
@@ -258,14 +256,14 @@ impl TargetDisk {
         let chain = (header.lineage == self.state.lineage).then_some(self.state.chain);
         let last = header.last_sequence();
         if chain.is_some() && last <= self.received {
-            self.window_written(cost);
+            self.window_dropped(cost);
             if last <= self.durable {
                 self.ack(session);
             }
             return;
         }
         if header.first_sequence > self.received.next() {
-            self.window_written(cost);
+            self.window_dropped(cost);
             if !self.nacked {
                 self.nacked = true;
                 self.nack(session, NackReason::Gap);
@@ -331,7 +329,7 @@ impl TargetDisk {
             return self.expel(session, ErrorCode::Limit, "a batch was sent without credit");
         }
         if header.pass != self.state.pass || self.state.mode == PassMode::Done {
-            return self.window_written(cost); // of a pass that is over
+            return self.window_dropped(cost); // of a pass that is over
         }
         if !self.state.whole().contains(header.cover) {
             let text = format!("{} lie outside the granted disk", header.cover);
@@ -440,7 +438,7 @@ impl TargetDisk {
         let Some(done) = self.running.take() else { return };
         self.durable = done.sequence;
         self.durable_marked = done.marked;
-        self.window.made_durable(done.written_cost);
+        self.window.made_durable(done.cost);
         if done.marked > Sequence::ZERO && done.marked == done.sequence {
             self.notices.push_back(DiskNotice::Marked(done.marked));
         }
@@ -484,7 +482,6 @@ impl TargetDisk {
         self.session = Some(session);
         self.phase.become_state(TargetDiskPhase::Open);
         self.window = Window::new(self.limits);
-        self.ordered_cost = 0;
         let mut settled = self.state.settled.clone();
         settled.truncate_to_longest(RANGES_PER_MESSAGE_MAX);
         let ranges: Vec<SectorRange> = settled.iter().collect();
@@ -555,7 +552,6 @@ impl TargetDisk {
     }
 
     fn order_write(&mut self, now: MonoTime, pieces: Vec<Piece>, cost: u64) {
-        self.ordered_cost += cost;
         self.unflushed_bytes += cost;
         self.touch(now);
         self.actions.push_back(DiskAction::Write { pieces, cost });
@@ -588,9 +584,8 @@ impl TargetDisk {
         }
         self.dirty = false;
         self.dirty_since = None;
-        self.unflushed_bytes = 0;
         self.running = Some(Checkpoint {
-            written_cost: self.ordered_cost,
+            cost: std::mem::take(&mut self.unflushed_bytes),
             sequence: self.state.sequence,
             marked: self.state.marked,
             pass: self.state.pass,
@@ -600,6 +595,12 @@ impl TargetDisk {
             announces_pass: std::mem::take(&mut self.pass_announce),
         });
         self.actions.push_back(DiskAction::Checkpoint { state: Box::new(self.state.clone()) });
+    }
+
+    /// A batch that came with credit and will not be written.
+    fn window_dropped(&mut self, cost: u64) {
+        self.window.dropped(cost);
+        self.announce_credit();
     }
 
     fn window_written(&mut self, cost: u64) {
