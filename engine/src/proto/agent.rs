@@ -548,6 +548,7 @@ impl Agent {
     fn ask_for_pass(&mut self, disk: DiskId, cause: PassCause) {
         let Some(state) = self.disks.get_mut(&disk) else { return };
         state.wanted = Some(WantedPass { cause, asked_in: Some(state.target_pass) });
+        state.end_walk(); // the wanted one covers it
         let message = Message::PassBegin(PassBegin { disk, generation: state.generation, cause });
         self.control(&message);
         self.events.push_back(AgentEvent::Resync { disk, cause });
@@ -572,7 +573,9 @@ impl Agent {
         if state.mode == PassMode::Done {
             if disk.pass.as_ref().is_some_and(|pass| pass.number() == state.pass) {
                 disk.end_walk();
-                self.events.push_back(AgentEvent::Synced { disk: state.disk });
+                if disk.wanted.is_none() {
+                    self.events.push_back(AgentEvent::Synced { disk: state.disk });
+                }
             }
         } else {
             let pass = Pass::new(state.pass, state.mode, Sink::Bulk, disk.whole(), RangeSet::new());
