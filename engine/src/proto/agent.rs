@@ -28,8 +28,8 @@ use crate::format::extent::Record;
 use crate::format::frame::{Frame, FrameKind};
 use crate::format::handshake::{Hello, Version};
 use crate::format::message::{
-    Ack, CompareRequestHead, ErrorCode, GrantHead, InventoryDisk, InventoryHead, Message, Nack, OfferHead,
-    OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
+    Ack, CompareRequestHead, ErrorCode, Fenced, GrantHead, InventoryDisk, InventoryHead, Message, Nack,
+    OfferHead, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
 };
 use crate::format::wire::Text;
 use crate::limits::{CHUNK_BYTES, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DISKS_PER_AGENT_MAX};
@@ -379,10 +379,7 @@ impl Agent {
                 }
             }
             (AgentLink::Ready, Message::Nack(nack)) => self.handle_nack(&nack),
-            (AgentLink::Ready, Message::Fenced(fenced)) => {
-                let text = format!("generation {} was granted to another session", fenced.generation);
-                self.stop_disk(fenced.disk, ErrorCode::Grant, text);
-            }
+            (AgentLink::Ready, Message::Fenced(fenced)) => self.handle_fenced(&fenced),
             (AgentLink::Ready, Message::CompareHashes(head, hashes)) => {
                 if let Some(disk) = self.open_disk(head.disk, head.generation)
                     && let Some(chunk) = disk.requests.remove(&head.request)
@@ -408,6 +405,16 @@ impl Agent {
             self.stop_disk(disk, code, text);
         }
         Ok(())
+    }
+
+    /// Somebody else has the disk, unless the words are about what this agent sent under an older generation.
+    fn handle_fenced(&mut self, fenced: &Fenced) {
+        let Some(disk) = self.disks.get(&fenced.disk) else { return };
+        if disk.phase == AgentDiskPhase::Open && fenced.generation <= disk.generation {
+            return;
+        }
+        let text = format!("generation {} was granted to another session", fenced.generation);
+        self.stop_disk(fenced.disk, ErrorCode::Grant, text);
     }
 
     fn stop_disk(&mut self, disk: DiskId, code: ErrorCode, text: String) {
@@ -558,7 +565,8 @@ impl Agent {
     /// it began (the disk is open, synced and not already being walked).
     pub fn begin_scan(&mut self, disk: DiskId) -> bool {
         let Some(state) = self.disks.get_mut(&disk) else { return false };
-        if state.phase != AgentDiskPhase::Open || state.pass.is_some() || state.mark.is_some() {
+        let free = state.pass.is_none() && state.mark.is_none() && state.wanted.is_none();
+        if state.phase != AgentDiskPhase::Open || !free {
             return false;
         }
         let pass = Pass::new(0, PassMode::Compare, Sink::Delta, state.whole(), RangeSet::new());
@@ -731,7 +739,7 @@ impl Agent {
         Some(state.last)
     }
 
-    /// Places a mark after everything submitted so far.
+    /// Places a mark after everything submitted so far; one that is not durable yet is replaced.
     pub fn submit_mark(&mut self, disk: DiskId, class: MarkClass, source_time: Timestamp) {
         if let Some(state) = self.disks.get_mut(&disk) {
             state.place_mark(disk, class, source_time);

@@ -23,8 +23,11 @@ use crate::format::extent::{Codec, Record};
 use crate::format::frame::{Frame, FrameKind};
 use crate::format::handshake::Hello;
 use crate::format::message::{Credit, GrantHead, Message};
-use crate::limits::HANDSHAKE_NANOS_MAX;
-use crate::units::{DiskId, MonoTime, PeerId, SECTOR_BYTES};
+use crate::limits::{DISKS_PER_AGENT_MAX, HANDSHAKE_NANOS_MAX};
+use crate::units::{DiskId, Generation, MonoTime, PeerId, SECTOR_BYTES};
+
+/// Frames of one lane that may wait for a compression job: batches are bounded by credit, marks by this.
+const LANE_FRAMES_MAX: usize = 4096;
 
 /// One side of a relayed session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +70,15 @@ enum BatchHead {
     Bulk(BulkHeader),
 }
 
+impl BatchHead {
+    const fn generation(&self) -> Generation {
+        match self {
+            Self::Delta(header) => header.generation,
+            Self::Bulk(header) => header.generation,
+        }
+    }
+}
+
 #[derive(Debug)]
 enum Slot {
     /// Compression runs.
@@ -78,11 +90,14 @@ enum Slot {
 #[derive(Debug, Default)]
 struct RelayDisk {
     size_sectors: u64,
+    /// What the target allows since the grant.
     upstream_limit: u64,
+    /// What came since the grant, and what was passed on to the agent as its limit.
     received: u64,
-    forwarded: u64,
     announced: u64,
-    generation: crate::units::Generation,
+    /// What is held, of this grant and of older ones.
+    held: u64,
+    generation: Generation,
 }
 
 /// One relayed session.
@@ -103,7 +118,8 @@ pub struct RelaySession {
 }
 
 impl RelaySession {
-    /// A session of the agent that the connection's certificate names; at most `window_bytes` are held per disk.
+    /// A session of the agent that the connection's certificate names; at most `window_bytes` are held per disk, which
+    /// must be more than the dearest batch costs, or that one waits for ever.
     #[must_use]
     pub fn new(transport_agent: PeerId, window_bytes: u64, now: MonoTime) -> Self {
         Self {
@@ -188,6 +204,16 @@ impl RelaySession {
             }
             FrameKind::Mark => {
                 let Message::Mark(mark) = Message::decode(kind, &body)? else { return Ok(()) };
+                if !self.disks.contains_key(&mark.disk) {
+                    return Err(ProtoError::Identity(format!(
+                        "disk {} was not granted in this session",
+                        mark.disk
+                    )));
+                }
+                let waiting = self.lanes.get(&Lane::Delta(mark.disk)).map_or(0, VecDeque::len);
+                if waiting >= LANE_FRAMES_MAX {
+                    return Err(ProtoError::Limit(format!("{waiting} frames wait for one disk")));
+                }
                 self.queue(Lane::Delta(mark.disk), Slot::Ready { frame: Frame::new(kind, body), cost: 0 });
                 Ok(())
             }
@@ -199,6 +225,11 @@ impl RelaySession {
             | FrameKind::PassEnd
             | FrameKind::Error => {
                 if let Message::OpenDisk(head, _) = Message::decode(kind, &body)? {
+                    if self.sizes.len() >= DISKS_PER_AGENT_MAX && !self.sizes.contains_key(&head.disk) {
+                        return Err(ProtoError::Limit(format!(
+                            "more than {DISKS_PER_AGENT_MAX} disks opened"
+                        )));
+                    }
                     self.sizes.insert(head.disk, head.size_sectors);
                 }
                 self.pass_on(Side::Target, Lane::Control, Frame::new(kind, body));
@@ -218,6 +249,9 @@ impl RelaySession {
         let Some(disk) = self.disks.get_mut(&disk_id) else {
             return Err(ProtoError::Identity(format!("disk {disk_id} was not granted in this session")));
         };
+        if head.generation() != disk.generation {
+            return Ok(()); // of a grant that is over: the target would refuse it, and it has no credit here
+        }
         let cost = credit_cost(&records);
         disk.received += cost;
         if disk.received > disk.announced {
@@ -229,6 +263,7 @@ impl RelaySession {
             }
             record.check_stored()?;
         }
+        disk.held += cost;
         self.held_bytes += cost;
         if records.iter().any(|record| record.codec() == Codec::Raw) {
             let job = self.next_job;
@@ -315,8 +350,10 @@ impl RelaySession {
 
     fn handle_grant(&mut self, head: &GrantHead) {
         let size_sectors = self.sizes.get(&head.disk).copied().unwrap_or(0).min(u64::MAX / SECTOR_BYTES);
-        let disk = RelayDisk { size_sectors, generation: head.generation, ..RelayDisk::default() };
-        self.disks.insert(head.disk, disk);
+        let disk = self.disks.entry(head.disk).or_default();
+        // What is still held of the old grant stays counted: it takes room until it is forwarded.
+        let (held, generation) = (disk.held, head.generation);
+        *disk = RelayDisk { size_sectors, generation, held, ..RelayDisk::default() };
     }
 
     fn handle_credit(&mut self, credit: &Credit) {
@@ -330,7 +367,7 @@ impl RelaySession {
     pub fn handle_forwarded(&mut self, disk: DiskId, cost: u64) {
         self.held_bytes = self.held_bytes.saturating_sub(cost);
         if let Some(state) = self.disks.get_mut(&disk) {
-            state.forwarded += cost;
+            state.held = state.held.saturating_sub(cost);
         }
         if cost > 0 {
             self.announce_credit(disk);
@@ -341,7 +378,8 @@ impl RelaySession {
     fn announce_credit(&mut self, id: DiskId) {
         let window = self.window_bytes;
         let Some(disk) = self.disks.get_mut(&id) else { return };
-        let limit = disk.upstream_limit.min(disk.forwarded + window);
+        let room = window.saturating_sub(disk.held);
+        let limit = disk.upstream_limit.min(disk.received + room);
         let worth_it = limit >= disk.announced + window / 8 || limit == disk.upstream_limit;
         if limit > disk.announced && worth_it {
             disk.announced = limit;
