@@ -4,7 +4,15 @@
 //! never passes its limit; the receiver treats passing it as a violation. Units: credit cost in bytes
 //! ([`crate::format::batch::credit_cost`]).
 
+use crate::format::batch::BATCH_COST_MAX;
 use crate::limits::{PROGRESS_BYTES, PROGRESS_NANOS, UNDURABLE_BYTES_MAX, UNWRITTEN_BYTES_MAX};
+
+/// A new limit is announced when it grew by this part of the window.
+const ANNOUNCE_PART: u64 = 8;
+
+// A sender that has used all of its last limit must be able to send the dearest batch once everything is written, or
+// it waits for ever.
+const _: () = assert!(UNWRITTEN_BYTES_MAX - UNWRITTEN_BYTES_MAX / ANNOUNCE_PART >= BATCH_COST_MAX);
 
 /// The sender's side.
 #[derive(Clone, Copy, Debug, Default)]
@@ -106,7 +114,7 @@ impl Window {
     #[must_use = "a limit taken here must be announced"]
     pub fn announce(&mut self) -> Option<u64> {
         let limit = self.limit();
-        let step = self.limits.unwritten_bytes / 8;
+        let step = self.limits.unwritten_bytes / ANNOUNCE_PART;
         if limit >= self.announced + step || self.announced == 0 {
             self.announced = limit;
             return Some(limit);

@@ -22,9 +22,13 @@ use crate::format::message::{
     Ack, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead, Message,
     Nack, NackReason, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
 };
-use crate::limits::RANGES_PER_MESSAGE_MAX;
+use crate::limits::{CHUNKS_OPEN_MAX, RANGES_PER_MESSAGE_MAX};
 use crate::range_set::RangeSet;
 use crate::units::{DiskId, Generation, LineageId, MonoTime, PeerId, SectorRange, Sequence};
+
+/// Requests for hashes that may wait for a disk: a walk has two for each of its chunks under way, and four walks may
+/// follow each other before their answers do.
+const HASHES_WAITING_MAX: usize = 8 * CHUNKS_OPEN_MAX;
 
 /// Names a session at the target; never reused while the daemon runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -124,6 +128,7 @@ pub struct TargetDisk {
     /// Sequence of the last mark that a finished checkpoint recorded.
     durable_marked: Sequence,
     ever_opened: bool,
+    hashes_waiting: usize,
     limits: FlowLimits,
     actions: VecDeque<DiskAction>,
     notices: VecDeque<DiskNotice>,
@@ -179,6 +184,7 @@ impl TargetDisk {
             pass_announce: false,
             opening: None,
             running: None,
+            hashes_waiting: 0,
             limits,
             actions: VecDeque::new(),
             notices: VecDeque::new(),
@@ -284,18 +290,27 @@ impl TargetDisk {
         self.state.chain = header.chain_after(&records);
         if self.state.mode != PassMode::Done {
             for record in &records {
-                self.state.touched.insert(record.range());
+                for unsettled in self.state.settled.missing(record.range()) {
+                    self.state.touched.insert(unsettled);
+                }
             }
         }
         let pieces = records.into_iter().map(|record| Piece { keep: vec![record.range()], record }).collect();
         self.order_write(now, pieces, cost);
     }
 
-    /// A delta batch that failed its checks before it came here.
-    pub fn handle_damaged(&mut self, session: SessionId, generation: Generation) {
-        if self.may_write(session, generation) {
-            self.nack(session, NackReason::Damaged);
+    /// A delta batch whose head could be read and whose payload failed its checks; `cost` is its credit cost. One whose
+    /// head cannot be read ends the session instead: nobody can tell what it was.
+    pub fn handle_damaged(&mut self, session: SessionId, generation: Generation, cost: u64) {
+        if !self.may_write(session, generation) {
+            return self.reply(session, Message::Fenced(self.fenced()));
         }
+        if !self.window.accept(cost) {
+            return self.expel(session, ErrorCode::Limit, "a batch was sent without credit");
+        }
+        self.window_dropped(cost);
+        self.nacked = true; // what follows it is a gap that is known
+        self.nack(session, NackReason::Damaged);
     }
 
     /// A mark in the delta stream.
@@ -337,13 +352,20 @@ impl TargetDisk {
         }
         let pieces = records
             .into_iter()
-            .map(|record| Piece { keep: self.state.touched.missing(record.range()), record })
+            .map(|record| Piece { keep: self.bulk_may_write(record.range()), record })
             .filter(|piece| !piece.keep.is_empty())
             .collect::<Vec<_>>();
         self.state.settled.insert(header.cover);
         self.state.touched.remove(header.cover);
         self.fresh_settled.insert(header.cover);
         self.order_write(now, pieces, cost);
+    }
+
+    /// What bulk may write of a range: not what delta wrote since the pass began, and nothing twice in one pass, for
+    /// what came after the first time is not remembered.
+    fn bulk_may_write(&self, range: SectorRange) -> Vec<SectorRange> {
+        let unsettled = self.state.settled.missing(range);
+        unsettled.into_iter().flat_map(|part| self.state.touched.missing(part)).collect()
     }
 
     /// A request for hashes.
@@ -355,6 +377,10 @@ impl TargetDisk {
             let text = format!("{} lie outside the granted disk", request.range);
             return self.expel(session, ErrorCode::Grant, &text);
         }
+        if self.hashes_waiting >= HASHES_WAITING_MAX {
+            return self.expel(session, ErrorCode::Limit, "too many requests for hashes at once");
+        }
+        self.hashes_waiting += 1;
         self.actions.push_back(DiskAction::Hash { session, request, units });
     }
 
@@ -424,6 +450,7 @@ impl TargetDisk {
 
     /// A [`DiskAction::Hash`] is done.
     pub fn handle_hashed(&mut self, session: SessionId, request: &CompareRequestHead, hashes: Vec<UnitHash>) {
+        self.hashes_waiting = self.hashes_waiting.saturating_sub(1);
         let head = CompareHashesHead {
             disk: request.disk,
             generation: request.generation,
@@ -508,6 +535,7 @@ impl TargetDisk {
         }
         self.phase.become_state(TargetDiskPhase::Failed);
         self.actions.clear();
+        self.hashes_waiting = 0;
         self.running = None;
         for session in [self.session.take(), self.opening.take()].into_iter().flatten() {
             self.refuse(session, ErrorCode::Target, reason);
