@@ -410,7 +410,11 @@ impl Agent {
     /// Somebody else has the disk, unless the words are about what this agent sent under an older generation.
     fn handle_fenced(&mut self, fenced: &Fenced) {
         let Some(disk) = self.disks.get(&fenced.disk) else { return };
-        if disk.phase == AgentDiskPhase::Open && fenced.generation <= disk.generation {
+        let own_past = match disk.phase {
+            AgentDiskPhase::Opening => fenced.generation == disk.generation,
+            _ => fenced.generation <= disk.generation,
+        };
+        if own_past {
             return;
         }
         let text = format!("generation {} was granted to another session", fenced.generation);

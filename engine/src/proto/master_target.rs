@@ -89,7 +89,7 @@ pub struct TargetSession {
     relays: u8,
     offered: BTreeMap<DiskId, SourceId>,
     /// Disks whose OPEN_DISK was not answered yet.
-    opening: BTreeSet<DiskId>,
+    opening: BTreeMap<DiskId, Generation>,
     opened: BTreeSet<DiskId>,
     outbox: VecDeque<Outgoing>,
     events: VecDeque<SessionEvent>,
@@ -126,7 +126,7 @@ impl TargetSession {
             agent: PeerId::NONE,
             relays: 0,
             offered: BTreeMap::new(),
-            opening: BTreeSet::new(),
+            opening: BTreeMap::new(),
             opened: BTreeSet::new(),
             outbox: VecDeque::new(),
             events: VecDeque::new(),
@@ -237,7 +237,7 @@ impl TargetSession {
             return Ok(());
         }
         self.opened.insert(head.disk);
-        self.opening.insert(head.disk);
+        self.opening.insert(head.disk, head.generation);
         self.events.push_back(SessionEvent::ToDisk(head.disk, DiskInput::Open(head)));
         Ok(())
     }
@@ -273,9 +273,11 @@ impl TargetSession {
         let message = match message {
             Message::Fenced(fenced) => {
                 self.control(&Message::Fenced(fenced));
-                if self.opening.remove(&fenced.disk)
+                let presented = self.opening.get(&fenced.disk).copied();
+                if presented.is_some_and(|generation| generation != fenced.generation)
                     && let Some(source) = self.offered.get(&fenced.disk).copied()
                 {
+                    self.opening.remove(&fenced.disk);
                     self.offer(fenced.disk, source, size_sectors, fenced.generation);
                 }
                 return;

@@ -253,7 +253,7 @@ impl TargetDisk {
         records: Vec<Record>,
     ) {
         if !self.may_write(session, header.generation) {
-            return self.reply(session, Message::Fenced(self.fenced()));
+            return self.fence(session);
         }
         let cost = credit_cost(&records);
         if !self.window.accept(cost) {
@@ -303,7 +303,7 @@ impl TargetDisk {
     /// head cannot be read ends the session instead: nobody can tell what it was.
     pub fn handle_damaged(&mut self, session: SessionId, generation: Generation, cost: u64) {
         if !self.may_write(session, generation) {
-            return self.reply(session, Message::Fenced(self.fenced()));
+            return self.fence(session);
         }
         if !self.window.accept(cost) {
             return self.expel(session, ErrorCode::Limit, "a batch was sent without credit");
@@ -316,7 +316,7 @@ impl TargetDisk {
     /// A mark in the delta stream.
     pub fn handle_mark(&mut self, now: MonoTime, session: SessionId, mark: &Mark) {
         if !self.may_write(session, mark.generation) {
-            return self.reply(session, Message::Fenced(self.fenced()));
+            return self.fence(session);
         }
         if mark.lineage != self.state.lineage || mark.sequence > self.received {
             return; // its batches were refused and are being sent again, the mark with them
@@ -337,7 +337,7 @@ impl TargetDisk {
         records: Vec<Record>,
     ) {
         if !self.may_write(session, header.generation) {
-            return self.reply(session, Message::Fenced(self.fenced()));
+            return self.fence(session);
         }
         let cost = credit_cost(&records);
         if !self.window.accept(cost) {
@@ -371,7 +371,7 @@ impl TargetDisk {
     /// A request for hashes.
     pub fn handle_compare(&mut self, session: SessionId, request: CompareRequestHead, units: Vec<u16>) {
         if !self.may_write(session, request.generation) {
-            return self.reply(session, Message::Fenced(self.fenced()));
+            return self.fence(session);
         }
         if !self.state.whole().contains(request.range) {
             let text = format!("{} lie outside the granted disk", request.range);
@@ -387,7 +387,7 @@ impl TargetDisk {
     /// The agent asks for a compare pass.
     pub fn handle_pass_begin(&mut self, now: MonoTime, session: SessionId, begin: &PassBegin) {
         if !self.may_write(session, begin.generation) {
-            return self.reply(session, Message::Fenced(self.fenced()));
+            return self.fence(session);
         }
         self.state.pass += 1;
         self.state.mode = PassMode::Compare;
@@ -404,7 +404,7 @@ impl TargetDisk {
     /// The agent says that it covered the disk.
     pub fn handle_pass_end(&mut self, now: MonoTime, session: SessionId, end: &PassEnd) {
         if !self.may_write(session, end.generation) {
-            return self.reply(session, Message::Fenced(self.fenced()));
+            return self.fence(session);
         }
         if end.pass != self.state.pass {
             return;
@@ -664,6 +664,14 @@ impl TargetDisk {
             reason,
         };
         self.reply(session, Message::Nack(nack));
+    }
+
+    /// Refuses a frame of a session that may not write. One that is just opening the disk sent it under its last grant:
+    /// it gets its new one instead of words that it could take for the end.
+    fn fence(&mut self, session: SessionId) {
+        if self.opening != Some(session) {
+            self.reply(session, Message::Fenced(self.fenced()));
+        }
     }
 
     const fn fenced(&self) -> Fenced {
