@@ -1,5 +1,7 @@
 //! What every command promises: exit status, standard output, and errors that say what to do.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::path::Path;
 use std::process::{Command, Output};
 

@@ -1,6 +1,8 @@
 //! The process server between a real agent core and real target cores: content, compression, order, back-pressure,
 //! ends of every kind, refusals.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 mod common;
 
 use std::sync::Arc;

@@ -122,7 +122,8 @@ fn join<T: Send + 'static>(
     tokio::spawn(accept_data_lanes(connection.clone(), data_in));
     let (written, handed_over) = mpsc::unbounded_channel();
     let control_out = spawn_writer(connection.clone(), send, 2, written.clone());
-    let writer = LaneWriter { connection: connection.clone(), control: control_out, data: HashMap::new(), written };
+    let writer =
+        LaneWriter { connection: connection.clone(), control: control_out, data: HashMap::new(), written };
     (LaneReader { control, data }, writer, handed_over)
 }
 
