@@ -263,7 +263,9 @@ impl RelaySession {
                     && let Message::OpenDisk(head, _) = Message::decode(kind, &body)?
                 {
                     if self.sizes.len() >= DISKS_PER_AGENT_MAX && !self.sizes.contains_key(&head.disk) {
-                        return Err(ProtoError::Limit(format!("more than {DISKS_PER_AGENT_MAX} disks opened")));
+                        return Err(ProtoError::Limit(format!(
+                            "more than {DISKS_PER_AGENT_MAX} disks opened"
+                        )));
                     }
                     self.sizes.insert(head.disk, head.size_sectors);
                 }
