@@ -13,17 +13,21 @@ use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::message::{InventoryDisk, PassMode};
 use reprotect_engine::format::vmdk::descriptor::DiskUuid;
 use reprotect_engine::io;
+use reprotect_engine::io::durable::{Access, replace_file};
+use reprotect_engine::limits::CHUNK_BYTES;
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::target_disk::SessionId;
+use reprotect_engine::range_set::RangeSet;
 use reprotect_engine::store::target::{Expectation, Target, TargetSpec, open_target};
 use reprotect_engine::store::vmdk::ExtentOpener;
 use reprotect_engine::store::vmdk::fs::FsOpener;
-use reprotect_engine::units::{DiskId, Generation, PeerId, SECTOR_BYTES};
+use reprotect_engine::units::{DiskId, Generation, PeerId, SECTOR_BYTES, SectorRange};
 use tokio::sync::mpsc;
 
 use crate::catalogue::{Catalogue, Machine, ProtectedDisk, SourceDisk, kind_from_text, peer, unhex};
-use crate::disk_status::DiskStatus;
-use crate::disk_worker::{DiskSetup, DiskWorker, WorkerMessage};
+use crate::disk_status::{DiskStatus, sector_bytes};
+use crate::disk_worker::{DiskInputs, DiskSetup, DiskWorker};
+use crate::guard::Guard;
 
 /// What a session needs to know to offer a disk.
 #[derive(Clone, Debug)]
@@ -153,12 +157,17 @@ impl Registry {
     }
 
     fn start_worker(&self, target: Target, mut state: DiskState) -> anyhow::Result<DiskWorker> {
-        if !target.repair().is_nothing() && state.mode != PassMode::Done {
-            // What repair dropped must be compared again: the pass forgets what it settled.
-            state.settled.clear();
-        }
         let state_path = self.catalogue.state_path(state.disk);
-        DiskWorker::start(DiskSetup { target, state, state_path, limits: self.limits })
+        if compare_again(&mut state, &target.repair().dropped) {
+            tracing::warn!(
+                disk = %state.disk, bytes = sector_bytes(target.repair().dropped.sector_count()), pass = state.pass,
+                "a compare pass begins: the target lost data in a crash of its medium; only the chunks concerned are compared"
+            );
+            // Before the target is written or closed: both put the tables in order, and the loss shows no more.
+            replace_file(&state_path, &state.to_bytes(), Access::Private)?;
+        }
+        let guard = Guard::new(&*self.opener, &target.facts().path, target.facts().kind);
+        DiskWorker::start(DiskSetup { target, guard, state, state_path, limits: self.limits })
     }
 
     /// Records a new disk, starts it and offers it to its agent's live sessions. Blocks.
@@ -250,7 +259,7 @@ impl Registry {
 
     /// Where a disk's frames go, and its size.
     #[must_use]
-    pub fn disk_inputs(&self, disk: DiskId) -> Option<(mpsc::Sender<WorkerMessage>, u64)> {
+    pub fn disk_inputs(&self, disk: DiskId) -> Option<(DiskInputs, u64)> {
         let inner = self.lock();
         let known = inner.disks.get(&disk)?;
         Some((known.worker.as_ref()?.inputs(), known.record.size_bytes / SECTOR_BYTES))
@@ -318,4 +327,81 @@ fn offer_of(disk: DiskId, known: &KnownDisk) -> Option<Offer> {
         size_sectors: known.record.size_bytes / SECTOR_BYTES,
         generation: worker.status().snapshot().generation,
     })
+}
+
+/// Makes a disk whose target lost `dropped` sectors compare and repair them; answers whether there was anything to do.
+///
+/// A finished disk gets a new pass in which everything else counts as settled. Sectors are taken in whole chunks, in
+/// which a pass works anyway. What delta wrote there is lost with the rest, so bulk may write there again.
+fn compare_again(state: &mut DiskState, dropped: &RangeSet) -> bool {
+    if dropped.is_empty() {
+        return false;
+    }
+    let chunk = CHUNK_BYTES / SECTOR_BYTES;
+    if state.mode == PassMode::Done {
+        state.pass += 1;
+        state.touched.clear();
+        state.settled.clear();
+        state.settled.insert(state.whole());
+    }
+    state.mode = PassMode::Compare;
+    for lost in dropped.iter() {
+        let start = lost.start / chunk * chunk;
+        let end = lost.end.next_multiple_of(chunk).min(state.size_sectors);
+        state.settled.remove(SectorRange::new(start, end));
+        state.touched.remove(lost);
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use reprotect_engine::proto::target_disk::TargetDisk;
+    use reprotect_engine::units::LineageId;
+
+    use super::*;
+
+    const CHUNK: u64 = CHUNK_BYTES / SECTOR_BYTES;
+
+    fn state(mode: PassMode) -> DiskState {
+        let size = 10 * CHUNK + 8;
+        TargetDisk::new_state(DiskId([1; 16]), PeerId([2; 16]), [3; 16], size, LineageId([4; 16]), mode)
+    }
+
+    #[test]
+    fn a_finished_disk_that_lost_sectors_compares_their_chunks_and_no_others() {
+        let mut done = state(PassMode::Done);
+        let lost = RangeSet::from_iter([
+            SectorRange::new(CHUNK + 5, CHUNK + 6),
+            SectorRange::new(10 * CHUNK + 1, 10 * CHUNK + 8),
+        ]);
+        assert!(compare_again(&mut done, &lost));
+        assert_eq!((done.pass, done.mode), (2, PassMode::Compare));
+        let open = done.settled.missing(done.whole());
+        assert_eq!(open, [SectorRange::new(CHUNK, 2 * CHUNK), SectorRange::new(10 * CHUNK, 10 * CHUNK + 8)]);
+        assert_eq!(DiskState::decode(&done.to_bytes()), Ok(done), "it survives a restart");
+    }
+
+    #[test]
+    fn a_running_pass_forgets_what_was_settled_and_touched_there_and_keeps_the_rest() {
+        let mut running = state(PassMode::Copy);
+        running.settled.insert(SectorRange::new(0, 4 * CHUNK));
+        running.touched.insert(SectorRange::new(5 * CHUNK, 5 * CHUNK + 16));
+        let lost = RangeSet::from_iter([
+            SectorRange::new(2 * CHUNK, 2 * CHUNK + 1),
+            SectorRange::new(5 * CHUNK + 8, 5 * CHUNK + 12),
+        ]);
+        assert!(compare_again(&mut running, &lost));
+        assert_eq!((running.pass, running.mode), (1, PassMode::Compare));
+        assert_eq!(running.settled.sector_count(), 3 * CHUNK);
+        assert!(!running.settled.contains(SectorRange::new(2 * CHUNK, 2 * CHUNK + 1)));
+        let touched: Vec<_> = running.touched.iter().collect();
+        assert_eq!(
+            touched,
+            [SectorRange::new(5 * CHUNK, 5 * CHUNK + 8), SectorRange::new(5 * CHUNK + 12, 5 * CHUNK + 16)]
+        );
+        let before = running.clone();
+        assert!(!compare_again(&mut running, &RangeSet::new()));
+        assert_eq!(running, before);
+    }
 }
