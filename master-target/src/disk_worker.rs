@@ -61,6 +61,8 @@ pub enum WorkerMessage {
     },
     /// A session ended.
     Lost(SessionId),
+    /// The disk is no longer protected: its sessions are told, then as [`Self::Stop`].
+    Retire,
     /// Flush, record, close the target and end.
     Stop,
 }
@@ -72,6 +74,7 @@ pub(crate) enum Opened {
     Damaged(SessionId, String),
     Other(SessionId, DiskInput, Replies),
     Lost(SessionId),
+    Retire,
     /// The opener cannot go on.
     Broken(String),
     Stop,
@@ -191,6 +194,13 @@ impl DiskWorker {
         &self.status
     }
 
+    /// As [`Self::stop`], and tells the disk's sessions that it is no longer protected.
+    pub fn retire(self) {
+        // An error means that the threads have ended already.
+        let _ = self.inputs.sender.blocking_send(WorkerMessage::Retire);
+        self.stop();
+    }
+
     /// Flushes, records, closes the target, and waits for that. Blocks: call it from a thread of its own.
     pub fn stop(self) {
         // The flag reaches a writer that waits for space while its opener waits for it.
@@ -265,6 +275,7 @@ impl Opener {
             }
             WorkerMessage::Input { session, input, replies, .. } => Opened::Other(session, input, replies),
             WorkerMessage::Lost(session) => Opened::Lost(session),
+            WorkerMessage::Retire => Opened::Retire,
             WorkerMessage::Stop => Opened::Stop,
         }
     }

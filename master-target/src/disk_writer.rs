@@ -86,6 +86,7 @@ impl Writer {
                 self.sessions.retain(|(known, _)| *known != session);
             }
             Opened::Broken(panic) => self.fail(&broken(&panic)),
+            Opened::Retire => self.tell_sessions(ErrorCode::UnknownDisk, "the disk is no longer protected"),
             Opened::Stop => {}
         }
     }
@@ -322,9 +323,13 @@ impl Writer {
         let text = broken(panic);
         tracing::error!(disk = %self.id, "{text}");
         self.status.set_failed(&text);
+        self.tell_sessions(ErrorCode::Target, &text);
+    }
+
+    fn tell_sessions(&self, code: ErrorCode, text: &str) {
         for (_, replies) in &self.sessions {
             // A closed channel means that the session ended already.
-            let _ = replies.send(Message::error(self.id, ErrorCode::Target, &text));
+            let _ = replies.send(Message::error(self.id, code, text));
         }
     }
 

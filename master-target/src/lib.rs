@@ -11,6 +11,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod daemon;
+pub mod device;
 pub mod disk_status;
 pub mod disk_worker;
 mod disk_writer;

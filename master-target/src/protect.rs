@@ -5,10 +5,12 @@
 //! refused with all candidates named; a new disk begins with a copy, an existing one with a compare. Blocks: called on
 //! a blocking thread by `admin`. Units: bytes.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
 use reprotect_engine::format::message::PassMode;
+use reprotect_engine::host::output::bytes;
 use reprotect_engine::proto::target_disk::TargetDisk;
 use reprotect_engine::store::fingerprint::Fingerprint;
 use reprotect_engine::store::identity::{DiskIdentity, match_score, propose_pairs};
@@ -19,7 +21,9 @@ use reprotect_engine::units::{DiskId, LineageId, SECTOR_BYTES};
 use serde::{Deserialize, Serialize};
 
 use crate::catalogue::{Machine, ProtectedDisk, SourceDisk, peer, unhex};
-use crate::registry::Registry;
+use crate::device;
+use crate::guard::target_files;
+use crate::registry::{Registry, short_name};
 
 /// What the operator asks for.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -94,7 +98,9 @@ pub fn protect(
     let mut left_out = Vec::new();
     let plan = if let Some(dir) = &request.datastore {
         check_datastore(dir, datastores)?;
-        plan_new(&machine, dir, request.kind.as_deref(), &taken, &mut left_out)?
+        let plan = plan_new(&machine, dir, request.kind.as_deref(), &taken, &mut left_out)?;
+        check_new(registry, dir, &plan)?;
+        plan
     } else if let Some(dir) = &request.original_from {
         plan_from(registry, &machine, dir, &taken, &mut left_out)?
     } else {
@@ -183,7 +189,7 @@ fn plan_new(
     }
     let disks = selected(machine, taken, left_out);
     let name = |disk: &SourceDisk| {
-        let short = disk.name.rsplit('/').next().unwrap_or(&disk.name);
+        let short = short_name(&disk.name);
         dir.join(format!("{}-{}.vmdk", file_name(&machine.host_name), file_name(short)))
     };
     Ok(disks
@@ -221,7 +227,7 @@ fn plan_named(
 ) -> anyhow::Result<Planned> {
     let mut plan = Planned::new();
     for (wanted, path) in pairs {
-        let short = |disk: &SourceDisk| disk.name.rsplit('/').next() == Some(wanted.as_str());
+        let short = |disk: &SourceDisk| short_name(&disk.name) == wanted;
         let disk = machine
             .disks
             .iter()
@@ -347,6 +353,7 @@ fn carry_out(
         kind: planned.kind.clone(),
         size_bytes: source.size_bytes,
         existing: planned.existing,
+        device: (kind == TargetKind::Device).then(|| device::identity(&planned.path)).flatten(),
     };
     registry.add_disk(record, target, state)?;
     tracing::info!(%disk, machine = machine.host_name, source = source.name, path = %planned.path.display(), "protected");
@@ -371,22 +378,56 @@ fn create(registry: &Registry, spec: &TargetSpec, source: &SourceDisk) -> anyhow
     Ok(create_target(registry.opener(), spec, source.size_bytes, &registry.known_uuids(), &options)?)
 }
 
-/// Bytes of the same file system that other targets may still fill.
+/// Bytes of the same file system that other targets may still fill: what their files could hold and do not yet.
 fn reserved_bytes(registry: &Registry, path: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let device =
-        |path: &Path| path.parent().and_then(|dir| std::fs::metadata(dir).ok()).map(|meta| meta.dev());
-    let own = device(path);
+    let Some(own) = file_system(path) else { return 0 };
     registry
         .disks()
         .iter()
-        .filter(|view| own.is_some() && device(&view.record.path) == own)
+        .filter(|view| view.record.kind != TargetKind::Device.to_string())
+        .filter(|view| file_system(&view.record.path) == Some(own))
         .map(|view| {
-            let written = view.status.as_ref().map_or(0, |status| {
-                let snapshot = status.snapshot();
-                crate::disk_status::sector_bytes(snapshot.settled_sectors)
-            });
-            if view.record.existing { 0 } else { view.record.size_bytes.saturating_sub(written) }
+            let files = target_files(&**registry.opener(), &view.record.path);
+            let held: u64 = files
+                .iter()
+                .filter_map(|file| std::fs::metadata(file).ok())
+                .map(|meta| meta.blocks() * 512)
+                .sum();
+            view.record.size_bytes.saturating_sub(held)
         })
         .sum()
+}
+
+/// The file system of the nearest directory above `path` that exists.
+fn file_system(path: &Path) -> Option<u64> {
+    path.ancestors().skip(1).find_map(|dir| std::fs::metadata(dir).ok()).map(|meta| meta.dev())
+}
+
+/// Before anything is created: no file is in the way, and all new disks together fit.
+fn check_new(registry: &Registry, dir: &Path, plan: &Planned) -> anyhow::Result<()> {
+    for (_, planned) in plan {
+        if planned.path.symlink_metadata().is_ok() {
+            bail!(
+                "{} exists already; name another directory, or use it with --original {}={}",
+                planned.path.display(),
+                short_name(&planned.source),
+                planned.path.display()
+            );
+        }
+    }
+    let Some(at) = dir.ancestors().find(|dir| dir.is_dir()) else { return Ok(()) };
+    let facts = rustix::fs::statvfs(at).with_context(|| format!("cannot measure {}", at.display()))?;
+    let free = facts.f_bavail.saturating_mul(facts.f_frsize);
+    let reserved = reserved_bytes(registry, &dir.join("new"));
+    let needed: u64 = plan.iter().map(|(source, _)| source.size_bytes).sum();
+    if needed.saturating_add(reserved) > free {
+        bail!(
+            "{} has {} free, of which other targets may still need {}, and the new disks need {}; free some space or choose another datastore",
+            at.display(),
+            bytes(free),
+            bytes(reserved),
+            bytes(needed)
+        );
+    }
+    Ok(())
 }

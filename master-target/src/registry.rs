@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow};
@@ -18,13 +19,14 @@ use reprotect_engine::limits::CHUNK_BYTES;
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::target_disk::SessionId;
 use reprotect_engine::range_set::RangeSet;
-use reprotect_engine::store::target::{Expectation, Target, TargetSpec, open_target};
+use reprotect_engine::store::target::{Expectation, Target, TargetKind, TargetSpec, open_target};
 use reprotect_engine::store::vmdk::ExtentOpener;
 use reprotect_engine::store::vmdk::fs::FsOpener;
 use reprotect_engine::units::{DiskId, Generation, PeerId, SECTOR_BYTES, SectorRange};
 use tokio::sync::mpsc;
 
 use crate::catalogue::{Catalogue, Machine, ProtectedDisk, SourceDisk, kind_from_text, peer, unhex};
+use crate::device;
 use crate::disk_status::{DiskStatus, sector_bytes};
 use crate::disk_worker::{DiskInputs, DiskSetup, DiskWorker};
 use crate::guard::Guard;
@@ -103,10 +105,18 @@ impl Registry {
     /// # Errors
     /// When the catalogue's folder cannot be used; a single disk's trouble is shown, not returned.
     pub fn open(catalogue: Catalogue, limits: FlowLimits) -> anyhow::Result<Self> {
-        let opener: Arc<dyn ExtentOpener> = Arc::new(FsOpener::new(|path, writable| {
-            let options = if writable { io::OpenOptions::writing() } else { io::OpenOptions::reading() };
-            io::open(path, &options)
-        }));
+        Self::open_with(catalogue, limits, fs_opener())
+    }
+
+    /// As [`Self::open`], with another way to open targets.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_with(
+        catalogue: Catalogue,
+        limits: FlowLimits,
+        opener: Arc<dyn ExtentOpener>,
+    ) -> anyhow::Result<Self> {
         let registry = Self { catalogue, opener, limits, inner: Mutex::default() };
         for machine in registry.catalogue.machines()? {
             if let Some(agent) = peer(&machine.agent) {
@@ -116,6 +126,7 @@ impl Registry {
         for (record, state) in registry.catalogue.disks()? {
             registry.start_known(record, state);
         }
+        registry.refuse_duplicates();
         Ok(registry)
     }
 
@@ -149,6 +160,9 @@ impl Registry {
             known_uuids: BTreeSet::new(), // it is this disk's own UUID that stands there
             writable: true,
         };
+        if kind == TargetKind::Device {
+            device::check(&record.path, record.device.as_deref())?;
+        }
         let target = open_target(&self.opener, &spec, &expect)?;
         if !target.repair().is_nothing() {
             tracing::warn!(path = %record.path.display(), repair = ?target.repair(), "the target was repaired on opening");
@@ -310,6 +324,60 @@ impl Registry {
         self.lock().sessions.iter().map(|(id, session)| (*id, session.clone())).collect()
     }
 
+    /// Two of our own targets with one UUID: a template clone that came later keeps its place but is not written.
+    fn refuse_duplicates(&self) {
+        let mut seen = BTreeSet::new();
+        let mut stopped = Vec::new();
+        for (disk, known) in &mut self.lock().disks {
+            let Some(uuid) = known.uuid.filter(|uuid| !seen.insert(*uuid)) else { continue };
+            let problem = format!(
+                "{} has ddb.uuid {uuid}, which another protected disk has too; give one of them a new UUID, then restart",
+                known.record.path.display()
+            );
+            tracing::error!(%disk, "{problem}");
+            known.problem = Some(problem);
+            stopped.extend(known.worker.take());
+        }
+        stopped.into_iter().for_each(DiskWorker::stop);
+    }
+
+    /// The protected disk of a UUID, a target path, or `MACHINE:DISK`.
+    ///
+    /// # Errors
+    /// When there is none, or several.
+    pub fn protected(&self, name: &str) -> anyhow::Result<ProtectedDisk> {
+        let inner = self.lock();
+        let is_named = |record: &ProtectedDisk| {
+            let machine = peer(&record.agent).and_then(|agent| inner.machines.get(&agent));
+            let source = [record.source_name.as_str(), short_name(&record.source_name)];
+            let pair = name.rsplit_once(':').is_some_and(|(owner, disk)| {
+                source.contains(&disk)
+                    && (owner == record.agent || machine.is_some_and(|machine| machine.host_name == owner))
+            });
+            record.disk == name || record.path == Path::new(name) || pair
+        };
+        let mut found = inner.disks.values().map(|known| &known.record).filter(|record| is_named(record));
+        match (found.next(), found.next()) {
+            (Some(record), None) => Ok(record.clone()),
+            (None, _) => Err(anyhow!(
+                "no protected disk is called {name}; write its UUID, its target's path or MACHINE:DISK as `status` shows them"
+            )),
+            _ => Err(anyhow!("several protected disks are called {name}; use the UUID (`status --json`)")),
+        }
+    }
+
+    /// Stops replicating a disk: flushes and closes its target, which stays, and forgets the record. Blocks.
+    ///
+    /// # Errors
+    /// When the record cannot be removed; the disk is stopped all the same.
+    pub fn remove_disk(&self, disk: DiskId) -> anyhow::Result<()> {
+        let known = self.lock().disks.remove(&disk);
+        if let Some(worker) = known.and_then(|known| known.worker) {
+            worker.retire();
+        }
+        self.catalogue.remove_disk(disk)
+    }
+
     /// Flushes and closes every target. Blocks.
     pub fn stop(&self) {
         let disks = std::mem::take(&mut self.lock().disks);
@@ -317,6 +385,21 @@ impl Registry {
             worker.stop();
         }
     }
+}
+
+/// Targets on this machine's file systems, with the best backend the host allows.
+#[must_use]
+pub fn fs_opener() -> Arc<dyn ExtentOpener> {
+    Arc::new(FsOpener::new(|path, writable| {
+        let options = if writable { io::OpenOptions::writing() } else { io::OpenOptions::reading() };
+        io::open(path, &options)
+    }))
+}
+
+/// The last part of a device's name: `sda` of `/dev/sda`.
+#[must_use]
+pub fn short_name(name: &str) -> &str {
+    name.rsplit('/').next().unwrap_or(name)
 }
 
 fn offer_of(disk: DiskId, known: &KnownDisk) -> Option<Offer> {

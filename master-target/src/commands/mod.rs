@@ -63,11 +63,12 @@ fn carry_out(cli: Cli) -> anyhow::Result<u8> {
     let settings = Settings::load(&overrides)?;
     let context = Context { settings, output };
     match cli.command {
-        Command::Run(args) => run::run(context.settings, &overrides, &args)?,
+        Command::Run(args) => run::run(context.settings, overrides, &args)?,
         Command::Invite(args) => wait(peers::invite(&context, &args))?,
         Command::Revoke(args) => wait(peers::revoke(&context, &args))?,
         Command::Machines(_) => wait(peers::machines(&context))?,
         Command::Protect(args) => wait(protect::protect(&context, &args))?,
+        Command::Unprotect(args) => wait(peers::unprotect(&context, &args))?,
         Command::Status(args) => wait(status::status(&context, &args))?,
         Command::CheckConfig(_) => {} // above: it must work when the configuration does not
         Command::Check(_) | Command::Inspect(_) => anyhow::bail!("this command is not in this build"),

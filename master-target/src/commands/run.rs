@@ -6,17 +6,17 @@
 use anyhow::Context as _;
 use reprotect_engine::host::config::Overrides;
 use reprotect_engine::host::logging;
-use reprotect_engine::host::shutdown::{Shutdown, on_signals};
+use reprotect_engine::host::shutdown::{Shutdown, on_signals, reloads};
 
 use crate::cli::RunArgs;
 use crate::config::Settings;
-use crate::daemon;
+use crate::daemon::{self, Reload};
 
 /// Runs the daemon until a signal.
 ///
 /// # Errors
 /// When something it needs cannot be had.
-pub fn run(settings: Settings, _overrides: &Overrides, _args: &RunArgs) -> anyhow::Result<()> {
+pub fn run(settings: Settings, overrides: Overrides, _args: &RunArgs) -> anyhow::Result<()> {
     logging::init(&settings.log);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .thread_name("net")
@@ -26,6 +26,7 @@ pub fn run(settings: Settings, _overrides: &Overrides, _args: &RunArgs) -> anyho
     runtime.block_on(async {
         let (trigger, shutdown) = Shutdown::new();
         on_signals(trigger).context("the signal handlers cannot be installed")?;
-        daemon::run(settings, shutdown).await
+        let asked = reloads().context("the signal handlers cannot be installed")?;
+        daemon::run_reloading(settings, shutdown, Some(Reload { asked, overrides })).await
     })
 }
