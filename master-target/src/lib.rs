@@ -16,6 +16,7 @@ pub mod disk_status;
 pub mod disk_worker;
 mod disk_writer;
 pub mod guard;
+mod plan;
 pub mod protect;
 pub mod registry;
 pub mod session;
