@@ -277,6 +277,7 @@ async fn unprotect(
     Json(request): Json<UnprotectRequest>,
 ) -> Result<Json<UnprotectAnswer>, Refusal> {
     blocking(move || {
+        let _alone = state.registry.changing();
         let record = state.registry.protected(&request.disk)?;
         if !request.dry_run {
             state.registry.remove_disk(DiskId::parse(&record.disk)?)?;

@@ -7,6 +7,7 @@ pub mod admin;
 pub mod api;
 pub mod authority;
 pub mod catalogue;
+pub mod checks;
 pub mod cli;
 pub mod commands;
 pub mod config;

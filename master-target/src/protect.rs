@@ -91,6 +91,7 @@ pub fn protect(
     datastores: &[PathBuf],
     request: &ProtectRequest,
 ) -> anyhow::Result<ProtectAnswer> {
+    let _alone = registry.changing();
     let machine = registry.machine(&request.machine)?;
     let mut left_out = Vec::new();
     let plan = plan(registry, datastores, &machine, request, &mut left_out)?;

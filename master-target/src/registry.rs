@@ -90,6 +90,8 @@ pub struct Registry {
     catalogue: Catalogue,
     opener: Arc<dyn ExtentOpener>,
     limits: FlowLimits,
+    /// Held while the set of disks is planned and changed, so that no two do it at once.
+    changes: Mutex<()>,
     inner: Mutex<Inner>,
 }
 
@@ -117,7 +119,7 @@ impl Registry {
         limits: FlowLimits,
         opener: Arc<dyn ExtentOpener>,
     ) -> anyhow::Result<Self> {
-        let registry = Self { catalogue, opener, limits, inner: Mutex::default() };
+        let registry = Self { catalogue, opener, limits, changes: Mutex::default(), inner: Mutex::default() };
         for machine in registry.catalogue.machines()? {
             if let Some(agent) = peer(&machine.agent) {
                 registry.lock().machines.insert(agent, machine);
@@ -208,6 +210,11 @@ impl Registry {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // A panic elsewhere leaves whole values: every change below is one insertion or removal.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets one caller at a time plan and change the set of disks; held across I/O, unlike the other lock.
+    pub fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How targets are opened.
