@@ -20,9 +20,10 @@ use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::units::PeerId;
 
 use crate::api::{
-    DiskInfo, InviteAnswer, InviteRequest, RevokeAnswer, RevokeRequest, SessionInfo, StatusInfo,
+    DiskInfo, InviteAnswer, InviteRequest, MachineDisk, MachineInfo, RevokeAnswer, RevokeRequest,
+    SessionInfo, StatusInfo,
 };
-use crate::catalogue::Machine;
+use crate::catalogue::{Machine, ProtectedDisk, SourceDisk};
 use crate::config::Settings;
 use crate::disk_status::sector_bytes;
 use crate::protect::{ProtectAnswer, ProtectRequest, protect};
@@ -132,8 +133,34 @@ fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
     info
 }
 
-async fn machines(State(state): Shared) -> Json<Vec<Machine>> {
-    Json(state.registry.machines())
+async fn machines(State(state): Shared) -> Json<Vec<MachineInfo>> {
+    let protected: Vec<ProtectedDisk> = state.registry.disks().into_iter().map(|view| view.record).collect();
+    let connected: Vec<String> = state
+        .registry
+        .sessions()
+        .iter()
+        .filter_map(|(_, session)| session.agent.map(|agent| agent.to_string()))
+        .collect();
+    let info = |machine: Machine| MachineInfo {
+        disks: machine.disks.iter().map(|disk| machine_disk(&machine, disk, &protected)).collect(),
+        connected: connected.contains(&machine.agent),
+        agent: machine.agent,
+        host_name: machine.host_name,
+    };
+    Json(state.registry.machines().into_iter().map(info).collect())
+}
+
+fn machine_disk(machine: &Machine, disk: &SourceDisk, protected: &[ProtectedDisk]) -> MachineDisk {
+    let record =
+        protected.iter().find(|record| record.agent == machine.agent && record.source == disk.source);
+    MachineDisk {
+        source: disk.source.clone(),
+        name: disk.name.clone(),
+        size_bytes: disk.size_bytes,
+        selected: disk.selected,
+        protected_as: record.map(|record| record.path.display().to_string()),
+        disk: record.map(|record| record.disk.clone()),
+    }
 }
 
 async fn invite(
@@ -217,7 +244,11 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<Json<T>, Refusal> {
     match tokio::task::spawn_blocking(work).await {
         Ok(Ok(value)) => Ok(Json(value)),
-        Ok(Err(error)) => Err(Refusal::conflict("refused", format!("{error:#}"), "")),
+        Ok(Err(error)) => {
+            let text = format!("{error:#}");
+            let (reason, remedy) = text.split_once("; ").unwrap_or((&text, "see the daemon's log"));
+            Err(Refusal::conflict("refused", reason, remedy))
+        }
         Err(error) => Err(Refusal::conflict(
             "failed",
             error.to_string(),

@@ -110,3 +110,33 @@ pub struct RevokeAnswer {
     /// The peer refused from now on.
     pub peer: String,
 }
+
+/// A disk of a machine in `GET /v1/machines`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineDisk {
+    /// Stable identity on the agent.
+    pub source: String,
+    /// Path or name on the machine.
+    pub name: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Whether the agent offers it without being told.
+    pub selected: bool,
+    /// The target it is replicated to, when it is.
+    pub protected_as: Option<String>,
+    /// The UUID under which it is protected, when it is.
+    pub disk: Option<String>,
+}
+
+/// A machine in `GET /v1/machines`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MachineInfo {
+    /// Its agent.
+    pub agent: String,
+    /// What it calls itself.
+    pub host_name: String,
+    /// Whether its agent is connected now.
+    pub connected: bool,
+    /// Its disks, from its last inventory.
+    pub disks: Vec<MachineDisk>,
+}

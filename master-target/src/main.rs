@@ -1,32 +1,11 @@
-//! Entry point of `reprotect-master-target`: parses the command line, starts logging, dispatches, and turns errors into an
-//! exit status.
+//! Entry point of `reprotect-master-target`: the command line, and everything else in the library.
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use reprotect_engine::host::logging;
-use reprotect_engine::host::output::{EXIT_FAILED, EXIT_OK, EXIT_USAGE, Output};
-use reprotect_master_target::cli::{Cli, Command};
+use clap::Parser as _;
+use reprotect_master_target::cli::Cli;
 use reprotect_master_target::commands;
-use reprotect_master_target::config::Settings;
 
 fn main() -> ExitCode {
-    match dispatch(&Cli::parse()) {
-        Ok(()) => ExitCode::from(EXIT_OK),
-        Err(error) => {
-            eprintln!("reprotect-master-target: {error:#}");
-            ExitCode::from(if commands::is_usage(&error) { EXIT_USAGE } else { EXIT_FAILED })
-        }
-    }
-}
-
-fn dispatch(cli: &Cli) -> anyhow::Result<()> {
-    let output = Output::new(cli.global.json);
-    let overrides = cli.global.overrides();
-    if let Command::CheckConfig(args) = &cli.command {
-        return commands::check_config(&overrides, args, output);
-    }
-    let settings = Settings::load(&overrides)?;
-    logging::init(&settings.log);
-    anyhow::bail!("this command needs the data path, which this build does not contain; install a full build")
+    ExitCode::from(commands::dispatch(Cli::parse()))
 }

@@ -59,6 +59,14 @@ pub struct PlannedDisk {
     pub disk: Option<String>,
 }
 
+impl PlannedDisk {
+    /// Whether it would overwrite a disk that carries nothing of its source.
+    #[must_use]
+    pub const fn overwrites_unmatched(&self) -> bool {
+        self.existing && self.score == 0
+    }
+}
+
 /// The answer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ProtectAnswer {
@@ -95,7 +103,7 @@ pub fn protect(
     if plan.is_empty() {
         bail!("there is nothing to protect: {}", reasons(&left_out));
     }
-    let unmatched = plan.iter().find(|planned| planned.1.existing && planned.1.score == 0);
+    let unmatched = plan.iter().find(|planned| planned.1.overwrites_unmatched());
     if let Some((source, planned)) = unmatched
         && !request.yes
         && !request.dry_run

@@ -10,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 use super::FormatError;
 use super::extent::{Record, RecordKind};
 use super::frame::{Frame, FrameKind};
-use super::wire::{wire, wire_enum};
+use super::wire::{COUNTER_MAX, wire, wire_enum};
 use crate::limits::{BATCH_PLAIN_BYTES_MAX, BATCH_RECORDS_MAX, DELTA_RECORD_BYTES_MAX};
 use crate::units::{BLOCK_BYTES, DiskId, Generation, LineageId, SectorRange, Sequence, Timestamp};
 
@@ -191,12 +191,12 @@ pub fn decode_batch(mut body: Bytes) -> Result<(BatchHeader, Vec<Record>), Forma
             expected: "at least one record",
         });
     }
-    if header.first_sequence.0 == 0 || header.first_sequence.0.checked_add(records.len() as u64).is_none() {
+    if header.first_sequence.0 == 0 || header.last_sequence().0 > COUNTER_MAX {
         return Err(FormatError::Field {
             what: "Batch",
             field: "first_sequence",
             got: header.first_sequence.0,
-            expected: "a sequence from 1 that does not overflow",
+            expected: "sequences from 1 to below 2^63",
         });
     }
     if let Some(long) = records.iter().find(|record| record.plain_bytes() > DELTA_RECORD_BYTES_MAX) {

@@ -11,8 +11,8 @@ use bytes::{BufMut, BytesMut};
 
 use super::FormatError;
 use super::batch::Chain;
-use super::message::{PassMode, SourceId};
-use super::wire::{put_items, take_items, wire};
+use super::message::{PassMode, SourceId, check_size};
+use super::wire::{COUNTER_MAX, put_items, take_items, wire};
 use crate::range_set::RangeSet;
 use crate::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence};
 
@@ -143,8 +143,17 @@ impl DiskState {
         if head.crc != expected {
             return Err(FormatError::Checksum { what: WHAT, got: head.crc, expected });
         }
-        let (settled, rest) = take_items::<SectorRange>(tail, head.settled_count as usize, WHAT)?;
-        let (touched, rest) = take_items::<SectorRange>(rest, head.touched_count as usize, WHAT)?;
+        check_size(WHAT, head.size_sectors)?;
+        let field = |field, got, expected| Err(FormatError::Field { what: WHAT, field, got, expected });
+        if head.marked > head.sequence {
+            return field("marked", head.marked.0, "no mark behind the sequence");
+        }
+        if head.pass > COUNTER_MAX {
+            return field("pass", head.pass, "a number below 2^63");
+        }
+        let whole = SectorRange { start: 0, end: head.size_sectors };
+        let (settled, rest) = take_ranges(tail, head.settled_count, whole)?;
+        let (touched, rest) = take_ranges(rest, head.touched_count, whole)?;
         if !rest.is_empty() {
             return Err(FormatError::Trailing { what: WHAT, got: rest.len() });
         }
@@ -160,10 +169,29 @@ impl DiskState {
             marked: head.marked,
             pass: head.pass,
             mode: head.mode,
-            settled: settled.into_iter().collect(),
-            touched: touched.into_iter().collect(),
+            settled,
+            touched,
         })
     }
+}
+
+/// Reads one set of ranges, which must be what [`RangeSet`] would write: a state that says one thing in two ways was
+/// not written by us.
+fn take_ranges(bytes: &[u8], count: u32, whole: SectorRange) -> Result<(RangeSet, &[u8]), FormatError> {
+    let (ranges, rest) = take_items::<SectorRange>(bytes, count as usize, "DiskState")?;
+    let mut at = None; // end of the range before
+    for range in &ranges {
+        if range.is_empty() || !whole.contains(*range) || at.is_some_and(|end| range.start <= end) {
+            return Err(FormatError::Field {
+                what: "DiskState",
+                field: "ranges",
+                got: range.start,
+                expected: "non-empty runs inside the disk, ascending and apart",
+            });
+        }
+        at = Some(range.end);
+    }
+    Ok((ranges.into_iter().collect(), rest))
 }
 
 fn checksum(head: &DiskStateHead, tail: &[u8]) -> u32 {

@@ -115,10 +115,12 @@ impl Record {
     /// The same record with its plain payload replaced by `stored`, one zstd frame of it.
     ///
     /// # Panics
-    /// When this record is not raw data.
+    /// When this record is not raw data, or `stored` is empty or not shorter than the plain payload, which
+    /// [`Self::take`] would refuse.
     #[must_use]
     pub fn recoded(&self, stored: Bytes) -> Self {
         assert!(self.codec == Codec::Raw);
+        assert!(!stored.is_empty() && stored.len() < self.payload.len());
         Self { codec: Codec::Zstd, stored_crc: crc32(&stored), payload: stored, ..self.clone() }
     }
 

@@ -11,8 +11,10 @@ use super::frame::{Frame, FrameKind};
 use super::handshake::{Hello, HelloAck};
 use super::wire::{Text, put_items, take_items, wire, wire_enum};
 use crate::checksum::UnitHash;
-use crate::limits::{CHUNK_BYTES, COMPARE_FINE_BYTES, DISKS_PER_AGENT_MAX, RANGES_PER_MESSAGE_MAX};
-use crate::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence};
+use crate::limits::{
+    CHUNK_BYTES, COMPARE_FINE_BYTES, DISK_BYTES_MAX, DISKS_PER_AGENT_MAX, RANGES_PER_MESSAGE_MAX,
+};
+use crate::units::{DiskId, Generation, LineageId, PeerId, SECTOR_BYTES, SectorRange, Sequence};
 
 /// Identifies a source disk on its agent: derived from what the disk itself says, stable over reboots.
 pub type SourceId = [u8; 16];
@@ -482,6 +484,7 @@ impl Message {
             FrameKind::Inventory => take_inventory(body)?,
             FrameKind::Offer => {
                 let (head, rest) = OfferHead::read_prefix(body)?;
+                check_size("Offer", head.size_sectors)?;
                 Self::Offer(head, take_blob(rest, head.grant_bytes, "Offer")?)
             }
             FrameKind::OpenDisk => {
@@ -516,7 +519,13 @@ impl Message {
             FrameKind::Error => {
                 let (head, rest) = ErrorHead::read_prefix(body)?;
                 let text = take_blob_of(rest, head.text_bytes.into(), usize::from(u16::MAX), "Error")?;
-                Self::Error(head, String::from_utf8_lossy(&text).into_owned())
+                let text = std::str::from_utf8(&text).map_err(|error| FormatError::Field {
+                    what: "Error",
+                    field: "text",
+                    got: error.valid_up_to() as u64,
+                    expected: "UTF-8 to the end",
+                })?;
+                Self::Error(head, text.to_owned())
             }
             FrameKind::Batch | FrameKind::Bulk => {
                 return Err(FormatError::Field {
@@ -619,6 +628,14 @@ fn take_compare_request(body: &Bytes) -> Result<Message, FormatError> {
         return field("units", 0, "ascending units");
     }
     Ok(Message::CompareRequest(head, units))
+}
+
+/// Refuses a disk larger than any that may be protected: sizes and addresses below may then be computed with.
+pub(super) fn check_size(what: &'static str, size_sectors: u64) -> Result<(), FormatError> {
+    if size_sectors <= DISK_BYTES_MAX / SECTOR_BYTES {
+        return Ok(());
+    }
+    Err(FormatError::Field { what, field: "size_sectors", got: size_sectors, expected: "at most 64 TiB" })
 }
 
 fn bounded(count: u32, max: usize, what: &'static str) -> Result<usize, FormatError> {

@@ -51,14 +51,37 @@ number_field! {
     u16 => U16, |v| U16::new(v), |w| w.get();
     u32 => U32, |v| U32::new(v), |w| w.get();
     u64 => U64, |v| U64::new(v), |w| w.get();
-    Generation => U64, |v| U64::new(v.0), |w| Generation(w.get());
-    Sequence => U64, |v| U64::new(v.0), |w| Sequence(w.get());
     Timestamp => U64, |v| U64::new(v.0), |w| Timestamp(w.get());
     DiskId => [u8; 16], |v| v.0, |w| DiskId(w);
     PeerId => [u8; 16], |v| v.0, |w| PeerId(w);
     LineageId => [u8; 16], |v| v.0, |w| LineageId(w);
     UnitHash => UnitHash, |v| v, |w| w;
 }
+
+/// Largest sequence or generation a format may hold: counters that begin at zero never come near, so a larger one is
+/// damage or an attack, and what is read may be counted on without overflow.
+pub const COUNTER_MAX: u64 = u64::MAX >> 1;
+
+macro_rules! counter_field {
+    ($($ty:ident)*) => {$(
+        impl WireField for $ty {
+            type Wire = U64;
+            fn to_wire(&self) -> U64 {
+                U64::new(self.0)
+            }
+            fn from_wire(wire: U64, what: &'static str, field: &'static str) -> Result<Self, FormatError> {
+                match wire.get() {
+                    got if got > COUNTER_MAX => {
+                        Err(FormatError::Field { what, field, got, expected: "a number below 2^63" })
+                    }
+                    value => Ok(Self(value)),
+                }
+            }
+        }
+    )*};
+}
+
+counter_field!(Generation Sequence);
 
 impl<const N: usize> WireField for [u8; N] {
     type Wire = [u8; N];
@@ -116,19 +139,39 @@ pub struct Row {
     pub size: usize,
     /// The field's name.
     pub field: &'static str,
+    /// What it holds: the field's own documentation; empty for reserved bytes.
+    pub meaning: &'static str,
+}
+
+/// One row of an enumeration's table of values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ValueRow {
+    /// The number on wire and disk.
+    pub value: u64,
+    /// Its name.
+    pub name: &'static str,
+    /// What it means: the variant's own documentation.
+    pub meaning: &'static str,
 }
 
 /// Declares a byte-sized enumeration with its wire values.
 macro_rules! wire_enum {
-    ($(#[$doc:meta])* pub enum $name:ident: $repr:ty { $($(#[$vdoc:meta])* $variant:ident = $value:literal,)* }) => {
+    ($(#[$doc:meta])* pub enum $name:ident: $repr:ty { $($(#[doc = $vdoc:literal])* $variant:ident = $value:literal,)* }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr($repr)]
-        pub enum $name { $($(#[$vdoc])* $variant = $value,)* }
+        pub enum $name { $($(#[doc = $vdoc])* $variant = $value,)* }
 
         impl $name {
             /// Every value, in wire order.
             pub const ALL: &[Self] = &[$(Self::$variant),*];
+
+            /// The table of values, in wire order.
+            pub const TABLE: &[$crate::format::wire::ValueRow] = &[$($crate::format::wire::ValueRow {
+                value: $value,
+                name: stringify!($variant),
+                meaning: concat!($($vdoc),*),
+            },)*];
         }
 
         impl $crate::format::wire::WireField for $name {
@@ -153,12 +196,12 @@ macro_rules! wire_enum {
 /// Declares a fixed layout: the plain struct, its wire struct, size assertion, encoder, decoder and byte table.
 macro_rules! wire {
     ($(#[$doc:meta])* pub struct $name:ident / $wire:ident = $size:literal {
-        $($(#[$fdoc:meta])* $field:ident: $ty:ty,)*
+        $($(#[doc = $fdoc:literal])* $field:ident: $ty:ty,)*
         $(; $($reserved:ident: $rty:ty,)*)?
     }) => {
         $(#[$doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub struct $name { $($(#[$fdoc])* pub $field: $ty,)* }
+        pub struct $name { $($(#[doc = $fdoc])* pub $field: $ty,)* }
 
         #[derive(Clone, Copy, zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable,
                  zerocopy::KnownLayout, zerocopy::Unaligned)]
@@ -180,11 +223,13 @@ macro_rules! wire {
                     offset: std::mem::offset_of!($wire, $field),
                     size: size_of::<<$ty as $crate::format::wire::WireField>::Wire>(),
                     field: stringify!($field),
+                    meaning: concat!($($fdoc),*),
                 },)*
                 $($($crate::format::wire::Row {
                     offset: std::mem::offset_of!($wire, $reserved),
                     size: size_of::<$rty>(),
                     field: stringify!($reserved),
+                    meaning: "",
                 },)*)?
             ];
 
@@ -312,6 +357,11 @@ impl<const N: usize> WireField for Text<N> {
 }
 
 #[cfg(test)]
+#[expect(
+    unreachable_pub,
+    clippy::wrong_self_convention,
+    reason = "wire! declares public structures of any size"
+)]
 mod tests {
     use super::*;
 
@@ -331,13 +381,13 @@ mod tests {
         let sample = Sample { number: 7, range: SectorRange::new(1, 9) };
         let bytes = sample.to_bytes();
         assert_eq!(Sample::read_exact(&bytes).unwrap(), sample);
-        assert_eq!(Sample::TABLE[1], Row { offset: 4, size: 16, field: "range" });
+        assert_eq!(Sample::TABLE[1], Row { offset: 4, size: 16, field: "range", meaning: " A range." });
     }
 
     #[test]
     fn reserved_bytes_short_input_and_trailing_input_are_refused() {
         let mut bytes = Sample { number: 7, range: SectorRange::new(1, 9) }.to_bytes();
-        assert!(Sample::read_exact(&bytes[..23]).is_err());
+        assert!(Sample::read_exact(&bytes[..Sample::BYTES - 1]).is_err());
         assert!(Sample::read_exact(&[bytes.as_slice(), &[0]].concat()).is_err());
         bytes[23] = 1;
         assert!(Sample::read_exact(&bytes).is_err());

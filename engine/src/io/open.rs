@@ -17,7 +17,8 @@ pub struct OpenOptions {
     /// Open for writing too; a read-only file or device is then refused.
     pub write: bool,
     /// Bypass the page cache (O_DIRECT) where the file system allows it. Otherwise the page cache is used, which
-    /// costs host memory and makes a flush wait for what it collected.
+    /// costs host memory and makes a flush wait for what it collected. A disk that something else has mounted must
+    /// be read directly, or the page cache may answer with what it read before: check [`Backend::is_direct`].
     pub direct: bool,
     /// Refuse to share: O_EXCL on a block device, a lock on a file. A second exclusive open fails.
     pub exclusive: bool,
@@ -63,6 +64,16 @@ pub enum Backend {
     },
 }
 
+impl Backend {
+    /// Whether the page cache is bypassed.
+    #[must_use]
+    pub fn is_direct(self) -> bool {
+        match self {
+            Self::Uring { direct } | Self::Threads { direct } => direct,
+        }
+    }
+}
+
 impl std::fmt::Display for Backend {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (name, direct) = match self {
@@ -91,8 +102,8 @@ pub fn open_reporting(
     options: &OpenOptions,
 ) -> Result<(Box<dyn BlockFile>, Backend), BlockError> {
     #[cfg(feature = "uring")]
-    if super::uring::probe().is_ok() {
-        let file = super::uring::UringFile::open(path, options)?;
+    if let Ok(ring) = super::uring::Ring::new(options.queue_depth) {
+        let file = super::uring::UringFile::with_ring(ring, path, options)?;
         let backend = Backend::Uring { direct: file.is_direct() };
         return Ok((Box::new(file), backend));
     }

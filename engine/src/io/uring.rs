@@ -2,7 +2,7 @@
 //!
 //! Invariants: those of [`BlockFile`] and `handle.rs`, and one of its own: the kernel works in buffers this module
 //! has only borrowed, so no call returns, not with an error and not by a panic, before every operation it
-//! submitted has completed ([`Flight`] waits in its `Drop`). A flush is submitted only when nothing is in flight,
+//! submitted has completed (`Flight` waits in its `Drop`). A flush is submitted only when nothing is in flight,
 //! so no order between operations is ever assumed. Units: bytes. Called through `io::open`.
 #![expect(
     unsafe_code,
@@ -74,7 +74,8 @@ pub struct UringFile {
     handle: Handle,
 }
 
-struct Ring {
+/// A ring, what is registered with it, and its bounce buffers.
+pub(super) struct Ring {
     // Dropped before the arenas: the kernel lets go of registered memory first.
     ring: IoUring,
     depth: usize,
@@ -89,11 +90,20 @@ impl UringFile {
     /// # Errors
     /// As for [`super::open::open`], or when io_uring is not permitted here (see [`probe`]).
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self, BlockError> {
+        let refused = |source| BlockError {
+            name: path.display().to_string(),
+            op: BlockOp::Open,
+            offset: 0,
+            len: 0,
+            source,
+        };
+        let ring = Ring::new(options.queue_depth).map_err(refused)?;
+        Self::with_ring(ring, path, options)
+    }
+
+    /// As [`Self::open`], with a ring made before, so that its failure can be told from the file's.
+    pub(super) fn with_ring(mut ring: Ring, path: &Path, options: &OpenOptions) -> Result<Self, BlockError> {
         let handle = Handle::open(path, options)?;
-        let depth = options.queue_depth.clamp(1, QUEUE_DEPTH_MAX);
-        let ring = IoUring::new(depth)
-            .map_err(|error| handle.error(BlockOp::Open, ByteRange { start: 0, end: 0 }, error))?;
-        let mut ring = Ring { ring, depth: depth as usize, regions: Vec::new(), arena: None, bounce: None };
         if let Some(arena) = &options.arena {
             ring.register(arena);
         }
@@ -157,6 +167,14 @@ impl BlockFile for UringFile {
 }
 
 impl Ring {
+    /// A ring of this depth, if this process may have one.
+    pub(super) fn new(queue_depth: u32) -> io::Result<Self> {
+        probe()?;
+        let depth = queue_depth.clamp(1, QUEUE_DEPTH_MAX);
+        let ring = IoUring::new(depth)?;
+        Ok(Self { ring, depth: depth as usize, regions: Vec::new(), arena: None, bounce: None })
+    }
+
     /// Pins the arena for this ring; without effect where the kernel refuses (locked-memory limit).
     fn register(&mut self, arena: &Arc<BufferArena>) {
         let bytes = arena.slots() * arena.slot_bytes();

@@ -15,6 +15,7 @@ use tokio::sync::mpsc;
 use crate::error::{Answer, Severity};
 use crate::format::FormatError;
 use crate::format::frame::{Frame, FrameHeader, FrameKind};
+use crate::net::endpoint::CloseCode;
 use crate::proto::{Lane, Outgoing};
 
 /// Control frames read and not yet handled.
@@ -109,9 +110,8 @@ fn join<T: Send + 'static>(
     tokio::spawn(read_lane(recv, control_in));
     tokio::spawn(accept_data_lanes(connection.clone(), data_in));
     let (written, handed_over) = mpsc::unbounded_channel();
-    let control_out = spawn_writer(send, 2, written.clone());
-    let writer =
-        LaneWriter { connection: connection.clone(), control: control_out, data: HashMap::new(), written };
+    let control_out = spawn_writer(connection.clone(), send, 2, written.clone());
+    let writer = LaneWriter { connection: connection.clone(), control: control_out, data: HashMap::new(), written };
     (LaneReader { control, data }, writer, handed_over)
 }
 
@@ -172,12 +172,13 @@ async fn read_frame(recv: &mut RecvStream) -> Result<Option<(FrameKind, Bytes)>,
 }
 
 fn spawn_writer<T: Send + 'static>(
+    connection: Connection,
     send: SendStream,
     priority: i32,
     written: mpsc::UnboundedSender<T>,
 ) -> mpsc::UnboundedSender<(Frame, T)> {
     let (queue, frames) = mpsc::unbounded_channel();
-    tokio::spawn(write_lane(send, priority, frames, written));
+    tokio::spawn(write_lane(connection, send, priority, frames, written));
     queue
 }
 
@@ -189,13 +190,14 @@ fn open_data_lane<T: Send + 'static>(
     let (queue, frames) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         if let Ok(send) = connection.open_uni().await {
-            write_lane(send, i32::from(delta), frames, written).await;
+            write_lane(connection, send, i32::from(delta), frames, written).await;
         }
     });
     queue
 }
 
 async fn write_lane<T>(
+    connection: Connection,
     mut send: SendStream,
     priority: i32,
     mut frames: mpsc::UnboundedReceiver<(Frame, T)>,
@@ -206,7 +208,9 @@ async fn write_lane<T>(
     while let Some((frame, token)) = frames.recv().await {
         let mut parts = frame.into_parts();
         if send.write_all_chunks(&mut parts).await.is_err() {
-            return; // the connection is over; its reader tells the session
+            // The connection is over, or the peer refuses this lane: without it the session would stand still, so
+            // the connection ends and its reader tells the session.
+            return CloseCode::Violation.close(&connection);
         }
         let _ = written.send(token);
     }

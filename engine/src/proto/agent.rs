@@ -122,7 +122,17 @@ struct SentBatch {
 struct WaitingBulk {
     chunk: u64,
     cost: u64,
+    plain_bytes: u64,
     frame: Frame,
+}
+
+/// What was handed to the transport for a disk since the agent started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SentBytes {
+    /// Plain payload; sent again counts again.
+    pub plain: u64,
+    /// Frames as encoded.
+    pub wire: u64,
 }
 
 #[derive(Debug)]
@@ -148,6 +158,7 @@ struct AgentDisk {
     next_request: u64,
     epoch: u64,
     newest_time: Timestamp,
+    sent: SentBytes,
 }
 
 impl AgentDisk {
@@ -405,6 +416,7 @@ impl Agent {
             next_request: 1,
             epoch: 0,
             newest_time: Timestamp::ZERO,
+            sent: SentBytes::default(),
         });
         if !matches!(disk.phase, AgentDiskPhase::Closed | AgentDiskPhase::Stopped) {
             return Ok(()); // offered twice: the first stands
@@ -627,7 +639,8 @@ impl Agent {
                 };
                 let cost = credit_cost(&records);
                 let frame = encode_bulk(&header, &records);
-                state.bulk.push_back(WaitingBulk { chunk: chunk.start, cost, frame });
+                let plain_bytes = records.iter().map(Record::plain_bytes).sum();
+                state.bulk.push_back(WaitingBulk { chunk: chunk.start, cost, plain_bytes, frame });
             }
             Sink::Delta if records.is_empty() => {
                 if let Some(pass) = state.pass.as_mut() {
@@ -764,6 +777,12 @@ impl Agent {
         self.disks.get(&disk).map_or(0, |disk| disk.unacked.iter().map(|batch| batch.cost).sum())
     }
 
+    /// What was handed to the transport for a disk.
+    #[must_use]
+    pub fn sent_bytes(&self, disk: DiskId) -> SentBytes {
+        self.disks.get(&disk).map_or_else(SentBytes::default, |disk| disk.sent)
+    }
+
     /// Sectors settled and in all of the running walk, if one runs.
     #[must_use]
     pub fn pass_progress(&self, disk: DiskId) -> Option<(u64, u64)> {
@@ -794,6 +813,8 @@ fn next_delta(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
         }
         disk.unsent_from += 1;
         let frame = encode_batch(&batch.header, &batch.records);
+        disk.sent.plain += batch.records.iter().map(Record::plain_bytes).sum::<u64>();
+        disk.sent.wire += frame.encoded_bytes() as u64;
         if let Some(chunk) = batch.chunk.take()
             && let Some(pass) = disk.pass.as_mut()
         {
@@ -817,6 +838,8 @@ fn next_bulk(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
         return None;
     }
     let bulk = disk.bulk.pop_front()?;
+    disk.sent.plain += bulk.plain_bytes;
+    disk.sent.wire += bulk.frame.encoded_bytes() as u64;
     if let Some(pass) = disk.pass.as_mut() {
         pass.handle_sent(bulk.chunk);
     }

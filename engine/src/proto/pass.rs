@@ -174,20 +174,11 @@ impl Pass {
         }
     }
 
-    /// The next run that nobody began, within one aligned chunk.
+    /// The next run that nobody began, within one aligned chunk; settled runs are stepped over whole, however long.
     fn next_range(&self) -> Option<SectorRange> {
-        let mut at = self.cursor;
-        while at < self.whole.end {
-            let window = SectorRange::new(
-                at,
-                ((at / self.chunk_sectors + 1) * self.chunk_sectors).min(self.whole.end),
-            );
-            if let Some(range) = self.begun.missing(window).first() {
-                return Some(*range);
-            }
-            at = window.end;
-        }
-        None
+        let rest = SectorRange::new(self.cursor.min(self.whole.end), self.whole.end);
+        let gap = self.begun.missing(rest).into_iter().next()?;
+        gap.aligned_pieces(self.chunk_sectors).next()
     }
 
     /// The chunk was read; `hashes` as asked for.
@@ -430,6 +421,18 @@ mod tests {
             reads += 1;
         }
         assert_eq!(reads, CHUNKS_OPEN_MAX);
+    }
+
+    #[test]
+    fn a_settled_disk_of_the_largest_size_is_walked_at_once() {
+        let disk = SectorRange::new(0, crate::limits::DISK_BYTES_MAX / SECTOR_BYTES);
+        let settled: RangeSet = [SectorRange::new(0, disk.end - 1)].into_iter().collect();
+        let mut pass = Pass::new(1, PassMode::Copy, Sink::Bulk, disk, settled);
+        let last = SectorRange::new(disk.end - 1, disk.end);
+        for _ in 0..100 {
+            let chunk = pass.poll_action();
+            assert!(chunk.is_none() || chunk == Some(PassAction::Read { chunk: last, hash: false }));
+        }
     }
 
     #[test]

@@ -23,8 +23,8 @@ use crate::format::extent::{Codec, Record};
 use crate::format::frame::{Frame, FrameKind};
 use crate::format::handshake::Hello;
 use crate::format::message::{Credit, GrantHead, Message};
-use crate::limits::HANDSHAKE_NANOS_MAX;
-use crate::units::{DiskId, MonoTime, PeerId, SECTOR_BYTES};
+use crate::limits::{DISKS_PER_AGENT_MAX, HANDSHAKE_NANOS_MAX};
+use crate::units::{DiskId, Generation, MonoTime, PeerId, SECTOR_BYTES};
 
 /// One side of a relayed session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,6 +75,15 @@ enum Slot {
     Ready { frame: Frame, cost: u64 },
 }
 
+impl BatchHead {
+    const fn generation(&self) -> Generation {
+        match self {
+            Self::Delta(header) => header.generation,
+            Self::Bulk(header) => header.generation,
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct RelayDisk {
     size_sectors: u64,
@@ -82,7 +91,23 @@ struct RelayDisk {
     received: u64,
     forwarded: u64,
     announced: u64,
-    generation: crate::units::Generation,
+    /// Cost of batches from before the disk was opened again that are still held: they free no window of this grant.
+    stale: u64,
+    plain_bytes: u64,
+    generation: Generation,
+}
+
+/// What a relayed disk holds and has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RelayDiskState {
+    /// The disk.
+    pub disk: DiskId,
+    /// Plain payload received since the session began.
+    pub plain_bytes: u64,
+    /// Credit cost held and not yet handed to the transport.
+    pub held_bytes: u64,
+    /// Credit cost the agent may have under way towards this relay or holds here: what memory must be kept for.
+    pub outstanding_bytes: u64,
 }
 
 /// One relayed session.
@@ -97,6 +122,7 @@ pub struct RelaySession {
     lanes: BTreeMap<Lane, VecDeque<Slot>>,
     disks: BTreeMap<DiskId, RelayDisk>,
     sizes: BTreeMap<DiskId, u64>,
+    windows: BTreeMap<DiskId, u64>,
     next_job: u64,
     held_bytes: u64,
     actions: VecDeque<RelayAction>,
@@ -116,6 +142,7 @@ impl RelaySession {
             lanes: BTreeMap::new(),
             disks: BTreeMap::new(),
             sizes: BTreeMap::new(),
+            windows: BTreeMap::new(),
             next_job: 0,
             held_bytes: 0,
             actions: VecDeque::new(),
@@ -126,6 +153,25 @@ impl RelaySession {
     #[must_use]
     pub const fn held_bytes(&self) -> u64 {
         self.held_bytes
+    }
+
+    /// Changes how much may be held for `disk`, from its next credit on; what was announced stays announced, so a
+    /// smaller window takes effect as [`RelayDiskState::outstanding_bytes`] falls.
+    pub fn set_window(&mut self, disk: DiskId, window_bytes: u64) {
+        let raised = self.windows.insert(disk, window_bytes).is_some_and(|old| window_bytes > old);
+        if raised {
+            self.announce_credit(disk);
+        }
+    }
+
+    /// The disks open in this session.
+    pub fn disks(&self) -> impl Iterator<Item = RelayDiskState> + '_ {
+        self.disks.iter().map(|(disk, state)| RelayDiskState {
+            disk: *disk,
+            plain_bytes: state.plain_bytes,
+            held_bytes: state.received.saturating_sub(state.forwarded) + state.stale,
+            outstanding_bytes: state.announced.saturating_sub(state.forwarded) + state.stale,
+        })
     }
 
     /// Takes a frame from one side.
@@ -188,6 +234,9 @@ impl RelaySession {
             }
             FrameKind::Mark => {
                 let Message::Mark(mark) = Message::decode(kind, &body)? else { return Ok(()) };
+                if !self.disks.contains_key(&mark.disk) {
+                    return Err(not_granted(mark.disk));
+                }
                 self.queue(Lane::Delta(mark.disk), Slot::Ready { frame: Frame::new(kind, body), cost: 0 });
                 Ok(())
             }
@@ -198,7 +247,13 @@ impl RelaySession {
             | FrameKind::PassBegin
             | FrameKind::PassEnd
             | FrameKind::Error => {
-                if let Message::OpenDisk(head, _) = Message::decode(kind, &body)? {
+                // The target decodes the others; here their kind and length are enough.
+                if kind == FrameKind::OpenDisk
+                    && let Message::OpenDisk(head, _) = Message::decode(kind, &body)?
+                {
+                    if self.sizes.len() >= DISKS_PER_AGENT_MAX && !self.sizes.contains_key(&head.disk) {
+                        return Err(ProtoError::Limit(format!("more than {DISKS_PER_AGENT_MAX} disks opened")));
+                    }
                     self.sizes.insert(head.disk, head.size_sectors);
                 }
                 self.pass_on(Side::Target, Lane::Control, Frame::new(kind, body));
@@ -216,8 +271,11 @@ impl RelaySession {
         records: Vec<Record>,
     ) -> Result<(), ProtoError> {
         let Some(disk) = self.disks.get_mut(&disk_id) else {
-            return Err(ProtoError::Identity(format!("disk {disk_id} was not granted in this session")));
+            return Err(not_granted(disk_id));
         };
+        if head.generation() != disk.generation {
+            return Ok(()); // sent before the disk was opened again: the target would refuse it (I9)
+        }
         let cost = credit_cost(&records);
         disk.received += cost;
         if disk.received > disk.announced {
@@ -229,6 +287,7 @@ impl RelaySession {
             }
             record.check_stored()?;
         }
+        disk.plain_bytes += records.iter().map(Record::plain_bytes).sum::<u64>();
         self.held_bytes += cost;
         if records.iter().any(|record| record.codec() == Codec::Raw) {
             let job = self.next_job;
@@ -315,7 +374,14 @@ impl RelaySession {
 
     fn handle_grant(&mut self, head: &GrantHead) {
         let size_sectors = self.sizes.get(&head.disk).copied().unwrap_or(0).min(u64::MAX / SECTOR_BYTES);
-        let disk = RelayDisk { size_sectors, generation: head.generation, ..RelayDisk::default() };
+        let before = self.disks.remove(&head.disk).unwrap_or_default();
+        let disk = RelayDisk {
+            size_sectors,
+            generation: head.generation,
+            stale: before.stale + before.received.saturating_sub(before.forwarded),
+            plain_bytes: before.plain_bytes,
+            ..RelayDisk::default()
+        };
         self.disks.insert(head.disk, disk);
     }
 
@@ -330,7 +396,9 @@ impl RelaySession {
     pub fn handle_forwarded(&mut self, disk: DiskId, cost: u64) {
         self.held_bytes = self.held_bytes.saturating_sub(cost);
         if let Some(state) = self.disks.get_mut(&disk) {
-            state.forwarded += cost;
+            let stale = state.stale.min(cost);
+            state.stale -= stale;
+            state.forwarded += cost - stale;
         }
         if cost > 0 {
             self.announce_credit(disk);
@@ -339,9 +407,9 @@ impl RelaySession {
 
     /// Passes on credit: never more than the target gave, never more than this relay will hold.
     fn announce_credit(&mut self, id: DiskId) {
-        let window = self.window_bytes;
+        let window = self.windows.get(&id).copied().unwrap_or(self.window_bytes);
         let Some(disk) = self.disks.get_mut(&id) else { return };
-        let limit = disk.upstream_limit.min(disk.forwarded + window);
+        let limit = disk.upstream_limit.min((disk.forwarded + window).saturating_sub(disk.stale));
         let worth_it = limit >= disk.announced + window / 8 || limit == disk.upstream_limit;
         if limit > disk.announced && worth_it {
             disk.announced = limit;
@@ -373,6 +441,10 @@ impl RelaySession {
         let outgoing = Outgoing { lane, frame };
         self.actions.push_back(RelayAction::Forward { to, outgoing, disk: DiskId::NONE, cost: 0 });
     }
+}
+
+fn not_granted(disk: DiskId) -> ProtoError {
+    ProtoError::Identity(format!("disk {disk} was not granted in this session"))
 }
 
 fn encode_head(head: &BatchHead, records: &[Record]) -> Frame {

@@ -92,9 +92,12 @@ struct Checkpoint {
     written_cost: u64,
     sequence: Sequence,
     marked: Sequence,
+    /// The pass that `settled` and `ends_pass` speak of: another may have begun when the checkpoint is done.
+    pass: u64,
     settled: RangeSet,
     ends_pass: bool,
-    grants: Option<SessionId>,
+    /// Who is granted the disk when this is done, and the generation that is then durable.
+    grants: Option<(SessionId, Generation)>,
     announces_pass: bool,
 }
 
@@ -119,6 +122,8 @@ pub struct TargetDisk {
     opening: Option<SessionId>,
     running: Option<Checkpoint>,
     durable: Sequence,
+    /// Sequence of the last mark that a finished checkpoint recorded.
+    durable_marked: Sequence,
     ever_opened: bool,
     limits: FlowLimits,
     actions: VecDeque<DiskAction>,
@@ -161,6 +166,7 @@ impl TargetDisk {
             phase: TargetDiskPhase::Closed,
             received: state.sequence,
             durable: state.sequence,
+            durable_marked: state.marked,
             ever_opened: state.generation > Generation::ZERO,
             state,
             dirty: false,
@@ -224,6 +230,9 @@ impl TargetDisk {
         if let Some(old) = self.session.take().filter(|old| *old != session) {
             self.reply(old, Message::Fenced(self.fenced()));
             self.notices.push_back(DiskNotice::FencedSession(old));
+        }
+        if let Some(running) = &mut self.running {
+            running.grants = None; // it records the generation before this one
         }
         self.opening = Some(session);
         self.received = self.state.sequence;
@@ -406,7 +415,7 @@ impl TargetDisk {
             self.phase.become_state(TargetDiskPhase::Closed);
         }
         if let Some(running) = &mut self.running
-            && running.grants == Some(session)
+            && running.grants.is_some_and(|(granted, _)| granted == session)
         {
             running.grants = None;
         }
@@ -433,6 +442,7 @@ impl TargetDisk {
     pub fn handle_checkpointed(&mut self, now: MonoTime) {
         let Some(done) = self.running.take() else { return };
         self.durable = done.sequence;
+        self.durable_marked = done.marked;
         self.window.made_durable(done.written_cost);
         if done.marked > Sequence::ZERO && done.marked == done.sequence {
             self.notices.push_back(DiskNotice::Marked(done.marked));
@@ -440,8 +450,9 @@ impl TargetDisk {
         if done.ends_pass {
             self.notices.push_back(DiskNotice::Synced);
         }
-        if let Some(session) = done.grants
+        if let Some((session, generation)) = done.grants
             && self.opening == Some(session)
+            && self.state.generation == generation
         {
             self.grant(session);
         } else if let Some(session) = self.session {
@@ -457,14 +468,15 @@ impl TargetDisk {
                 let head = BulkAckHead {
                     disk: self.state.disk,
                     generation: self.state.generation,
-                    pass: self.state.pass,
+                    pass: done.pass,
                     range_count: part.len() as u32,
                 };
                 self.reply(session, Message::BulkAck(head, part.to_vec()));
             }
         }
         self.ack(session);
-        if done.ends_pass || done.announces_pass {
+        let current = done.pass == self.state.pass; // one that began since is announced when it is durable
+        if current && (done.ends_pass || done.announces_pass) {
             self.reply(session, Message::PassState(self.pass_state()));
         }
         self.announce_credit();
@@ -544,7 +556,7 @@ impl TargetDisk {
     #[must_use]
     pub fn poll_timeout(&self) -> Option<MonoTime> {
         self.dirty_since
-            .filter(|_| self.running.is_none())
+            .filter(|_| self.running.is_none() && self.phase != TargetDiskPhase::Failed)
             .map(|since| since.plus_nanos(self.limits.flush_nanos))
     }
 
@@ -609,9 +621,10 @@ impl TargetDisk {
             written_cost: self.ordered_cost,
             sequence: self.state.sequence,
             marked: self.state.marked,
+            pass: self.state.pass,
             settled: std::mem::take(&mut self.fresh_settled),
             ends_pass,
-            grants: self.opening,
+            grants: self.opening.map(|session| (session, self.state.generation)),
             announces_pass: std::mem::take(&mut self.pass_announce),
         });
         self.actions.push_back(DiskAction::Checkpoint { state: Box::new(self.state.clone()) });
@@ -637,7 +650,7 @@ impl TargetDisk {
             received: self.received,
             durable: self.durable,
             applied: self.durable,
-            marked: self.state.marked.min(self.durable),
+            marked: self.durable_marked,
         };
         self.reply(session, Message::Ack(ack));
     }

@@ -1,10 +1,9 @@
-//! The master target's commands that need no daemon and no data path: `check-config`.
+//! `check-config`: whether the configuration holds, or the commented default.
 //!
-//! Invariant: a command prints its result to standard output once, and says in its error what to do.
-//! Called by `main`.
+//! Invariant: needs neither daemon nor state, so that it works where nothing else does yet. Called by the dispatcher.
 
 use anyhow::Context;
-use reprotect_engine::host::config::{ConfigError, Overrides};
+use reprotect_engine::host::config::Overrides;
 use reprotect_engine::host::config_doc;
 use reprotect_engine::host::output::Output;
 use serde_json::json;
@@ -15,7 +14,7 @@ use crate::config::{KEYS, RawConfig, Settings};
 /// `check-config`: resolves the configuration, or prints the commented default.
 ///
 /// # Errors
-/// [`ConfigError`] names file, line, key, what is wrong and what to write.
+/// Names file, line, key, what is wrong and what to write.
 pub fn check_config(overrides: &Overrides, args: &CheckConfigArgs, output: Output) -> anyhow::Result<()> {
     if args.print_default {
         let text = config_doc::render::<RawConfig>("Configuration of reprotect-master-target.", &KEYS)
@@ -30,10 +29,4 @@ pub fn check_config(overrides: &Overrides, args: &CheckConfigArgs, output: Outpu
         if found { format!("{path}: valid") } else { format!("{path}: does not exist, the defaults hold") }
     })?;
     Ok(())
-}
-
-/// Whether `error` is the operator's command line or configuration, which has its own exit status.
-#[must_use]
-pub fn is_usage(error: &anyhow::Error) -> bool {
-    error.is::<ConfigError>()
 }

@@ -1,0 +1,62 @@
+//! What the agent's admin interface says: the JSON that daemon and commands exchange, version 1.
+//!
+//! Invariants: fields are only added; counters run from the daemon's start; bytes are plain numbers. Used by `daemon`
+//! and `commands`.
+
+use serde::{Deserialize, Serialize};
+
+/// A protected disk.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct DiskInfo {
+    /// Its UUID.
+    pub disk: String,
+    /// Its path on this machine.
+    pub source: String,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// `offered`, `copying`, `comparing`, `scanning`, `synced`, `stopped` or `disconnected`.
+    pub state: String,
+    /// Bytes settled by the running walk; the size when none runs.
+    pub settled_bytes: u64,
+    /// Bytes read from the disk.
+    pub read_bytes: u64,
+    /// Plain bytes handed to the transport; sent again counts again.
+    pub plain_bytes_sent: u64,
+    /// Bytes of batches handed to the transport.
+    pub wire_bytes_sent: u64,
+    /// Durable sequence.
+    pub durable: u64,
+    /// Last sequence given.
+    pub last: u64,
+    /// Scan rounds whose mark is durable.
+    pub scan_rounds: u64,
+    /// When the newest durable round or pass began reading, milliseconds since the UNIX epoch; zero for none.
+    pub durable_as_of_ms: u64,
+    /// What is wrong, if anything.
+    pub problem: Option<String>,
+}
+
+/// `GET /v1/status`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct StatusInfo {
+    /// The program's version.
+    pub version: String,
+    /// This agent.
+    pub agent: String,
+    /// Seconds since the start.
+    pub uptime_seconds: u64,
+    /// Whether a session is up.
+    pub connected: bool,
+    /// The peer of the session.
+    pub upstream: Option<String>,
+    /// Its role: `process-server` or `master-target`.
+    pub upstream_role: Option<String>,
+    /// Sessions begun.
+    pub sessions: u64,
+    /// Why the last session ended, while none is up.
+    pub problem: Option<String>,
+    /// zstd level in use, where this agent compresses.
+    pub level: Option<i32>,
+    /// Its protected disks.
+    pub disks: Vec<DiskInfo>,
+}

@@ -1,0 +1,149 @@
+//! The agent's commands that concern the running daemon: `run`, `enroll`, `status`.
+//!
+//! Invariant: a command prints its result to standard output once, and says in its error what to do.
+//! Called by `main`.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use reprotect_engine::host::admin_client::AdminClient;
+use reprotect_engine::host::output::{self, Align, Output, Table};
+use reprotect_engine::host::places::Program;
+use reprotect_engine::host::shutdown::{Shutdown, on_signals};
+use reprotect_engine::io::durable::{Access, replace_file};
+use reprotect_engine::net::enroll::enroll as enroll_at;
+use reprotect_engine::net::identity::Role;
+use reprotect_engine::net::token::Token;
+use serde_json::json;
+
+use crate::api::{DiskInfo, StatusInfo};
+use crate::cli::{EnrollArgs, StatusArgs};
+use crate::config::Settings;
+use crate::daemon::{self, UPSTREAM_FILE};
+
+/// How often `status --watch` looks.
+const WATCH: Duration = Duration::from_millis(500);
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("the system gives no threads; raise the limit on processes")
+}
+
+/// `run`: the daemon, in the foreground, until a signal.
+///
+/// # Errors
+/// When something the daemon needs cannot be had.
+pub fn run(settings: Settings) -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    runtime.block_on(async {
+        let (trigger, shutdown) = Shutdown::new();
+        on_signals(trigger)?;
+        daemon::run(settings, shutdown).await
+    })?;
+    // Reader and worker threads hold nothing that must be saved.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    Ok(())
+}
+
+/// `enroll`: this machine's certificate, for a token of the master target.
+///
+/// # Errors
+/// When the token does not fit or the target refuses.
+pub fn enroll(settings: &Settings, args: &EnrollArgs, output: Output) -> anyhow::Result<()> {
+    let token: Token = args.token.parse()?;
+    settings.places.create_state_dir()?;
+    let state_dir = &settings.places.state_dir;
+    let identity = runtime()?.block_on(enroll_at(&token, Role::Agent, &daemon::host_name(), state_dir))?;
+    let upstream = state_dir.join(UPSTREAM_FILE);
+    replace_file(&upstream, token.addresses.join("\n").as_bytes(), Access::Private)?;
+    let own = identity.own();
+    output.result(
+        &json!({ "agent": own.peer.to_string(), "site": own.site, "upstream": token.addresses }),
+        || {
+            format!(
+                "Enrolled at site {} as agent {}.\nIt will connect to {} unless `upstream` is configured.\nNext: start the daemon with `reprotect-agent run`.",
+                own.site,
+                own.peer,
+                token.addresses.join(", ")
+            )
+        },
+    )?;
+    Ok(())
+}
+
+/// `status`: what the running daemon says of itself.
+///
+/// # Errors
+/// When it does not run.
+pub fn status(settings: &Settings, args: &StatusArgs, output: Output) -> anyhow::Result<()> {
+    let client = AdminClient::new(Program::Agent, &settings.places.socket);
+    runtime()?.block_on(async {
+        if !args.watch {
+            let info: StatusInfo = client.get_json("/v1/status").await?;
+            output.result(&info, || render(&info))?;
+            return Ok(());
+        }
+        watch(&client, output).await
+    })
+}
+
+async fn watch(client: &AdminClient, output: Output) -> anyhow::Result<()> {
+    let mut bars = std::collections::BTreeMap::new();
+    loop {
+        let info: StatusInfo = client.get_json("/v1/status").await?;
+        if output.json() {
+            output.result(&info, String::new)?;
+        } else {
+            for disk in &info.disks {
+                let bar = bars
+                    .entry(disk.disk.clone())
+                    .or_insert_with(|| output.progress(&format!("{} {}", disk.source, disk.state), disk.size_bytes));
+                bar.update(disk.settled_bytes, disk.size_bytes, Instant::now());
+            }
+        }
+        tokio::time::sleep(WATCH).await;
+    }
+}
+
+fn render(info: &StatusInfo) -> String {
+    let link = match (&info.upstream, info.connected) {
+        (Some(upstream), true) => {
+            format!("connected to {} {upstream}", info.upstream_role.as_deref().unwrap_or("peer"))
+        }
+        _ => format!("not connected: {}", info.problem.as_deref().unwrap_or("no session yet")),
+    };
+    let mut table = Table::new(&[
+        ("DISK", Align::Left),
+        ("SIZE", Align::Right),
+        ("STATE", Align::Left),
+        ("DONE", Align::Right),
+        ("READ", Align::Right),
+        ("SENT", Align::Right),
+        ("ROUNDS", Align::Right),
+        ("PROBLEM", Align::Left),
+    ]);
+    for disk in &info.disks {
+        table.row([
+            disk.source.clone(),
+            output::bytes(disk.size_bytes),
+            disk.state.clone(),
+            percent(disk),
+            output::bytes(disk.read_bytes),
+            output::bytes(disk.wire_bytes_sent),
+            disk.scan_rounds.to_string(),
+            disk.problem.clone().unwrap_or_default(),
+        ]);
+    }
+    let disks = if table.is_empty() {
+        "No disk is protected yet: run `reprotect-master-target protect` for this machine.".to_owned()
+    } else {
+        table.render()
+    };
+    format!("agent {}, {link}\n{disks}", info.agent)
+}
+
+fn percent(disk: &DiskInfo) -> String {
+    format!("{} %", disk.settled_bytes.saturating_mul(100) / disk.size_bytes.max(1))
+}

@@ -1,0 +1,145 @@
+//! The source disks: what they hold, who wrote it, and the stream of writes.
+//!
+//! Invariants: every sector's content is derived from the write that put it there (`content`), so that the checker
+//! can tell which write a sector holds; write ids count up per disk and 0 is what was there at the beginning.
+//! Units: sectors. Called by `sim::agent` (reads), `sim::world` (writes) and `sim::checker`.
+
+use super::rng::{Rng, mix};
+use crate::units::{SECTOR_BYTES, SectorRange};
+
+/// What a write put there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WriteKind {
+    /// Data that compress well or not at all.
+    Data,
+    /// Zeros.
+    Zero,
+    /// A discard, which reads as zeros.
+    Discard,
+}
+
+/// Write id of what a target held before it was protected.
+pub(super) const OLD_TARGET: u64 = u64::MAX;
+
+/// A source disk.
+#[derive(Debug)]
+pub(super) struct Source {
+    salt: u64,
+    /// Its size in sectors.
+    pub(super) sectors: u64,
+    bytes: Vec<u8>,
+    /// Kind of each write; index 0 stands for the first content.
+    kinds: Vec<WriteKind>,
+    /// The writes that touched each sector, ascending; begins with 0.
+    history: Vec<Vec<u64>>,
+}
+
+impl Source {
+    /// A disk of `sectors` with some content.
+    pub(super) fn new(salt: u64, sectors: u64) -> Self {
+        let mut source = Self {
+            salt,
+            sectors,
+            bytes: vec![0; (sectors * SECTOR_BYTES) as usize],
+            kinds: vec![WriteKind::Data],
+            history: vec![vec![0]; sectors as usize],
+        };
+        for sector in 0..sectors {
+            source.put(0, sector);
+        }
+        source
+    }
+
+    /// What a target may hold before it is protected: partly equal, partly older, partly foreign.
+    pub(super) fn old_target(&self) -> Vec<u8> {
+        let mut bytes = self.bytes.clone();
+        for sector in 0..self.sectors {
+            match mix(self.salt ^ (sector / 24)) % 4 {
+                0 => bytes[span(sector)].fill(0),
+                1 => bytes[span(sector)].copy_from_slice(&self.content(OLD_TARGET, sector)),
+                _ => {}
+            }
+        }
+        bytes
+    }
+
+    /// The newest write's id.
+    pub(super) const fn newest(&self) -> u64 {
+        self.kinds.len() as u64 - 1
+    }
+
+    /// Applies a write and answers its id.
+    pub(super) fn write(&mut self, range: SectorRange, kind: WriteKind) -> u64 {
+        self.kinds.push(kind);
+        let id = self.newest();
+        for sector in range.start..range.end {
+            self.put(id, sector);
+            self.history[sector as usize].push(id);
+        }
+        id
+    }
+
+    fn put(&mut self, id: u64, sector: u64) {
+        let content = self.content(id, sector);
+        self.bytes[span(sector)].copy_from_slice(&content);
+    }
+
+    /// The bytes of a run now.
+    pub(super) fn read(&self, range: SectorRange) -> &[u8] {
+        let from = range.byte_start() as usize;
+        &self.bytes[from..from + range.bytes() as usize]
+    }
+
+    /// All bytes now.
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The writes that touched a sector, ascending.
+    pub(super) fn history(&self, sector: u64) -> &[u64] {
+        &self.history[sector as usize]
+    }
+
+    /// What write `id` left in `sector`.
+    pub(super) fn content(&self, id: u64, sector: u64) -> [u8; SECTOR_BYTES as usize] {
+        let mut out = [0; SECTOR_BYTES as usize];
+        let zero = match id {
+            0 => mix(self.salt ^ (sector / 200)).is_multiple_of(2),
+            OLD_TARGET => false,
+            _ => self.kinds[id as usize] != WriteKind::Data,
+        };
+        if zero {
+            return out;
+        }
+        let stamp = mix(self.salt ^ id.wrapping_mul(0x1_0000_0001)) ^ mix(sector);
+        let noisy = id % 3 == 1;
+        for (index, word) in out.chunks_exact_mut(8).enumerate() {
+            let value = if noisy { mix(stamp ^ index as u64) } else { stamp };
+            word.copy_from_slice(&value.to_le_bytes());
+        }
+        out
+    }
+}
+
+/// The bytes of a sector.
+pub(super) fn span(sector: u64) -> std::ops::Range<usize> {
+    let from = (sector * SECTOR_BYTES) as usize;
+    from..from + SECTOR_BYTES as usize
+}
+
+/// The next write: often to the same few places, so that order matters.
+pub(super) fn next_write(rng: &mut Rng, sectors: u64) -> (SectorRange, WriteKind) {
+    let hot = rng.chance(500);
+    let start = if hot { rng.below(sectors.min(96)) } else { rng.below(sectors) };
+    let length = match rng.below(10) {
+        0..=4 => rng.between(1, 8),
+        5..=8 => rng.between(1, 64),
+        _ => rng.between(64, 300),
+    };
+    let kind = match rng.below(10) {
+        0 => WriteKind::Zero,
+        1 => WriteKind::Discard,
+        _ => WriteKind::Data,
+    };
+    (SectorRange::new(start, (start + length).min(sectors)), kind)
+}

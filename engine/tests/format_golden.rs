@@ -1,0 +1,208 @@
+//! Golden files: the bytes of every structure, so that a change of a format shows in review and old bytes stay
+//! readable. `UPDATE_GOLDEN=1 cargo test -p reprotect-engine --test format_golden` rewrites them, except the handshake,
+//! whose bytes are frozen for ever and stand a second time in this file.
+//!
+//! Layout of a golden file: a line `== NAME`, then lines of up to 16 bytes, `offset: hex`.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+mod samples;
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use bytes::{Bytes, BytesMut};
+use reprotect_engine::compress::Decompressor;
+use reprotect_engine::format::batch::{decode_batch, decode_bulk, encode_batch, encode_bulk};
+use reprotect_engine::format::disk_state::DiskState;
+use reprotect_engine::format::extent::Record;
+use reprotect_engine::format::frame::{Frame, FrameHeader, FrameKind};
+use reprotect_engine::format::handshake::{Hello, HelloAck};
+use reprotect_engine::format::message::Message;
+use reprotect_engine::units::SectorRange;
+use samples::{DISK, batch_header, bulk_header};
+
+type Sections = Vec<(String, Vec<u8>)>;
+
+fn path(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+fn dump(sections: &Sections) -> String {
+    let mut out = String::new();
+    for (name, bytes) in sections {
+        writeln!(out, "== {name}").unwrap();
+        for (at, line) in bytes.chunks(16).enumerate() {
+            let hex: Vec<String> = line.iter().map(|byte| format!("{byte:02x}")).collect();
+            writeln!(out, "{:04x}: {}", at * 16, hex.join(" ")).unwrap();
+        }
+    }
+    out
+}
+
+fn parse(text: &str) -> Sections {
+    let mut sections = Sections::new();
+    for line in text.lines() {
+        if let Some(name) = line.strip_prefix("== ") {
+            sections.push((name.to_owned(), Vec::new()));
+        } else if let Some((_, hex)) = line.split_once(": ") {
+            let bytes = hex.split(' ').map(|byte| u8::from_str_radix(byte, 16).unwrap());
+            sections.last_mut().unwrap().1.extend(bytes);
+        }
+    }
+    sections
+}
+
+/// Compares with the file (or rewrites it where that is asked for and allowed) and answers what the file holds.
+fn check(name: &str, sections: &Sections, frozen: bool) -> Sections {
+    if std::env::var_os("UPDATE_GOLDEN").is_some() && !frozen {
+        std::fs::write(path(name), dump(sections)).unwrap();
+    }
+    let golden = std::fs::read_to_string(path(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+    assert_eq!(
+        dump(sections),
+        golden,
+        "{name}: the format changed; if that is meant, bump its version, then set UPDATE_GOLDEN=1"
+    );
+    parse(&golden)
+}
+
+fn bytes_of(frame: &Frame) -> Vec<u8> {
+    frame.parts().concat()
+}
+
+/// Header and body of an encoded frame.
+fn split(bytes: &[u8]) -> (FrameHeader, Bytes) {
+    let (head, body) = bytes.split_first_chunk().unwrap();
+    let header = FrameHeader::decode(head).unwrap();
+    assert_eq!(header.body_bytes as usize, body.len());
+    (header, Bytes::copy_from_slice(body))
+}
+
+#[rustfmt::skip]
+const HELLO_FROZEN: [u8; 128] = [
+    b'R', b'E', b'P', b'R', b'O', b'T', b'E', b'C',
+    1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,                                                 // versions
+    0, 0, 0, 0, 0, 0, 0, 0,                                                                         // required
+    1, 0, 0, 0, 0, 0, 0, 0x80,                                                                      // optional
+    0xa1, 0xa1, 0xa1, 0xa1, 0xa1, 0xa1, 0xa1, 0xa1, 0xa1, 0xa1, 0xa1, 0xa1, 0xa1, 0xa1, 0xa1, 0xa1, // agent
+    0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, // target
+    0x5e, 0x5e, 0x5e, 0x5e, 0x5e, 0x5e, 0x5e, 0x5e, 0x5e, 0x5e, 0x5e, 0x5e, 0x5e, 0x5e, 0x5e, 0x5e, // session
+    1, 1,                                                                                           // role, relays
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+];
+
+#[rustfmt::skip]
+const HELLO_ACK_FROZEN: [u8; 96] = [
+    b'R', b'E', b'P', b'R', b'O', b'T', b'E', b'C',
+    1, 0, 3,                                                                                        // version, role
+    0, 0, 0, 0, 0, 0, 0, 0,                                                                         // features
+    0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, 0x71, // target
+    0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, // nonce
+    0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e, 0x0e,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+];
+
+#[test]
+fn the_handshake_is_frozen_for_ever() {
+    let (hello, ack) = (samples::hello(), samples::hello_ack());
+    assert_eq!(hello.to_bytes(), HELLO_FROZEN);
+    assert_eq!(ack.to_bytes(), HELLO_ACK_FROZEN);
+    let sections = vec![
+        ("HELLO".into(), hello.to_bytes().to_vec()),
+        ("HELLO_ACK".into(), ack.to_bytes().to_vec()),
+        ("HELLO in its frame".into(), bytes_of(&Message::Hello(hello).encode())),
+        ("HELLO_ACK in its frame".into(), bytes_of(&Message::HelloAck(ack).encode())),
+    ];
+    let golden = check("handshake.txt", &sections, true);
+    assert_eq!(Hello::decode(&golden[0].1).unwrap(), hello);
+    assert_eq!(HelloAck::decode(&golden[1].1).unwrap(), ack);
+}
+
+#[test]
+fn every_message_has_the_bytes_it_always_had() {
+    let messages = samples::messages();
+    let sections =
+        messages.iter().map(|(name, m)| ((*name).to_owned(), bytes_of(&m.encode()))).collect::<Sections>();
+    let golden = check("messages.txt", &sections, false);
+    for ((name, message), (_, bytes)) in messages.iter().zip(&golden) {
+        let (header, body) = split(bytes);
+        assert_eq!(&Message::decode(header.kind, &body).unwrap(), message, "{name}");
+    }
+}
+
+#[test]
+fn every_frame_kind_has_a_golden_file() {
+    let mut kinds: Vec<FrameKind> = samples::messages().iter().map(|(_, m)| m.encode().kind()).collect();
+    kinds.extend([FrameKind::Hello, FrameKind::HelloAck, FrameKind::Batch, FrameKind::Bulk]);
+    for kind in FrameKind::ALL {
+        assert!(kinds.contains(kind), "{kind:?} is missing from samples/mod.rs");
+    }
+}
+
+#[test]
+fn frame_headers_have_the_bytes_they_always_had() {
+    let sections = FrameKind::ALL
+        .iter()
+        .map(|kind| {
+            let header = FrameHeader::new(*kind, kind.body_bytes_max());
+            (format!("{kind:?}, {} bytes", header.body_bytes), header.to_bytes().to_vec())
+        })
+        .collect::<Sections>();
+    for ((_, bytes), kind) in check("frame_headers.txt", &sections, false).iter().zip(FrameKind::ALL) {
+        assert_eq!(FrameHeader::decode(bytes.first_chunk().unwrap()).unwrap().kind, *kind);
+    }
+}
+
+#[test]
+fn records_have_the_bytes_they_always_had() {
+    let records = samples::records();
+    let encoded = |record: &Record| {
+        let mut out = BytesMut::new();
+        record.put_head(&mut out);
+        out.extend_from_slice(record.payload());
+        out.to_vec()
+    };
+    let sections =
+        records.iter().map(|(name, record)| ((*name).to_owned(), encoded(record))).collect::<Sections>();
+    let mut decompressor = Decompressor::new().unwrap();
+    for ((name, record), (_, bytes)) in records.iter().zip(check("records.txt", &sections, false)) {
+        let mut bytes = Bytes::from(bytes);
+        let taken = Record::take(&mut bytes).unwrap();
+        assert!(bytes.is_empty(), "{name}");
+        assert_eq!(&taken, record, "{name}");
+        let mut plain = vec![0; taken.plain_bytes() as usize];
+        taken.open_into(&mut decompressor, &mut plain).unwrap();
+        if *name == "ZSTD" {
+            assert_eq!(plain, [b'A'; 4096]);
+        }
+    }
+}
+
+#[test]
+fn batches_have_the_bytes_they_always_had() {
+    let records = samples::all_records();
+    let batch = batch_header(records.len() as u32);
+    let cover = SectorRange::new(0, 1 << 21);
+    let bulk = bulk_header(cover, records.len() as u32);
+    let nothing = bulk_header(SectorRange::new(8, 16), 0);
+    let sections = vec![
+        ("BATCH".into(), bytes_of(&encode_batch(&batch, &records))),
+        ("BULK".into(), bytes_of(&encode_bulk(&bulk, &records))),
+        ("BULK that settles without records".into(), bytes_of(&encode_bulk(&nothing, &[]))),
+        ("chain digest after BATCH".into(), batch.chain_after(&records).to_vec()),
+    ];
+    let golden = check("batches.txt", &sections, false);
+    assert_eq!(decode_batch(split(&golden[0].1).1).unwrap(), (batch, records.clone()));
+    assert_eq!(decode_bulk(split(&golden[1].1).1).unwrap(), (bulk, records));
+    assert_eq!(decode_bulk(split(&golden[2].1).1).unwrap(), (nothing, Vec::new()));
+}
+
+#[test]
+fn the_state_file_has_the_bytes_it_always_had() {
+    let state = samples::disk_state();
+    let golden = check("disk_state.txt", &vec![("DiskState".into(), state.to_bytes())], false);
+    let read = DiskState::decode(&golden[0].1).unwrap();
+    assert_eq!(read, state);
+    assert_eq!(read.disk, DISK);
+}

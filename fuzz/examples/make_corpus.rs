@@ -1,0 +1,104 @@
+//! Writes the seed corpus: `cargo run -p reprotect-fuzz --example make_corpus`. Seeds of decoders come from the golden
+//! files, seeds of sessions are scripts (see `src/script.rs`). Files that are already there and not seeds are kept.
+
+use std::path::Path;
+
+use reprotect_engine::format::frame::{FrameHeader, FrameKind};
+use reprotect_fuzz::mutate::Random;
+
+type Sections = Vec<(String, Vec<u8>)>;
+
+/// Reads a golden file: `== NAME`, then `offset: hex` lines.
+fn golden(name: &str) -> Sections {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/tests/golden").join(name);
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let mut sections = Sections::new();
+    for line in text.lines() {
+        if let Some(name) = line.strip_prefix("== ") {
+            sections.push((name.to_owned(), Vec::new()));
+        } else if let (Some((_, hex)), Some(last)) = (line.split_once(": "), sections.last_mut()) {
+            last.1.extend(hex.split(' ').filter_map(|byte| u8::from_str_radix(byte, 16).ok()));
+        }
+    }
+    sections
+}
+
+fn write(target: &str, name: &str, bytes: &[u8]) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
+    let name: String =
+        name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '_' }).collect();
+    std::fs::create_dir_all(&folder).and_then(|()| std::fs::write(folder.join(name), bytes)).expect("corpus");
+}
+
+/// A frame as seeds of `frame`, of `message` (kind byte before the body) and of its batch target.
+fn frame(name: &str, bytes: &[u8]) {
+    write("frame", name, bytes);
+    let (head, body) = bytes.split_first_chunk().expect("a frame");
+    let kind = FrameHeader::decode(head).expect("a golden frame").kind;
+    match kind {
+        FrameKind::Batch => write("batch", name, body),
+        FrameKind::Bulk => write("bulk", name, body),
+        _ => {
+            let index = FrameKind::ALL.iter().position(|other| *other == kind).expect("a kind") as u8;
+            write("message", name, &[&[index], body].concat());
+        }
+    }
+}
+
+/// A script: the opening steps given, then random ones of which `usual` come more often.
+fn script(target: &str, name: &str, opening: &[&[u8]], usual: &[u8], seed: u64) {
+    let mut random = Random::new(seed);
+    let mut bytes: Vec<u8> = opening.concat();
+    for _ in 0..60 {
+        bytes.push(usual[random.below(usual.len())]);
+        // small arguments are the sensible ones
+        let calm = random.below(4) > 0;
+        bytes.extend((0..random.below(12)).map(|_| random.next() as u8 % if calm { 128 } else { 255 }));
+    }
+    write(target, name, &bytes);
+}
+
+fn main() {
+    for (name, bytes) in golden("handshake.txt") {
+        if name.contains("frame") { frame(&name, &bytes) } else { write("hello", &name, &bytes) }
+    }
+    for (name, bytes) in golden("messages.txt") {
+        frame(&name, &bytes);
+    }
+    for (name, bytes) in golden("batches.txt") {
+        if !name.starts_with("chain") {
+            frame(&name, &bytes);
+        }
+    }
+    for (name, bytes) in golden("records.txt") {
+        write("record", &name, &bytes);
+    }
+    for (name, bytes) in golden("disk_state.txt") {
+        write("disk_state", &name, &bytes);
+    }
+    sessions();
+}
+
+fn sessions() {
+    // Each opening brings the session to an open disk; see the `step` function of each session for the numbers.
+    let agent: &[&[u8]] =
+        &[&[0], &[0; 5], &[1, 0, 4, 0, 0, 0], &[3, 0, 1, 0, 0, 0, 0, 0, 1, 0], &[5, 0, 0, 0xff, 0xff, 0, 0]];
+    let target: &[&[u8]] = &[&[0; 8], &[4, 0, 0, 0, 0], &[12, 31]];
+    let relay: &[&[u8]] = &[&[0; 8], &[1, 0, 0, 0, 0], &[2, 0, 0xff, 0xff, 0, 0]];
+    for seed in 0..8_u64 {
+        let name = format!("script_{seed}");
+        script(
+            "agent_session",
+            &name,
+            agent,
+            &[3, 5, 6, 7, 9, 12, 13, 14, 18, 19, 20, 21, 21, 22, 23, 11, 15],
+            seed,
+        );
+        script("target_session", &name, target, &[4, 5, 5, 5, 6, 6, 7, 8, 9, 10, 12, 12, 12, 13, 14], seed);
+        script("relay_session", &name, relay, &[1, 2, 3, 3, 3, 4, 4, 5, 6, 7, 8, 8, 9, 9], seed);
+    }
+    for target in ["agent_session", "target_session", "relay_session"] {
+        write(target, "nothing", &[]);
+        write(target, "every_step_once", &(0..=255_u8).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,85 @@
+//! The master target's commands, one file each; `main` dispatches to them.
+//!
+//! Invariants: a command prints its result to standard output once and everything else to standard error, says in its
+//! error what to do, and asks before it destroys anything; without a terminal it never waits for an answer. Commands
+//! that need the daemon talk to its admin socket; `run`, `check-config`, `check` and `inspect` need none.
+
+pub mod ask;
+pub mod config;
+pub mod peers;
+pub mod protect;
+pub mod run;
+pub mod status;
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use reprotect_engine::host::admin_client::AdminClient;
+use reprotect_engine::host::config::ConfigError;
+use reprotect_engine::host::output::{EXIT_FAILED, EXIT_OK, EXIT_USAGE, Output};
+use reprotect_engine::host::places::Program;
+
+use crate::cli::{Cli, Command};
+use crate::config::Settings;
+
+/// How long a command waits for the daemon: creating and examining disks on a slow datastore takes its time.
+const DAEMON_WAIT: Duration = Duration::from_secs(600);
+
+/// What every command works with.
+#[derive(Debug)]
+pub struct Context {
+    /// The configuration.
+    pub settings: Settings,
+    /// How results are printed.
+    pub output: Output,
+}
+
+impl Context {
+    /// The daemon of this configuration.
+    #[must_use]
+    pub fn daemon(&self) -> AdminClient {
+        AdminClient::new(Program::MasterTarget, &self.settings.places.socket).with_wait(DAEMON_WAIT)
+    }
+}
+
+/// Runs the command of a parsed command line; answers the exit status, errors already printed.
+#[must_use]
+pub fn dispatch(cli: Cli) -> u8 {
+    match carry_out(cli) {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("{}: {error:#}", Program::MasterTarget);
+            if error.is::<ConfigError>() { EXIT_USAGE } else { EXIT_FAILED }
+        }
+    }
+}
+
+fn carry_out(cli: Cli) -> anyhow::Result<u8> {
+    let output = Output::new(cli.global.json);
+    let overrides = cli.global.overrides();
+    if let Command::CheckConfig(args) = &cli.command {
+        return config::check_config(&overrides, args, output).map(|()| EXIT_OK);
+    }
+    let settings = Settings::load(&overrides)?;
+    let context = Context { settings, output };
+    match cli.command {
+        Command::Run(args) => run::run(context.settings, &overrides, &args)?,
+        Command::Invite(args) => wait(peers::invite(&context, &args))?,
+        Command::Revoke(args) => wait(peers::revoke(&context, &args))?,
+        Command::Machines(_) => wait(peers::machines(&context))?,
+        Command::Protect(args) => wait(protect::protect(&context, &args))?,
+        Command::Status(args) => wait(status::status(&context, &args))?,
+        Command::CheckConfig(_) => {} // above: it must work when the configuration does not
+        Command::Check(_) | Command::Inspect(_) => anyhow::bail!("this command is not in this build"),
+    }
+    Ok(EXIT_OK)
+}
+
+/// Runs a command's conversation with the daemon.
+fn wait(command: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("the system gives no event queue; raise the limit of open files (ulimit -n)")?;
+    runtime.block_on(command)
+}
