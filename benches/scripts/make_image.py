@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -104,42 +105,52 @@ def make_holes(folder, rng, size):
             file.truncate(file.tell() + (8 << 20))
 
 
-def machine_files():
-    """Regular, readable files of this machine with their sizes, in a stable order."""
-    found = []
-    for root in ROOTS:
-        for folder, folders, names in os.walk(root):
-            folders.sort()
+def machine_files(rng, wanted):
+    """Regular files of this machine with their sizes, until they are three times `wanted`: a large machine has
+    millions, and looking at all of them takes longer than the rest."""
+    folders = sorted(entry.path for root in ROOTS if os.path.isdir(root)
+                     for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
+    rng.shuffle(folders)
+    found, total = [], 0
+    for top in folders:
+        for folder, inner, names in os.walk(top):
+            inner.sort()
             for name in sorted(names):
                 path = os.path.join(folder, name)
                 try:
                     info = os.lstat(path)
                 except OSError:
                     continue
-                if (info.st_mode & 0o170000) == 0o100000 and 0 < info.st_size <= FILE_BYTES_MAX \
-                        and os.access(path, os.R_OK):
+                if stat.S_ISREG(info.st_mode) and 0 < info.st_size <= FILE_BYTES_MAX:
                     found.append((path, info.st_size))
+                    total += info.st_size
+            if total > 3 * wanted:
+                return found
     return found
 
 
 def take(source, target):
-    """A hard link where the file system allows one, else a copy."""
+    """A hard link where the file system allows one, else a copy; False where neither may be."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        try:
+            shutil.copyfile(source, target)
+        except OSError:
+            target.unlink(missing_ok=True)
+            return False
+    return True
 
 
 def copy_machine_files(folder, rng, size):
     """Files of the machine up to `size`; answers what could not be filled."""
-    files = machine_files()
+    files = machine_files(rng, size)
     rng.shuffle(files)
     left = size
     for path, length in files:
         cost = (length + 4095) // 4096 * 4096 + 512
-        if cost <= left:
-            take(path, folder / path.lstrip("/"))
+        if cost <= left and take(path, folder / path.lstrip("/")):
             left -= cost
         if left < 65536:
             break

@@ -52,7 +52,7 @@ class Pipeline:
         self.configs = {AGENT: agent or {}, RELAY: process_server or {}, TARGET: target or {}}
         self.disk = None
         self.datastore = lab.dir / "datastore"
-        self.datastore.mkdir()
+        self.datastore.mkdir(exist_ok=True)
 
     def start(self):
         """Starts everything; certificates are fresh."""
@@ -75,7 +75,7 @@ class Pipeline:
 
     def enroll(self, daemon):
         invitation = self.lab.target.command("invite", "--role", daemon.name)
-        daemon.command("enroll", "-", stdin=invitation["token"] + "\n")
+        daemon.command("enroll", invitation["token"])
 
     def machine(self):
         """The one enrolled machine, when the target knows its disk."""
@@ -140,6 +140,17 @@ class Pipeline:
                                f"problem {disk and disk['problem']!r}; see {logs}\n{self.lab.agent.tail()}")
             time.sleep(pause)
 
+    def wait_followed(self, seconds, label="following"):
+        """Waits until a scan round that began reading after now is durable at the target."""
+        since = time.time() * 1000
+
+        def durable():
+            self.check_alive()
+            status = self.lab.agent.status()
+            return status and status["disks"] and status["disks"][0]["durable_as_of_ms"] > since and status["disks"][0]
+
+        return wait_for(f"{label}: a scan round begun after the change is durable", durable, seconds, self.lab.agent.log)
+
     def counters(self):
         """What each daemon counted, in bytes: read and sent at the agent, in and out of the relay, at the target."""
         agent, disk = self.lab.agent.status() or {}, self.target_disk() or {}
@@ -157,6 +168,13 @@ class Pipeline:
         for daemon in (self.lab.agent, self.lab.relay, self.lab.target):
             if daemon is not None:
                 daemon.stop()
+
+    def forget(self):
+        """Removes state and logs of the ended daemons, so that others can take their place."""
+        for daemon in self.lab.daemons.values():
+            shutil.rmtree(daemon.state)
+            daemon.log.unlink(missing_ok=True)
+        self.lab.daemons.clear()
 
 
 def find(status, key):
