@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """`kill -9` of a random daemon, again and again, during the initial sync; it must end identical and not begin anew.
 
-Environment: SIZE (8G), FILL (50), KILLS (20), TARGET (flat), SEED (random, printed), KEEP. Asserted: all kills happen
+Environment: SIZE (8G), FILL (50), KILLS (20), TARGET (flat), RELAY (1), SEED (random,
+printed), KEEP. Asserted: all kills happen
 before the sync ends; every byte is equal afterwards; plain bytes the agent sent are at most the disk's data and
 64 MiB for each kill. The agent's counter starts at zero in each process, so the last value seen before each of its
 deaths is added up; it is asked every 100 ms and just before a kill. Called by `make kill-test` and by the suite.
@@ -66,7 +67,7 @@ def body(lab):
     data = data_bytes(source)
     # Progress is durable once a second; slower reading makes room for every kill on small disks.
     rate = max(8, int(size / (kills + 1) / 1.2 / 1e6))
-    pipeline = Pipeline(lab, source, agent={"read_rate": f"{rate} MB/s"})
+    pipeline = Pipeline(lab, source, relay=setting("RELAY", "1") != "0", agent={"read_rate": f"{rate} MB/s"})
     pipeline.start()
     pipeline.protect(kind)
     killer = Killer(pipeline, seed, kills, size)

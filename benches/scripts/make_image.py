@@ -111,7 +111,8 @@ def machine_files(rng, wanted):
     folders = sorted(entry.path for root in ROOTS if os.path.isdir(root)
                      for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
     rng.shuffle(folders)
-    found, total = [], 0
+    # A small disk is not to be filled by a few large files.
+    found, total, largest = [], 0, min(FILE_BYTES_MAX, max(1 << 20, wanted // 64))
     for top in folders:
         for folder, inner, names in os.walk(top):
             inner.sort()
@@ -121,7 +122,7 @@ def machine_files(rng, wanted):
                     info = os.lstat(path)
                 except OSError:
                     continue
-                if stat.S_ISREG(info.st_mode) and 0 < info.st_size <= FILE_BYTES_MAX:
+                if stat.S_ISREG(info.st_mode) and 0 < info.st_size <= largest:
                     found.append((path, info.st_size))
                     total += info.st_size
             if total > 3 * wanted:

@@ -27,7 +27,7 @@ class Progress:
 
     def update(self, done, note="", final=False):
         now = time.monotonic()
-        if not final and now - self.shown < (0.1 if self.terminal else 2.0):
+        if not final and now - self.shown < (0.1 if self.terminal else 1.0):
             return
         self.shown, span = now, max(now - self.begun, 0.001)
         rate, share = done / span, done / self.total if self.total else 1.0
