@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
+use reprotect_engine::format::FormatError;
 use reprotect_engine::format::batch::{MarkClass, Stretch, credit_cost, decode_batch, decode_bulk};
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::frame::FrameKind;
@@ -271,6 +272,9 @@ impl World {
         }
         if self.agent.handle_frame(kind, &body).is_err() {
             self.reconnect();
+            if kind != FrameKind::HelloAck {
+                self.shake_hands(&mut Input::new(&[]));
+            }
         }
     }
 
@@ -318,7 +322,11 @@ impl World {
     fn sent(&mut self, kind: FrameKind, body: Bytes) {
         let (id, cost) = match kind {
             FrameKind::Batch => {
-                let (header, records) = decode_batch(body).expect("a delta batch the target would refuse");
+                let (header, records) = match decode_batch(body) {
+                    // The target granted the last sequence there is; what follows is its own doing.
+                    Err(FormatError::Field { field: "first_sequence", .. }) => return,
+                    decoded => decoded.expect("a delta batch the target would refuse"),
+                };
                 let peer = self.peers.entry(header.disk).or_default();
                 peer.last = header.last_sequence().0;
                 peer.chain = header.chain_after(&records);

@@ -49,13 +49,13 @@ impl<'a> Input<'a> {
     /// `base`, near it, or something extreme: what a hostile peer would put where `base` belongs.
     pub fn near(&mut self, base: u64) -> u64 {
         match self.byte() {
-            0..=199 => base,
-            200..=215 => base.saturating_add(1),
-            216..=231 => base.saturating_sub(1),
-            232..=239 => 0,
-            240..=245 => u64::MAX >> 1,
-            246..=250 => base.saturating_add(self.short()),
-            _ => u64::MAX,
+            0..=237 => base,
+            238..=242 => base.saturating_add(1),
+            243..=247 => base.saturating_sub(1),
+            248..=249 => 0,
+            250 => u64::MAX >> 1,
+            251..=254 => base.saturating_add(self.short()),
+            255 => u64::MAX,
         }
     }
 }

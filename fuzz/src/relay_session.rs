@@ -36,7 +36,7 @@ type Canon = (Vec<u8>, [u8; 16]);
 struct World {
     relay: RelaySession,
     jobs: Vec<(u64, Vec<Record>)>,
-    sent: Vec<(DiskId, u64)>,
+    sent: VecDeque<(DiskId, u64)>,
     lanes: BTreeMap<Lane, VecDeque<Canon>>,
     held: u64,
     /// Highest credit the target gave, and size at OPEN_DISK, per disk.
@@ -45,31 +45,41 @@ struct World {
     sequence: u64,
 }
 
-/// Runs one script.
+/// Runs one script; a session that ended is followed by a new one.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
-    let mut world = World {
-        relay: RelaySession::new(AGENT, WINDOW, MonoTime(0)),
-        jobs: Vec::new(),
-        sent: Vec::new(),
-        lanes: BTreeMap::new(),
-        held: 0,
-        credit: BTreeMap::new(),
-        sizes: BTreeMap::new(),
-        sequence: 1,
-    };
-    world.connect(&mut input);
+    let mut world = World::new(&mut input);
     for _ in 0..STEPS_MAX {
         let Some(step) = input.step() else { break };
         let alive = world.step(step, &mut input);
         world.drain();
         if !alive {
-            break; // the driver closes both connections
+            world = World::new(&mut input);
         }
     }
 }
 
 impl World {
+    /// A session with its handshake, and mostly an open disk with credit.
+    fn new(input: &mut Input<'_>) -> Self {
+        let mut world = Self {
+            relay: RelaySession::new(AGENT, WINDOW, MonoTime(0)),
+            jobs: Vec::new(),
+            sent: VecDeque::new(),
+            lanes: BTreeMap::new(),
+            held: 0,
+            credit: BTreeMap::new(),
+            sizes: BTreeMap::new(),
+            sequence: 1,
+        };
+        if world.connect(input) && input.byte() < 200 && world.open(input) {
+            let limit = input.near(WINDOW / 2);
+            let disk = disk(input);
+            world.tell(Side::Target, input, &Message::Credit(Credit { disk, generation: GENERATION, limit }));
+        }
+        world
+    }
+
     fn step(&mut self, step: u8, input: &mut Input<'_>) -> bool {
         match step % 12 {
             0 => self.connect(input),
@@ -222,7 +232,7 @@ impl World {
     }
 
     fn forwarded(&mut self) {
-        if let Some((disk, cost)) = self.sent.pop() {
+        if let Some((disk, cost)) = self.sent.pop_front() {
             self.held -= cost;
             self.relay.handle_forwarded(disk, cost);
         }
@@ -283,7 +293,7 @@ impl World {
                 Some(RelayAction::Recode { job, records }) => self.jobs.push((job, records)),
                 Some(RelayAction::Forward { to: Side::Target, outgoing, disk, cost }) => {
                     self.leaves(&outgoing);
-                    self.sent.push((disk, cost));
+                    self.sent.push_back((disk, cost));
                 }
                 Some(RelayAction::Forward { to: Side::Agent, outgoing, .. }) => self.returns(&outgoing),
             }

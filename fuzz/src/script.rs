@@ -68,16 +68,21 @@ impl Authority for FixedAuthority {
 /// One of the disks, seldom the one that does not exist.
 pub fn disk(input: &mut Input<'_>) -> DiskId {
     match input.byte() {
-        0..=119 => DISKS[0],
-        120..=239 => DISKS[1],
+        0..=199 => DISKS[0],
+        200..=251 => DISKS[1],
         _ => STRANGER,
     }
+}
+
+/// One of two sessions, mostly the first.
+pub fn slot(input: &mut Input<'_>) -> usize {
+    usize::from(input.byte() >= 200)
 }
 
 /// A history: mostly `known`.
 pub fn lineage(input: &mut Input<'_>, known: LineageId) -> LineageId {
     match input.byte() {
-        0..=239 => known,
+        0..=250 => known,
         other => LineageId([other; 16]),
     }
 }
@@ -85,7 +90,7 @@ pub fn lineage(input: &mut Input<'_>, known: LineageId) -> LineageId {
 /// A chain digest: mostly `known`.
 pub fn chain(input: &mut Input<'_>, known: Chain) -> Chain {
     match input.byte() {
-        0..=239 => known,
+        0..=250 => known,
         other => [other; 16],
     }
 }
@@ -155,17 +160,17 @@ pub fn raw(input: &mut Input<'_>) -> (FrameKind, Bytes) {
     (kind, Bytes::copy_from_slice(input.take(len)))
 }
 
-/// A message as the other end would receive it; one in sixteen is damaged on the way.
+/// A message as the other end would receive it; one in 64 is damaged on the way.
 pub fn sent(input: &mut Input<'_>, message: &Message) -> (FrameKind, Bytes) {
     let frame = message.encode();
     (frame.kind(), damaged(input, &frame.body()))
 }
 
-/// One in sixteen bodies with a byte changed or cut off.
+/// One in 64 bodies with a byte changed or cut off.
 pub fn damaged(input: &mut Input<'_>, body: &Bytes) -> Bytes {
     match input.byte() {
-        0..=239 => body.clone(),
-        240..=247 => body.slice(..usize::from(input.byte()).min(body.len())),
+        0..=251 => body.clone(),
+        252..=253 => body.slice(..usize::from(input.byte()).min(body.len())),
         _ => {
             let mut bytes = body.to_vec();
             let at = input.short() as usize % bytes.len().max(1);

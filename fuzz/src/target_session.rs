@@ -29,7 +29,7 @@ use reprotect_engine::units::{DiskId, Generation, LineageId, MonoTime, SectorRan
 use crate::input::Input;
 use crate::script::{
     AGENT, DISKS, FixedAuthority, RELAY, SIZES, STEPS_MAX, TARGET, chain, damaged, disk, lineage, mark,
-    range, raw, records, sent,
+    range, raw, records, sent, slot,
 };
 
 const LINEAGE: LineageId = LineageId([0x11; 16]);
@@ -86,13 +86,13 @@ impl World {
             0 => self.connect(input),
             1 => self.hello(input),
             2 => {
-                let slot = usize::from(input.byte() % 2);
+                let slot = slot(input);
                 let head = InventoryHead { host_name: Text::new("m"), disk_count: 0 };
                 self.tell(slot, input, &Message::Inventory(head, Vec::new()));
             }
             3 => {
                 let (kind, body) = raw(input);
-                self.deliver(usize::from(input.byte() % 2), kind, body);
+                self.deliver(slot(input), kind, body);
             }
             4 => self.open(input),
             5 => self.batch(input),
@@ -117,7 +117,7 @@ impl World {
             }
             14 => self.disks[usize::from(input.byte() % 2)].core.handle_full("full"),
             15 if input.byte() > 200 => {
-                let disk = &mut self.disks[usize::from(input.byte() % 2)];
+                let disk = &mut self.disks[slot(input)];
                 disk.core.handle_failed("broken");
                 disk.queue.clear();
             }
@@ -128,7 +128,7 @@ impl World {
 
     /// A session with its handshake and offers.
     fn connect(&mut self, input: &mut Input<'_>) {
-        let slot = usize::from(input.byte() % 2);
+        let slot = slot(input);
         self.lose(slot);
         let direct = input.byte() < 128;
         let transport = if direct {
@@ -144,17 +144,22 @@ impl World {
         self.tell(slot, input, &Message::Hello(hello));
         let auth = Auth { agent: AGENT, signature: Bytes::from_static(b"me"), certificates: Vec::new() };
         self.tell(slot, input, &Message::Auth(auth));
+        if input.byte() < 200 {
+            self.open(input);
+            self.drain();
+            (0..4).for_each(|_| self.execute(input));
+        }
     }
 
     fn hello(&mut self, input: &mut Input<'_>) {
-        let slot = usize::from(input.byte() % 2);
+        let slot = slot(input);
         let hello =
             Hello { relays: input.byte() % 3, required: input.near(0), ..Hello::new(AGENT, TARGET, [1; 16]) };
         self.tell(slot, input, &Message::Hello(hello));
     }
 
     fn open(&mut self, input: &mut Input<'_>) {
-        let (slot, id) = (usize::from(input.byte() % 2), disk(input));
+        let (slot, id) = (slot(input), disk(input));
         let Some(state) = self.state(id) else { return };
         let generation = Generation(input.near(state.generation.0));
         let head = OpenDiskHead {
@@ -170,7 +175,7 @@ impl World {
     }
 
     fn batch(&mut self, input: &mut Input<'_>) {
-        let (slot, id) = (usize::from(input.byte() % 2), disk(input));
+        let (slot, id) = (slot(input), disk(input));
         let Some(state) = self.state(id) else { return };
         let records = records(input, state.size_sectors, None);
         let header = BatchHeader {
@@ -188,7 +193,7 @@ impl World {
     }
 
     fn bulk(&mut self, input: &mut Input<'_>) {
-        let (slot, id) = (usize::from(input.byte() % 2), disk(input));
+        let (slot, id) = (slot(input), disk(input));
         let Some(state) = self.state(id) else { return };
         let whole = state.size_sectors <= 8192 && input.byte() < 64;
         let cover = if whole { state.whole() } else { range(input, state.size_sectors, 8192) };
@@ -208,7 +213,7 @@ impl World {
     }
 
     fn mark(&mut self, input: &mut Input<'_>) {
-        let (slot, id) = (usize::from(input.byte() % 2), disk(input));
+        let (slot, id) = (slot(input), disk(input));
         let Some(state) = self.state(id) else { return };
         let at = (state.lineage, state.generation, state.sequence, state.chain);
         let mark = mark(input, id, at);
@@ -216,7 +221,7 @@ impl World {
     }
 
     fn compare(&mut self, input: &mut Input<'_>) {
-        let (slot, id) = (usize::from(input.byte() % 2), disk(input));
+        let (slot, id) = (slot(input), disk(input));
         let Some(state) = self.state(id) else { return };
         let units: Vec<u16> = (0..input.byte() % 4).map(|at| u16::from(at) * 21).collect();
         let head = CompareRequestHead {
@@ -231,7 +236,7 @@ impl World {
     }
 
     fn pass(&mut self, begin: bool, input: &mut Input<'_>) {
-        let (slot, disk) = (usize::from(input.byte() % 2), disk(input));
+        let (slot, disk) = (slot(input), disk(input));
         let Some(state) = self.state(disk) else { return };
         let generation = Generation(input.near(state.generation.0));
         let message = if begin {
@@ -362,7 +367,7 @@ impl World {
 
     /// Executes the oldest action of one disk.
     fn execute(&mut self, input: &mut Input<'_>) {
-        let disk = &mut self.disks[usize::from(input.byte() % 2)];
+        let disk = &mut self.disks[slot(input)];
         let Some(action) = disk.queue.pop_front() else { return };
         match action {
             DiskAction::Write { pieces, cost } => {

@@ -73,12 +73,12 @@ macro_rules! hammered {
 hammered! {
     frame: 200_000,
     hello: 200_000,
-    message: 400_000,
+    message: 200_000,
     batch: 100_000,
     bulk: 100_000,
     record: 100_000,
     disk_state: 100_000,
-    agent_session: 20_000,
-    target_session: 20_000,
-    relay_session: 20_000,
+    agent_session: 10_000,
+    target_session: 10_000,
+    relay_session: 10_000,
 }

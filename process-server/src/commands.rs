@@ -1,16 +1,205 @@
-//! The process server's commands that need no daemon and no data path: `check-config`.
+//! The process server's commands.
 //!
-//! Invariant: a command prints its result to standard output once, and says in its error what to do.
-//! Called by `main`.
+//! Invariant: a command prints its result to standard output once (`status --watch` once a second), and says in its
+//! error what to do. Called by `main`.
 
-use anyhow::Context;
+use std::io::{IsTerminal, Read};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use reprotect_engine::host::admin_client::AdminClient;
 use reprotect_engine::host::config::{ConfigError, Overrides};
 use reprotect_engine::host::config_doc;
-use reprotect_engine::host::output::Output;
+use reprotect_engine::host::output::{self, Align, Output, Table};
+use reprotect_engine::host::places::Program;
+use reprotect_engine::host::shutdown::{Shutdown, on_signals};
+use reprotect_engine::net::enroll;
+use reprotect_engine::net::identity::{IDENTITY_FILE, Role};
+use reprotect_engine::net::token::{Token, TokenError};
 use serde_json::json;
 
-use crate::cli::CheckConfigArgs;
+use crate::check::{self, Verdict};
+use crate::cli::{CheckConfigArgs, EnrollArgs, RunArgs, StatusArgs};
 use crate::config::{KEYS, RawConfig, Settings};
+use crate::status::{SessionStatus, Status};
+use crate::{daemon, enrolment};
+
+/// Longest token text read from standard input.
+const TOKEN_BYTES_MAX: u64 = 4096;
+/// How often `status --watch` asks.
+const WATCH: Duration = Duration::from_secs(1);
+
+/// A command line that asks for something that does not exist.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(String);
+
+/// `run`: the daemon, in the foreground.
+///
+/// # Errors
+/// When a check fails that was not forced, or the daemon cannot start.
+pub async fn run(settings: Settings, args: &RunArgs) -> anyhow::Result<()> {
+    if let Some(unknown) = args.force.iter().find(|name| !check::NAMES.contains(&name.as_str())) {
+        let names = check::NAMES.join(", ");
+        return Err(UsageError(format!("--force {unknown}: no such check; there are {names}")).into());
+    }
+    for finding in check::local(&settings) {
+        let forced = args.force.iter().any(|name| name == finding.name);
+        match finding.verdict {
+            Verdict::Pass => {}
+            Verdict::Fail if !forced && finding.name != "enrolled" => {
+                bail!(
+                    "check `{name}` fails: {reason}; {remedy}, or start with --force {name}",
+                    name = finding.name,
+                    reason = finding.reason,
+                    remedy = finding.remedy
+                );
+            }
+            _ => tracing::warn!(
+                check = finding.name,
+                reason = finding.reason,
+                remedy = finding.remedy,
+                "preflight"
+            ),
+        }
+    }
+    let (trigger, shutdown) = Shutdown::new();
+    on_signals(trigger).context("cannot install signal handlers")?;
+    daemon::run(settings, shutdown).await?;
+    Ok(())
+}
+
+/// `enroll`: gets this machine its certificate and keeps the target's addresses.
+///
+/// # Errors
+/// When the token is damaged or refused, or the state directory cannot be written.
+pub async fn enroll(settings: &Settings, args: &EnrollArgs, output: Output) -> anyhow::Result<()> {
+    let text = if args.token == "-" {
+        let mut text = String::new();
+        let stdin = std::io::stdin().take(TOKEN_BYTES_MAX);
+        { stdin }.read_to_string(&mut text).context("standard input holds no token")?;
+        text
+    } else {
+        args.token.clone()
+    };
+    let token: Token = text.parse()?;
+    let state_dir = &settings.places.state_dir;
+    settings.places.create_state_dir()?;
+    // Before the identity, which is then complete when it is there; not over the addresses of an enrolled machine.
+    if token.role == Role::ProcessServer && !state_dir.join(IDENTITY_FILE).exists() {
+        enrolment::save_targets(state_dir, &token)?;
+    }
+    let identity = enroll::enroll(&token, Role::ProcessServer, &daemon::host_name(), state_dir).await?;
+    let own = identity.own();
+    let answer = json!({
+        "peer": own.peer.to_string(),
+        "site": own.site,
+        "target": token.target.to_string(),
+        "addresses": token.addresses,
+    });
+    output.result(&answer, || {
+        format!(
+            "enrolled as process server {} of site {}, master target {}\nnext: reprotect-process-server check",
+            own.peer,
+            own.site,
+            token.addresses.join(", ")
+        )
+    })?;
+    Ok(())
+}
+
+/// `check`: every preflight check; whether none failed.
+///
+/// # Errors
+/// When the result cannot be printed.
+pub async fn check(settings: &Settings, output: Output) -> anyhow::Result<bool> {
+    let findings = check::all(settings).await;
+    let ready = findings.iter().all(|finding| finding.verdict != Verdict::Fail);
+    output.result(&json!({ "ready": ready, "checks": findings }), || check::render(&findings))?;
+    Ok(ready)
+}
+
+/// `status`: what the daemon says of itself, once or every second.
+///
+/// # Errors
+/// When no daemon answers.
+pub async fn status(settings: &Settings, args: &StatusArgs, output: Output) -> anyhow::Result<()> {
+    let client = AdminClient::new(Program::ProcessServer, &settings.places.socket);
+    loop {
+        let status: Status = client.get_json("/v1/status").await?;
+        if args.watch && !output.json() && std::io::stdout().is_terminal() {
+            print!("\x1b[H\x1b[2J"); // home and clear, as `watch` does
+        }
+        output.result(&status, || render(&status))?;
+        if !args.watch {
+            return Ok(());
+        }
+        tokio::time::sleep(WATCH).await;
+    }
+}
+
+fn ratio(value: Option<f64>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"))
+}
+
+fn render(status: &Status) -> String {
+    let totals = &status.totals;
+    let mut text = format!(
+        "process server {} ({}) on {}, up {}\nlevel {}{}, {} workers; memory {} of {} promised\n\
+         {} sessions now, {} since the start, {} refused; {} plain relayed as {} (ratio {})\n",
+        status.peer,
+        status.version,
+        status.listen,
+        output::duration(Duration::from_secs(status.uptime_seconds)),
+        status.level,
+        if status.adaptive { " (adaptive)" } else { "" },
+        status.workers,
+        output::bytes(status.reserved_bytes),
+        output::bytes(status.memory_bytes),
+        status.sessions.len(),
+        totals.sessions,
+        totals.refused,
+        output::bytes(totals.traffic.plain_bytes),
+        output::bytes(totals.traffic.batch_bytes),
+        ratio(totals.traffic.ratio()),
+    );
+    if !status.sessions.is_empty() {
+        text.push('\n');
+        text.push_str(&sessions_table(&status.sessions));
+    }
+    text
+}
+
+fn sessions_table(sessions: &[SessionStatus]) -> String {
+    let mut table = Table::new(&[
+        ("AGENT", Align::Left),
+        ("FROM", Align::Left),
+        ("DISKS", Align::Right),
+        ("HELD", Align::Right),
+        ("WINDOW", Align::Right),
+        ("IN", Align::Right),
+        ("OUT", Align::Right),
+        ("RATIO", Align::Right),
+        ("PLAIN/S", Align::Right),
+        ("TARGET", Align::Left),
+    ]);
+    for session in sessions {
+        let rate: u64 = session.disks.iter().filter_map(|disk| disk.bytes_per_second).sum();
+        table.row([
+            session.agent.clone(),
+            session.address.clone(),
+            session.disks.len().to_string(),
+            output::bytes(session.held_bytes),
+            output::bytes(session.window_bytes),
+            output::bytes(session.traffic.from_agent_bytes),
+            output::bytes(session.traffic.to_target_bytes),
+            ratio(session.ratio),
+            output::bytes(rate),
+            session.target.clone().unwrap_or_else(|| "connecting".to_owned()),
+        ]);
+    }
+    table.render()
+}
 
 /// `check-config`: resolves the configuration, or prints the commented default.
 ///
@@ -35,5 +224,5 @@ pub fn check_config(overrides: &Overrides, args: &CheckConfigArgs, output: Outpu
 /// Whether `error` is the operator's command line or configuration, which has its own exit status.
 #[must_use]
 pub fn is_usage(error: &anyhow::Error) -> bool {
-    error.is::<ConfigError>()
+    error.is::<ConfigError>() || error.is::<TokenError>() || error.is::<UsageError>()
 }

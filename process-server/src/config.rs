@@ -75,7 +75,7 @@ pub const KEYS: [KeyDoc; 8] = [
         key: "memory",
         about: "Budget for batches received and not yet acknowledged by the target, all peers together.",
         unit: "size from 64 MiB to 256 GiB",
-        cost: "this much memory; less holds agents back sooner when the far link is slow",
+        cost: "this much memory; each machine needs 1 MiB and each of its open disks 8.5 MiB at least, who does not fit is refused; less holds agents back sooner when the far link is slow",
         example: "",
     },
     KeyDoc {

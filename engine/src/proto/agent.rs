@@ -159,6 +159,17 @@ struct AgentDisk {
     epoch: u64,
     newest_time: Timestamp,
     sent: SentBytes,
+    /// The pass at the target, as it last said.
+    target_pass: u64,
+    wanted: Option<WantedPass>,
+}
+
+/// A compare pass that must happen: asked for again in every session until the target says that it began.
+#[derive(Clone, Copy, Debug)]
+struct WantedPass {
+    cause: PassCause,
+    /// The pass that ran when it was asked for; a later one is the wanted one.
+    asked_in: Option<u64>,
 }
 
 impl AgentDisk {
@@ -184,6 +195,12 @@ impl AgentDisk {
             self.unacked.pop_front();
             self.unsent_from = self.unsent_from.saturating_sub(1);
         }
+    }
+
+    /// Takes note of the pass that runs at the target.
+    fn set_target_pass(&mut self, pass: u64) {
+        self.target_pass = pass;
+        self.wanted = self.wanted.filter(|wanted| wanted.asked_in.is_none_or(|before| pass <= before));
     }
 
     /// Ends the running walk: work handed out for it is ignored when it comes back.
@@ -417,6 +434,8 @@ impl Agent {
             epoch: 0,
             newest_time: Timestamp::ZERO,
             sent: SentBytes::default(),
+            target_pass: 0,
+            wanted: None,
         });
         if !matches!(disk.phase, AgentDiskPhase::Closed | AgentDiskPhase::Stopped) {
             return Ok(()); // offered twice: the first stands
@@ -465,6 +484,7 @@ impl Agent {
         disk.grant = grant;
         disk.balance = Balance::default();
         disk.mark_sent = false;
+        disk.set_target_pass(head.pass);
         let ours = Ours {
             lineage: disk.lineage,
             durable: disk.durable,
@@ -472,7 +492,7 @@ impl Agent {
             chain_there: disk.chain_at(head.durable),
         };
         let theirs = Theirs { lineage: head.lineage, durable: head.durable, chain: head.chain };
-        let mut wanted = None;
+        let mut cause = disk.wanted.map(|wanted| wanted.cause);
         match decide(&ours, &theirs) {
             Decision::Adopt => disk.adopt(head),
             Decision::Continue { .. } => {
@@ -483,9 +503,9 @@ impl Agent {
                     batch.chunk = None;
                 }
             }
-            Decision::Compare(cause) => {
+            Decision::Compare(why) => {
                 disk.adopt(head);
-                wanted = Some(cause);
+                cause = Some(why);
             }
         }
         if head.mode == PassMode::Done {
@@ -496,17 +516,27 @@ impl Agent {
             disk.pass = Some(pass.with_chunk_bytes(self.chunk_bytes));
         }
         self.events.push_back(AgentEvent::Opened { disk: head.disk, mode: head.mode });
-        if let Some(cause) = wanted {
-            self.begin_pass(head.disk, cause);
+        if let Some(cause) = cause {
+            self.ask_for_pass(head.disk, cause);
         }
     }
 
-    /// Asks for a compare pass over the whole disk.
+    /// Asks for a compare pass over the whole disk: now if it is open, and again whenever it is opened until the
+    /// target says that the pass began.
     pub fn begin_pass(&mut self, disk: DiskId, cause: PassCause) {
         let Some(state) = self.disks.get_mut(&disk) else { return };
-        if state.phase != AgentDiskPhase::Open {
-            return;
+        if state.wanted.is_some() {
+            return; // that one has not begun, so it will see everything this one would
         }
+        state.wanted = Some(WantedPass { cause, asked_in: None });
+        if state.phase == AgentDiskPhase::Open {
+            self.ask_for_pass(disk, cause);
+        }
+    }
+
+    fn ask_for_pass(&mut self, disk: DiskId, cause: PassCause) {
+        let Some(state) = self.disks.get_mut(&disk) else { return };
+        state.wanted = Some(WantedPass { cause, asked_in: Some(state.target_pass) });
         let message = Message::PassBegin(PassBegin { disk, generation: state.generation, cause });
         self.control(&message);
         self.events.push_back(AgentEvent::Resync { disk, cause });
@@ -527,6 +557,7 @@ impl Agent {
     fn handle_pass_state(&mut self, state: &PassState) {
         let chunk_bytes = self.chunk_bytes;
         let Some(disk) = self.open_disk(state.disk, state.generation) else { return };
+        disk.set_target_pass(state.pass);
         if state.mode == PassMode::Done {
             if disk.pass.as_ref().is_some_and(|pass| pass.number() == state.pass) {
                 disk.pass = None;
@@ -787,6 +818,12 @@ impl Agent {
     #[must_use]
     pub fn pass_progress(&self, disk: DiskId) -> Option<(u64, u64)> {
         Some(self.disks.get(&disk)?.pass.as_ref()?.progress())
+    }
+
+    /// Whether a mark waits to become durable.
+    #[must_use]
+    pub fn mark_pending(&self, disk: DiskId) -> bool {
+        self.disks.get(&disk).is_some_and(|disk| disk.mark.is_some())
     }
 
     /// The durable and the last given sequence.

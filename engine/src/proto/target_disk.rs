@@ -261,14 +261,14 @@ impl TargetDisk {
         let chain = (header.lineage == self.state.lineage).then_some(self.state.chain);
         let last = header.last_sequence();
         if chain.is_some() && last <= self.received {
-            self.window_written(cost);
+            self.drop_batch(now, cost);
             if last <= self.durable {
                 self.ack(session);
             }
             return;
         }
         if header.first_sequence > self.received.next() {
-            self.window_written(cost);
+            self.drop_batch(now, cost);
             if !self.nacked {
                 self.nacked = true;
                 self.nack(session, NackReason::Gap);
@@ -334,7 +334,7 @@ impl TargetDisk {
             return self.expel(session, ErrorCode::Limit, "a batch was sent without credit");
         }
         if header.pass != self.state.pass || self.state.mode == PassMode::Done {
-            return self.window_written(cost); // of a pass that is over
+            return self.drop_batch(now, cost); // of a pass that is over
         }
         if !self.state.whole().contains(header.cover) {
             let text = format!("{} lie outside the granted disk", header.cover);
@@ -628,6 +628,14 @@ impl TargetDisk {
             announces_pass: std::mem::take(&mut self.pass_announce),
         });
         self.actions.push_back(DiskAction::Checkpoint { state: Box::new(self.state.clone()) });
+    }
+
+    /// A batch that needs no write: its credit comes back as if it had been written and, with the next checkpoint,
+    /// made durable.
+    fn drop_batch(&mut self, now: MonoTime, cost: u64) {
+        self.ordered_cost += cost;
+        self.touch(now);
+        self.window_written(cost);
     }
 
     fn window_written(&mut self, cost: u64) {

@@ -14,7 +14,7 @@ use super::scenario::{Mode, Sabotage};
 use super::workload::WriteKind;
 use super::world::{Event, World};
 use crate::checksum::unit_hash;
-use crate::format::batch::Stretch;
+use crate::format::batch::{MarkClass, Stretch};
 use crate::format::extent::Record;
 use crate::format::frame::FrameKind;
 use crate::format::message::{Auth, ErrorCode, Message, PassCause, PassMode};
@@ -50,6 +50,8 @@ pub(super) struct AgentNode {
     opened: BTreeSet<usize>,
     kept: BTreeMap<(usize, u64, u64), Bytes>,
     synced: BTreeSet<usize>,
+    /// Disks the target took away in this session.
+    stopped: BTreeSet<usize>,
     /// Running scan rounds: when they began.
     scans: BTreeMap<usize, u64>,
     /// Disks with a scan round that began after the last write and ended.
@@ -96,6 +98,7 @@ impl AgentNode {
             opened: BTreeSet::new(),
             kept: BTreeMap::new(),
             synced: BTreeSet::new(),
+            stopped: BTreeSet::new(),
             scans: BTreeMap::new(),
             scanned: BTreeSet::new(),
         }
@@ -153,6 +156,7 @@ impl World {
         node.core.handle_disconnected();
         node.scans.clear();
         node.synced.clear();
+        node.stopped.clear();
         self.agent_pump(agent);
         if self.agents[agent].alive {
             self.dial_later(agent);
@@ -308,12 +312,14 @@ impl World {
                 self.note(|| format!("agent{agent} stopped disk{disk}: {code:?} {text}"));
                 self.count("disks stopped", 1);
                 self.agents[agent].synced.remove(&disk);
+                self.agents[agent].scans.remove(&disk);
+                self.agents[agent].stopped.insert(disk);
                 self.agent_reopens(agent, code);
             }
         }
     }
 
-    /// A stopped disk is offered again at the next session.
+    /// A stopped disk may be offered again in this session, and is at the next one.
     fn agent_reopens(&mut self, agent: usize, code: ErrorCode) {
         if code == ErrorCode::Target && !self.calm {
             return; // a person must look first
@@ -321,7 +327,20 @@ impl World {
         if self.agents[agent].twin {
             return;
         }
-        self.agent_gives_up(agent);
+        match self.agents[agent].connection {
+            Some(connection) if self.rng.chance(600) => {
+                self.after(AGAIN_NANOS, Event::AgentGivesUp { agent, connection });
+            }
+            _ => self.agent_gives_up(agent),
+        }
+    }
+
+    /// The disk was not offered again: a new session helps.
+    pub(super) fn agent_gives_up_if_stopped(&mut self, agent: usize, connection: u64) {
+        let node = &self.agents[agent];
+        if node.connection == Some(connection) && !node.stopped.is_empty() {
+            self.agent_gives_up(agent);
+        }
     }
 
     pub(super) fn agent_opens(&mut self, agent: usize, life: u64, disk: usize) {
@@ -337,6 +356,9 @@ impl World {
         self.note(|| format!("agent{agent} opened disk{disk}: {mode:?}"));
         self.count("opens", 1);
         let first = self.agents[agent].opened.insert(disk);
+        self.agents[agent].stopped.remove(&disk);
+        self.agents[agent].synced.remove(&disk);
+        self.agents[agent].scans.remove(&disk);
         if mode == PassMode::Done {
             self.agent_synced(agent, disk);
         }
@@ -453,6 +475,17 @@ impl World {
         node.core.submit_chunk(self.target.disks[disk].id, epoch, chunk, as_of, time, records);
     }
 
+    /// Somebody wants a mark.
+    pub(super) fn agent_marks(&mut self, disk: usize) {
+        let agent = self.plan.disks[disk].0;
+        if self.agents[agent].alive {
+            let (id, time) = (self.target.disks[disk].id, Timestamp(self.now));
+            self.agents[agent].core.submit_mark(id, MarkClass::Crash, time);
+            self.count("marks", 1);
+            self.agent_pump(agent);
+        }
+    }
+
     /// A write of the source in ordered mode.
     pub(super) fn agent_captures(&mut self, disk: usize, write: u64, range: SectorRange, kind: WriteKind) {
         let agent = self.plan.disks[disk].0;
@@ -488,6 +521,7 @@ impl World {
             && position.is_some_and(|(durable, last)| durable == last && target.td.durable() == last)
             && node.synced.contains(&disk)
             && node.core.pass_progress(target.id).is_none()
+            && !node.core.mark_pending(target.id)
             && (self.plan.mode == Mode::Ordered || node.scanned.contains(&disk))
     }
 
@@ -495,7 +529,7 @@ impl World {
         let node = &self.agents[self.plan.disks[disk].0];
         let target = &self.target.disks[disk];
         format!(
-            "disk{disk}: agent alive {} connected {:?} ready {} position {:?} pass {:?} synced {} scans {:?}, \
+            "disk{disk}: agent alive {} connected {:?} ready {} position {:?} pass {:?} synced {} scans {:?} mark {}, \
              target {:?} durable {} state {:?}",
             node.alive,
             node.connection,
@@ -504,6 +538,7 @@ impl World {
             node.core.pass_progress(target.id),
             node.synced.contains(&disk),
             node.scans,
+            node.core.mark_pending(target.id),
             target.td.phase(),
             target.td.durable(),
             (target.td.state().mode, target.td.state().pass, target.td.state().settled.sector_count()),

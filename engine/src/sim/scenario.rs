@@ -92,6 +92,8 @@ pub struct Scenario {
     pub relay_window_bytes: u64,
     /// Writes per disk while faults last.
     pub writes: u64,
+    /// Writes (per mille) that are followed by a mark.
+    pub marks_per_mille: u64,
     /// How long faults and writes last.
     pub active_nanos: u64,
     /// Usual network delay.
@@ -140,7 +142,8 @@ impl Scenario {
                 flush_nanos: rng.pick(&[20, 200, 1000]) * MS,
             },
             relay_window_bytes: rng.pick(&[256, 512, 4096]) << 10,
-            writes: rng.pick(&[0, 10, 40, 40, 120]),
+            writes: rng.pick(&[0, 10, 40, 120, 400]),
+            marks_per_mille: rng.pick(&[0, 100, 500]),
             active_nanos: rng.pick(&[1000, 3000, 8000, 20_000]) * MS,
             delay_nanos: rng.pick(&[MS / 5, 2 * MS, 20 * MS]),
             disk_nanos: rng.pick(&[MS / 20, MS, 8 * MS]),

@@ -90,6 +90,9 @@ impl Authority for SimAuthority {
     }
 }
 
+/// How long until a disk is offered again, at most.
+const AGAIN_NANOS: u64 = 200_000_000;
+
 const TARGET_ID: PeerId = PeerId([0xee; 16]);
 const RELAY_ID: PeerId = PeerId([0xdd; 16]);
 
@@ -187,6 +190,15 @@ impl World {
             if state.agent == agent {
                 session.core.offer(state.disk, state.source, state.size_sectors, state.generation);
             }
+        }
+    }
+
+    /// A disk that was taken away from a session may be opened again in it.
+    pub(super) fn offer_again(&mut self, id: SessionId, disk: usize) {
+        if let Some(session) = self.target.sessions.get_mut(&id) {
+            let state = self.target.disks[disk].td.state();
+            session.core.offer(state.disk, state.source, state.size_sectors, state.generation);
+            self.session_pump(id);
         }
     }
 
@@ -379,6 +391,12 @@ impl World {
             let persisted = DiskState::decode(&self.target.disks[disk].sim.state_file);
             let persisted = persisted.map_or(Generation::ZERO, |state| state.generation);
             self.checker.granted(disk, head.generation, persisted);
+        }
+        let taken = matches!(&message, Message::Fenced(_))
+            || matches!(&message, Message::Error(head, _) if head.code != ErrorCode::Full);
+        if taken && self.rng.chance(500) {
+            let delay = self.rng.below(AGAIN_NANOS);
+            self.after(delay, Event::OfferAgain { session, disk });
         }
         let size = self.target.disks[disk].td.state().size_sectors;
         if let Some(state) = self.target.sessions.get_mut(&session) {

@@ -46,6 +46,7 @@ pub(super) enum Event {
     AgentJob { agent: usize, life: u64, job: Job },
     AgentScan { agent: usize, life: u64, disk: usize },
     AgentStart { agent: usize },
+    AgentGivesUp { agent: usize, connection: u64 },
     TwinLeaves { agent: usize },
     RelayDial { relay: usize, session: u64 },
     RelayJob { relay: usize, session: u64, job: u64, records: Vec<Record> },
@@ -55,9 +56,11 @@ pub(super) enum Event {
     DiskDone { disk: usize, life: u64 },
     DiskTimer { disk: usize, life: u64 },
     LateNotice { disk: usize, life: u64, session: SessionId },
+    OfferAgain { session: SessionId, disk: usize },
     SessionTimeout { session: SessionId },
     TargetStart,
     Write { disk: usize },
+    Mark { disk: usize },
     Fault(Fault),
     FaultsEnd,
 }
@@ -176,6 +179,9 @@ impl World {
             for _ in 0..self.plan.writes {
                 let at = self.rng.below(active);
                 self.at(at, Event::Write { disk });
+                if self.rng.chance(self.plan.marks_per_mille) {
+                    self.at(at + 1, Event::Mark { disk });
+                }
             }
         }
         let faults = self.plan.faults;
@@ -264,6 +270,11 @@ impl World {
             Event::AgentJob { agent, life, job } => self.agent_job_done(agent, life, job),
             Event::AgentScan { agent, life, disk } => self.agent_scans(agent, life, disk),
             Event::AgentStart { agent } => self.agent_starts(agent),
+            Event::AgentGivesUp { agent, connection } => {
+                self.agent_gives_up_if_stopped(agent, connection);
+            }
+            Event::OfferAgain { session, disk } => self.offer_again(session, disk),
+            Event::Mark { disk } => self.agent_marks(disk),
             Event::TwinLeaves { agent } => self.agent_stops(agent),
             Event::RelayDial { relay, session } => self.relay_dials(relay, session),
             Event::RelayJob { relay, session, job, records } => {

@@ -1,0 +1,365 @@
+//! A scripted master target: real session and disk cores over bytes in memory.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use bytes::Bytes;
+use reprotect_engine::checksum::unit_hash;
+use reprotect_engine::compress::Decompressor;
+use reprotect_engine::format::batch::{decode_batch, decode_bulk};
+use reprotect_engine::format::extent::{Codec, Record, RecordKind};
+use reprotect_engine::format::handshake;
+use reprotect_engine::format::message::{Auth, Message, PassMode};
+use reprotect_engine::net::endpoint::{Accepted, PeerConnection, Server, TransportSettings, bind_server};
+use reprotect_engine::net::identity::{Identity, Purpose, Role};
+use reprotect_engine::net::lanes::{self, Arrival};
+use reprotect_engine::net::trust::{PeerRule, Trust};
+use reprotect_engine::net::{mono_clock, tls, wall_clock};
+use reprotect_engine::proto::credit::FlowLimits;
+use reprotect_engine::proto::master_target::{DiskInput, SessionEvent, TargetSession, Transport};
+use reprotect_engine::proto::pass::hash_spans;
+use reprotect_engine::proto::target_disk::{DiskAction, SessionId, TargetDisk};
+use reprotect_engine::proto::{Authority, Outgoing};
+use reprotect_engine::units::{DiskId, Generation, LineageId, PeerId, SectorRange};
+use rustls_pki_types::CertificateDer;
+use tokio::sync::mpsc;
+
+use super::{Site, wait_for};
+
+/// What arrived, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub disk: DiskId,
+    /// Sequence of a delta record, `None` for bulk.
+    pub sequence: Option<u64>,
+    pub range: SectorRange,
+    pub codec: Codec,
+    pub stored_bytes: u64,
+    pub plain_bytes: u64,
+}
+
+struct Disk {
+    core: TargetDisk,
+    agent: PeerId,
+    bytes: Vec<u8>,
+}
+
+#[derive(Default)]
+struct World {
+    disks: BTreeMap<DiskId, Disk>,
+    sessions: BTreeMap<SessionId, mpsc::UnboundedSender<Message>>,
+    next_session: u64,
+    seen: Vec<Seen>,
+    relays: Vec<u8>,
+    /// Nothing is executed: no write, so no credit.
+    stalled: bool,
+}
+
+struct Judge {
+    trust: Arc<Trust>,
+}
+
+impl Authority for Judge {
+    fn check_proof(&self, auth: &Auth, nonce: &[u8; 32]) -> Result<(), String> {
+        let chain: Vec<CertificateDer<'_>> =
+            auth.certificates.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
+        let rule = PeerRule::of_site("berlin", &[Role::Agent]).only(auth.agent);
+        self.trust
+            .verify_signed(&chain, &rule, Purpose::SessionProof, nonce, &auth.signature, wall_clock())
+            .map(drop)
+            .map_err(|error| error.to_string())
+    }
+
+    fn issue(&self, disk: DiskId, size: u64, generation: Generation, agent: PeerId) -> Bytes {
+        format!("{disk} {size} {generation} {agent}").into()
+    }
+
+    fn check_grant(
+        &self,
+        grant: &[u8],
+        disk: DiskId,
+        size: u64,
+        generation: Generation,
+        agent: PeerId,
+    ) -> Result<(), String> {
+        if self.issue(disk, size, generation, agent) == grant { Ok(()) } else { Err("another grant".into()) }
+    }
+}
+
+/// A scripted target; dropping it leaves its tasks to the runtime.
+pub struct FakeTarget {
+    pub address: SocketAddr,
+    pub id: PeerId,
+    identity: Identity,
+    trust: Arc<Trust>,
+    settings: TransportSettings,
+    limits: FlowLimits,
+    world: Arc<Mutex<World>>,
+    /// Sessions do not read while this is set.
+    deaf: Arc<AtomicBool>,
+    server: Arc<Server>,
+}
+
+impl FakeTarget {
+    pub fn start(site: &Site) -> Self {
+        Self::with(site, TransportSettings::default(), FlowLimits::default())
+    }
+
+    pub fn with(site: &Site, settings: TransportSettings, limits: FlowLimits) -> Self {
+        let identity = site.identity(Role::MasterTarget);
+        let trust = site.trust();
+        let server = listen("127.0.0.1:0".parse().unwrap(), &identity, &trust, &settings).unwrap();
+        let target = Self {
+            address: server.local_address().unwrap(),
+            id: identity.own().peer,
+            identity,
+            trust,
+            settings,
+            limits,
+            world: Arc::default(),
+            deaf: Arc::default(),
+            server: Arc::new(server),
+        };
+        target.accept();
+        target
+    }
+
+    fn accept(&self) {
+        let (server, world, deaf) =
+            (Arc::clone(&self.server), Arc::clone(&self.world), Arc::clone(&self.deaf));
+        let (id, trust) = (self.id, Arc::clone(&self.trust));
+        tokio::spawn(async move {
+            while let Some(accepted) = server.accept().await {
+                let Accepted::Peer(peer) = accepted else { continue };
+                let authority = Arc::new(Judge { trust: Arc::clone(&trust) });
+                tokio::spawn(serve(peer, id, authority, Arc::clone(&world), Arc::clone(&deaf)));
+            }
+        });
+    }
+
+    /// Closes every connection, forgets who was connected, and listens again at the same address.
+    pub async fn restart(&mut self) {
+        self.kill().await;
+        self.server = wait_for("the port is free again", async || {
+            listen(self.address, &self.identity, &self.trust, &self.settings).ok().map(Arc::new)
+        })
+        .await;
+        self.accept();
+    }
+
+    /// Closes every connection and listens no more.
+    pub async fn kill(&self) {
+        self.server.close().await;
+    }
+
+    /// Protects a disk of `agent`; it is offered at the agent's next session.
+    pub fn protect(&self, agent: PeerId, size_bytes: usize) -> DiskId {
+        let disk = DiskId::random().unwrap();
+        let lineage = LineageId::random().unwrap();
+        let size_sectors = size_bytes as u64 / 512;
+        let state = TargetDisk::new_state(disk, agent, disk.0, size_sectors, lineage, PassMode::Copy);
+        let core = TargetDisk::new(state, self.limits);
+        self.world().disks.insert(disk, Disk { core, agent, bytes: vec![0; size_bytes] });
+        disk
+    }
+
+    fn world(&self) -> MutexGuard<'_, World> {
+        self.world.lock().unwrap()
+    }
+
+    pub fn bytes(&self, disk: DiskId) -> Vec<u8> {
+        self.world().disks[&disk].bytes.clone()
+    }
+
+    pub fn seen(&self) -> Vec<Seen> {
+        self.world().seen.clone()
+    }
+
+    /// Through how many relays each session came.
+    pub fn relays(&self) -> Vec<u8> {
+        self.world().relays.clone()
+    }
+
+    pub fn stall(&self, stalled: bool) {
+        self.world().stalled = stalled;
+    }
+
+    pub fn deafen(&self, deaf: bool) {
+        self.deaf.store(deaf, Ordering::SeqCst);
+    }
+}
+
+fn listen(
+    address: SocketAddr,
+    identity: &Identity,
+    trust: &Arc<Trust>,
+    settings: &TransportSettings,
+) -> Result<Server, reprotect_engine::net::endpoint::EndpointError> {
+    let rule = PeerRule::of_site("berlin", &[Role::Agent, Role::ProcessServer]);
+    let tls = tls::server_config(identity, Arc::clone(trust), rule, false).unwrap();
+    bind_server(address, tls, Arc::clone(trust.revocations()), settings.clone())
+}
+
+async fn serve(
+    peer: PeerConnection,
+    id: PeerId,
+    authority: Arc<Judge>,
+    world: Arc<Mutex<World>>,
+    deaf: Arc<AtomicBool>,
+) {
+    let Ok((mut reader, mut writer, _written)) = lanes::accepted::<()>(&peer.connection).await else {
+        return;
+    };
+    let (replies_in, mut replies) = mpsc::unbounded_channel();
+    let session_id = {
+        let mut world = world.lock().unwrap();
+        world.next_session += 1;
+        let id = SessionId(world.next_session);
+        world.sessions.insert(id, replies_in);
+        id
+    };
+    let role = match peer.peer.role {
+        Role::Agent => handshake::Role::Agent,
+        Role::ProcessServer => handshake::Role::ProcessServer,
+        Role::MasterTarget => handshake::Role::MasterTarget,
+    };
+    let transport = Transport { role, peer: peer.peer.peer };
+    let nonce = [session_id.0 as u8; 32];
+    let mut session = TargetSession::new(session_id, id, transport, authority, nonce, mono_clock());
+    let mut tick = tokio::time::interval(Duration::from_millis(20));
+    loop {
+        tokio::select! {
+            arrival = reader.next(), if !deaf.load(Ordering::SeqCst) => {
+                let Arrival::Frame(kind, body) = arrival else { break };
+                if let Err(error) = session.handle_frame(kind, body) {
+                    let message = Message::error(DiskId::NONE, error.code(), &error.to_string());
+                    writer.send(Outgoing::control(message.encode()), ());
+                    let _ = tokio::time::timeout(Duration::from_secs(2), peer.connection.closed()).await;
+                    break;
+                }
+            }
+            Some(message) = replies.recv() => {
+                let disk = match &message { Message::Grant(head, ..) => Some(head.disk), _ => None };
+                let world = world.lock().unwrap();
+                let size = disk.map_or(0, |disk| world.disks[&disk].core.state().size_sectors);
+                session.send_reply(message, size);
+            }
+            _ = tick.tick() => {}
+            _ = peer.connection.closed() => break,
+        }
+        let mut world = world.lock().unwrap();
+        while let Some(event) = session.poll_event() {
+            world.take(&mut session, event);
+        }
+        world.turn();
+        while let Some(outgoing) = session.poll_transmit() {
+            writer.send(outgoing, ());
+        }
+    }
+    let mut world = world.lock().unwrap();
+    world.sessions.remove(&session_id);
+    for disk in world.disks.values_mut() {
+        disk.core.handle_session_lost(mono_clock(), session_id);
+    }
+    world.turn();
+}
+
+impl World {
+    fn take(&mut self, session: &mut TargetSession, event: SessionEvent) {
+        match event {
+            SessionEvent::Ready { agent, relays } => {
+                self.relays.push(relays);
+                for (id, disk) in self.disks.iter().filter(|(_, disk)| disk.agent == agent) {
+                    let state = disk.core.state();
+                    session.offer(*id, state.source, state.size_sectors, state.generation);
+                }
+            }
+            SessionEvent::Inventory { .. } => {}
+            SessionEvent::ToDisk(id, input) => self.input(session.id(), id, input),
+        }
+    }
+
+    fn input(&mut self, session: SessionId, id: DiskId, input: DiskInput) {
+        let now = mono_clock();
+        let Some(disk) = self.disks.get_mut(&id) else { return };
+        match input {
+            DiskInput::Open(head) => disk.core.handle_open(now, session, &head),
+            DiskInput::Batch(body) => {
+                let (header, records) = decode_batch(body).unwrap();
+                for (number, record) in records.iter().enumerate() {
+                    self.seen.push(see(id, Some(header.first_sequence.0 + number as u64), record));
+                }
+                disk.core.handle_batch(now, session, &header, records);
+            }
+            DiskInput::Bulk(body) => {
+                let (header, records) = decode_bulk(body).unwrap();
+                self.seen.extend(records.iter().map(|record| see(id, None, record)));
+                disk.core.handle_bulk(now, session, &header, records);
+            }
+            DiskInput::Mark(mark) => disk.core.handle_mark(now, session, &mark),
+            DiskInput::Compare(head, units) => disk.core.handle_compare(session, head, units),
+            DiskInput::PassBegin(begin) => disk.core.handle_pass_begin(now, session, &begin),
+            DiskInput::PassEnd(end) => disk.core.handle_pass_end(now, session, &end),
+        }
+    }
+
+    fn turn(&mut self) {
+        if self.stalled {
+            return;
+        }
+        let now = mono_clock();
+        for disk in self.disks.values_mut() {
+            disk.core.handle_timeout(now);
+            while let Some(action) = disk.core.poll_action() {
+                match action {
+                    DiskAction::Write { pieces, cost } => {
+                        for piece in &pieces {
+                            write(&mut disk.bytes, &piece.record, &piece.keep);
+                        }
+                        disk.core.handle_written(cost);
+                    }
+                    DiskAction::Hash { session, request, units } => {
+                        let from = request.range.byte_start() as usize;
+                        let chunk = &disk.bytes[from..from + request.range.bytes() as usize];
+                        let spans = hash_spans(request.range, request.unit_bytes.into(), &units);
+                        let hashes = spans.into_iter().map(|span| unit_hash(&chunk[span])).collect();
+                        disk.core.handle_hashed(session, &request, hashes);
+                    }
+                    DiskAction::Checkpoint { .. } => disk.core.handle_checkpointed(now),
+                    DiskAction::Reply { session, message } => {
+                        if let Some(replies) = self.sessions.get(&session) {
+                            let _ = replies.send(message);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn see(disk: DiskId, sequence: Option<u64>, record: &Record) -> Seen {
+    Seen {
+        disk,
+        sequence,
+        range: record.range(),
+        codec: record.codec(),
+        stored_bytes: record.payload().len() as u64,
+        plain_bytes: record.plain_bytes(),
+    }
+}
+
+fn write(bytes: &mut [u8], record: &Record, keep: &[SectorRange]) {
+    let mut plain = vec![0; record.range().bytes() as usize];
+    if record.kind() == RecordKind::Data {
+        record.open_into(&mut Decompressor::new().unwrap(), &mut plain).unwrap();
+    }
+    for range in keep {
+        let at = range.byte_start() as usize;
+        let from = at - record.range().byte_start() as usize;
+        let len = range.bytes() as usize;
+        bytes[at..at + len].copy_from_slice(&plain[from..from + len]);
+    }
+}
