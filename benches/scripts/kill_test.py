@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
 """`kill -9` of a random daemon, again and again, during the initial sync; it must end identical and not begin anew.
 
-Environment: SIZE (8G), FILL (50), KILLS (20), TARGET (flat), RELAY (1), SEED (random,
-printed), KEEP. Asserted: all kills happen
-before the sync ends; every byte is equal afterwards; plain bytes the agent sent are at most the disk's data and
-64 MiB for each kill. The agent's counter starts at zero in each process, so the last value seen before each of its
+Environment: SIZE (8G), FILL (50), KILLS (20), TARGET (flat), RELAY (1), SEED (random, printed), KEEP. Asserted: all
+kills happen before the sync ends; every byte is equal afterwards; plain bytes the agent sent are at most the disk's
+data and 64 MiB for each kill. The agent's counter starts at zero in each process, so the last value seen before each of its
 deaths is added up; it is asked every 100 ms and just before a kill. Called by `make kill-test` and by the suite.
 """
 
