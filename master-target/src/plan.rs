@@ -17,6 +17,7 @@ use reprotect_engine::store::target::{
 };
 
 use crate::catalogue::{Machine, ProtectedDisk, SourceDisk};
+use crate::explain::explain;
 use crate::guard::target_files;
 use crate::protect::{PlannedDisk, ProtectRequest};
 use crate::registry::{Registry, short_name};
@@ -234,7 +235,7 @@ fn plan_from(
                 targets.push((path.display().to_string(), identity));
                 specs.push(spec);
             }
-            Err(error) => left_out.push(format!("{}: {error:#}", path.display())),
+            Err(error) => left_out.push(format!("{}: {}", path.display(), explain(&error))),
         }
     }
     let disks = selected(machine, taken, left_out);
