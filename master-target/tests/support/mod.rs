@@ -4,7 +4,6 @@
 //! within a minute fails the test.
 
 #![expect(clippy::unwrap_used, reason = "test support: a failed step is a failed test")]
-#![expect(dead_code, reason = "shared by several test programs, each of which uses a part")]
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -75,7 +74,9 @@ impl Bench {
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let mut bench = Self { runtime, opener, spec, state_path, size_bytes, worker: None, sessions: 0 };
-        bench.run(new_state(size_bytes, mode));
+        let state = new_state(size_bytes, mode);
+        std::fs::write(&bench.state_path, state.to_bytes()).unwrap();
+        bench.run(state);
         bench
     }
 
@@ -300,6 +301,7 @@ impl Agent {
     pub(crate) fn until_error(&mut self, bench: &Bench, code: ErrorCode) -> String {
         self.wait(bench, |message| match message {
             Message::Error(head, text) if head.code == code => Some(text),
+            Message::Error(head, text) => panic!("{:?}: {text}", head.code),
             _ => None,
         })
     }
