@@ -59,10 +59,8 @@ fn check_datastore(dir: &Path, allowed: &[PathBuf]) -> anyhow::Result<()> {
     // Where it really leads, so that a link does not lead out of the datastores.
     let real = |path: &Path| path.canonicalize().ok();
     let existing = dir.ancestors().find_map(real).unwrap_or_default();
-    let inside = |root: &PathBuf| {
-        dir.starts_with(root)
-            && real(root).is_none_or(|root| existing.starts_with(&root) || root.starts_with(&existing))
-    };
+    let inside =
+        |root: &PathBuf| dir.starts_with(root) && real(root).is_some_and(|root| existing.starts_with(&root));
     if !allowed.is_empty() && !allowed.iter().any(inside) {
         bail!(
             "{} is not below any directory of `datastores` in the configuration; add it there",
