@@ -153,7 +153,7 @@ impl Session {
                     }
                 }
                 SessionEvent::Inventory { host_name, disks } => self.take_inventory(host_name, disks).await,
-                SessionEvent::ToDisk(disk, input) => self.to_disk(disk, input).await,
+                SessionEvent::ToDisk(disk, input) => self.route(disk, input).await,
             }
         }
     }
@@ -172,7 +172,7 @@ impl Session {
         }
     }
 
-    async fn to_disk(&mut self, disk: DiskId, input: DiskInput) {
+    async fn route(&mut self, disk: DiskId, input: DiskInput) {
         let opens = matches!(input, DiskInput::Open(_));
         let sent = match self.registry.disk_inputs(disk) {
             Some((inputs, _)) => inputs.send(self.id, input, self.replies.clone()).await,

@@ -128,6 +128,9 @@ fn a_loop_device_is_written_alike_and_known_again() {
     }
     let identity = reprotect_master_target::device::identity(&device.path).unwrap();
     assert!(identity.starts_with("file:") && identity.ends_with("disk.img"), "{identity}");
+    let writable = Expectation { writable: true, ..Expectation::default() };
+    let held = open_target(&bench.opener, &bench.spec, &writable).unwrap_err().to_string();
+    assert!(held.contains("is in use"), "{held}");
     replicate(&mut bench, &mut model);
     assert!(content(&bench) == model.0);
     assert!(reprotect_master_target::device::check(&device.path, Some(&identity)).is_ok());

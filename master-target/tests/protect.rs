@@ -295,3 +295,39 @@ fn what_a_crash_of_the_medium_took_from_a_finished_disk_is_compared_again_and_no
         registry.stop();
     }
 }
+
+fn losetup(arguments: &[&std::ffi::OsStr]) -> String {
+    let output = std::process::Command::new("losetup").args(arguments).output().unwrap();
+    assert!(output.status.success(), "losetup: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+#[test]
+fn another_device_under_the_old_name_is_refused() {
+    if !rustix::process::geteuid().is_root() || !Path::new("/dev/loop-control").exists() {
+        return eprintln!("skipped: needs root and loop devices");
+    }
+    let site = Site::with(&[source(1, "/dev/sda", SIZE, 1)]);
+    let images = ["one.img", "two.img"].map(|name| site.dir.path().join(name));
+    for image in &images {
+        std::fs::write(image, file_system(1)).unwrap();
+        std::fs::File::options().write(true).open(image).unwrap().set_len(SIZE).unwrap();
+    }
+    let device = losetup(&["--find".as_ref(), "--show".as_ref(), images[0].as_os_str()]);
+    let answer = site.ask(&original(&[("sda", Path::new(&device))])).unwrap();
+    assert_eq!((answer.disks[0].kind.as_str(), answer.disks[0].score), ("device", 10));
+    site.registry.stop();
+    let problem = || {
+        let catalogue = Catalogue::open(&site.dir.path().join("state")).unwrap();
+        let registry = Registry::open(catalogue, FlowLimits::default()).unwrap();
+        let problem = registry.disks()[0].problem.clone();
+        registry.stop();
+        problem
+    };
+    assert_eq!(problem(), None, "the same device is fine");
+    losetup(&["--detach".as_ref(), device.as_ref()]);
+    losetup(&[device.as_ref(), images[1].as_os_str()]);
+    let refused = problem();
+    losetup(&["--detach".as_ref(), device.as_ref()]);
+    assert!(refused.as_deref().is_some_and(|why| why.contains("is not the disk it was")), "{refused:?}");
+}
