@@ -28,6 +28,7 @@ use crate::api::{
 use crate::catalogue::{Machine, ProtectedDisk, SourceDisk};
 use crate::config::Settings;
 use crate::disk_status::sector_bytes;
+use crate::explain::reason_and_remedy;
 use crate::protect::{ProtectAnswer, ProtectRequest, protect};
 use crate::registry::{DiskView, Registry};
 
@@ -299,8 +300,7 @@ async fn blocking<T: Send + 'static>(
     match tokio::task::spawn_blocking(work).await {
         Ok(Ok(value)) => Ok(Json(value)),
         Ok(Err(error)) => {
-            let text = format!("{error:#}");
-            let (reason, remedy) = text.split_once("; ").unwrap_or((&text, "see the daemon's log"));
+            let (reason, remedy) = reason_and_remedy(&error);
             Err(Refusal::conflict("refused", reason, remedy))
         }
         Err(error) => Err(Refusal::conflict(

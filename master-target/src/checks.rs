@@ -23,6 +23,7 @@ use serde::Serialize;
 use crate::catalogue::{Catalogue, kind_from_text};
 use crate::config::Settings;
 use crate::device;
+use crate::explain::{explain, reason_and_remedy};
 use crate::registry::fs_opener;
 
 /// Open files a busy target wants: descriptor, extents, rings and sockets of dozens of disks.
@@ -350,7 +351,7 @@ fn targets(settings: &Settings, running: bool) -> Vec<Check> {
         Ok(disks) => disks,
         Err(error) => {
             let remedy = "correct its owner and mode, or restore it from a backup";
-            return vec![Check::fail("targets", format!("{error:#}"), remedy)];
+            return vec![Check::fail("targets", explain(&error), remedy)];
         }
     };
     if running {
@@ -371,11 +372,10 @@ fn targets(settings: &Settings, running: bool) -> Vec<Check> {
             (Err(error), _) => {
                 let remedy =
                     "`unprotect` the disk and protect it again: it is compared, only differences travel";
-                Check::fail(&name, format!("its state is damaged: {error:#}"), remedy)
+                Check::fail(&name, format!("its state is damaged: {}", explain(&error)), remedy)
             }
             (_, Err(error)) => {
-                let text = format!("{error:#}");
-                let (reason, remedy) = text.split_once("; ").unwrap_or((&text, "see `inspect`"));
+                let (reason, remedy) = reason_and_remedy(&error);
                 Check::fail(&name, reason, remedy)
             }
             (Ok(_), Ok(target)) => {
