@@ -32,7 +32,7 @@ pub enum Sabotage {
     ReuseGeneration,
     /// The target keeps a batch of a fenced session and writes it later.
     WriteFenced,
-    /// The relay sends on without waiting for credit and hides it.
+    /// The target reports writes as done before they are.
     IgnoreCredit,
     /// The target does not look at checksums.
     TrustPayload,
