@@ -107,8 +107,10 @@ fn seen(sabotage: Sabotage) -> Vec<Rule> {
             scenario.faults.target_crashes += 2;
             scenario.faults.disconnects += 2;
             scenario.writes = scenario.writes.max(40);
-            if sabotage == Sabotage::TrustPayload {
-                scenario.faults.flips_per_mille = 300;
+            match sabotage {
+                Sabotage::TrustPayload => scenario.faults.flips_per_mille = 300,
+                Sabotage::IgnoreCredit => scenario.flow.undurable_bytes = 8 * scenario.flow.unwritten_bytes,
+                _ => {}
             }
             // A core may assert before the checker sees anything; that is not what is tested here.
             catch_unwind(AssertUnwindSafe(|| run(&scenario))).ok()?.err().map(|failure| failure.rule)

@@ -344,8 +344,13 @@ impl World {
 
     /// Takes everything out of a disk's core and starts what may run.
     fn disk_pump(&mut self, disk: usize, generation: Generation) {
+        let mut replies = Vec::new();
         let node = &mut self.target.disks[disk];
         while let Some(action) = node.td.poll_action() {
+            if let DiskAction::Reply { session, message } = action {
+                replies.push((session, message));
+                continue;
+            }
             if let DiskAction::Write { cost, .. } = &action {
                 node.unwritten += cost;
                 node.undurable += cost;
@@ -366,6 +371,9 @@ impl World {
                 self.count("sessions fenced", 1);
             }
         }
+        for (session, message) in replies {
+            self.disk_replies(disk, session, message);
+        }
         let flow = self.plan.flow;
         self.checker.bounded("the target unwritten", disk, unwritten, flow.unwritten_bytes);
         self.checker.bounded("the target undurable", disk, undurable, flow.undurable_bytes);
@@ -376,10 +384,6 @@ impl World {
     fn disk_start(&mut self, disk: usize) {
         while self.target.disks[disk].busy.is_none() {
             let Some((generation, action)) = self.target.disks[disk].queue.pop_front() else { return };
-            if let DiskAction::Reply { session, message } = action {
-                self.disk_replies(disk, session, message);
-                continue;
-            }
             self.target.disks[disk].busy = Some((generation, action));
             let usual = self.plan.disk_nanos;
             let delay = self.rng.between(usual / 8, usual * 2);
