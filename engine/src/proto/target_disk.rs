@@ -236,11 +236,11 @@ impl TargetDisk {
             self.state.mode = PassMode::Compare; // something was perhaps written and not recorded
         }
         self.ever_opened = true;
-        if let Some(old) = self.session.take().filter(|old| *old != session) {
+        let opening = self.opening.replace(session);
+        for old in [self.session.take(), opening].into_iter().flatten().filter(|old| *old != session) {
             self.reply(old, Message::Fenced(self.fenced()));
             self.notices.push_back(DiskNotice::FencedSession(old));
         }
-        self.opening = Some(session);
         self.received = self.state.sequence;
         self.nacked = false;
         self.pass_end_wanted = false;
