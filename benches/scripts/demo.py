@@ -22,14 +22,14 @@ STEPS = 7
 
 
 class Story:
-    """Numbers the chapters."""
+    """Numbers the chapters, with the seconds since the beginning."""
 
     def __init__(self):
-        self.at = 0
+        self.at, self.begun = 0, time.monotonic()
 
     def __call__(self, text):
         self.at += 1
-        say(f"\n[{self.at}/{STEPS}] {text}")
+        say(f"\n[{self.at}/{STEPS}] {time.monotonic() - self.begun:4.0f} s  {text}")
 
 
 class MountedSource:
