@@ -13,6 +13,7 @@ use reprotect_engine::host::logging::{self, LOG_KEYS, LogConfig};
 use reprotect_engine::host::places::{MASTER_TARGET_PORT, Places, Program};
 use reprotect_engine::host::values::{AddressText, ByteSize, DurationText, HostPort, ListenText};
 use reprotect_engine::limits::{PROGRESS_BYTES, PROGRESS_NANOS, UNDURABLE_BYTES_MAX};
+use reprotect_engine::net::identity::is_site_name;
 use serde::{Deserialize, Serialize};
 
 /// The file as written.
@@ -99,9 +100,9 @@ pub const KEYS: [KeyDoc; 9] = [
     KeyDoc {
         key: "site",
         about: "Name of this site, shown to operators and written into the certificate authority when it is created.",
-        unit: "text of at most 64 characters",
+        unit: "1 to 63 of a-z, 0-9, '.' and '-'",
         cost: "none",
-        example: "\"Lyon\"",
+        example: "\"lyon\"",
     },
     LOG_KEYS[0],
     LOG_KEYS[1],
@@ -149,15 +150,9 @@ impl Settings {
             let what = format!("{} is a relative path", path.display());
             return Err(loaded.invalid("datastores", what, "write an absolute one"));
         }
-        let site_fits = |site: &String| {
-            !site.trim().is_empty() && site.chars().count() <= 64 && !site.chars().any(char::is_control)
-        };
-        if raw.site.as_ref().is_some_and(|site| !site_fits(site)) {
-            return Err(loaded.invalid(
-                "site",
-                "empty, too long or unprintable",
-                "write 1 to 64 printable characters",
-            ));
+        if let Some(site) = raw.site.as_ref().filter(|site| !is_site_name(site)) {
+            let what = format!("\"{site}\" is no site name");
+            return Err(loaded.invalid("site", what, "write 1 to 63 of a-z, 0-9, '.' and '-'"));
         }
         let listen = raw.listen.with_default_port(MASTER_TARGET_PORT);
         // Half of what may be undurable, so that writing goes on while a flush runs.
@@ -221,8 +216,8 @@ mod tests {
                 "mt.toml:2: `datastores`: vm is a relative path; write an absolute one",
             ),
             (
-                "site = \"\"",
-                "mt.toml:1: `site`: empty, too long or unprintable; write 1 to 64 printable characters",
+                "site = \"Lyon\"",
+                "mt.toml:1: `site`: \"Lyon\" is no site name; write 1 to 63 of a-z, 0-9, '.' and '-'",
             ),
         ] {
             assert_eq!(resolve(text).unwrap_err().to_string(), refusal);

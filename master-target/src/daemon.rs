@@ -4,11 +4,12 @@
 //! ready. Stopping goes the other way: no new connections, sessions end, every target is flushed and closed.
 //! Invariants: one daemon per state directory; a daemon that says ready accepts sessions. Called by `main` and tests.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use reprotect_engine::host::admin::AdminServer;
+use reprotect_engine::host::config::Overrides;
 use reprotect_engine::host::places::Program;
 use reprotect_engine::host::run_lock::RunLock;
 use reprotect_engine::host::shutdown::{Notifier, Shutdown};
@@ -24,8 +25,9 @@ use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::Authority;
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::units::PeerId;
+use tokio::sync::watch;
 
-use crate::admin::{AdminState, router};
+use crate::admin::{AdminState, LiveSettings, router};
 use crate::authority::SiteAuthority;
 use crate::catalogue::Catalogue;
 use crate::config::Settings;
@@ -51,6 +53,27 @@ struct Keys {
 /// # Errors
 /// When something it needs cannot be had; the text says what and what to do.
 pub async fn run(settings: Settings, shutdown: Shutdown) -> anyhow::Result<()> {
+    run_reloading(settings, shutdown, None).await
+}
+
+/// Where a running daemon finds its configuration again.
+#[derive(Debug)]
+pub struct Reload {
+    /// Changes whenever it is to be read.
+    pub asked: watch::Receiver<u64>,
+    /// The command line's options.
+    pub overrides: Overrides,
+}
+
+/// As [`run`], taking over what may change at each [`Reload`].
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_reloading(
+    settings: Settings,
+    shutdown: Shutdown,
+    reload: Option<Reload>,
+) -> anyhow::Result<()> {
     settings.places.create_state_dir()?;
     let _lock = RunLock::acquire(Program::MasterTarget, &settings.places.state_dir)?;
     let keys = open_keys(&settings)?;
@@ -81,17 +104,18 @@ pub async fn run(settings: Settings, shutdown: Shutdown) -> anyhow::Result<()> {
         ca: Arc::clone(&keys.ca),
         identity: Arc::clone(&keys.identity),
         revocations: Arc::clone(&keys.revocations),
-        settings: settings.clone(),
+        live: Mutex::new(LiveSettings::of(&settings)),
         listen,
         started: Instant::now(),
     });
-    let admin_task = tokio::spawn(admin.serve(router(state), shutdown.clone()));
+    let admin_task = tokio::spawn(admin.serve(router(Arc::clone(&state)), shutdown.clone()));
     let notifier = Notifier::from_env()?;
     notifier.send("READY=1")?;
     tracing::info!(%listen, site, target = %keys.identity.own().peer, "ready");
     tokio::select! {
         () = accept(&server, &keys, authority, &registry) => {}
         () = renew_own(&server, &keys, &rule, &settings) => {}
+        () = take_reloads(reload, settings.clone(), &state) => {}
         () = notifier.watch(&shutdown) => {}
         () = shutdown.requested() => {}
     }
@@ -160,6 +184,33 @@ async fn accept(server: &Server, keys: &Keys, authority: Arc<dyn Authority>, reg
             }
         }
     }
+}
+
+/// Reads the configuration again whenever asked to; never returns.
+async fn take_reloads(reload: Option<Reload>, mut current: Settings, state: &AdminState) {
+    let Some(Reload { mut asked, overrides }) = reload else { return std::future::pending().await };
+    while asked.changed().await.is_ok() {
+        match Settings::load(&overrides) {
+            Ok(new) => {
+                state.set_live(LiveSettings::of(&new));
+                let live = Settings {
+                    advertise: new.advertise.clone(),
+                    datastores: new.datastores.clone(),
+                    ..current.clone()
+                };
+                if live == new {
+                    tracing::info!("the configuration was read again");
+                } else {
+                    tracing::warn!(
+                        "the configuration was read again; advertise and datastores hold now, the other changes from the next start"
+                    );
+                }
+                current = live;
+            }
+            Err(error) => tracing::error!("the configuration was not taken over, the old one holds: {error}"),
+        }
+    }
+    std::future::pending().await
 }
 
 /// Renews the target's own certificate in time; never returns.

@@ -124,7 +124,7 @@ fn certificate(identity: &Identity) -> Finding {
 }
 
 fn memory(budget: u64, total: Option<u64>) -> Finding {
-    let disks = (budget / BUDGET_BYTES_MIN).max(1);
+    let disks = (budget / 4 * 3 / BUDGET_BYTES_MIN).max(1);
     let text =
         format!("{} for payload: at least {disks} machines of one disk at once", output::bytes(budget));
     match total {

@@ -10,7 +10,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use reprotect_engine::host::places::MASTER_TARGET_PORT;
 use reprotect_engine::host::values::{AddressText, HostPort};
-use reprotect_engine::net::files::{self, FileError, PUBLIC_MODE};
+use reprotect_engine::net::files::{self, Access, FileError};
 use reprotect_engine::net::identity::{IDENTITY_FILE, Identity, IdentityError, Role};
 use reprotect_engine::net::revocations::Revocations;
 use reprotect_engine::net::token::Token;
@@ -132,7 +132,7 @@ pub fn save_targets(state_dir: &Path, token: &Token) -> Result<(), FileError> {
     files::create_private_dir(state_dir)?;
     // Strings always have a JSON form.
     let text = serde_json::to_string_pretty(&file).unwrap_or_default();
-    files::replace(&state_dir.join(UPSTREAM_FILE), format!("{text}\n").as_bytes(), PUBLIC_MODE)
+    files::replace(&state_dir.join(UPSTREAM_FILE), format!("{text}\n").as_bytes(), Access::Public)
 }
 
 /// The targets in force: the configured ones, else those of the enrolment.

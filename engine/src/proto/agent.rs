@@ -28,8 +28,8 @@ use crate::format::extent::Record;
 use crate::format::frame::{Frame, FrameKind};
 use crate::format::handshake::{Hello, Version};
 use crate::format::message::{
-    Ack, CompareRequestHead, ErrorCode, GrantHead, InventoryDisk, InventoryHead, Message, Nack, OfferHead,
-    OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
+    Ack, CompareRequestHead, ErrorCode, Fenced, GrantHead, InventoryDisk, InventoryHead, Message, Nack,
+    OfferHead, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
 };
 use crate::format::wire::Text;
 use crate::limits::{CHUNK_BYTES, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DISKS_PER_AGENT_MAX};
@@ -209,6 +209,29 @@ impl AgentDisk {
         self.bulk.clear();
         self.requests.clear();
         self.epoch += 1;
+        for batch in &mut self.unacked {
+            batch.chunk = None; // of the walk that is over, not of the next one
+        }
+    }
+
+    /// Begins a walk under an epoch of its own.
+    fn begin_walk(&mut self, pass: Pass) {
+        self.end_walk();
+        self.pass = Some(pass);
+    }
+
+    /// Whether the mark stands before the next batch to be sent, so that it must be sent now.
+    fn mark_is_next(&self) -> bool {
+        let next = self.unacked.get(self.unsent_from).map(|batch| batch.header.first_sequence);
+        !self.mark_sent && self.mark.as_ref().is_some_and(|mark| next.is_none_or(|next| next > mark.sequence))
+    }
+
+    /// The stream goes on behind `received`: a mark there or later is still to be sent, one before it cannot be
+    /// placed any more unless it arrived.
+    fn resend_mark(&mut self, received: Sequence) {
+        if self.mark.as_ref().is_some_and(|mark| mark.sequence >= received) {
+            self.mark_sent = false;
+        }
     }
 
     /// A mark after everything submitted so far.
@@ -367,10 +390,7 @@ impl Agent {
                 }
             }
             (AgentLink::Ready, Message::Nack(nack)) => self.handle_nack(&nack),
-            (AgentLink::Ready, Message::Fenced(fenced)) => {
-                let text = format!("generation {} was granted to another session", fenced.generation);
-                self.stop_disk(fenced.disk, ErrorCode::Grant, text);
-            }
+            (AgentLink::Ready, Message::Fenced(fenced)) => self.handle_fenced(&fenced),
             (AgentLink::Ready, Message::CompareHashes(head, hashes)) => {
                 if let Some(disk) = self.open_disk(head.disk, head.generation)
                     && let Some(chunk) = disk.requests.remove(&head.request)
@@ -396,6 +416,20 @@ impl Agent {
             self.stop_disk(disk, code, text);
         }
         Ok(())
+    }
+
+    /// Somebody else has the disk, unless the words are about what this agent sent under an older generation.
+    fn handle_fenced(&mut self, fenced: &Fenced) {
+        let Some(disk) = self.disks.get(&fenced.disk) else { return };
+        let own_past = match disk.phase {
+            AgentDiskPhase::Opening => fenced.generation == disk.generation,
+            _ => fenced.generation <= disk.generation,
+        };
+        if own_past {
+            return;
+        }
+        let text = format!("generation {} was granted to another session", fenced.generation);
+        self.stop_disk(fenced.disk, ErrorCode::Grant, text);
     }
 
     fn stop_disk(&mut self, disk: DiskId, code: ErrorCode, text: String) {
@@ -483,7 +517,6 @@ impl Agent {
         disk.generation = head.generation;
         disk.grant = grant;
         disk.balance = Balance::default();
-        disk.mark_sent = false;
         disk.set_target_pass(head.pass);
         let ours = Ours {
             lineage: disk.lineage,
@@ -500,8 +533,9 @@ impl Agent {
                 disk.unsent_from = 0;
                 for batch in &mut disk.unacked {
                     batch.header.generation = head.generation;
-                    batch.chunk = None;
                 }
+                disk.mark = disk.mark.filter(|mark| mark.sequence >= head.durable);
+                disk.mark_sent = false;
             }
             Decision::Compare(why) => {
                 disk.adopt(head);
@@ -509,11 +543,11 @@ impl Agent {
             }
         }
         if head.mode == PassMode::Done {
-            disk.pass = None;
+            disk.end_walk();
         } else {
             let settled: RangeSet = ranges.iter().copied().collect();
             let pass = Pass::new(head.pass, head.mode, Sink::Bulk, disk.whole(), settled);
-            disk.pass = Some(pass.with_chunk_bytes(self.chunk_bytes));
+            disk.begin_walk(pass.with_chunk_bytes(self.chunk_bytes));
         }
         self.events.push_back(AgentEvent::Opened { disk: head.disk, mode: head.mode });
         if let Some(cause) = cause {
@@ -537,6 +571,7 @@ impl Agent {
     fn ask_for_pass(&mut self, disk: DiskId, cause: PassCause) {
         let Some(state) = self.disks.get_mut(&disk) else { return };
         state.wanted = Some(WantedPass { cause, asked_in: Some(state.target_pass) });
+        state.end_walk(); // the wanted one covers it
         let message = Message::PassBegin(PassBegin { disk, generation: state.generation, cause });
         self.control(&message);
         self.events.push_back(AgentEvent::Resync { disk, cause });
@@ -546,11 +581,12 @@ impl Agent {
     /// it began (the disk is open, synced and not already being walked).
     pub fn begin_scan(&mut self, disk: DiskId) -> bool {
         let Some(state) = self.disks.get_mut(&disk) else { return false };
-        if state.phase != AgentDiskPhase::Open || state.pass.is_some() || state.mark.is_some() {
+        let free = state.pass.is_none() && state.mark.is_none() && state.wanted.is_none();
+        if state.phase != AgentDiskPhase::Open || !free {
             return false;
         }
         let pass = Pass::new(0, PassMode::Compare, Sink::Delta, state.whole(), RangeSet::new());
-        state.pass = Some(pass.with_chunk_bytes(self.chunk_bytes));
+        state.begin_walk(pass.with_chunk_bytes(self.chunk_bytes));
         true
     }
 
@@ -560,13 +596,14 @@ impl Agent {
         disk.set_target_pass(state.pass);
         if state.mode == PassMode::Done {
             if disk.pass.as_ref().is_some_and(|pass| pass.number() == state.pass) {
-                disk.pass = None;
-                self.events.push_back(AgentEvent::Synced { disk: state.disk });
+                disk.end_walk();
+                if disk.wanted.is_none() {
+                    self.events.push_back(AgentEvent::Synced { disk: state.disk });
+                }
             }
         } else {
-            disk.end_walk();
             let pass = Pass::new(state.pass, state.mode, Sink::Bulk, disk.whole(), RangeSet::new());
-            disk.pass = Some(pass.with_chunk_bytes(chunk_bytes));
+            disk.begin_walk(pass.with_chunk_bytes(chunk_bytes));
         }
     }
 
@@ -579,8 +616,9 @@ impl Agent {
             && ack.durable >= mark.sequence
         {
             disk.mark = None;
-            if disk.pass.as_ref().is_some_and(|pass| pass.sink() == Sink::Delta) {
-                disk.pass = None;
+            // The walk's own mark, or a later one: either way all it submitted is durable.
+            if disk.pass.as_ref().is_some_and(|pass| pass.sink() == Sink::Delta && pass.has_ended()) {
+                disk.end_walk();
                 self.events.push_back(AgentEvent::ScanDone { disk: ack.disk });
             }
         }
@@ -590,7 +628,7 @@ impl Agent {
         let Some(disk) = self.open_disk(nack.disk, nack.generation) else { return };
         let from = disk.unacked.iter().position(|batch| batch.header.last_sequence() >= nack.resume_from);
         disk.unsent_from = from.unwrap_or(disk.unacked.len());
-        disk.mark_sent = false;
+        disk.resend_mark(Sequence(nack.resume_from.0.saturating_sub(1)));
     }
 
     fn open_disk(&mut self, disk: DiskId, generation: Generation) -> Option<&mut AgentDisk> {
@@ -718,7 +756,7 @@ impl Agent {
         Some(state.last)
     }
 
-    /// Places a mark after everything submitted so far.
+    /// Places a mark after everything submitted so far; one that is not durable yet is replaced.
     pub fn submit_mark(&mut self, disk: DiskId, class: MarkClass, source_time: Timestamp) {
         if let Some(state) = self.disks.get_mut(&disk) {
             state.place_mark(disk, class, source_time);
@@ -842,31 +880,29 @@ impl Agent {
     }
 }
 
-/// The next delta batch or mark of a disk that credit allows.
+/// The next delta batch or mark of a disk that credit allows; a mark goes exactly behind its last record.
 fn next_delta(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
-    if let Some(batch) = disk.unacked.get_mut(disk.unsent_from) {
-        if !disk.balance.spend(batch.cost) {
-            return None;
-        }
-        disk.unsent_from += 1;
-        let frame = encode_batch(&batch.header, &batch.records);
-        disk.sent.plain += batch.records.iter().map(Record::plain_bytes).sum::<u64>();
-        disk.sent.wire += frame.encoded_bytes() as u64;
-        if let Some(chunk) = batch.chunk.take()
-            && let Some(pass) = disk.pass.as_mut()
-        {
-            pass.handle_sent(chunk);
-        }
-        return Some(Outgoing { lane: Lane::Delta(id), frame });
-    }
-    if let Some(mark) = &disk.mark
-        && !disk.mark_sent
+    if disk.mark_is_next()
+        && let Some(mark) = &disk.mark
     {
         disk.mark_sent = true;
         let mark = Mark { generation: disk.generation, ..*mark };
         return Some(Outgoing { lane: Lane::Delta(id), frame: Message::Mark(mark).encode() });
     }
-    None
+    let batch = disk.unacked.get_mut(disk.unsent_from)?;
+    if !disk.balance.spend(batch.cost) {
+        return None;
+    }
+    disk.unsent_from += 1;
+    let frame = encode_batch(&batch.header, &batch.records);
+    disk.sent.plain += batch.records.iter().map(Record::plain_bytes).sum::<u64>();
+    disk.sent.wire += frame.encoded_bytes() as u64;
+    if let Some(chunk) = batch.chunk.take()
+        && let Some(pass) = disk.pass.as_mut()
+    {
+        pass.handle_sent(chunk);
+    }
+    Some(Outgoing { lane: Lane::Delta(id), frame })
 }
 
 fn next_bulk(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {

@@ -17,7 +17,7 @@ use super::scenario::{Sabotage, Scenario};
 use super::workload::Source;
 use super::world::{Event, World};
 use crate::checksum::unit_hash;
-use crate::format::batch::{BatchHeader, decode_batch, decode_bulk};
+use crate::format::batch::{BatchHeader, credit_cost, decode_batch, decode_bulk};
 use crate::format::disk_state::DiskState;
 use crate::format::extent::{Record, RecordKind};
 use crate::format::frame::FrameKind;
@@ -310,7 +310,7 @@ impl World {
         if let Some(error) = records.iter().find_map(|record| open(record, trust).err()) {
             self.count("damaged batches", 1);
             let node = &mut self.target.disks[disk];
-            node.td.handle_damaged(id, header.generation);
+            node.td.handle_damaged(id, header.generation, credit_cost(&records));
             return self.note(|| format!("target: {error}"));
         }
         let before = node.td.state().sequence;
