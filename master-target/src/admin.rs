@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use axum::extract::State;
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -39,8 +40,8 @@ pub struct AdminState {
     pub registry: Arc<Registry>,
     /// Open invitations.
     pub invitations: Arc<Invitations>,
-    /// The CA.
-    pub ca: Arc<Ca>,
+    /// The CA; none where the site has its own PKI.
+    pub ca: Option<Arc<Ca>>,
     /// The target's own identity.
     pub identity: Arc<Identity>,
     /// Who is no longer believed.
@@ -214,7 +215,8 @@ async fn invite(
     };
     let addresses = advertised(&state);
     blocking(move || {
-        let ca_key_sha256 = state.ca.key_sha256()?;
+        let ca = state.ca.as_ref().context("this site has its own PKI ([pki] in the configuration): have it issue the certificate, nobody enrols here")?;
+        let ca_key_sha256 = ca.key_sha256()?;
         let invite = Invite {
             role,
             lifetime: Duration::from_secs(request.valid_seconds),

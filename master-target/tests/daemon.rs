@@ -11,8 +11,12 @@ use reprotect_engine::host::config::Overrides;
 use reprotect_engine::host::places::Program;
 use reprotect_engine::host::shutdown::{Shutdown, ShutdownTrigger};
 use reprotect_engine::net::enroll::{EnrollError, enroll};
-use reprotect_engine::net::identity::Role;
+use reprotect_engine::net::ca::Ca;
+use reprotect_engine::net::identity::{IDENTITY_FILE, Role};
 use reprotect_engine::net::token::Token;
+use reprotect_engine::net::trust::ROOTS_FILE;
+use reprotect_engine::net::wall_clock;
+use reprotect_engine::units::PeerId;
 use reprotect_master_target::api::{
     InviteAnswer, InviteRequest, MachineInfo, RevokeAnswer, RevokeRequest, StatusInfo,
 };
@@ -150,4 +154,31 @@ async fn a_reload_takes_over_what_may_change_and_keeps_the_old_where_the_file_is
     configure(dir.path(), "site = \"lyon\"\nadvertise = [\"new.example:9\"]\n");
     reloaded("new.example:9").await;
     daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_sites_own_pki_the_target_is_who_its_certificate_says_and_nobody_enrols() {
+    let (dir, site) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let ca = Ca::open_or_create(&site.path().join("ca"), "lyon", wall_clock()).unwrap();
+    let identity = ca.issue_identity(Role::MasterTarget, PeerId::random().unwrap(), wall_clock()).unwrap();
+    identity.save(site.path()).unwrap();
+    let file = site.path().join(IDENTITY_FILE).display().to_string();
+    let roots = site.path().join("ca").join(ROOTS_FILE).display().to_string();
+    let pki = |file: &str| format!("[pki]\ncertificate = \"{file}\"\nkey = \"{file}\"\nroots = \"{roots}\"\n");
+    configure(dir.path(), &pki(&file));
+    let daemon = start(dir.path()).await;
+    let status = daemon.status().await;
+    assert_eq!((status.target, status.site.as_str()), (identity.own().peer.to_string(), "lyon"));
+    let invite = InviteRequest { role: "agent".into(), valid_seconds: 60 };
+    let refused = daemon.client.post_json::<_, InviteAnswer>("/v1/invite", &invite).await.unwrap_err();
+    assert!(refused.to_string().contains("own PKI"), "{refused}");
+    daemon.stop().await;
+    assert!(!dir.path().join("ca").exists(), "no authority of its own is made");
+
+    let agent = ca.issue_identity(Role::Agent, PeerId::random().unwrap(), wall_clock()).unwrap();
+    let other = tempfile::tempdir().unwrap();
+    agent.save(other.path()).unwrap();
+    configure(dir.path(), &pki(&other.path().join(IDENTITY_FILE).display().to_string()));
+    let error = spawn(dir.path()).task.await.unwrap().unwrap_err().to_string();
+    assert!(error.contains("not a master-target"), "{error}");
 }
