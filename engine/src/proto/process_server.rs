@@ -160,8 +160,8 @@ impl RelaySession {
                 self.pass_on(Side::Agent, Lane::Control, Frame::new(kind, body));
                 Ok(())
             }
-            (Side::Agent, RelayLink::Open) => self.from_agent(kind, body),
-            (Side::Target, RelayLink::Open) => self.from_target(kind, body),
+            (Side::Agent, RelayLink::Open) => self.take_from_agent(kind, body),
+            (Side::Target, RelayLink::Open) => self.take_from_target(kind, body),
             (_, state) => Err(ProtoError::Unexpected { got: frame_name(kind), state: state.name() }),
         }
     }
@@ -192,7 +192,7 @@ impl RelaySession {
         }
     }
 
-    fn from_agent(&mut self, kind: FrameKind, body: Bytes) -> Result<(), ProtoError> {
+    fn take_from_agent(&mut self, kind: FrameKind, body: Bytes) -> Result<(), ProtoError> {
         match kind {
             FrameKind::Batch => {
                 let (header, records) = decode_batch(body)?;
@@ -311,7 +311,7 @@ impl RelaySession {
         }
     }
 
-    fn from_target(&mut self, kind: FrameKind, body: Bytes) -> Result<(), ProtoError> {
+    fn take_from_target(&mut self, kind: FrameKind, body: Bytes) -> Result<(), ProtoError> {
         match kind {
             FrameKind::Welcome
             | FrameKind::Offer
