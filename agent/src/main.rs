@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use reprotect_agent::cli::{Cli, Command};
-use reprotect_agent::{commands, service};
 use reprotect_agent::config::Settings;
+use reprotect_agent::{commands, service};
 use reprotect_engine::host::logging;
 use reprotect_engine::host::output::{EXIT_FAILED, EXIT_OK, EXIT_USAGE, Output};
 

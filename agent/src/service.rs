@@ -19,7 +19,8 @@ use serde_json::json;
 use crate::api::{DiskInfo, StatusInfo};
 use crate::cli::{EnrollArgs, StatusArgs};
 use crate::config::Settings;
-use crate::daemon::{self, UPSTREAM_FILE};
+use crate::daemon;
+use crate::plan::UPSTREAM_FILE;
 
 /// How often `status --watch` looks.
 const WATCH: Duration = Duration::from_millis(500);
@@ -97,9 +98,9 @@ async fn watch(client: &AdminClient, output: Output) -> anyhow::Result<()> {
             output.result(&info, String::new)?;
         } else {
             for disk in &info.disks {
-                let bar = bars
-                    .entry(disk.disk.clone())
-                    .or_insert_with(|| output.progress(&format!("{} {}", disk.source, disk.state), disk.size_bytes));
+                let bar = bars.entry(disk.disk.clone()).or_insert_with(|| {
+                    output.progress(&format!("{} {}", disk.source, disk.state), disk.size_bytes)
+                });
                 bar.update(disk.settled_bytes, disk.size_bytes, Instant::now());
             }
         }
