@@ -14,7 +14,8 @@ pub struct DiskInfo {
     pub source: String,
     /// Size in bytes.
     pub size_bytes: u64,
-    /// `offered`, `copying`, `comparing`, `scanning`, `synced`, `stopped` or `disconnected`.
+    /// `offered`, `copying`, `comparing`, `scanning`, `synced`, `paused` (it cannot be read and is tried again),
+    /// `stopped` (a person must look) or `disconnected`.
     pub state: String,
     /// Bytes settled by the running walk; the size when none runs.
     pub settled_bytes: u64,
@@ -32,6 +33,15 @@ pub struct DiskInfo {
     pub scan_rounds: u64,
     /// When the newest durable round or pass began reading, milliseconds since the UNIX epoch; zero for none.
     pub durable_as_of_ms: u64,
+    /// Payload in memory: read, compressed, queued, or sent and not yet acknowledged by the transport.
+    #[serde(default)]
+    pub held_bytes: u64,
+    /// The most it was.
+    #[serde(default)]
+    pub held_bytes_peak: u64,
+    /// What it may be.
+    #[serde(default)]
+    pub held_bytes_max: u64,
     /// What is wrong, if anything.
     pub problem: Option<String>,
 }
@@ -55,6 +65,9 @@ pub struct StatusInfo {
     pub sessions: u64,
     /// Why the last session ended, while none is up.
     pub problem: Option<String>,
+    /// What the configuration asks for and cannot be had; the configuration that was refused, if one was.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// zstd level in use, where this agent compresses.
     pub level: Option<i32>,
     /// Its protected disks.

@@ -3,6 +3,8 @@
 //! Invariant: a command prints its result to standard output once, and says in its error what to do.
 //! Called by `main`.
 
+use std::path::Path;
+
 use anyhow::Context;
 use reprotect_engine::host::config::{ConfigError, Overrides};
 use reprotect_engine::host::config_doc;
@@ -12,6 +14,7 @@ use serde_json::json;
 use crate::cli::{CheckConfigArgs, DisksArgs};
 use crate::config::{KEYS, RawConfig, Settings};
 use crate::disks::{self, Disk, Source, SystemRoot};
+use crate::sources;
 
 /// `disks`: the machine's disks with their verdicts, the configuration's wishes applied.
 ///
@@ -20,13 +23,29 @@ use crate::disks::{self, Disk, Source, SystemRoot};
 pub fn disks(settings: &Settings, args: &DisksArgs, output: Output) -> anyhow::Result<()> {
     let root = SystemRoot::default();
     let mut disks = disks::enumerate(&root)?;
-    let sources = disks::select(&root, &disks, &settings.disks.include, &settings.disks.exclude)?;
+    let mut sources = disks::select(&root, &disks, &settings.disks.include, &settings.disks.exclude)?;
     apply_wishes(&mut disks, &sources);
+    fingerprint(&mut disks, &mut sources);
     let shown: Vec<&Disk> = disks.iter().filter(|disk| args.all || disk.is_worth_showing()).collect();
     let images: Vec<&Source> =
         sources.iter().filter(|source| !disks.iter().any(|disk| disk.path == source.path)).collect();
     output.result(&json!({ "disks": shown, "images": images }), || disks::render(&shown))?;
     Ok(())
+}
+
+/// Fills in what only a look at the content tells: the GUID of the partition table. A disk that may not be opened, or
+/// has none, keeps `None`: the listing is for looking, also without root.
+fn fingerprint(disks: &mut [Disk], sources: &mut [Source]) {
+    let guid = |path: &Path| sources::probe(path).ok()?.gpt_disk_guid;
+    for disk in disks.iter_mut().filter(|disk| disk.bytes > 0) {
+        disk.fingerprint = guid(&disk.path);
+    }
+    for source in sources {
+        source.fingerprint = match disks.iter().find(|disk| disk.path == source.path) {
+            Some(disk) => disk.fingerprint.clone(),
+            None => guid(&source.path),
+        };
+    }
 }
 
 /// Shows what the configuration changes about the default.

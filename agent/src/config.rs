@@ -181,6 +181,20 @@ impl Settings {
         Self::resolve(&overrides.load(Program::Agent)?, overrides)
     }
 
+    /// Reads the file again, for SIGHUP. Where state and socket are stays as it is until the next start.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn reload(&self) -> Result<Self, ConfigError> {
+        let overrides = Overrides {
+            config: self.config_path.exists().then(|| self.config_path.clone()),
+            state_dir: Some(self.places.state_dir.clone()),
+            log_level: Some(self.log.level.clone()),
+        };
+        let config_path = self.config_path.clone();
+        Ok(Self { places: self.places.clone(), config_path, ..Self::load(&overrides)? })
+    }
+
     /// Resolves a loaded file.
     ///
     /// # Errors

@@ -20,7 +20,7 @@ use reprotect_engine::error::{Answer, Severity};
 use serde::Serialize;
 
 pub use classify::{Class, Verdict};
-pub use select::{SelectError, select};
+pub use select::{SelectError, is_excluded, select};
 pub use source::{Source, SourceError, SourceKind};
 pub use table::render;
 

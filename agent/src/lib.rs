@@ -1,16 +1,26 @@
 //! The agent program as a library; `main.rs` is a thin shell around it.
 //!
 //! A write's way: `reader` (the disk) → `workers` (hash, cut, checksum, compress) → `session` (the protocol core and
-//! the lanes). Which disks there are is told by `disks` and `sources`; operators come in through `commands`.
+//! the lanes), all kept by `machine`. Which disks there are is told by `disks` and `sources`; what to do by `plan`;
+//! whom to talk to by `dial`; operators come in through `commands` and `service`.
 
 pub mod api;
+pub mod budget;
+pub mod check;
 pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod daemon;
+pub mod dial;
 pub mod disks;
+pub mod faults;
+pub mod machine;
+mod opening;
+pub mod plan;
+mod protected;
 pub mod reader;
 pub mod service;
-pub mod session;
+mod session;
 pub mod sources;
+pub mod throttle;
 pub mod workers;

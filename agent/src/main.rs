@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use reprotect_agent::cli::{Cli, Command};
-use reprotect_agent::{commands, service};
 use reprotect_agent::config::Settings;
+use reprotect_agent::{commands, service};
 use reprotect_engine::host::logging;
 use reprotect_engine::host::output::{EXIT_FAILED, EXIT_OK, EXIT_USAGE, Output};
 
@@ -31,9 +31,9 @@ fn dispatch(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
         Command::Disks(args) => commands::disks(&settings, args, output),
         Command::CheckConfig(_) => Ok(()),
-        Command::Check(_) => anyhow::bail!("check is not there yet"),
+        Command::Check(_) => service::check(&settings, output),
         Command::Enroll(args) => service::enroll(&settings, args, output),
-        Command::Run(_) => service::run(settings),
+        Command::Run(args) => service::run(settings, args),
         Command::Status(args) => service::status(&settings, args, output),
     }
 }

@@ -1,40 +1,35 @@
 //! Reading one disk: a thread that reads chunks with a deep queue and hands them to the session.
 //!
 //! Invariants: a device is read past the page cache, or not at all: another file system's cache may hold what the
-//! device does not yet; memory is one arena per disk, so the reader waits when its chunks are still under way; the
-//! machine's own work comes first, as far as `read_rate` says. Units: bytes, sectors. Started by `session` when a
-//! disk is first offered.
+//! device does not yet; payload memory is the disk's [`Budget`], so the reader waits when its chunks are still under
+//! way; the machine's own work comes first, as far as `read_rate` says; a failed read costs only its own chunk; holes
+//! of an image are known to be zeros and are not read. Units: bytes, sectors.
+//! Started by `opening` when a disk is offered or probed; dropping the [`DiskReader`] ends the thread soon.
 
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use reprotect_engine::io::buffer::BufferArena;
-use reprotect_engine::io::{self, BlockFile, ReadAt};
+use reprotect_engine::io::{self, BlockFile, ByteRange, ReadAt};
 use reprotect_engine::limits::CHUNK_BYTES;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::units::{SECTOR_BYTES, SectorRange, Timestamp};
 
+use crate::budget::{Budget, ChunkBuffer};
+use crate::throttle::Throttle;
+
 /// Chunks read by one call: 16 MiB in flight keep any disk busy.
 const CHUNKS_PER_READ: usize = 4;
-
-/// What came of a read.
-#[derive(Debug)]
-pub struct ChunkRead {
-    /// The chunk.
-    pub chunk: SectorRange,
-    /// The epoch it was asked in.
-    pub epoch: u64,
-    /// Whether hashes are wanted.
-    pub hash: bool,
-    /// Its data and when they were read, or why they could not be.
-    pub data: Result<(Bytes, Timestamp), String>,
-}
+/// How often the disk's size is looked at.
+const SIZE_CHECK: Duration = Duration::from_secs(2);
+/// What every hole of an image reads as; not resident until touched, and then only once for all disks.
+static ZEROS: [u8; CHUNK_BYTES as usize] = [0; CHUNK_BYTES as usize];
 
 /// A wish.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadJob {
     /// The chunk.
     pub chunk: SectorRange,
@@ -44,32 +39,32 @@ pub struct ReadJob {
     pub hash: bool,
 }
 
-/// Limits reading to a rate, all disks together: each read reserves its share of time.
+/// What a reader tells.
 #[derive(Debug)]
-pub struct Throttle {
-    bytes_per_second: Option<u64>,
-    free_at: Mutex<Instant>,
+pub enum FromDisk {
+    /// A wish was tried.
+    Read {
+        /// The wish.
+        job: ReadJob,
+        /// Its data and when they were read, or why they could not be.
+        data: Result<(Bytes, Timestamp), String>,
+    },
+    /// The disk has this size now, in bytes; told once.
+    Resized(u64),
 }
 
-impl Throttle {
-    /// A limit, or none.
-    #[must_use]
-    pub fn new(bytes_per_second: Option<u64>) -> Self {
-        Self { bytes_per_second, free_at: Mutex::new(Instant::now()) }
-    }
-
-    /// Waits until `bytes` may be read.
-    pub fn wait(&self, bytes: u64) {
-        let Some(rate) = self.bytes_per_second else { return };
-        let span = Duration::from_secs_f64(bytes as f64 / rate as f64);
-        let start = {
-            let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
-            let start = (*free_at).max(Instant::now());
-            *free_at = start + span;
-            start
-        };
-        std::thread::sleep(start.saturating_duration_since(Instant::now()));
-    }
+/// What a reader needs.
+pub struct ReaderSetup {
+    /// The disk or image.
+    pub path: PathBuf,
+    /// Whether it is a block device.
+    pub is_device: bool,
+    /// Its memory.
+    pub budget: Arc<Budget>,
+    /// The limit on reading.
+    pub throttle: Arc<Throttle>,
+    /// Where results go; called on the reader's thread.
+    pub deliver: Box<dyn Fn(FromDisk) + Send>,
 }
 
 /// A running reader.
@@ -78,6 +73,7 @@ pub struct DiskReader {
     jobs: mpsc::Sender<ReadJob>,
     size_sectors: u64,
     read_bytes: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
 }
 
 /// Why a disk cannot be read.
@@ -94,28 +90,20 @@ pub enum ReaderError {
         /// The device.
         path: PathBuf,
     },
-    /// No memory for the buffers.
-    #[error(transparent)]
-    Arena(#[from] io::buffer::ArenaError),
     /// No thread.
-    #[error("cannot start a reader thread: {0}")]
+    #[error("cannot start a reader thread: {0}; raise the limit on processes")]
     Thread(#[from] std::io::Error),
 }
 
 impl DiskReader {
-    /// Opens the disk and starts its thread; `slots` chunks of memory at most. Blocks while opening.
+    /// Opens the disk and starts its thread. Blocks while opening.
     ///
     /// # Errors
     /// When the disk cannot be opened or must not be read this way.
-    pub fn start(
-        path: PathBuf,
-        is_device: bool,
-        slots: usize,
-        throttle: Arc<Throttle>,
-        deliver: impl Fn(ChunkRead) + Send + 'static,
-    ) -> Result<Self, ReaderError> {
-        let arena = BufferArena::new(slots.max(2), CHUNK_BYTES as usize)?;
-        let options = io::OpenOptions { arena: Some(Arc::clone(&arena)), ..io::OpenOptions::reading() };
+    pub fn start(setup: ReaderSetup) -> Result<Self, ReaderError> {
+        let ReaderSetup { path, is_device, budget, throttle, deliver } = setup;
+        let options =
+            io::OpenOptions { arena: Some(Arc::clone(budget.arena())), ..io::OpenOptions::reading() };
         let (file, backend) = io::open_reporting(&path, &options)?;
         if is_device && !backend.is_direct() {
             return Err(ReaderError::NotDirect { path });
@@ -123,11 +111,24 @@ impl DiskReader {
         tracing::info!(path = %path.display(), %backend, bytes = file.size_bytes(), "disk opened for reading");
         let size_sectors = file.size_bytes() / SECTOR_BYTES;
         let (jobs, wishes) = mpsc::channel();
-        let read_bytes = Arc::new(AtomicU64::new(0));
-        let mut thread =
-            ReaderThread { file, arena, throttle, read_bytes: Arc::clone(&read_bytes), deliver: Box::new(deliver) };
+        let (read_bytes, stop) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
+        let device_number = device_number(&path);
+        let mut thread = ReaderThread {
+            file,
+            path,
+            device_number,
+            size_sectors,
+            size_checked: Instant::now(),
+            resized: false,
+            has_holes: !is_device,
+            budget,
+            throttle,
+            read_bytes: Arc::clone(&read_bytes),
+            stop: Arc::clone(&stop),
+            deliver,
+        };
         std::thread::Builder::new().name("disk-reader".into()).spawn(move || thread.run(&wishes))?;
-        Ok(Self { jobs, size_sectors, read_bytes })
+        Ok(Self { jobs, size_sectors, read_bytes, stop })
     }
 
     /// Asks for a chunk; the pass's window bounds how many are asked for.
@@ -142,59 +143,161 @@ impl DiskReader {
         self.size_sectors
     }
 
-    /// Bytes read so far.
+    /// Bytes read so far; holes are not read.
     #[must_use]
     pub fn read_bytes(&self) -> u64 {
         self.read_bytes.load(Ordering::Relaxed)
     }
 }
 
+impl Drop for DiskReader {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
 struct ReaderThread {
     file: Box<dyn BlockFile>,
-    arena: Arc<BufferArena>,
+    path: PathBuf,
+    device_number: Option<u64>,
+    size_sectors: u64,
+    size_checked: Instant,
+    resized: bool,
+    has_holes: bool,
+    budget: Arc<Budget>,
     throttle: Arc<Throttle>,
     read_bytes: Arc<AtomicU64>,
-    deliver: Box<dyn Fn(ChunkRead) + Send>,
+    stop: Arc<AtomicBool>,
+    deliver: Box<dyn Fn(FromDisk) + Send>,
 }
 
 impl ReaderThread {
     fn run(&mut self, wishes: &mpsc::Receiver<ReadJob>) {
-        while let Ok(first) = wishes.recv() {
-            let mut jobs = vec![first];
-            let mut buffers = vec![self.arena.lease()];
-            while jobs.len() < CHUNKS_PER_READ
-                && let Some(buffer) = self.arena.try_lease()
-            {
-                match wishes.try_recv() {
-                    Ok(job) => {
-                        jobs.push(job);
-                        buffers.push(buffer);
-                    }
-                    Err(_) => break,
-                }
+        loop {
+            match wishes.recv_timeout(SIZE_CHECK) {
+                Ok(first) => self.serve(first, wishes),
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => return,
             }
-            self.read(&jobs, buffers);
+            if self.stop.load(Ordering::Relaxed) {
+                return;
+            }
+            self.check_size();
         }
     }
 
-    fn read(&mut self, jobs: &[ReadJob], mut buffers: Vec<io::buffer::PoolBuf>) {
-        let total: u64 = jobs.iter().map(|job| job.chunk.bytes()).sum();
-        self.throttle.wait(total);
-        let time = wall_clock();
-        for (job, buffer) in jobs.iter().zip(&mut buffers) {
-            buffer.set_len(job.chunk.bytes() as usize); // at most CHUNK_BYTES, the slot's size
+    /// Reads `first` and what else is wished for, in one call as far as memory allows.
+    fn serve(&mut self, first: ReadJob, wishes: &mpsc::Receiver<ReadJob>) {
+        let mut batch: Vec<(ReadJob, ChunkBuffer)> = Vec::with_capacity(CHUNKS_PER_READ);
+        let mut next = Some(first);
+        while let Some(job) = next.take() {
+            if self.is_hole(job.chunk) {
+                self.deliver(
+                    job,
+                    Ok((Bytes::from_static(&ZEROS).slice(..job.chunk.bytes() as usize), wall_clock())),
+                );
+            } else {
+                // The first one waits for memory; more are taken along while there is some.
+                let buffer =
+                    if batch.is_empty() { self.budget.buffer(&self.stop) } else { self.budget.try_buffer() };
+                match buffer {
+                    Some(buffer) => batch.push((job, buffer)),
+                    None if batch.is_empty() => return,
+                    None => {
+                        self.read(std::mem::take(&mut batch));
+                        next = Some(job);
+                        continue;
+                    }
+                }
+            }
+            if batch.len() < CHUNKS_PER_READ {
+                next = wishes.try_recv().ok();
+            }
         }
-        let mut reads: Vec<ReadAt<'_>> = jobs
-            .iter()
-            .zip(&mut buffers)
-            .map(|(job, buffer)| ReadAt { offset: job.chunk.byte_start(), data: buffer })
-            .collect();
-        let result = self.file.read(&mut reads).map_err(|error| error.to_string());
-        drop(reads);
-        self.read_bytes.fetch_add(total, Ordering::Relaxed);
-        for (job, buffer) in jobs.iter().zip(buffers) {
-            let data = result.clone().map(|()| (buffer.into_bytes(), time));
-            (self.deliver)(ChunkRead { chunk: job.chunk, epoch: job.epoch, hash: job.hash, data });
+        self.read(batch);
+    }
+
+    fn is_hole(&mut self, chunk: SectorRange) -> bool {
+        let range = ByteRange { start: chunk.byte_start(), end: chunk.byte_start() + chunk.bytes() };
+        // A medium that cannot be asked is read.
+        self.has_holes && self.file.allocated(range).is_ok_and(|data| data.is_empty())
+    }
+
+    fn read(&mut self, mut batch: Vec<(ReadJob, ChunkBuffer)>) {
+        let total: u64 = batch.iter().map(|(job, _)| job.chunk.bytes()).sum();
+        self.throttle.wait(total, &self.stop);
+        if self.stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let time = wall_clock();
+        if batch.len() > 1 && self.read_together(&mut batch).is_ok() {
+            for (job, buffer) in batch {
+                self.deliver(job, Ok((buffer.into_bytes(), time)));
+            }
+            return;
+        }
+        // One chunk, or a batch that failed: each by itself, so that only the bad one fails.
+        for entry in batch {
+            let mut one = [entry];
+            let time = wall_clock();
+            let result = self.read_together(&mut one);
+            let [(job, buffer)] = one;
+            self.deliver(job, result.map(|()| (buffer.into_bytes(), time)));
         }
     }
+
+    fn read_together(&mut self, batch: &mut [(ReadJob, ChunkBuffer)]) -> Result<(), String> {
+        let mut reads: Vec<ReadAt<'_>> = batch
+            .iter_mut()
+            .map(|(job, buffer)| ReadAt {
+                offset: job.chunk.byte_start(),
+                data: buffer.bytes_mut(job.chunk.bytes() as usize), // at most a chunk, the slot's size
+            })
+            .collect();
+        let bytes: u64 = reads.iter().map(|read| read.data.len() as u64).sum();
+        self.file.read(&mut reads).map_err(|error| error.to_string())?;
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn deliver(&self, job: ReadJob, data: Result<(Bytes, Timestamp), String>) {
+        (self.deliver)(FromDisk::Read { job, data });
+    }
+
+    /// Tells once that the disk is not what it was.
+    fn check_size(&mut self) {
+        if self.resized || self.size_checked.elapsed() < SIZE_CHECK {
+            return;
+        }
+        self.size_checked = Instant::now();
+        // Another device may stand at the path now; reads tell when ours is gone.
+        if device_number(&self.path) != self.device_number {
+            return;
+        }
+        if let Some(bytes) = current_bytes(&self.path)
+            && bytes > 0
+            && bytes / SECTOR_BYTES != self.size_sectors
+        {
+            self.resized = true;
+            (self.deliver)(FromDisk::Resized(bytes));
+        }
+    }
+}
+
+/// The device at `path`, `None` for a file or nothing.
+fn device_number(path: &Path) -> Option<u64> {
+    let meta = std::fs::metadata(path).ok()?;
+    meta.file_type().is_block_device().then(|| meta.rdev())
+}
+
+/// The size of what stands at `path` now; `None` when it cannot be told.
+fn current_bytes(path: &Path) -> Option<u64> {
+    let meta = std::fs::metadata(path).ok()?;
+    if !meta.file_type().is_block_device() {
+        return Some(meta.len());
+    }
+    let number = meta.rdev();
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size")).ok()?;
+    text.trim().parse::<u64>().ok()?.checked_mul(SECTOR_BYTES)
 }

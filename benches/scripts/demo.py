@@ -22,14 +22,14 @@ STEPS = 7
 
 
 class Story:
-    """Numbers the chapters."""
+    """Numbers the chapters, with the seconds since the beginning."""
 
     def __init__(self):
-        self.at = 0
+        self.at, self.begun = 0, time.monotonic()
 
     def __call__(self, text):
         self.at += 1
-        say(f"\n[{self.at}/{STEPS}] {text}")
+        say(f"\n[{self.at}/{STEPS}] {time.monotonic() - self.begun:4.0f} s  {text}")
 
 
 class MountedSource:
@@ -56,7 +56,8 @@ class MountedSource:
             path.rename(folder / f"renamed-{path.name}")
         for path in chosen[20:]:
             path.unlink()
-        os.sync()
+        # Of this file system only: the machine's other writers are none of our business.
+        run("sync", "--file-system", self.root)
         return f"20 files written, {len(chosen[:10])} overwritten in place, {len(chosen[10:20])} renamed, " \
                f"{len(chosen[20:])} removed"
 
@@ -85,7 +86,7 @@ class ImageSource:
         return "20 files written by debugfs"
 
     def rest(self):
-        os.sync()
+        run("sync", self.path)
 
 
 def make_target(lab, kind, size):

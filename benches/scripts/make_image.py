@@ -2,7 +2,7 @@
 """Makes a realistic disk: an ext4 image with files from this machine, logs, a database, incompressible data and holes.
 
 Why: ratios, zero detection and sparse handling mean nothing on synthetic blocks. Invariants: the choice of files and
-all made-up content follow from the seed; source files are only read. Sizes in bytes.
+all made-up content follow from the seed; source files are only read; a mount made here is undone here. Sizes in bytes.
 Called by the lab scripts, and by hand: make_image.py OUT [--size 1G] [--fill 50] [--seed 1]
 """
 
@@ -112,7 +112,7 @@ def machine_files(rng, wanted):
                      for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False))
     rng.shuffle(folders)
     # A small disk is not to be filled by a few large files.
-    found, total, largest = [], 0, min(FILE_BYTES_MAX, max(1 << 20, wanted // 64))
+    found, total, seen, largest = [], 0, set(), min(FILE_BYTES_MAX, max(1 << 20, wanted // 64))
     for top in folders:
         for folder, inner, names in os.walk(top):
             inner.sort()
@@ -122,7 +122,9 @@ def machine_files(rng, wanted):
                     info = os.lstat(path)
                 except OSError:
                     continue
-                if stat.S_ISREG(info.st_mode) and 0 < info.st_size <= largest:
+                # A file with several names takes its space once.
+                if stat.S_ISREG(info.st_mode) and 0 < info.st_size <= largest and info.st_ino not in seen:
+                    seen.add(info.st_ino)
                     found.append((path, info.st_size))
                     total += info.st_size
             if total > 3 * wanted:
@@ -173,29 +175,52 @@ def make_tree(folder, size, seed):
         make_incompressible(folder / "srv/archive", rng, missing // 3)
 
 
+def tool(name):
+    found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if not found:
+        raise RuntimeError(f"{name} is missing; run `make setup`")
+    return found
+
+
+def command(*words):
+    done = subprocess.run([tool(words[0]), *map(str, words[1:])], capture_output=True, text=True, check=False,
+                          stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise RuntimeError(f"{words[0]} failed: {(done.stderr or done.stdout).strip()}")
+
+
+def make_file_system(out, seed, *options):
+    """An ext4 whose layout follows from the seed."""
+    uuid = f"5eed0000-0000-4000-8000-{seed:012x}"
+    extended = f"hash_seed={uuid},lazy_itable_init=0,lazy_journal_init=0,nodiscard"
+    command("mke2fs", "-q", "-F", "-t", "ext4", "-b", 4096, "-m", 0, "-U", uuid, "-E", extended, *options, out)
+
+
 def make_image(out, size, fill_percent=50, seed=1):
-    """Makes the ext4 image `out`; needs mke2fs, but no root."""
+    """Makes the ext4 image `out`: as root through a mount, which is several times faster, else by `mke2fs -d`."""
     out = Path(out)
-    tree = out.with_name(out.name + ".tree")
+    with open(out, "wb") as file:
+        file.truncate(size)
+    tree, mounted = out.with_name(out.name + ".tree"), False
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir(parents=True)
     try:
+        if os.geteuid() == 0:
+            make_file_system(out, seed)
+            try:
+                command("mount", "-o", "loop", out, tree)
+                mounted = True
+            except RuntimeError:
+                pass  # a container without loop devices
         make_tree(tree, size * fill_percent // 100, seed)
-        with open(out, "wb") as file:
-            file.truncate(size)
-        uuid = f"5eed0000-0000-4000-8000-{seed:012x}"
-        mke2fs = shutil.which("mke2fs", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-        if not mke2fs:
-            raise RuntimeError("mke2fs is missing; install e2fsprogs")
-        options = f"hash_seed={uuid},lazy_itable_init=0,lazy_journal_init=0,nodiscard"
-        done = subprocess.run([mke2fs, "-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-U", uuid, "-E", options,
-                               "-d", str(tree), str(out)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"mke2fs failed: {done.stderr.strip()}")
-        with open(out, "rb") as file:
-            os.fsync(file.fileno())
+        if not mounted:
+            make_file_system(out, seed, "-d", tree)
     finally:
-        shutil.rmtree(tree, ignore_errors=True)
+        if mounted:
+            command("umount", tree)
+        shutil.rmtree(tree)
+    with open(out, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def main():

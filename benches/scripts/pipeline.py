@@ -34,7 +34,7 @@ class Progress:
         filled = int(self.WIDTH * share)
         bar = "#" * filled + "." * (self.WIDTH - filled)
         left = (self.total - done) / rate if rate > 0 else None
-        eta = "done in %.1f s" % span if final else "ETA --" if left is None else f"ETA {left:.0f} s"
+        eta = f"done in {span:.1f} s" if final else "ETA --" if left is None else f"ETA {left:.0f} s"
         text = f"  {self.label} [{bar}] {share:6.1%}  {mib(done)} of {mib(self.total)}  {rate / 1e6:,.0f} MB/s  {eta}{note}"
         if self.terminal:
             width = shutil.get_terminal_size().columns

@@ -315,8 +315,7 @@ impl World {
                 Ok((header, records)) => {
                     core.handle_damaged(session, header.generation, credit_cost(&records));
                 }
-                // A daemon ends the session; here the next step may do so.
-                Err(_) => {}
+                Err(_) => {} // the driver ends the session
             },
             DiskInput::Bulk(body) => {
                 if let Ok((header, records)) = decode_bulk(body)

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use axum::extract::State;
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -28,6 +29,7 @@ use crate::api::{
 use crate::catalogue::{Machine, ProtectedDisk, SourceDisk};
 use crate::config::Settings;
 use crate::disk_status::sector_bytes;
+use crate::explain::reason_and_remedy;
 use crate::protect::{ProtectAnswer, ProtectRequest, protect};
 use crate::registry::{DiskView, Registry};
 
@@ -38,8 +40,8 @@ pub struct AdminState {
     pub registry: Arc<Registry>,
     /// Open invitations.
     pub invitations: Arc<Invitations>,
-    /// The CA.
-    pub ca: Arc<Ca>,
+    /// The CA; none where the site has its own PKI.
+    pub ca: Option<Arc<Ca>>,
     /// The target's own identity.
     pub identity: Arc<Identity>,
     /// Who is no longer believed.
@@ -213,7 +215,8 @@ async fn invite(
     };
     let addresses = advertised(&state);
     blocking(move || {
-        let ca_key_sha256 = state.ca.key_sha256()?;
+        let ca = state.ca.as_ref().context("this site has its own PKI ([pki] in the configuration): have it issue the certificate, nobody enrols here")?;
+        let ca_key_sha256 = ca.key_sha256()?;
         let invite = Invite {
             role,
             lifetime: Duration::from_secs(request.valid_seconds),
@@ -299,8 +302,7 @@ async fn blocking<T: Send + 'static>(
     match tokio::task::spawn_blocking(work).await {
         Ok(Ok(value)) => Ok(Json(value)),
         Ok(Err(error)) => {
-            let text = format!("{error:#}");
-            let (reason, remedy) = text.split_once("; ").unwrap_or((&text, "see the daemon's log"));
+            let (reason, remedy) = reason_and_remedy(&error);
             Err(Refusal::conflict("refused", reason, remedy))
         }
         Err(error) => Err(Refusal::conflict(

@@ -10,12 +10,15 @@ use std::fs;
 use std::net::UdpSocket;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use reprotect_engine::host::output::bytes;
 use reprotect_engine::host::places::Program;
 use reprotect_engine::host::run_lock::{RunLock, RunLockError};
 use reprotect_engine::io::uring;
+use reprotect_engine::net::credentials::Credentials;
 use reprotect_engine::net::identity::{IDENTITY_FILE, Identity};
+use reprotect_engine::net::revocations::Revocations;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::target::{Expectation, TargetKind, TargetSpec, open_target};
 use serde::Serialize;
@@ -23,6 +26,7 @@ use serde::Serialize;
 use crate::catalogue::{Catalogue, kind_from_text};
 use crate::config::Settings;
 use crate::device;
+use crate::explain::{explain, reason_and_remedy};
 use crate::registry::fs_opener;
 
 /// Open files a busy target wants: descriptor, extents, rings and sockets of dozens of disks.
@@ -112,7 +116,10 @@ pub fn everything(settings: &Settings) -> Vec<Check> {
 #[must_use]
 pub fn preflight(settings: &Settings) -> Vec<Check> {
     let mut checks = vec![state_dir(&settings.places.state_dir)];
-    checks.extend(identity(&settings.places.state_dir));
+    checks.extend(match settings.credentials.renewed_in() {
+        Some(dir) => identity(dir),
+        None => own_pki(&settings.credentials),
+    });
     checks.push(open_files());
     checks.push(io_uring());
     checks.push(clock());
@@ -203,6 +210,22 @@ fn state_dir(dir: &Path) -> Check {
             format!("{} cannot be written: {error}", nearest.display()),
             "correct its owner and mode, run as root, or name another with --state-dir",
         ),
+    }
+}
+
+/// A certificate of the site's own PKI.
+fn own_pki(credentials: &Credentials) -> Vec<Check> {
+    let trusted = credentials.trust(Arc::new(Revocations::in_memory())).map(drop);
+    match credentials.identity().and_then(|identity| trusted.map(|()| identity)) {
+        Ok(identity) if identity.is_due_for_renewal(wall_clock()) => vec![Check::warn(
+            "identity",
+            "a third or less of the certificate's life is left",
+            "have the site's PKI issue a new one, replace the file and restart the daemon",
+        )],
+        Ok(identity) => vec![Check::pass("identity", format!("{} of the site's own PKI", identity.own().uri()))],
+        Err(error) => {
+            vec![Check::fail("identity", error.to_string(), "correct the files named under [pki] in the configuration")]
+        }
     }
 }
 
@@ -350,7 +373,7 @@ fn targets(settings: &Settings, running: bool) -> Vec<Check> {
         Ok(disks) => disks,
         Err(error) => {
             let remedy = "correct its owner and mode, or restore it from a backup";
-            return vec![Check::fail("targets", format!("{error:#}"), remedy)];
+            return vec![Check::fail("targets", explain(&error), remedy)];
         }
     };
     if running {
@@ -371,11 +394,10 @@ fn targets(settings: &Settings, running: bool) -> Vec<Check> {
             (Err(error), _) => {
                 let remedy =
                     "`unprotect` the disk and protect it again: it is compared, only differences travel";
-                Check::fail(&name, format!("its state is damaged: {error:#}"), remedy)
+                Check::fail(&name, format!("its state is damaged: {}", explain(&error)), remedy)
             }
             (_, Err(error)) => {
-                let text = format!("{error:#}");
-                let (reason, remedy) = text.split_once("; ").unwrap_or((&text, "see `inspect`"));
+                let (reason, remedy) = reason_and_remedy(&error);
                 Check::fail(&name, reason, remedy)
             }
             (Ok(_), Ok(target)) => {

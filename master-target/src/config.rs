@@ -11,8 +11,10 @@ use reprotect_engine::host::config::{ConfigError, Loaded, Overrides};
 use reprotect_engine::host::config_doc::KeyDoc;
 use reprotect_engine::host::logging::{self, LOG_KEYS, LogConfig};
 use reprotect_engine::host::places::{MASTER_TARGET_PORT, Places, Program};
+use reprotect_engine::host::pki::{self, PKI_KEYS, PkiConfig};
 use reprotect_engine::host::values::{AddressText, ByteSize, DurationText, HostPort, ListenText};
 use reprotect_engine::limits::{PROGRESS_BYTES, PROGRESS_NANOS, UNDURABLE_BYTES_MAX};
+use reprotect_engine::net::credentials::Credentials;
 use reprotect_engine::net::identity::is_site_name;
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +36,8 @@ pub struct RawConfig {
     pub flush_interval: DurationText,
     /// Name of this site for people.
     pub site: Option<String>,
+    /// The site's own certificates.
+    pub pki: PkiConfig,
     /// Logs.
     pub log: LogConfig,
 }
@@ -48,13 +52,14 @@ impl Default for RawConfig {
             flush_bytes: ByteSize(PROGRESS_BYTES),
             flush_interval: DurationText(Duration::from_nanos(PROGRESS_NANOS)),
             site: None,
+            pki: PkiConfig::default(),
             log: LogConfig::default(),
         }
     }
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 9] = [
+pub const KEYS: [KeyDoc; 12] = [
     KeyDoc {
         key: "state_dir",
         about: "Where the certificate authority, the machines and their progress are kept; setting it moves the admin socket there too.",
@@ -104,6 +109,9 @@ pub const KEYS: [KeyDoc; 9] = [
         cost: "none",
         example: "\"lyon\"",
     },
+    PKI_KEYS[0],
+    PKI_KEYS[1],
+    PKI_KEYS[2],
     LOG_KEYS[0],
     LOG_KEYS[1],
 ];
@@ -127,6 +135,8 @@ pub struct Settings {
     pub flush_interval: Duration,
     /// Name of this site.
     pub site: Option<String>,
+    /// Identity and roots.
+    pub credentials: Credentials,
     /// Logs.
     pub log: LogConfig,
 }
@@ -158,8 +168,10 @@ impl Settings {
         // Half of what may be undurable, so that writing goes on while a flush runs.
         let flush_range = ByteSize(1 << 20)..=ByteSize(UNDURABLE_BYTES_MAX / 2);
         let interval_range = DurationText(Duration::from_millis(10))..=DurationText(Duration::from_secs(60));
+        let places = overrides.places(Program::MasterTarget, loaded, raw.state_dir.as_deref())?;
         Ok(Self {
-            places: overrides.places(Program::MasterTarget, loaded, raw.state_dir.as_deref())?,
+            credentials: Credentials::new(&places.state_dir, pki::resolve(loaded, &raw.pki)?),
+            places,
             config_path: loaded.path().to_owned(),
             listen,
             advertise: loaded.addresses("advertise", &raw.advertise, listen.port())?,

@@ -17,7 +17,7 @@ use std::sync::mpsc as sync_mpsc;
 use bytes::Bytes;
 use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::FormatError;
-use reprotect_engine::format::batch::{BatchHeader, BulkHeader, decode_batch, decode_bulk};
+use reprotect_engine::format::batch::{BatchHeader, BulkHeader, credit_cost, decode_batch, decode_bulk};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::message::Message;
@@ -27,7 +27,7 @@ use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::proto::target_disk::{SessionId, TargetDisk};
 use reprotect_engine::store::target::Target;
-use reprotect_engine::units::BLOCK_BYTES;
+use reprotect_engine::units::{BLOCK_BYTES, Generation};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::disk_status::DiskStatus;
@@ -71,7 +71,10 @@ pub enum WorkerMessage {
 pub(crate) enum Opened {
     Batch(SessionId, BatchHeader, Vec<Record>),
     Bulk(SessionId, BulkHeader, Vec<Record>),
+    /// Nobody can tell what it was, or it was bulk, which has no sequence to ask for: the session ends.
     Damaged(SessionId, String),
+    /// A delta batch whose head is sound and whose payload is not, with its credit cost.
+    DamagedDelta(SessionId, Generation, u64),
     Other(SessionId, DiskInput, Replies),
     Lost(SessionId),
     Retire,
@@ -259,7 +262,10 @@ impl Opener {
                 };
                 match self.open_records(&records, bytes) {
                     Ok(records) => Opened::Batch(session, header, records),
-                    Err(error) => Opened::Damaged(session, error.to_string()),
+                    Err(error) => {
+                        tracing::warn!(disk = %header.disk, %error, "a delta batch is damaged and is asked for again");
+                        Opened::DamagedDelta(session, header.generation, credit_cost(&records))
+                    }
                 }
             }
             WorkerMessage::Input { session, input: DiskInput::Bulk(body), .. } => {

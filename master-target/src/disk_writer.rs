@@ -80,6 +80,9 @@ impl Writer {
             Opened::Batch(session, header, records) => self.disk.handle_batch(now, session, &header, records),
             Opened::Bulk(session, header, records) => self.disk.handle_bulk(now, session, &header, records),
             Opened::Damaged(session, reason) => self.end_session(session, &reason),
+            Opened::DamagedDelta(session, generation, cost) => {
+                self.disk.handle_damaged(session, generation, cost);
+            }
             Opened::Other(session, input, replies) => self.handle_other(session, input, replies),
             Opened::Lost(session) => {
                 self.disk.handle_session_lost(now, session);

@@ -16,6 +16,7 @@ pub mod device;
 pub mod disk_status;
 pub mod disk_worker;
 mod disk_writer;
+pub mod explain;
 pub mod guard;
 mod plan;
 pub mod protect;

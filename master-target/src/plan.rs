@@ -17,6 +17,7 @@ use reprotect_engine::store::target::{
 };
 
 use crate::catalogue::{Machine, ProtectedDisk, SourceDisk};
+use crate::explain::explain;
 use crate::guard::target_files;
 use crate::protect::{PlannedDisk, ProtectRequest};
 use crate::registry::{Registry, short_name};
@@ -58,10 +59,8 @@ fn check_datastore(dir: &Path, allowed: &[PathBuf]) -> anyhow::Result<()> {
     // Where it really leads, so that a link does not lead out of the datastores.
     let real = |path: &Path| path.canonicalize().ok();
     let existing = dir.ancestors().find_map(real).unwrap_or_default();
-    let inside = |root: &PathBuf| {
-        dir.starts_with(root)
-            && real(root).is_none_or(|root| existing.starts_with(&root) || root.starts_with(&existing))
-    };
+    let inside =
+        |root: &PathBuf| dir.starts_with(root) && real(root).is_some_and(|root| existing.starts_with(&root));
     if !allowed.is_empty() && !allowed.iter().any(inside) {
         bail!(
             "{} is not below any directory of `datastores` in the configuration; add it there",
@@ -234,7 +233,7 @@ fn plan_from(
                 targets.push((path.display().to_string(), identity));
                 specs.push(spec);
             }
-            Err(error) => left_out.push(format!("{}: {error:#}", path.display())),
+            Err(error) => left_out.push(format!("{}: {}", path.display(), explain(&error))),
         }
     }
     let disks = selected(machine, taken, left_out);

@@ -29,6 +29,7 @@ use crate::catalogue::{Catalogue, Machine, ProtectedDisk, SourceDisk, kind_from_
 use crate::device;
 use crate::disk_status::{DiskStatus, sector_bytes};
 use crate::disk_worker::{DiskInputs, DiskSetup, DiskWorker};
+use crate::explain::explain;
 use crate::guard::Guard;
 
 /// What a session needs to know to offer a disk.
@@ -145,7 +146,7 @@ impl Registry {
         let known = match started {
             Ok((worker, uuid)) => KnownDisk { record, worker: Some(worker), uuid, problem: None },
             Err(error) => {
-                let problem = format!("{error:#}");
+                let problem = explain(&error);
                 tracing::error!(%disk, path = %record.path.display(), "{problem}; this disk waits, the others go on");
                 KnownDisk { record, worker: None, uuid: None, problem: Some(problem) }
             }

@@ -50,7 +50,7 @@ pub fn select(
     include: &[String],
     exclude: &[String],
 ) -> Result<Vec<Source>, SelectError> {
-    let excluded = |disk: &Disk| exclude.iter().any(|pattern| names(root, disk, pattern));
+    let excluded = |disk: &Disk| is_excluded(root, disk, exclude);
     let mut images = Vec::new();
     let mut wanted: Vec<&Disk> = Vec::new();
     for pattern in include {
@@ -84,6 +84,12 @@ pub fn select(
         }
     }
     Ok(sources)
+}
+
+/// Whether a pattern of `exclude` names `disk`.
+#[must_use]
+pub fn is_excluded(root: &SystemRoot, disk: &Disk, exclude: &[String]) -> bool {
+    exclude.iter().any(|pattern| names(root, disk, pattern))
 }
 
 /// A wish that is no listed disk: an image file by its path.

@@ -94,6 +94,45 @@ impl CloseCode {
     }
 }
 
+/// Why a peer was refused for what it is, with what to do; `None` for what another attempt may well mend.
+///
+/// Refusals come as our codes, or as TLS alerts of whichever side did not believe the other's certificate.
+#[must_use]
+pub fn refusal(error: &quinn::ConnectionError) -> Option<String> {
+    let ours = match CloseCode::of(error) {
+        Some(CloseCode::Revoked) => Some("this machine is revoked there; if that was a mistake, enrol it again with a new token"),
+        Some(CloseCode::Expired) => Some("this machine's certificate expired; enrol it again with a new token"),
+        Some(CloseCode::NoCertificate) => Some("the other side saw no certificate; enrol this machine"),
+        _ => None,
+    };
+    if let Some(text) = ours {
+        return Some(text.to_owned());
+    }
+    let (code, reason, whose) = match error {
+        quinn::ConnectionError::TransportError(error) => {
+            (u64::from(error.code), error.reason.clone(), "its certificate is not believed here")
+        }
+        quinn::ConnectionError::ConnectionClosed(close) => (
+            u64::from(close.error_code),
+            String::from_utf8_lossy(&close.reason).into_owned(),
+            "this machine's certificate is not believed there",
+        ),
+        _ => return None,
+    };
+    let alert = code.checked_sub(TLS_ALERTS_FROM).filter(|alert| *alert <= 0xff)?;
+    let remedy = match alert {
+        44 => "it was revoked: enrol again with a new token",
+        45 => "it expired, or a clock is wrong: check the clocks, then enrol again with a new token",
+        48 => "another authority signed it, so the other side belongs to another site: check the address",
+        120 => "the other side does not speak this protocol: check address and port, update the older program",
+        _ => "check the address, the clocks and the site, then enrol again with a new token",
+    };
+    Some(format!("{whose} (TLS alert {alert}: {reason}); {remedy}"))
+}
+
+/// QUIC carries TLS alerts as transport errors from this code on.
+const TLS_ALERTS_FROM: u64 = 0x100;
+
 /// Transport limits. Every field states its cost.
 ///
 /// Measured on loopback, both ends in one process on two shared (busy) cores, AES-128, in CPU seconds per 10^9 bytes
@@ -239,6 +278,14 @@ pub enum EndpointError {
     Unidentified(SocketAddr),
 }
 
+impl EndpointError {
+    /// As [`refusal`], for an attempt to connect.
+    #[must_use]
+    pub fn refusal(&self) -> Option<String> {
+        if let Self::Connection { source, .. } = self { refusal(source) } else { None }
+    }
+}
+
 impl Answer for EndpointError {
     fn severity(&self) -> Severity {
         match self {
@@ -255,6 +302,14 @@ pub struct PeerConnection {
     pub connection: Connection,
     /// The peer, verified in the handshake.
     pub peer: Arc<PeerIdentity>,
+}
+
+impl PeerConnection {
+    /// As [`refusal`], for a connection that is over.
+    #[must_use]
+    pub fn refusal(&self) -> Option<String> {
+        refusal(&self.connection.close_reason()?)
+    }
 }
 
 /// What a listening endpoint hands over.

@@ -578,11 +578,13 @@ impl Agent {
     }
 
     /// Begins a scan round: everything that differs goes by the delta stream, a fuzzy mark ends it. Answers whether
-    /// it began (the disk is open, synced and not already being walked).
+    /// it began: the disk is open, synced, not already being walked, and all it submitted is durable. Without the last,
+    /// hashes would overtake older data on their way, and find equal what those are about to overwrite.
     pub fn begin_scan(&mut self, disk: DiskId) -> bool {
         let Some(state) = self.disks.get_mut(&disk) else { return false };
-        let free = state.pass.is_none() && state.mark.is_none() && state.wanted.is_none();
-        if state.phase != AgentDiskPhase::Open || !free {
+        let walking = state.pass.is_some() || state.wanted.is_some();
+        let drained = state.mark.is_none() && state.unacked.is_empty();
+        if state.phase != AgentDiskPhase::Open || walking || !drained {
             return false;
         }
         let pass = Pass::new(0, PassMode::Compare, Sink::Delta, state.whole(), RangeSet::new());

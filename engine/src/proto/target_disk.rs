@@ -1,8 +1,10 @@
 //! One disk at the target: who may write it, in what order, with how much credit, and when its writes are durable.
 //!
 //! Call order: `handle_*`, then drain [`TargetDisk::poll_action`]; the driver executes [`DiskAction`]s **strictly in
-//! the order they come**, one after another, and reports each; [`TargetDisk::handle_timeout`] at
-//! [`TargetDisk::poll_timeout`].
+//! the order they come**, one after another, and reports each, but sends replies at once (also by
+//! [`TargetDisk::poll_reply`] while it waits for space); [`TargetDisk::handle_timeout`] at
+//! [`TargetDisk::poll_timeout`]. A driver that took actions out and did not start them when it reports
+//! [`TargetDisk::handle_failed`] forgets them.
 //!
 //! Invariants: a generation is durable before its GRANT is sent, and lower ones are refused from the moment it is
 //! chosen (I9); the state that a checkpoint records was true when the checkpoint was ordered, and everything ordered
@@ -67,7 +69,8 @@ pub enum DiskAction {
         /// The state.
         state: Box<DiskState>,
     },
-    /// Send to a session (GRANTs get their signature there).
+    /// Send to a session (GRANTs get their signature there). Replies keep their own order and wait for nothing else: they
+    /// speak of what is already done.
     Reply {
         /// To whom.
         session: SessionId,
@@ -131,6 +134,7 @@ pub struct TargetDisk {
     hashes_waiting: usize,
     limits: FlowLimits,
     actions: VecDeque<DiskAction>,
+    replies: VecDeque<DiskAction>,
     notices: VecDeque<DiskNotice>,
 }
 
@@ -187,6 +191,7 @@ impl TargetDisk {
             hashes_waiting: 0,
             limits,
             actions: VecDeque::new(),
+            replies: VecDeque::new(),
             notices: VecDeque::new(),
         }
     }
@@ -231,14 +236,11 @@ impl TargetDisk {
             self.state.mode = PassMode::Compare; // something was perhaps written and not recorded
         }
         self.ever_opened = true;
-        if let Some(old) = self.session.take().filter(|old| *old != session) {
+        let opening = self.opening.replace(session);
+        for old in [self.session.take(), opening].into_iter().flatten().filter(|old| *old != session) {
             self.reply(old, Message::Fenced(self.fenced()));
             self.notices.push_back(DiskNotice::FencedSession(old));
         }
-        if let Some(running) = &mut self.running {
-            running.grants = None; // it records the generation before this one
-        }
-        self.opening = Some(session);
         self.received = self.state.sequence;
         self.nacked = false;
         self.pass_end_wanted = false;
@@ -591,9 +593,14 @@ impl TargetDisk {
         self.checkpoint_if_due(now, due);
     }
 
-    /// The next thing to do.
+    /// The next thing to do; replies come first.
     pub fn poll_action(&mut self) -> Option<DiskAction> {
-        self.actions.pop_front()
+        self.poll_reply().or_else(|| self.actions.pop_front())
+    }
+
+    /// The next reply alone: what a driver sends while it is busy with an action, or waits for space.
+    pub fn poll_reply(&mut self) -> Option<DiskAction> {
+        self.replies.pop_front()
     }
 
     /// The next thing to tell.
@@ -727,7 +734,7 @@ impl TargetDisk {
     }
 
     fn reply(&mut self, session: SessionId, message: Message) {
-        self.actions.push_back(DiskAction::Reply { session, message });
+        self.replies.push_back(DiskAction::Reply { session, message });
     }
 
     /// The chain digest of everything accepted.

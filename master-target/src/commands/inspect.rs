@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::cli::InspectArgs;
 use crate::device;
+use crate::explain::explain;
 use crate::guard::target_files;
 use crate::registry::fs_opener;
 
@@ -86,7 +87,7 @@ pub fn inspect(args: &InspectArgs, output: Output) -> anyhow::Result<()> {
                 describe_content(&mut target, &mut found)
             }) {
                 Ok(()) => found.usable = found.in_use.is_none(),
-                Err(error) => found.refused = Some(format!("{error:#}")),
+                Err(error) => found.refused = Some(explain(&error)),
             }
         }
         Err(error) => {

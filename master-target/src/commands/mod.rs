@@ -23,6 +23,7 @@ use reprotect_engine::host::places::Program;
 
 use crate::cli::{Cli, Command};
 use crate::config::Settings;
+use crate::explain::explain;
 
 /// How long a command waits for the daemon: creating and examining disks on a slow datastore takes its time.
 const DAEMON_WAIT: Duration = Duration::from_secs(600);
@@ -50,7 +51,7 @@ pub fn dispatch(cli: Cli) -> u8 {
     match carry_out(cli) {
         Ok(status) => status,
         Err(error) => {
-            eprintln!("{}: {error:#}", Program::MasterTarget);
+            eprintln!("{}: {}", Program::MasterTarget, explain(&error));
             if error.is::<ConfigError>() { EXIT_USAGE } else { EXIT_FAILED }
         }
     }

@@ -1,0 +1,567 @@
+//! The agent's long-lived part: the protocol core, the disks, and the threads that serve them.
+//!
+//! ```text
+//! core ──Work──▶ reader ──data──▶ workers ──records──▶ core ──frames──▶ lanes
+//! ```
+//! Invariants: one task owns the core and everything about its disks; the core outlives the session, so that what was
+//! not durable goes on in the next one; what is wrong with one disk stops or pauses that disk only; queues hold at
+//! most the passes' windows, payload is on each disk's budget. Made by `daemon`, driven by `session`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use reprotect_engine::checksum::UnitHash;
+use reprotect_engine::compress::{LevelController, Load};
+use reprotect_engine::format::message::{ErrorCode, PassMode, SourceId};
+use reprotect_engine::host::output;
+use reprotect_engine::host::values::LevelText;
+use reprotect_engine::limits::{CHUNKS_OPEN_MAX, UNWRITTEN_BYTES_MAX};
+use reprotect_engine::net::mono_clock;
+use reprotect_engine::proto::agent::{Agent, AgentEvent};
+use reprotect_engine::proto::pass::{PassAction, Sink};
+use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence};
+use tokio::sync::{mpsc, watch};
+
+use crate::api::{DiskInfo, StatusInfo};
+use crate::budget::Budget;
+use crate::opening::{Missing, Opened, Opening, Purpose, share_bytes};
+use crate::plan::{Plan, Plans};
+use crate::protected::{Activity, Kept, Protected};
+use crate::reader::{FromDisk, ReadJob};
+use crate::sources::{Found, Sources, inventory};
+use crate::throttle::Throttle;
+use crate::workers::{Done, Job, JobKey, Workers};
+
+/// How often the compression level is looked at.
+const LEVEL_TICK: Duration = Duration::from_millis(250);
+/// Level an adaptive agent begins with: the fastest that pays on most links.
+const LEVEL_START: i32 = -1;
+/// Pause after a disk was opened before its first scan round.
+const FIRST_SCAN: Duration = Duration::from_millis(200);
+/// Computing threads at most: more than the link can take is waste.
+const WORKERS_MAX: usize = 4;
+
+/// The agent's long-lived part.
+pub struct Machine {
+    pub(crate) core: Agent,
+    host_name: String,
+    pub(crate) plans: Plans,
+    plan: Arc<Plan>,
+    sources: Sources,
+    throttle: Arc<Throttle>,
+    workers: Workers,
+    pub(crate) inputs: Inputs,
+    deliver: mpsc::UnboundedSender<(DiskId, FromDisk)>,
+    openings: mpsc::UnboundedSender<Opened>,
+    disks: BTreeMap<DiskId, Protected>,
+    missing: BTreeMap<DiskId, Missing>,
+    /// Disks that are being opened.
+    opening: BTreeMap<DiskId, Purpose>,
+    controller: Option<LevelController>,
+    busy_before: (Instant, u64),
+    status: watch::Sender<StatusInfo>,
+}
+
+/// What comes from the machine's own threads.
+pub(crate) struct Inputs {
+    pub(crate) done: mpsc::UnboundedReceiver<Done>,
+    pub(crate) reads: mpsc::UnboundedReceiver<(DiskId, FromDisk)>,
+    pub(crate) opened: mpsc::UnboundedReceiver<Opened>,
+}
+
+impl Machine {
+    /// A machine that works by `plans`.
+    ///
+    /// # Errors
+    /// When threads or compression contexts cannot be had.
+    pub fn new(
+        core: Agent,
+        host_name: &str,
+        mut plans: Plans,
+        status: watch::Sender<StatusInfo>,
+    ) -> anyhow::Result<Self> {
+        let plan = Arc::clone(&plans.borrow_and_update());
+        let (controller, level) = match plan.settings.compress_level {
+            LevelText::Fixed(level) => (None, level),
+            LevelText::Adaptive => {
+                let controller = LevelController::new(LEVEL_START);
+                let level = controller.level();
+                (Some(controller), level)
+            }
+        };
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(WORKERS_MAX);
+        let (done_in, done) = mpsc::unbounded_channel();
+        let (deliver, reads) = mpsc::unbounded_channel();
+        let (openings, opened) = mpsc::unbounded_channel();
+        let mut machine = Self {
+            core,
+            host_name: host_name.to_owned(),
+            plans,
+            throttle: Arc::new(Throttle::new(plan.settings.read_rate.bytes_per_second())),
+            plan: Arc::clone(&plan),
+            sources: Sources::new(),
+            workers: Workers::start(threads, level, &done_in)?,
+            inputs: Inputs { done, reads, opened },
+            deliver,
+            openings,
+            disks: BTreeMap::new(),
+            missing: BTreeMap::new(),
+            opening: BTreeMap::new(),
+            controller,
+            busy_before: (Instant::now(), 0),
+            status,
+        };
+        machine.set_sources(plan.sources.clone());
+        machine.status.send_modify(|status| status.warnings.clone_from(&plan.warnings));
+        Ok(machine)
+    }
+
+    /// The plan in force.
+    #[must_use]
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Where the status is kept.
+    pub(crate) const fn status(&self) -> &watch::Sender<StatusInfo> {
+        &self.status
+    }
+
+    fn set_sources(&mut self, sources: Sources) {
+        self.sources = sources;
+        self.core.set_inventory(&self.host_name, inventory(&self.sources));
+    }
+
+    /// Works by the newest plan from now on. Progress stays; what was stopped is to be offered again, for which the
+    /// session must begin anew: answers whether.
+    pub(crate) fn replan(&mut self) -> bool {
+        let plan = Arc::clone(&self.plans.borrow_and_update());
+        self.throttle.set_rate(plan.settings.read_rate.bytes_per_second());
+        self.set_sources(plan.sources.clone());
+        self.status.send_modify(|status| status.warnings.clone_from(&plan.warnings));
+        self.plan = plan;
+        let now = Instant::now();
+        let mut stopped = false;
+        for (disk, state) in &mut self.disks {
+            state.faults.hurry(now);
+            if state.activity == Activity::Stopped {
+                stopped = true;
+            } else if !self.sources.contains_key(&state.source) && !state.faults.is_paused() {
+                tracing::warn!(%disk, path = state.path, "not among the sources any more: stopped");
+                state.stop("`disks.exclude` names this disk, `disks.include` does not name it any more, or it is not attached; correct that, then reload the agent".to_owned());
+            }
+            let pause = self.plan.settings.scan_interval;
+            state.next_scan = state.next_scan.map(|at| at.min(now + pause));
+        }
+        for missing in self.missing.values_mut().filter(|missing| missing.again_at.is_some()) {
+            missing.again_at = Some(now);
+        }
+        stopped
+    }
+
+    /// No session can be had at the moment, and why.
+    pub fn unreachable(&self, reason: &str) {
+        self.status.send_modify(|status| status.problem = Some(reason.to_owned()));
+    }
+
+    /// The session is over: everything that belonged to it only is forgotten.
+    pub(crate) fn end_session(&mut self) {
+        self.core.handle_disconnected();
+        for state in self.disks.values_mut() {
+            state.end_walk();
+            if state.activity != Activity::Stopped {
+                state.activity = Activity::Disconnected;
+            }
+        }
+    }
+
+    /// Hands over what the core wants done.
+    pub(crate) fn handle_event(&mut self, event: AgentEvent, compress: bool) {
+        match event {
+            AgentEvent::Ready => tracing::info!("session ready"),
+            AgentEvent::Offered { disk, source, size_sectors } => {
+                self.handle_offer(disk, source, size_sectors)
+            }
+            AgentEvent::Opened { disk, mode } => {
+                tracing::info!(%disk, ?mode, "disk opened at the target");
+                self.with(disk, |state| {
+                    state.problem = None;
+                    match mode {
+                        PassMode::Copy => state.begin_walk(Activity::Copying),
+                        PassMode::Compare => state.begin_walk(Activity::Comparing),
+                        PassMode::Done => {
+                            state.begin_walk(Activity::Synced);
+                            state.next_scan = Some(Instant::now() + FIRST_SCAN);
+                        }
+                    }
+                });
+            }
+            AgentEvent::Work { disk, epoch, sink, as_of, action } => {
+                self.handle_work(disk, epoch, sink, as_of, action, compress);
+            }
+            AgentEvent::Synced { disk } => {
+                tracing::info!(%disk, "the whole disk is on the target");
+                self.with(disk, |state| state.finish_walk(Instant::now() + FIRST_SCAN));
+            }
+            AgentEvent::ScanDone { disk } => {
+                let pause = self.plan.settings.scan_interval;
+                self.with(disk, |state| {
+                    state.scan_rounds += 1;
+                    state.finish_walk(Instant::now() + pause);
+                });
+            }
+            AgentEvent::Resync { disk, cause } => {
+                tracing::warn!(%disk, ?cause, "a compare of the whole disk was asked for");
+                self.with(disk, |state| state.begin_walk(Activity::Comparing));
+            }
+            AgentEvent::Stopped { disk, code, text } => {
+                let text = explain_stop(code, text);
+                tracing::error!(%disk, ?code, "stopped: {text}");
+                self.with(disk, |state| state.stop(text));
+            }
+            AgentEvent::Warned { disk, code, text } => {
+                tracing::warn!(%disk, ?code, "{text}");
+                self.with(disk, |state| state.problem = Some(text));
+            }
+        }
+    }
+
+    fn with(&mut self, disk: DiskId, change: impl FnOnce(&mut Protected)) {
+        if let Some(state) = self.disks.get_mut(&disk) {
+            change(state);
+        }
+    }
+
+    fn handle_offer(&mut self, disk: DiskId, source: SourceId, size_sectors: u64) {
+        if let Some(state) = self.disks.get_mut(&disk)
+            && state.is_readable()
+            && state.source == source
+        {
+            state.activity = Activity::Offered;
+            if state.size_sectors != size_sectors {
+                tracing::warn!(%disk, got = state.size_sectors, expected = size_sectors, "the sizes differ");
+            }
+            let size = state.size_sectors;
+            return self.core.open(disk, size);
+        }
+        let known = self.sources.contains_key(&source);
+        self.open(disk, source, Purpose::Offer, !known);
+    }
+
+    /// Opens a disk off this task; `search` looks for its source again.
+    fn open(&mut self, disk: DiskId, source: SourceId, purpose: Purpose, search: bool) {
+        if self.opening.insert(disk, purpose).is_some() {
+            return; // that attempt's answer serves
+        }
+        let budget = match self.disks.get(&disk) {
+            Some(state) => Ok(Arc::clone(&state.budget)),
+            None => self.new_budget(),
+        };
+        let budget = match budget {
+            Ok(budget) => budget,
+            Err(error) => {
+                self.opening.remove(&disk);
+                self.missing.insert(disk, Missing::new(source, error.to_string()));
+                return;
+            }
+        };
+        let opening = Opening {
+            disk,
+            source,
+            known: self.sources.get(&source).filter(|_| !search).cloned(),
+            disks: self.plan.settings.disks.clone(),
+            budget,
+            throttle: Arc::clone(&self.throttle),
+            reads: self.deliver.clone(),
+        };
+        opening.spawn(self.openings.clone());
+    }
+
+    fn new_budget(&self) -> Result<Arc<Budget>, reprotect_engine::io::buffer::ArenaError> {
+        let selected = self.sources.values().filter(|source| source.selected).count();
+        let disks = selected.max(self.disks.len() + 1);
+        Budget::new(share_bytes(self.plan.settings.memory_bytes, disks), self.workers.threads())
+    }
+
+    /// A disk was opened, or not.
+    pub(crate) fn handle_opened(&mut self, opened: Opened) {
+        let Opened { disk, source, result, budget, found } = opened;
+        let Some(purpose) = self.opening.remove(&disk) else { return };
+        if let Some(Found { sources, .. }) = found
+            && inventory(&sources) != inventory(&self.sources)
+        {
+            self.set_sources(sources);
+        }
+        match (result, purpose) {
+            (Ok((reader, path)), Purpose::Offer) => {
+                self.missing.remove(&disk);
+                let size = reader.size_sectors();
+                match self.disks.get_mut(&disk).filter(|state| state.source == source) {
+                    Some(state) => {
+                        state.replace_reader(path, reader);
+                        state.activity = Activity::Offered;
+                    }
+                    None => {
+                        self.disks.insert(disk, Protected::new(source, path, budget, reader));
+                    }
+                }
+                self.core.open(disk, size);
+            }
+            (Ok((reader, path)), Purpose::Probe) => {
+                let Some(state) = self.disks.get_mut(&disk) else { return };
+                if reader.size_sectors() != state.size_sectors {
+                    let bytes = reader.size_sectors() * SECTOR_BYTES;
+                    return self.handle_resized(disk, bytes);
+                }
+                state.replace_reader(path, reader);
+                if let Some(job) = state.faults.probe() {
+                    state.read(job);
+                }
+            }
+            (Err(problem), Purpose::Offer) => {
+                tracing::error!(%disk, "{problem}");
+                self.missing.insert(disk, Missing::new(source, problem));
+            }
+            (Err(problem), Purpose::Probe) => {
+                tracing::warn!(%disk, "still not readable: {problem}");
+                self.with(disk, |state| {
+                    state.faults.probe_failed(Instant::now());
+                    state.problem = Some(paused_text(&problem));
+                });
+            }
+        }
+    }
+
+    fn handle_work(
+        &mut self,
+        disk: DiskId,
+        epoch: u64,
+        sink: Sink,
+        as_of: Sequence,
+        action: PassAction,
+        compress: bool,
+    ) {
+        let Some(state) = self.disks.get_mut(&disk) else { return };
+        if state.activity == Activity::Stopped {
+            return; // until it is offered again
+        }
+        match action {
+            PassAction::Read { chunk, hash } => state.want(ReadJob { chunk, epoch, hash }, as_of),
+            PassAction::HashFine { chunk, units } => {
+                if let Some(kept) = state.kept.get(&chunk.start) {
+                    let key = JobKey { disk, epoch, chunk };
+                    self.workers.submit(Job::Hash { key, data: kept.data.clone(), units: Some(units) });
+                }
+            }
+            PassAction::Send { chunk, pieces } => {
+                let Some(kept) = state.kept.remove(&chunk.start).filter(|kept| kept.epoch == epoch) else {
+                    return;
+                };
+                let key = JobKey { disk, epoch, chunk };
+                let (data, as_of, time) = (kept.data, kept.as_of, kept.time);
+                let budget = Arc::clone(&state.budget);
+                self.workers.submit(Job::Cut { key, data, pieces, sink, as_of, time, compress, budget });
+            }
+            PassAction::Ask { .. } => {} // the core asks by itself
+        }
+    }
+
+    /// News from a disk's reader.
+    pub(crate) fn handle_from_disk(&mut self, disk: DiskId, news: FromDisk) {
+        match news {
+            FromDisk::Read { job, data: Ok((data, time)) } => {
+                let Some(state) = self.disks.get_mut(&disk) else { return };
+                let Some(as_of) = state.take_wanted(&job) else { return }; // of a walk that is over
+                if let Some(waiting) = state.faults.succeeded(&job) {
+                    tracing::info!(%disk, "readable again");
+                    state.problem = None;
+                    waiting.into_iter().for_each(|job| state.read(job));
+                }
+                state
+                    .kept
+                    .insert(job.chunk.start, Kept { epoch: job.epoch, data: data.clone(), time, as_of });
+                if job.hash {
+                    let key = JobKey { disk, epoch: job.epoch, chunk: job.chunk };
+                    self.workers.submit(Job::Hash { key, data, units: None });
+                } else {
+                    self.answer_read(disk, job.epoch, job.chunk, None);
+                }
+            }
+            FromDisk::Read { job, data: Err(reason) } => {
+                let Some(state) = self.disks.get_mut(&disk).filter(|state| state.is_wanted(&job)) else {
+                    return;
+                };
+                let was_paused = state.faults.is_paused();
+                if !state.faults.failed(job, Instant::now()) {
+                    tracing::warn!(%disk, "{reason}; trying again");
+                    return;
+                }
+                if !was_paused {
+                    tracing::error!(%disk, "{reason}; the walk over this disk is paused");
+                }
+                state.problem = Some(paused_text(&reason));
+            }
+            FromDisk::Resized(bytes) => self.handle_resized(disk, bytes),
+        }
+    }
+
+    fn handle_resized(&mut self, disk: DiskId, bytes: u64) {
+        self.with(disk, |state| {
+            let text = format!(
+                "the disk had {} and has {} ({bytes} bytes) now; make the target (or the disk) fit, then reload the agent; or protect the disk anew",
+                output::bytes(state.size_bytes()),
+                output::bytes(bytes)
+            );
+            tracing::error!(%disk, path = state.path, "stopped: {text}");
+            state.stop(text);
+        });
+    }
+
+    fn answer_read(&mut self, disk: DiskId, epoch: u64, chunk: SectorRange, hashes: Option<Vec<UnitHash>>) {
+        if let Err(error) = self.core.handle_read(disk, epoch, chunk, hashes) {
+            tracing::error!(%disk, %error, "a defect in hashing; the chunk is tried again in the next session");
+        }
+    }
+
+    /// A worker finished something.
+    pub(crate) fn handle_done(&mut self, done: Done) {
+        match done {
+            Done::Hashed(key, hashes) => self.answer_read(key.disk, key.epoch, key.chunk, Some(hashes)),
+            Done::HashedFine(key, hashes) => {
+                if let Err(error) = self.core.handle_fine(key.disk, key.epoch, key.chunk, hashes) {
+                    tracing::error!(disk = %key.disk, %error, "a defect in hashing");
+                }
+            }
+            Done::Cut { key, records, as_of, time } => {
+                self.core.submit_chunk(key.disk, key.epoch, key.chunk, as_of, time, records);
+            }
+        }
+    }
+
+    /// What is due by the clock: scan rounds, reads to be tried again, disks to be looked for.
+    pub(crate) fn handle_tick(&mut self) {
+        let now = Instant::now();
+        let mut wanted = Vec::new();
+        for (disk, state) in &mut self.disks {
+            if state.next_scan.is_some_and(|at| now >= at) && self.core.begin_scan(*disk) {
+                state.begin_walk(Activity::Scanning);
+            }
+            for job in state.faults.due(now) {
+                state.read(job);
+            }
+            if state.faults.wants_probe(now) {
+                wanted.push((*disk, state.source, Purpose::Probe));
+            }
+        }
+        for (disk, missing) in &mut self.missing {
+            if missing.again_at.take_if(|at| *at <= now).is_some() {
+                wanted.push((*disk, missing.source, Purpose::Offer));
+            }
+        }
+        for (disk, source, purpose) in wanted {
+            self.open(disk, source, purpose, true);
+        }
+    }
+
+    /// Lets the compression level follow the load; `unwritten_bytes` is what waits for the transport.
+    pub(crate) fn adapt_level(&mut self, compress: bool, unwritten_bytes: u64) {
+        let (before, busy_before) = self.busy_before;
+        if before.elapsed() < LEVEL_TICK {
+            return;
+        }
+        let load = self.workers.load();
+        let busy = load.busy_nanos.load(Ordering::Relaxed);
+        let span = before.elapsed().as_nanos().max(1) as u64 * self.workers.threads() as u64;
+        self.busy_before = (Instant::now(), busy);
+        let Some(controller) = self.controller.as_mut().filter(|_| compress) else { return };
+        let waiting = load.waiting.load(Ordering::Relaxed) as u64;
+        let level = controller.observe(
+            mono_clock(),
+            Load {
+                busy_permille: permille((busy - busy_before) * 1000 / span),
+                input_permille: permille(waiting * 1000 / CHUNKS_OPEN_MAX as u64),
+                output_permille: permille(unwritten_bytes * 1000 / UNWRITTEN_BYTES_MAX),
+            },
+        );
+        load.level.store(level, Ordering::Relaxed);
+    }
+
+    /// Brings the status up to date.
+    pub(crate) fn publish(&self, compress: bool) {
+        let missing = self.missing.iter().filter(|(disk, _)| !self.disks.contains_key(disk));
+        let mut disks: Vec<DiskInfo> =
+            self.disks.iter().map(|(id, state)| self.disk_info(*id, state)).collect();
+        disks.extend(missing.map(|(id, missing)| DiskInfo {
+            disk: id.to_string(),
+            state: "stopped".to_owned(),
+            problem: Some(missing.problem.clone()),
+            ..DiskInfo::default()
+        }));
+        let level = compress.then(|| self.workers.load().level.load(Ordering::Relaxed));
+        self.status.send_modify(|status| {
+            status.disks = disks;
+            status.level = level;
+        });
+    }
+
+    fn disk_info(&self, id: DiskId, state: &Protected) -> DiskInfo {
+        let sent = self.core.sent_bytes(id);
+        let (durable, last) = self.core.position(id).unwrap_or_default();
+        let size_bytes = state.size_bytes();
+        let settled = self.core.pass_progress(id).map_or(size_bytes, |(settled, _)| settled * SECTOR_BYTES);
+        let (held_bytes, held_bytes_peak) = state.budget.held_bytes();
+        let missing = self.missing.get(&id).map(|missing| missing.problem.clone());
+        DiskInfo {
+            disk: id.to_string(),
+            source: state.path.clone(),
+            size_bytes,
+            state: state.state().to_owned(),
+            settled_bytes: settled,
+            read_bytes: state.read_bytes(),
+            plain_bytes_sent: sent.plain,
+            wire_bytes_sent: sent.wire,
+            durable: durable.0,
+            last: last.0,
+            scan_rounds: state.scan_rounds,
+            durable_as_of_ms: state.durable_as_of.0 / 1_000_000,
+            held_bytes,
+            held_bytes_peak,
+            held_bytes_max: state.budget.limit_bytes(),
+            problem: missing.or_else(|| state.problem.clone()),
+        }
+    }
+}
+
+fn permille(value: u64) -> u16 {
+    u16::try_from(value.min(1000)).unwrap_or(1000)
+}
+
+fn paused_text(reason: &str) -> String {
+    format!(
+        "{reason}; this disk is paused and tried again every 15 s; look at the kernel's log (dmesg) and at the device"
+    )
+}
+
+/// What the target's refusal of a disk means here.
+fn explain_stop(code: ErrorCode, text: String) -> String {
+    if code == ErrorCode::Grant && text.contains("another session") {
+        return format!(
+            "fenced: {text}: another agent with this machine's identity took this disk over (a clone of this machine, or a second state directory with the same identity.pem); stop that one, or delete identity.pem there and enrol it as itself, then reload this agent"
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn being_fenced_names_the_cause_and_the_remedy() {
+        let text = explain_stop(ErrorCode::Grant, "generation 7 was granted to another session".into());
+        assert!(text.contains("generation 7") && text.contains("stop that one"), "{text}");
+        assert_eq!(explain_stop(ErrorCode::Size, "too small".into()), "too small");
+    }
+}

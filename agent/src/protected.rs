@@ -1,0 +1,178 @@
+//! One protected disk: its reader, the chunks whose data are kept, what could not be read, and what the operator is
+//! told of it.
+//!
+//! Invariants: data are kept only for work of the running walk, and dropped when their records are made or the walk
+//! is over; a disk that is stopped reads nothing and answers nothing until it is offered again; a paused one keeps its
+//! jobs and goes on by itself. Owned by `machine`, one per disk. Units: sectors, bytes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use reprotect_engine::format::message::SourceId;
+use reprotect_engine::net::wall_clock;
+use reprotect_engine::units::{SECTOR_BYTES, Sequence, Timestamp};
+
+use crate::budget::Budget;
+use crate::faults::Faults;
+use crate::reader::{DiskReader, ReadJob};
+
+/// A chunk whose data are kept.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    pub(crate) epoch: u64,
+    pub(crate) data: Bytes,
+    pub(crate) time: Timestamp,
+    pub(crate) as_of: Sequence,
+}
+
+/// What a disk is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Activity {
+    Offered,
+    Copying,
+    Comparing,
+    Scanning,
+    Synced,
+    Stopped,
+    Disconnected,
+}
+
+impl Activity {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Offered => "offered",
+            Self::Copying => "copying",
+            Self::Comparing => "comparing",
+            Self::Scanning => "scanning",
+            Self::Synced => "synced",
+            Self::Stopped => "stopped",
+            Self::Disconnected => "disconnected",
+        }
+    }
+}
+
+/// A disk this agent protects.
+#[derive(Debug)]
+pub(crate) struct Protected {
+    pub(crate) source: SourceId,
+    pub(crate) path: String,
+    pub(crate) size_sectors: u64,
+    pub(crate) budget: Arc<Budget>,
+    reader: Option<DiskReader>,
+    /// Read by readers before this one.
+    read_before: u64,
+    pub(crate) kept: HashMap<u64, Kept>,
+    wanted: HashMap<(u64, u64), Sequence>,
+    pub(crate) faults: Faults,
+    pub(crate) activity: Activity,
+    pub(crate) next_scan: Option<Instant>,
+    pub(crate) walk_began: Timestamp,
+    pub(crate) durable_as_of: Timestamp,
+    pub(crate) scan_rounds: u64,
+    pub(crate) problem: Option<String>,
+}
+
+impl Protected {
+    pub(crate) fn new(source: SourceId, path: String, budget: Arc<Budget>, reader: DiskReader) -> Self {
+        Self {
+            source,
+            path,
+            size_sectors: reader.size_sectors(),
+            budget,
+            reader: Some(reader),
+            read_before: 0,
+            kept: HashMap::new(),
+            wanted: HashMap::new(),
+            faults: Faults::default(),
+            activity: Activity::Offered,
+            next_scan: None,
+            walk_began: Timestamp::ZERO,
+            durable_as_of: Timestamp::ZERO,
+            scan_rounds: 0,
+            problem: None,
+        }
+    }
+
+    /// Whether it may be opened at the target as it is.
+    pub(crate) fn is_readable(&self) -> bool {
+        self.reader.is_some() && !self.faults.is_paused()
+    }
+
+    /// Reads by another reader from now on: the device was opened anew, perhaps under another name.
+    pub(crate) fn replace_reader(&mut self, path: String, reader: DiskReader) {
+        self.read_before += self.reader.as_ref().map_or(0, DiskReader::read_bytes);
+        self.size_sectors = reader.size_sectors();
+        self.path = path;
+        self.reader = Some(reader);
+    }
+
+    /// Nothing is read any more until the disk is offered again.
+    pub(crate) fn stop(&mut self, problem: String) {
+        self.end_walk();
+        self.read_before += self.reader.take().map_or(0, |reader| reader.read_bytes());
+        self.activity = Activity::Stopped;
+        self.problem = Some(problem);
+    }
+
+    /// The session is over: nothing that was asked for in it is wanted any more.
+    pub(crate) fn end_walk(&mut self) {
+        self.kept.clear();
+        self.wanted.clear();
+        self.faults.clear();
+        self.next_scan = None;
+    }
+
+    /// A walk began: what it reads is not older than now.
+    pub(crate) fn begin_walk(&mut self, activity: Activity) {
+        self.activity = activity;
+        self.walk_began = wall_clock();
+        self.next_scan = None;
+    }
+
+    /// Everything the walk read is durable.
+    pub(crate) fn finish_walk(&mut self, next_scan: Instant) {
+        self.activity = Activity::Synced;
+        self.durable_as_of = self.walk_began;
+        self.next_scan = Some(next_scan);
+    }
+
+    /// A chunk is wanted.
+    pub(crate) fn want(&mut self, job: ReadJob, as_of: Sequence) {
+        self.wanted.insert((job.epoch, job.chunk.start), as_of);
+        if let Some(job) = self.faults.admit(job) {
+            self.read(job);
+        }
+    }
+
+    /// Reads now.
+    pub(crate) fn read(&self, job: ReadJob) {
+        if let Some(reader) = &self.reader {
+            reader.read(job);
+        }
+    }
+
+    /// Whether the chunk is still wanted, and as of which sequence; asked once its data are there.
+    pub(crate) fn take_wanted(&mut self, job: &ReadJob) -> Option<Sequence> {
+        self.wanted.remove(&(job.epoch, job.chunk.start))
+    }
+
+    /// Whether the chunk is still wanted.
+    pub(crate) fn is_wanted(&self, job: &ReadJob) -> bool {
+        self.wanted.contains_key(&(job.epoch, job.chunk.start))
+    }
+
+    /// What it is doing, for people.
+    pub(crate) const fn state(&self) -> &'static str {
+        if self.faults.is_paused() { "paused" } else { self.activity.name() }
+    }
+
+    pub(crate) const fn size_bytes(&self) -> u64 {
+        self.size_sectors * SECTOR_BYTES
+    }
+
+    pub(crate) fn read_bytes(&self) -> u64 {
+        self.read_before + self.reader.as_ref().map_or(0, DiskReader::read_bytes)
+    }
+}
