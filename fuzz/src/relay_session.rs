@@ -41,6 +41,7 @@ struct World {
     held: u64,
     /// Highest credit the target gave, and size at OPEN_DISK, per disk.
     credit: BTreeMap<DiskId, u64>,
+    granted: BTreeMap<DiskId, Generation>,
     sizes: BTreeMap<DiskId, u64>,
     sequence: u64,
 }
@@ -69,6 +70,7 @@ impl World {
             lanes: BTreeMap::new(),
             held: 0,
             credit: BTreeMap::new(),
+            granted: BTreeMap::new(),
             sizes: BTreeMap::new(),
             sequence: 1,
         };
@@ -256,11 +258,23 @@ impl World {
         match (from, kind) {
             (Side::Agent, FrameKind::Batch) => {
                 let (header, records) = decode_batch(body).expect("accepted");
-                self.accepted(header.disk, header.generation, Lane::Delta(header.disk), canon(&header.to_bytes(), &records), &records);
+                self.accepted(
+                    header.disk,
+                    header.generation,
+                    Lane::Delta(header.disk),
+                    canon(&header.to_bytes(), &records),
+                    &records,
+                );
             }
             (Side::Agent, FrameKind::Bulk) => {
                 let (header, records) = decode_bulk(body).expect("accepted");
-                self.accepted(header.disk, header.generation, Lane::Bulk(header.disk), canon(&header.to_bytes(), &records), &records);
+                self.accepted(
+                    header.disk,
+                    header.generation,
+                    Lane::Bulk(header.disk),
+                    canon(&header.to_bytes(), &records),
+                    &records,
+                );
             }
             (Side::Agent, FrameKind::OpenDisk) => {
                 if let Ok(Message::OpenDisk(head, _)) = Message::decode(kind, &body) {
