@@ -12,8 +12,10 @@ use reprotect_engine::format::message::ErrorCode;
 /// Longest source file in lines; a longer one is two files.
 const LINES_MAX: usize = 800;
 /// Files that may be longer, and why.
-const LONG: &[(&str, &str)] =
-    &[("engine/src/proto/agent.rs", "one state with one owner; its queues are to become a file of their own")];
+const LONG: &[(&str, &str)] = &[(
+    "engine/src/proto/agent.rs",
+    "one state with one owner; its queues are to become a file of their own",
+)];
 
 /// Modules of the engine and their floors; a module uses its own and those on lower floors.
 /// `host` and `net` stand side by side on the sixth floor with `sim`; see decision 0011.
@@ -38,7 +40,8 @@ const NEIGHBOURS: &[(&str, &str)] =
     &[("units", "error"), ("checksum", "limits"), ("range_set", "limits"), ("checksum", "range_set")];
 
 /// Words that show where a file was written instead of what it says; split so that this file has none of them.
-const PLACES: &[&str] = &[concat!("/work", "/"), concat!("/tmp", "/wt"), concat!("/home", "/"), concat!("/root", "/")];
+const PLACES: &[&str] =
+    &[concat!("/work", "/"), concat!("/tmp", "/wt"), concat!("/home", "/"), concat!("/root", "/")];
 /// Files in which such a path is an example for the reader.
 const PLACES_ALLOWED: &[&str] = &[];
 
@@ -55,11 +58,14 @@ fn files(endings: &[&str]) -> Vec<(String, String)> {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
             if path.is_dir() {
-                if !name.starts_with('.') && !["target", "corpus", "artifacts", "__pycache__"].contains(&name.as_str()) {
+                if !name.starts_with('.')
+                    && !["target", "corpus", "artifacts", "__pycache__"].contains(&name.as_str())
+                {
                     folders.push(path);
                 }
             } else if endings.iter().any(|ending| name.ends_with(ending)) {
-                let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+                let text =
+                    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
                 found.push((path.strip_prefix(&root).unwrap().display().to_string(), text));
             }
         }
@@ -99,7 +105,9 @@ fn nothing_is_left_to_do_in_the_code() {
     let words = [concat!("todo", "!("), concat!("unimplemented", "!("), concat!("dbg", "!(")];
     let mut findings = Vec::new();
     for (path, text) in files(&[".rs"]) {
-        findings.extend(words.iter().filter(|word| text.contains(**word)).map(|word| format!("{path}: {word}…)")));
+        findings.extend(
+            words.iter().filter(|word| text.contains(**word)).map(|word| format!("{path}: {word}…)")),
+        );
     }
     none("unfinished code", findings);
 }
@@ -123,9 +131,11 @@ fn used_modules(text: &str) -> BTreeSet<String> {
     for line in text.lines().map(str::trim_start).filter(|line| !line.starts_with("//")) {
         for part in line.split("crate::").skip(1) {
             let names = part.strip_prefix('{').map_or(part, |list| list.split('}').next().unwrap_or(list));
-            let list: Vec<&str> = if part.starts_with('{') { names.split(',').collect() } else { vec![names] };
+            let list: Vec<&str> =
+                if part.starts_with('{') { names.split(',').collect() } else { vec![names] };
             for name in list {
-                let word: String = name.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+                let word: String =
+                    name.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
                 used.insert(word);
             }
         }
@@ -139,7 +149,9 @@ fn no_module_uses_a_floor_above_its_own() {
     let mut findings = Vec::new();
     let mut seen = BTreeSet::new();
     for (path, text) in files(&[".rs"]) {
-        let Some(inside) = path.strip_prefix("engine/src/").filter(|inside| *inside != "lib.rs") else { continue };
+        let Some(inside) = path.strip_prefix("engine/src/").filter(|inside| *inside != "lib.rs") else {
+            continue;
+        };
         let own = inside.split(['/', '.']).next().unwrap();
         let Some(height) = floor(own) else {
             findings.push(format!("{path}: module {own} is on no floor"));
@@ -318,7 +330,10 @@ fn decisions_are_numbered_and_dated() {
         let number = name.get(..4).filter(|number| number.bytes().all(|byte| byte.is_ascii_digit()));
         let number = number.unwrap_or_else(|| panic!("{path} has no number of four digits"));
         assert!(numbers.insert(number.to_owned()), "{path}: number {number} is used twice");
-        assert!(text.starts_with(&format!("# {number}: ")), "{path} does not begin with its number and title");
+        assert!(
+            text.starts_with(&format!("# {number}: ")),
+            "{path} does not begin with its number and title"
+        );
         assert!(text.lines().nth(2).is_some_and(|line| line.starts_with("Date: 20")), "{path} has no date");
     }
 }

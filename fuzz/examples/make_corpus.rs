@@ -93,7 +93,11 @@ fn vmdk() {
         ("flat", "monolithicFlat", "RW 20480 FLAT \"disk-flat.vmdk\" 0\n"),
         ("vmfs", "vmfs", "RW 20480 VMFS \"disk-flat.vmdk\"\n"),
         ("sparse", "monolithicSparse", "RW 20480 SPARSE \"disk.vmdk\"\n"),
-        ("split", "twoGbMaxExtentSparse", "RW 4192256 SPARSE \"disk-s001.vmdk\"\nRW 1 SPARSE \"disk-s002.vmdk\"\n"),
+        (
+            "split",
+            "twoGbMaxExtentSparse",
+            "RW 4192256 SPARSE \"disk-s001.vmdk\"\nRW 1 SPARSE \"disk-s002.vmdk\"\n",
+        ),
         ("stream", "streamOptimized", "RDONLY 20480 SPARSE \"disk.vmdk\"\n"),
         ("mapping", "vmfsRawDeviceMap", "RW 20480 VMFSRDM \"disk-rdm.vmdk\"\nRW 8 ZERO\n"),
     ] {

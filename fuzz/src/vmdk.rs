@@ -69,8 +69,11 @@ fn base() -> &'static [u8] {
     static BASE: OnceLock<Vec<u8>> = OnceLock::new();
     BASE.get_or_init(|| {
         let files = MemoryFiles::default();
-        let options =
-            CreateOptions { adapter: AdapterType::LsiLogic, uuid: Some(DiskUuid([7; 16])), reserved_bytes: 0 };
+        let options = CreateOptions {
+            adapter: AdapterType::LsiLogic,
+            uuid: Some(DiskUuid([7; 16])),
+            reserved_bytes: 0,
+        };
         let mut disk = create_target(&files.opener(), &spec(), DISK_BYTES, &BTreeSet::new(), &options)
             .expect("a new disk in memory");
         for grain in GRAINS {
@@ -145,7 +148,10 @@ fn exercise(opener: &Arc<dyn ExtentOpener>) {
     disk.close().expect("memory takes every flush");
     let mut again = open().expect("a disk that was closed cleanly opens");
     assert!(again.repair().is_nothing(), "left to repair after a clean close: {:?}", again.repair());
-    assert!(read_all(&mut again).expect("it reads") == content, "the disk reads otherwise after a clean close");
+    assert!(
+        read_all(&mut again).expect("it reads") == content,
+        "the disk reads otherwise after a clean close"
+    );
 }
 
 /// The chunks that are not zeros, by number.

@@ -70,7 +70,8 @@ pub fn render<T: Serialize + Default>(title: &str, keys: &[KeyDoc]) -> Result<St
 pub fn markdown<T: Serialize + Default>(keys: &[KeyDoc]) -> Result<String, toml::ser::Error> {
     let defaults = toml::Value::try_from(T::default())?;
     let cell = |text: &str| text.replace('|', "\\|");
-    let mut text = "| key | default | unit and values | what it does | cost |\n|---|---|---|---|---|\n".to_owned();
+    let mut text =
+        "| key | default | unit and values | what it does | cost |\n|---|---|---|---|---|\n".to_owned();
     for KeyDoc { key, about, unit, cost, .. } in keys {
         let default = key.split('.').try_fold(&defaults, |value, part| value.get(part));
         let default = default.map_or_else(|| "not set".to_owned(), |value| format!("`{value}`"));
