@@ -142,6 +142,7 @@ pub struct Dial {
     v6: Option<Dialer>,
     state_dir: PathBuf,
     host_name: String,
+    renews: bool,
 }
 
 impl Dial {
@@ -152,7 +153,13 @@ impl Dial {
     pub fn new(identity: SharedIdentity, state_dir: PathBuf, host_name: String) -> anyhow::Result<Self> {
         let revocations = Arc::new(Revocations::in_memory());
         let trust = Arc::new(Trust::load(&state_dir.join(ROOTS_FILE), Arc::clone(&revocations))?);
-        Ok(Self { identity, trust, revocations, v4: None, v6: None, state_dir, host_name })
+        Ok(Self { identity, trust, revocations, v4: None, v6: None, state_dir, host_name, renews: true })
+    }
+
+    /// The same without ever renewing the certificate: for a look that changes nothing.
+    #[must_use]
+    pub fn without_renewal(self) -> Self {
+        Self { renews: false, ..self }
     }
 
     /// Connects with `address`.
@@ -188,7 +195,7 @@ impl Dial {
     /// Renews the certificate where this address is a master target; through a relay it cannot be.
     async fn renew_if_due(&self, address: SocketAddr) {
         let identity = current(&self.identity);
-        if !identity.is_due_for_renewal(wall_clock()) {
+        if !self.renews || !identity.is_due_for_renewal(wall_clock()) {
             return;
         }
         let rule = PeerRule::of_site(&identity.own().site, &[Role::MasterTarget]);

@@ -31,9 +31,9 @@ fn dispatch(cli: &Cli) -> anyhow::Result<()> {
     match &cli.command {
         Command::Disks(args) => commands::disks(&settings, args, output),
         Command::CheckConfig(_) => Ok(()),
-        Command::Check(_) => anyhow::bail!("check is not there yet"),
+        Command::Check(_) => service::check(&settings, output),
         Command::Enroll(args) => service::enroll(&settings, args, output),
-        Command::Run(_) => service::run(settings),
+        Command::Run(args) => service::run(settings, args),
         Command::Status(args) => service::status(&settings, args, output),
     }
 }

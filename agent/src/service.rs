@@ -1,4 +1,4 @@
-//! The agent's commands that concern the running daemon: `run`, `enroll`, `status`.
+//! The agent's commands around the running daemon: `run`, `check`, `enroll`, `status`.
 //!
 //! Invariant: a command prints its result to standard output once, and says in its error what to do.
 //! Called by `main`.
@@ -17,7 +17,8 @@ use reprotect_engine::net::token::Token;
 use serde_json::json;
 
 use crate::api::{DiskInfo, StatusInfo};
-use crate::cli::{EnrollArgs, StatusArgs};
+use crate::check;
+use crate::cli::{EnrollArgs, RunArgs, StatusArgs};
 use crate::config::Settings;
 use crate::daemon;
 use crate::plan::UPSTREAM_FILE;
@@ -32,11 +33,12 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .context("the system gives no threads; raise the limit on processes")
 }
 
-/// `run`: the daemon, in the foreground, until a signal.
+/// `run`: the daemon, in the foreground, until a signal; SIGHUP reads the configuration again.
 ///
 /// # Errors
-/// When something the daemon needs cannot be had.
-pub fn run(settings: Settings) -> anyhow::Result<()> {
+/// When a preflight check fails that is not forced, or something the daemon needs cannot be had.
+pub fn run(settings: Settings, args: &RunArgs) -> anyhow::Result<()> {
+    check::insist(&check::required(&settings), &args.force)?;
     let runtime = runtime()?;
     runtime.block_on(async {
         let (trigger, shutdown) = Shutdown::new();
@@ -46,6 +48,15 @@ pub fn run(settings: Settings) -> anyhow::Result<()> {
     // Reader and worker threads hold nothing that must be saved.
     runtime.shutdown_timeout(Duration::from_secs(1));
     Ok(())
+}
+
+/// `check`: every preflight check.
+///
+/// # Errors
+/// When one of them fails.
+pub fn check(settings: &Settings, output: Output) -> anyhow::Result<()> {
+    let findings = runtime()?.block_on(check::all(settings));
+    check::report(&findings, output)
 }
 
 /// `enroll`: this machine's certificate, for a token of the master target.
@@ -137,12 +148,13 @@ fn render(info: &StatusInfo) -> String {
             disk.problem.clone().unwrap_or_default(),
         ]);
     }
+    let warnings: String = info.warnings.iter().map(|warning| format!("\nwarning: {warning}")).collect();
     let disks = if table.is_empty() {
         "No disk is protected yet: run `reprotect-master-target protect` for this machine.".to_owned()
     } else {
         table.render()
     };
-    format!("agent {}, {link}\n{disks}", info.agent)
+    format!("agent {}, {link}{warnings}\n{disks}", info.agent)
 }
 
 fn percent(disk: &DiskInfo) -> String {

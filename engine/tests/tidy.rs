@@ -322,3 +322,30 @@ fn decisions_are_numbered_and_dated() {
         assert!(text.lines().nth(2).is_some_and(|line| line.starts_with("Date: 20")), "{path} has no date");
     }
 }
+
+/// Rows `| step | file | function |` of the tables that follow a write.
+fn steps(text: &str) -> Vec<(String, String)> {
+    let quoted = |cell: &str| Some(cell.trim().strip_prefix('`')?.strip_suffix('`')?.to_owned());
+    let row = |line: &str| {
+        let cells: Vec<&str> = line.split('|').collect();
+        let (file, function) = (quoted(cells.get(2)?)?, quoted(cells.get(3)?)?);
+        file.ends_with(".rs").then_some((file, function))
+    };
+    text.lines().filter_map(row).collect()
+}
+
+#[test]
+fn the_path_of_one_write_names_functions_that_exist() {
+    let mut findings = Vec::new();
+    for document in ["README.md", "engine/docs/architecture.md"] {
+        let steps = steps(&fs::read_to_string(root().join(document)).unwrap());
+        assert!(steps.len() > 8, "{document} does not follow a write");
+        for (file, function) in steps {
+            let code = fs::read_to_string(root().join(&file)).unwrap_or_default();
+            if !code.contains(&format!("fn {function}(")) {
+                findings.push(format!("{document}: {file} has no function {function}"));
+            }
+        }
+    }
+    none("steps that are not in the code", findings);
+}

@@ -3,7 +3,7 @@
 //! Invariants checked: what is accepted is written back as it was read; an edit changes one value and nothing else; a
 //! disk that was opened, repaired, written and closed opens again with nothing to repair and reads the same.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
@@ -24,7 +24,8 @@ const DISK_BYTES: u64 = 40 << 20;
 const READ_BYTES_MAX: u64 = 64 << 20;
 /// Where the base disk has data, in grains of 64 KiB.
 const GRAINS: [u64; 8] = [0, 1, 2, 7, 100, 511, 512, 639];
-const GRAIN_BYTES: usize = 64 << 10;
+/// Bytes of a grain of the base disk, and of the chunks in which disks are compared.
+const CHUNK: usize = 64 << 10;
 /// A valid content identity that no input is likely to have.
 const CID: u32 = 0x5eed_1dea;
 
@@ -73,8 +74,8 @@ fn base() -> &'static [u8] {
         let mut disk = create_target(&files.opener(), &spec(), DISK_BYTES, &BTreeSet::new(), &options)
             .expect("a new disk in memory");
         for grain in GRAINS {
-            let data = vec![grain as u8 | 1; GRAIN_BYTES];
-            disk.write(&[WriteAt { offset: grain * GRAIN_BYTES as u64, data: &data }]).expect("memory");
+            let data = vec![grain as u8 | 1; CHUNK];
+            disk.write(&[WriteAt { offset: grain * CHUNK as u64, data: &data }]).expect("memory");
         }
         disk.close().expect("memory");
         files.bytes(PATH)
@@ -128,30 +129,38 @@ fn exercise(opener: &Arc<dyn ExtentOpener>) {
     let open = || open_target(opener, &spec(), &Expectation { writable: true, ..Expectation::default() });
     let Ok(mut disk) = open() else { return };
     let Ok(mut content) = read_all(&mut disk) else { return };
-    let place = content.len() / 2 / 512 * 512;
-    let Some(slot) = content.get_mut(place..place + 512) else { return };
-    slot.fill(0xa5);
-    // A full extent refuses; then nothing is claimed about it.
-    let written = disk.write(&[WriteAt { offset: place as u64, data: slot }]);
-    let head = content.len().min(GRAIN_BYTES) / 512 * 512;
-    let zeroed = disk.zero(ByteRange { start: 0, end: head as u64 });
-    if written.is_err() || zeroed.is_err() {
+    let size = disk.size_bytes();
+    // Somewhere behind the first chunk, which is zeroed, as far as the disk is that long.
+    let (place, zeroed) = (size / 2 / 512 * 512, ByteRange { start: 0, end: size.min(CHUNK as u64) });
+    if place < zeroed.end || disk.write(&[WriteAt { offset: place, data: &[0xa5; 512] }]).is_err() {
+        return; // a full extent refuses; then nothing is claimed about it
+    }
+    if disk.zero(zeroed).is_err() {
         return;
     }
-    if let Some(head) = content.get_mut(..head) {
-        head.fill(0);
-        if place < GRAIN_BYTES.min(content.len()) {
-            return; // the two overlap on a very small disk
-        }
-    }
+    content.remove(&0);
+    let (chunk, inside) = (place / CHUNK as u64, place as usize % CHUNK);
+    let bytes = content.entry(chunk).or_insert_with(|| vec![0; CHUNK.min((size - place) as usize + inside)]);
+    bytes[inside..inside + 512].fill(0xa5);
     disk.close().expect("memory takes every flush");
     let mut again = open().expect("a disk that was closed cleanly opens");
     assert!(again.repair().is_nothing(), "left to repair after a clean close: {:?}", again.repair());
     assert!(read_all(&mut again).expect("it reads") == content, "the disk reads otherwise after a clean close");
 }
 
-fn read_all(disk: &mut Target) -> Result<Vec<u8>, BlockError> {
-    let mut content = vec![0; disk.size_bytes() as usize];
-    disk.read(&mut [ReadAt { offset: 0, data: &mut content }])?;
+/// The chunks that are not zeros, by number.
+fn read_all(disk: &mut Target) -> Result<BTreeMap<u64, Vec<u8>>, BlockError> {
+    let size = disk.size_bytes();
+    let mut content = BTreeMap::new();
+    for range in disk.allocated(ByteRange { start: 0, end: size })? {
+        for chunk in range.start / CHUNK as u64..range.end.div_ceil(CHUNK as u64) {
+            let offset = chunk * CHUNK as u64;
+            let mut data = vec![0; CHUNK.min((size - offset) as usize)];
+            disk.read(&mut [ReadAt { offset, data: &mut data }])?;
+            if data.iter().any(|byte| *byte != 0) {
+                content.insert(chunk, data);
+            }
+        }
+    }
     Ok(content)
 }

@@ -69,7 +69,7 @@ pub const KEYS: [KeyDoc; 12] = [
     },
     KeyDoc {
         key: "listen",
-        about: "Where agents and process servers dial in, UDP and TCP.",
+        about: "Where agents and process servers dial in, UDP.",
         unit: "IP address with or without a port (default 7443); [::] takes IPv4 too",
         cost: "none",
         example: "",

@@ -21,6 +21,8 @@ mod plan;
 #[cfg(feature = "uring")]
 pub mod uring;
 
+#[cfg(feature = "uring")]
+pub use self::open::uring_permitted;
 #[cfg(feature = "io")]
 pub use self::open::{Backend, OpenOptions, open, open_reporting};
 use crate::error::{Answer, Severity};

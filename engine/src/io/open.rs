@@ -84,6 +84,13 @@ impl std::fmt::Display for Backend {
     }
 }
 
+/// Whether this host permits io_uring; otherwise threads do the same work for more CPU.
+#[cfg(feature = "uring")]
+#[must_use]
+pub fn uring_permitted() -> bool {
+    super::uring::Ring::new(1).is_ok()
+}
+
 /// Opens `path`, a regular file or block device, with the best backend there is.
 ///
 /// # Errors

@@ -20,7 +20,7 @@ use reprotect_engine::net::{tls, wall_clock};
 use reprotect_engine::proto::agent::{Agent, AgentEvent};
 use reprotect_engine::proto::batch::cut_records;
 use reprotect_engine::proto::pass::{PassAction, Sink, hash_spans};
-use reprotect_engine::proto::{ProtoError, Prover};
+use reprotect_engine::proto::{ProtoError, Prover, session_proof_message};
 use reprotect_engine::units::{DiskId, PeerId, SectorRange};
 use tokio::sync::mpsc;
 
@@ -29,10 +29,11 @@ use super::Site;
 struct Signer(Arc<Identity>);
 
 impl Prover for Signer {
-    fn prove(&self, nonce: &[u8; 32], _target: PeerId) -> Auth {
+    fn prove(&self, nonce: &[u8; 32], target: PeerId) -> Auth {
+        let message = session_proof_message(nonce, self.0.own().peer, target);
         Auth {
             agent: self.0.own().peer,
-            signature: self.0.sign(Purpose::SessionProof, nonce).unwrap().into(),
+            signature: self.0.sign(Purpose::SessionProof, &message).unwrap().into(),
             certificates: self.0.chain().iter().map(|der| Bytes::copy_from_slice(der)).collect(),
         }
     }

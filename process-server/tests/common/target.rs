@@ -12,7 +12,7 @@ use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::batch::{decode_batch, decode_bulk};
 use reprotect_engine::format::extent::{Codec, Record, RecordKind};
 use reprotect_engine::format::handshake;
-use reprotect_engine::format::message::{Auth, Message, PassMode};
+use reprotect_engine::format::message::{Auth, InventoryDisk, Message, PassMode, SourceId};
 use reprotect_engine::net::endpoint::{Accepted, PeerConnection, Server, TransportSettings, bind_server};
 use reprotect_engine::net::identity::{Identity, Purpose, Role};
 use reprotect_engine::net::lanes::{self, Arrival};
@@ -22,7 +22,7 @@ use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::master_target::{DiskInput, SessionEvent, TargetSession, Transport};
 use reprotect_engine::proto::pass::hash_spans;
 use reprotect_engine::proto::target_disk::{DiskAction, SessionId, TargetDisk};
-use reprotect_engine::proto::{Authority, Outgoing};
+use reprotect_engine::proto::{Authority, Outgoing, session_proof_message};
 use reprotect_engine::units::{DiskId, Generation, LineageId, PeerId, SectorRange};
 use rustls_pki_types::CertificateDer;
 use tokio::sync::mpsc;
@@ -54,11 +54,13 @@ struct World {
     next_session: u64,
     seen: Vec<Seen>,
     relays: Vec<u8>,
+    inventories: Vec<Vec<InventoryDisk>>,
     /// Nothing is executed: no write, so no credit.
     stalled: bool,
 }
 
 struct Judge {
+    id: PeerId,
     trust: Arc<Trust>,
 }
 
@@ -67,8 +69,9 @@ impl Authority for Judge {
         let chain: Vec<CertificateDer<'_>> =
             auth.certificates.iter().map(|der| CertificateDer::from(der.to_vec())).collect();
         let rule = PeerRule::of_site("berlin", &[Role::Agent]).only(auth.agent);
+        let message = session_proof_message(nonce, auth.agent, self.id);
         self.trust
-            .verify_signed(&chain, &rule, Purpose::SessionProof, nonce, &auth.signature, wall_clock())
+            .verify_signed(&chain, &rule, Purpose::SessionProof, &message, &auth.signature, wall_clock())
             .map(drop)
             .map_err(|error| error.to_string())
     }
@@ -134,7 +137,7 @@ impl FakeTarget {
         tokio::spawn(async move {
             while let Some(accepted) = server.accept().await {
                 let Accepted::Peer(peer) = accepted else { continue };
-                let authority = Arc::new(Judge { trust: Arc::clone(&trust) });
+                let authority = Arc::new(Judge { id, trust: Arc::clone(&trust) });
                 tokio::spawn(serve(peer, id, authority, Arc::clone(&world), Arc::clone(&deaf)));
             }
         });
@@ -168,6 +171,32 @@ impl FakeTarget {
         let core = TargetDisk::new(state, self.limits);
         self.world().disks.insert(disk, Disk { core, agent, bytes: vec![0; size_bytes] });
         disk
+    }
+
+    /// Protects the disk `source` of `agent` over what the target already holds; [`PassMode::Copy`] only over zeros.
+    pub fn protect_source(&self, agent: PeerId, source: SourceId, bytes: Vec<u8>, mode: PassMode) -> DiskId {
+        let disk = DiskId::random().unwrap();
+        let lineage = LineageId::random().unwrap();
+        let size_sectors = bytes.len() as u64 / 512;
+        let state = TargetDisk::new_state(disk, agent, source, size_sectors, lineage, mode);
+        let core = TargetDisk::new(state, self.limits);
+        self.world().disks.insert(disk, Disk { core, agent, bytes });
+        disk
+    }
+
+    /// Whom it trusts; revocations there end live connections too.
+    pub fn trust(&self) -> &Arc<Trust> {
+        &self.trust
+    }
+
+    /// What agents said they have, newest last.
+    pub fn inventories(&self) -> Vec<Vec<InventoryDisk>> {
+        self.world().inventories.clone()
+    }
+
+    /// Runs `look` on a disk's bytes without copying them.
+    pub fn with_bytes<T>(&self, disk: DiskId, look: impl FnOnce(&[u8]) -> T) -> T {
+        look(&self.world().disks[&disk].bytes)
     }
 
     fn world(&self) -> MutexGuard<'_, World> {
@@ -281,7 +310,7 @@ impl World {
                     session.offer(*id, state.source, state.size_sectors, state.generation);
                 }
             }
-            SessionEvent::Inventory { .. } => {}
+            SessionEvent::Inventory { disks, .. } => self.inventories.push(disks),
             SessionEvent::ToDisk(id, input) => self.input(session.id(), id, input),
         }
     }
