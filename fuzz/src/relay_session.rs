@@ -42,6 +42,7 @@ struct World {
     /// Highest credit the target gave, and size at OPEN_DISK, per disk.
     credit: BTreeMap<DiskId, u64>,
     sizes: BTreeMap<DiskId, u64>,
+    granted: BTreeMap<DiskId, Generation>,
     sequence: u64,
 }
 
@@ -70,6 +71,7 @@ impl World {
             held: 0,
             credit: BTreeMap::new(),
             sizes: BTreeMap::new(),
+            granted: BTreeMap::new(),
             sequence: 1,
         };
         if world.connect(input) && input.byte() < 200 && world.open(input) {
@@ -256,11 +258,23 @@ impl World {
         match (from, kind) {
             (Side::Agent, FrameKind::Batch) => {
                 let (header, records) = decode_batch(body).expect("accepted");
-                self.accepted(header.disk, header.generation, Lane::Delta(header.disk), canon(&header.to_bytes(), &records), &records);
+                self.accepted(
+                    header.disk,
+                    header.generation,
+                    Lane::Delta(header.disk),
+                    canon(&header.to_bytes(), &records),
+                    &records,
+                );
             }
             (Side::Agent, FrameKind::Bulk) => {
                 let (header, records) = decode_bulk(body).expect("accepted");
-                self.accepted(header.disk, header.generation, Lane::Bulk(header.disk), canon(&header.to_bytes(), &records), &records);
+                self.accepted(
+                    header.disk,
+                    header.generation,
+                    Lane::Bulk(header.disk),
+                    canon(&header.to_bytes(), &records),
+                    &records,
+                );
             }
             (Side::Agent, FrameKind::OpenDisk) => {
                 if let Ok(Message::OpenDisk(head, _)) = Message::decode(kind, &body) {
