@@ -1,6 +1,5 @@
 //! The configuration table of the operations manual is the one of the program:
 //! `UPDATE_GOLDEN=1 cargo test -p reprotect-agent --test docs` rewrites it between its markers.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::path::Path;
 

@@ -43,6 +43,7 @@ struct World {
     credit: BTreeMap<DiskId, u64>,
     granted: BTreeMap<DiskId, Generation>,
     sizes: BTreeMap<DiskId, u64>,
+    granted: BTreeMap<DiskId, Generation>,
     sequence: u64,
 }
 
@@ -72,6 +73,7 @@ impl World {
             credit: BTreeMap::new(),
             granted: BTreeMap::new(),
             sizes: BTreeMap::new(),
+            granted: BTreeMap::new(),
             sequence: 1,
         };
         if world.connect(input) && input.byte() < 200 && world.open(input) {

@@ -222,9 +222,15 @@ fn own_pki(credentials: &Credentials) -> Vec<Check> {
             "a third or less of the certificate's life is left",
             "have the site's PKI issue a new one, replace the file and restart the daemon",
         )],
-        Ok(identity) => vec![Check::pass("identity", format!("{} of the site's own PKI", identity.own().uri()))],
+        Ok(identity) => {
+            vec![Check::pass("identity", format!("{} of the site's own PKI", identity.own().uri()))]
+        }
         Err(error) => {
-            vec![Check::fail("identity", error.to_string(), "correct the files named under [pki] in the configuration")]
+            vec![Check::fail(
+                "identity",
+                error.to_string(),
+                "correct the files named under [pki] in the configuration",
+            )]
         }
     }
 }

@@ -10,8 +10,8 @@ use reprotect_engine::host::admin_client::{AdminClient, AdminError};
 use reprotect_engine::host::config::Overrides;
 use reprotect_engine::host::places::Program;
 use reprotect_engine::host::shutdown::{Shutdown, ShutdownTrigger};
-use reprotect_engine::net::enroll::{EnrollError, enroll};
 use reprotect_engine::net::ca::Ca;
+use reprotect_engine::net::enroll::{EnrollError, enroll};
 use reprotect_engine::net::identity::{IDENTITY_FILE, Role};
 use reprotect_engine::net::token::Token;
 use reprotect_engine::net::trust::ROOTS_FILE;
@@ -164,7 +164,8 @@ async fn with_the_sites_own_pki_the_target_is_who_its_certificate_says_and_nobod
     identity.save(site.path()).unwrap();
     let file = site.path().join(IDENTITY_FILE).display().to_string();
     let roots = site.path().join("ca").join(ROOTS_FILE).display().to_string();
-    let pki = |file: &str| format!("[pki]\ncertificate = \"{file}\"\nkey = \"{file}\"\nroots = \"{roots}\"\n");
+    let pki =
+        |file: &str| format!("[pki]\ncertificate = \"{file}\"\nkey = \"{file}\"\nroots = \"{roots}\"\n");
     configure(dir.path(), &pki(&file));
     let daemon = start(dir.path()).await;
     let status = daemon.status().await;

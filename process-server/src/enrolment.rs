@@ -28,7 +28,9 @@ pub enum EnrolmentError {
     #[error("not enrolled ({} does not exist): run `reprotect-process-server enroll TOKEN` with a token from `reprotect-master-target invite --role process-server`", .0.display())]
     NotEnrolled(PathBuf),
     /// The identity is another program's.
-    #[error("this identity is of role {got}; name a process server's --state-dir or certificate, or enrol this one")]
+    #[error(
+        "this identity is of role {got}; name a process server's --state-dir or certificate, or enrol this one"
+    )]
     WrongRole {
         /// What it is.
         got: Role,

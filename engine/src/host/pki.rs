@@ -69,7 +69,11 @@ pub fn resolve<T>(loaded: &Loaded<T>, config: &PkiConfig) -> Result<Option<[Path
 }
 
 fn missing<T>(loaded: &Loaded<T>, key: &str) -> ConfigError {
-    loaded.invalid(key, "not set while another key of [pki] is", "set all three of certificate, key and roots, or none")
+    loaded.invalid(
+        key,
+        "not set while another key of [pki] is",
+        "set all three of certificate, key and roots, or none",
+    )
 }
 
 #[cfg(test)]

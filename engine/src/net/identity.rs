@@ -16,8 +16,8 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 use crate::error::{Answer, Severity};
-use crate::net::files::{self, Access, FileError};
 pub use crate::format::handshake::Role;
+use crate::net::files::{self, Access, FileError};
 use crate::units::{PeerId, Timestamp};
 
 /// Largest certificate accepted, in bytes; ours have about 600.

@@ -14,18 +14,17 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 
+pub use super::agent_disk::SentBytes;
+use super::agent_disk::{AgentDisk, SentBatch, WaitingBulk, WantedPass, next_bulk, next_delta};
 use super::credit::Balance;
 use super::pass::{Pass, PassAction, Sink};
 use super::resume::{Decision, Ours, Theirs, decide};
 use super::state::{AgentDiskPhase, AgentLink};
-use super::{Lane, Outgoing, ProtoError, Prover};
+use super::{Outgoing, ProtoError, Prover};
 use crate::checksum::UnitHash;
-use crate::format::batch::{
-    BatchHeader, BulkHeader, CHAIN_START, Chain, Mark, MarkClass, Stretch, credit_cost, encode_batch,
-    encode_bulk,
-};
+use crate::format::batch::{BatchHeader, BulkHeader, MarkClass, Stretch, credit_cost, encode_bulk};
 use crate::format::extent::Record;
-use crate::format::frame::{Frame, FrameKind};
+use crate::format::frame::FrameKind;
 use crate::format::handshake::{Hello, Version};
 use crate::format::message::{
     Ack, CompareRequestHead, ErrorCode, Fenced, GrantHead, InventoryDisk, InventoryHead, Message, Nack,
@@ -105,160 +104,6 @@ pub enum AgentEvent {
         /// The other end's words.
         text: String,
     },
-}
-
-/// A delta batch that is not yet durable.
-#[derive(Debug)]
-struct SentBatch {
-    header: BatchHeader,
-    records: Vec<Record>,
-    chain_after: Chain,
-    cost: u64,
-    chunk: Option<u64>,
-}
-
-/// A bulk batch that waits for credit.
-#[derive(Debug)]
-struct WaitingBulk {
-    chunk: u64,
-    cost: u64,
-    plain_bytes: u64,
-    frame: Frame,
-}
-
-/// What was handed to the transport for a disk since the agent started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SentBytes {
-    /// Plain payload; sent again counts again.
-    pub plain: u64,
-    /// Frames as encoded.
-    pub wire: u64,
-}
-
-#[derive(Debug)]
-struct AgentDisk {
-    phase: AgentDiskPhase,
-    source: SourceId,
-    size_sectors: u64,
-    generation: Generation,
-    grant: Bytes,
-    lineage: Option<LineageId>,
-    durable: Sequence,
-    durable_chain: Chain,
-    last: Sequence,
-    last_chain: Chain,
-    unacked: VecDeque<SentBatch>,
-    unsent_from: usize,
-    mark: Option<Mark>,
-    mark_sent: bool,
-    balance: Balance,
-    bulk: VecDeque<WaitingBulk>,
-    pass: Option<Pass>,
-    requests: BTreeMap<u64, u64>,
-    next_request: u64,
-    epoch: u64,
-    newest_time: Timestamp,
-    sent: SentBytes,
-    /// The pass at the target, as it last said.
-    target_pass: u64,
-    wanted: Option<WantedPass>,
-}
-
-/// A compare pass that must happen: asked for again in every session until the target says that it began.
-#[derive(Clone, Copy, Debug)]
-struct WantedPass {
-    cause: PassCause,
-    /// The pass that ran when it was asked for; a later one is the wanted one.
-    asked_in: Option<u64>,
-}
-
-impl AgentDisk {
-    const fn whole(&self) -> SectorRange {
-        SectorRange { start: 0, end: self.size_sectors }
-    }
-
-    /// The chain digest at `sequence`, if it is a batch border we still know.
-    fn chain_at(&self, sequence: Sequence) -> Option<Chain> {
-        if sequence == self.durable {
-            return Some(self.durable_chain);
-        }
-        let batch = self.unacked.iter().find(|batch| batch.header.last_sequence() == sequence);
-        batch.map(|batch| batch.chain_after)
-    }
-
-    fn forget_durable(&mut self, durable: Sequence) {
-        while let Some(batch) = self.unacked.front()
-            && batch.header.last_sequence() <= durable
-        {
-            self.durable = batch.header.last_sequence();
-            self.durable_chain = batch.chain_after;
-            self.unacked.pop_front();
-            self.unsent_from = self.unsent_from.saturating_sub(1);
-        }
-    }
-
-    /// Takes note of the pass that runs at the target.
-    fn set_target_pass(&mut self, pass: u64) {
-        self.target_pass = pass;
-        self.wanted = self.wanted.filter(|wanted| wanted.asked_in.is_none_or(|before| pass <= before));
-    }
-
-    /// Ends the running walk: work handed out for it is ignored when it comes back.
-    fn end_walk(&mut self) {
-        self.pass = None;
-        self.bulk.clear();
-        self.requests.clear();
-        self.epoch += 1;
-        for batch in &mut self.unacked {
-            batch.chunk = None; // of the walk that is over, not of the next one
-        }
-    }
-
-    /// Begins a walk under an epoch of its own.
-    fn begin_walk(&mut self, pass: Pass) {
-        self.end_walk();
-        self.pass = Some(pass);
-    }
-
-    /// Whether the mark stands before the next batch to be sent, so that it must be sent now.
-    fn mark_is_next(&self) -> bool {
-        let next = self.unacked.get(self.unsent_from).map(|batch| batch.header.first_sequence);
-        !self.mark_sent && self.mark.as_ref().is_some_and(|mark| next.is_none_or(|next| next > mark.sequence))
-    }
-
-    /// The stream goes on behind `received`: a mark there or later is still to be sent, one before it cannot be
-    /// placed any more unless it arrived.
-    fn resend_mark(&mut self, received: Sequence) {
-        if self.mark.as_ref().is_some_and(|mark| mark.sequence >= received) {
-            self.mark_sent = false;
-        }
-    }
-
-    /// A mark after everything submitted so far.
-    fn place_mark(&mut self, disk: DiskId, class: MarkClass, source_time: Timestamp) {
-        self.mark_sent = false;
-        self.mark = self.lineage.map(|lineage| Mark {
-            disk,
-            lineage,
-            generation: self.generation,
-            sequence: self.last,
-            chain: self.last_chain,
-            source_time,
-            class,
-        });
-    }
-
-    /// Takes over the target's position, dropping what is not durable: a pass will carry it.
-    fn adopt(&mut self, head: &GrantHead) {
-        self.lineage = Some(head.lineage);
-        self.durable = head.durable;
-        self.durable_chain = head.chain;
-        self.last = head.durable;
-        self.last_chain = head.chain;
-        self.unacked.clear();
-        self.unsent_from = 0;
-        self.mark = None;
-    }
 }
 
 /// The agent's end of a session.
@@ -445,32 +290,7 @@ impl Agent {
         if self.disks.len() >= DISKS_PER_AGENT_MAX && !self.disks.contains_key(&head.disk) {
             return Err(ProtoError::Limit(format!("more than {DISKS_PER_AGENT_MAX} disks offered")));
         }
-        let disk = self.disks.entry(head.disk).or_insert_with(|| AgentDisk {
-            phase: AgentDiskPhase::Closed,
-            source: head.source,
-            size_sectors: head.size_sectors,
-            generation: head.generation,
-            grant: Bytes::new(),
-            lineage: None,
-            durable: Sequence::ZERO,
-            durable_chain: CHAIN_START,
-            last: Sequence::ZERO,
-            last_chain: CHAIN_START,
-            unacked: VecDeque::new(),
-            unsent_from: 0,
-            mark: None,
-            mark_sent: false,
-            balance: Balance::default(),
-            bulk: VecDeque::new(),
-            pass: None,
-            requests: BTreeMap::new(),
-            next_request: 1,
-            epoch: 0,
-            newest_time: Timestamp::ZERO,
-            sent: SentBytes::default(),
-            target_pass: 0,
-            wanted: None,
-        });
+        let disk = self.disks.entry(head.disk).or_insert_with(|| AgentDisk::new(head));
         if !matches!(disk.phase, AgentDiskPhase::Closed | AgentDiskPhase::Stopped) {
             return Ok(()); // offered twice: the first stands
         }
@@ -880,45 +700,6 @@ impl Agent {
     fn control(&mut self, message: &Message) {
         self.outbox.push_back(Outgoing::control(message.encode()));
     }
-}
-
-/// The next delta batch or mark of a disk that credit allows; a mark goes exactly behind its last record.
-fn next_delta(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
-    if disk.mark_is_next()
-        && let Some(mark) = &disk.mark
-    {
-        disk.mark_sent = true;
-        let mark = Mark { generation: disk.generation, ..*mark };
-        return Some(Outgoing { lane: Lane::Delta(id), frame: Message::Mark(mark).encode() });
-    }
-    let batch = disk.unacked.get_mut(disk.unsent_from)?;
-    if !disk.balance.spend(batch.cost) {
-        return None;
-    }
-    disk.unsent_from += 1;
-    let frame = encode_batch(&batch.header, &batch.records);
-    disk.sent.plain += batch.records.iter().map(Record::plain_bytes).sum::<u64>();
-    disk.sent.wire += frame.encoded_bytes() as u64;
-    if let Some(chunk) = batch.chunk.take()
-        && let Some(pass) = disk.pass.as_mut()
-    {
-        pass.handle_sent(chunk);
-    }
-    Some(Outgoing { lane: Lane::Delta(id), frame })
-}
-
-fn next_bulk(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
-    let cost = disk.bulk.front()?.cost;
-    if !disk.balance.spend(cost) {
-        return None;
-    }
-    let bulk = disk.bulk.pop_front()?;
-    disk.sent.plain += bulk.plain_bytes;
-    disk.sent.wire += bulk.frame.encoded_bytes() as u64;
-    if let Some(pass) = disk.pass.as_mut() {
-        pass.handle_sent(bulk.chunk);
-    }
-    Some(Outgoing { lane: Lane::Bulk(id), frame: bulk.frame })
 }
 
 /// The frame's name, for messages.
