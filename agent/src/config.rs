@@ -9,8 +9,10 @@ use std::time::Duration;
 use reprotect_engine::host::config::{ConfigError, Loaded, Overrides};
 use reprotect_engine::host::config_doc::KeyDoc;
 use reprotect_engine::host::logging::{self, LOG_KEYS, LogConfig};
+use reprotect_engine::host::pki::{self, PKI_KEYS, PkiConfig};
 use reprotect_engine::host::places::{MASTER_TARGET_PORT, Places, Program};
 use reprotect_engine::host::values::{AddressText, ByteSize, DurationText, HostPort, LevelText, Rate};
+use reprotect_engine::net::credentials::Credentials;
 use serde::{Deserialize, Serialize};
 
 /// Who compresses.
@@ -58,6 +60,8 @@ pub struct RawConfig {
     pub memory: ByteSize,
     /// Which disks.
     pub disks: DisksConfig,
+    /// The site's own certificates.
+    pub pki: PkiConfig,
     /// Logs.
     pub log: LogConfig,
 }
@@ -73,13 +77,14 @@ impl Default for RawConfig {
             scan_interval: DurationText(Duration::from_secs(15 * 60)),
             memory: ByteSize(256 << 20),
             disks: DisksConfig::default(),
+            pki: PkiConfig::default(),
             log: LogConfig::default(),
         }
     }
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 11] = [
+pub const KEYS: [KeyDoc; 14] = [
     KeyDoc {
         key: "state_dir",
         about: "Where identity, certificates and progress are kept; setting it moves the admin socket there too.",
@@ -143,6 +148,9 @@ pub const KEYS: [KeyDoc; 11] = [
         cost: "none",
         example: "",
     },
+    PKI_KEYS[0],
+    PKI_KEYS[1],
+    PKI_KEYS[2],
     LOG_KEYS[0],
     LOG_KEYS[1],
 ];
@@ -156,6 +164,8 @@ pub struct Settings {
     pub config_path: PathBuf,
     /// Peers to dial, in order; empty means those of the enrolment token.
     pub upstream: Vec<HostPort>,
+    /// Identity and roots.
+    pub credentials: Credentials,
     /// Who compresses.
     pub compress: Compress,
     /// zstd level where the agent compresses.
@@ -215,8 +225,10 @@ impl Settings {
                 ));
             }
         }
+        let places = overrides.places(Program::Agent, loaded, raw.state_dir.as_deref())?;
         Ok(Self {
-            places: overrides.places(Program::Agent, loaded, raw.state_dir.as_deref())?,
+            credentials: Credentials::new(&places.state_dir, pki::resolve(loaded, &raw.pki)?),
+            places,
             config_path: loaded.path().to_owned(),
             upstream: loaded.addresses("upstream", &raw.upstream, MASTER_TARGET_PORT)?,
             compress: raw.compress,

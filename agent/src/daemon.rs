@@ -4,7 +4,6 @@
 //! was not durable; when told to stop it is gone within two seconds, whatever its threads wait for. Called by
 //! `service` and by tests.
 
-use std::path::Path;
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
@@ -15,8 +14,9 @@ use reprotect_engine::host::admin::AdminServer;
 use reprotect_engine::host::places::Program;
 use reprotect_engine::host::run_lock::RunLock;
 use reprotect_engine::host::shutdown::{Notifier, Shutdown, reloads};
+use reprotect_engine::net::credentials::Credentials;
 use reprotect_engine::net::endpoint::CloseCode;
-use reprotect_engine::net::identity::{IDENTITY_FILE, Identity};
+use reprotect_engine::net::identity::{IDENTITY_FILE, Identity, Role};
 use reprotect_engine::proto::agent::Agent;
 use reprotect_engine::units::PeerId;
 use tokio::sync::watch;
@@ -51,7 +51,8 @@ pub async fn run_reloading(
     let state_dir = settings.places.state_dir.clone();
     let socket = settings.places.socket.clone();
     let _lock = RunLock::acquire(Program::Agent, &state_dir)?;
-    let identity = Arc::new(load_identity(&state_dir)?);
+    let credentials = settings.credentials.clone();
+    let identity = Arc::new(load_identity(&credentials)?);
     let plan = tokio::task::spawn_blocking(move || Plan::make(settings)).await??;
     let (plans, plan) = watch::channel(Arc::new(plan));
     let (status, watched) = watch::channel(StatusInfo {
@@ -66,7 +67,7 @@ pub async fn run_reloading(
     let core = Agent::new(identity.own().peer, PeerId::NONE, Box::new(KeyProver(Arc::clone(&shared))));
     let host_name = host_name();
     let mut machine = Machine::new(core, &host_name, plan, status)?;
-    let mut dial = Dial::new(shared, state_dir, host_name.clone())?;
+    let mut dial = Dial::new(shared, credentials, host_name.clone())?;
     let reloading = tokio::spawn(follow_reloads(reloads, plans));
     let notifier = Notifier::from_env()?;
     notifier.send("READY=1")?;
@@ -108,13 +109,21 @@ pub fn host_name() -> String {
 ///
 /// # Errors
 /// When it has not enrolled, or the files cannot be used.
-pub fn load_identity(state_dir: &Path) -> anyhow::Result<Identity> {
-    if !state_dir.join(IDENTITY_FILE).exists() {
+pub fn load_identity(credentials: &Credentials) -> anyhow::Result<Identity> {
+    if let Some(dir) = credentials.renewed_in()
+        && !dir.join(IDENTITY_FILE).exists()
+    {
         anyhow::bail!(
             "this agent has not enrolled; make a token with `reprotect-master-target invite --role agent`, then run `reprotect-agent enroll TOKEN`"
         );
     }
-    Ok(Identity::load(state_dir)?)
+    let identity = credentials.identity()?;
+    let role = identity.own().role;
+    anyhow::ensure!(
+        role == Role::Agent,
+        "this identity is of role {role}; name an agent's --state-dir or certificate"
+    );
+    Ok(identity)
 }
 
 /// One session after another; ends only when there is nobody to dial.

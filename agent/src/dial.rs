@@ -7,19 +7,19 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bytes::Bytes;
 use reprotect_engine::format::message::Auth;
+use reprotect_engine::net::credentials::Credentials;
 use reprotect_engine::net::endpoint::{Dialer, EndpointError, PeerConnection, TransportSettings};
 use reprotect_engine::net::enroll::renew;
 use reprotect_engine::net::identity::{Identity, Purpose, Role};
 use reprotect_engine::net::revocations::Revocations;
 use reprotect_engine::net::tls::client_config;
-use reprotect_engine::net::trust::{PeerRule, ROOTS_FILE, Trust};
+use reprotect_engine::net::trust::{PeerRule, Trust};
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::{Prover, session_proof_message};
 use reprotect_engine::units::PeerId;
@@ -140,20 +140,25 @@ pub struct Dial {
     revocations: Arc<Revocations>,
     v4: Option<Dialer>,
     v6: Option<Dialer>,
-    state_dir: PathBuf,
+    credentials: Credentials,
     host_name: String,
     renews: bool,
 }
 
 impl Dial {
-    /// Dials with `identity`, believing the roots in `state_dir`.
+    /// Dials with `identity`, believing the roots of `credentials`.
     ///
     /// # Errors
     /// When the roots cannot be read.
-    pub fn new(identity: SharedIdentity, state_dir: PathBuf, host_name: String) -> anyhow::Result<Self> {
+    pub fn new(
+        identity: SharedIdentity,
+        credentials: Credentials,
+        host_name: String,
+    ) -> anyhow::Result<Self> {
         let revocations = Arc::new(Revocations::in_memory());
-        let trust = Arc::new(Trust::load(&state_dir.join(ROOTS_FILE), Arc::clone(&revocations))?);
-        Ok(Self { identity, trust, revocations, v4: None, v6: None, state_dir, host_name, renews: true })
+        let trust = Arc::new(credentials.trust(Arc::clone(&revocations))?);
+        let renews = credentials.renewed_in().is_some();
+        Ok(Self { identity, trust, revocations, v4: None, v6: None, credentials, host_name, renews })
     }
 
     /// The same without ever renewing the certificate: for a look that changes nothing.
@@ -201,7 +206,9 @@ impl Dial {
         let rule = PeerRule::of_site(&identity.own().site, &[Role::MasterTarget]);
         let renewed = renew(&identity, &self.trust, address, &rule, &self.host_name).await;
         match renewed.map_err(anyhow::Error::from).and_then(|identity| {
-            identity.save(&self.state_dir)?;
+            if let Some(dir) = self.credentials.renewed_in() {
+                identity.save(dir)?;
+            }
             Ok(identity)
         }) {
             Ok(identity) => {

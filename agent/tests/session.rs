@@ -1,6 +1,8 @@
 //! The agent daemon against a scripted target: what arrives, what is sent for it, what survives restarts, and how it
 //! behaves when disks or peers do not.
 
+#![expect(clippy::unwrap_used, reason = "a failed step is a failed test")]
+
 mod common;
 
 use std::os::unix::fs::FileExt;

@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | 6 | [`sim`], [`net`], [`host`] | the same cores under a simulated or a real world |
 //! | 5 | [`proto`], [`store`] | the protocol without I/O or clocks; what a disk is written to |
-//! | 4 | [`format`] | bytes on wire and disk |
+//! | 4 | [`format`](mod@format) | bytes on wire and disk |
 //! | 3 | [`io`], [`dirty_map`], [`compress`] | files, dirty bits, bounded zstd |
 //! | 2 | [`range_set`], [`checksum`], [`limits`] | arithmetic |
 //! | 1 | [`error`], [`units`] | words |

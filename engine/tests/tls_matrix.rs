@@ -154,7 +154,7 @@ async fn a_leaf_cannot_issue_certificates() {
     let key = KeyPair::generate().unwrap();
     let forged = leaf_params("berlin", Role::MasterTarget, PeerId([9; 16])).signed_by(&key, &issuer).unwrap();
     let chain = vec![forged.into(), agent_chain[0].clone(), site.ca.certificate().clone()];
-    let daemon = site.daemon(Role::MasterTarget, &Role::ALL);
+    let daemon = site.daemon(Role::MasterTarget, Role::ALL);
     let closed = Attacker::showing(chain, &key, &[ALPN_DATA]).closed_by(daemon.address).await;
     assert!(alert(&closed).is_some(), "{closed}");
     daemon.still_serves_and_saw_none(&site).await;

@@ -4,6 +4,8 @@
 use std::path::Path;
 
 use reprotect_engine::format::frame::{FrameHeader, FrameKind};
+use reprotect_engine::format::vmdk::sparse::{Directory, FLAG_NEWLINES, FLAG_REDUNDANT, SparseHeader};
+use reprotect_engine::units::SectorRange;
 use reprotect_fuzz::mutate::Random;
 
 type Sections = Vec<(String, Vec<u8>)>;
@@ -76,7 +78,71 @@ fn main() {
     for (name, bytes) in golden("disk_state.txt") {
         write("disk_state", &name, &bytes);
     }
+    vmdk();
     sessions();
+}
+
+/// Descriptors as VMware's products write them and with what is rare; headers of plain and stream-optimised extents;
+/// changes of a sparse disk (see `src/vmdk.rs`: region, word, value).
+fn vmdk() {
+    let head = "# Disk DescriptorFile\nversion=1\nencoding=\"UTF-8\"\nCID=123abcde\nparentCID=ffffffff\n";
+    let ddb = "ddb.adapterType = \"lsilogic\"\nddb.geometry.cylinders = \"20\"\nddb.geometry.heads = \"16\"\n\
+        ddb.geometry.sectors = \"63\"\nddb.longContentID = \"00112233445566778899aabbccddeeff\"\n\
+        ddb.uuid = \"60 00 C2 9a 01 02 03 04-05 06 07 08 09 0a 0b 0c\"\nddb.virtualHWVersion = \"14\"\n";
+    for (name, kind, extents) in [
+        ("flat", "monolithicFlat", "RW 20480 FLAT \"disk-flat.vmdk\" 0\n"),
+        ("vmfs", "vmfs", "RW 20480 VMFS \"disk-flat.vmdk\"\n"),
+        ("sparse", "monolithicSparse", "RW 20480 SPARSE \"disk.vmdk\"\n"),
+        (
+            "split",
+            "twoGbMaxExtentSparse",
+            "RW 4192256 SPARSE \"disk-s001.vmdk\"\nRW 1 SPARSE \"disk-s002.vmdk\"\n",
+        ),
+        ("stream", "streamOptimized", "RDONLY 20480 SPARSE \"disk.vmdk\"\n"),
+        ("mapping", "vmfsRawDeviceMap", "RW 20480 VMFSRDM \"disk-rdm.vmdk\"\nRW 8 ZERO\n"),
+    ] {
+        let text = format!("{head}createType=\"{kind}\"\n\n{extents}\n# The Disk Data Base\n#DDB\n\n{ddb}");
+        write("vmdk_descriptor", name, text.as_bytes());
+        let tracked = text.replace("version=1", "version=3") + "changeTrackPath=\"disk-ctk.vmdk\"\r\n";
+        write("vmdk_descriptor", &format!("{name} tracked"), tracked.as_bytes());
+    }
+    let plain = SparseHeader {
+        version: 1,
+        flags: FLAG_NEWLINES | FLAG_REDUNDANT,
+        capacity: 20480,
+        grain_sectors: 128,
+        descriptor: SectorRange::from_len(1, 20),
+        redundant_directory: Some(21),
+        directory: Directory::At(26),
+        overhead: 128,
+        unclean: false,
+        compression: 0,
+    };
+    write("vmdk_header", "plain", &plain.encode());
+    write("vmdk_header", "unclean", &SparseHeader { unclean: true, ..plain.clone() }.encode());
+    let stream = SparseHeader {
+        version: 3,
+        flags: 0x30001,
+        redundant_directory: None,
+        directory: Directory::InFooter,
+        compression: 1,
+        ..plain
+    };
+    write("vmdk_header", "stream", &stream.encode());
+    write("vmdk_disk", "untouched", &[]);
+    let unclean = [0, 18, 0, 1, 0x0a, 0x20, 0x0d];
+    for (name, change) in [
+        ("unclean", unclean),
+        ("no_directory_entry", [1, 0, 0, 0, 0, 0, 0]),
+        ("directory_entry_outside", [2, 0, 0, 0xff, 0xff, 0xff, 0x7f]),
+        ("grain_outside", [3, 1, 0, 0xff, 0xff, 0xff, 0x7f]),
+        ("grain_lost_in_one_copy", [4, 1, 0, 0, 0, 0, 0]),
+        ("grain_shared", [3, 50, 0, 128, 1, 0, 0]),
+        ("descriptor", [5, 30, 0, b'z', b'z', b'z', b'z']),
+    ] {
+        write("vmdk_disk", name, &change);
+        write("vmdk_disk", &format!("{name} unclean"), &[unclean, change].concat());
+    }
 }
 
 fn sessions() {

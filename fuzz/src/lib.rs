@@ -12,6 +12,7 @@ pub mod mutate;
 pub mod relay_session;
 pub mod script;
 pub mod target_session;
+pub mod vmdk;
 
 /// One thing that is fuzzed.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +34,9 @@ pub const TARGETS: &[Target] = &[
     Target { name: "bulk", run: decoders::bulk, input_bytes_max: 16384 },
     Target { name: "record", run: decoders::record, input_bytes_max: 16384 },
     Target { name: "disk_state", run: decoders::disk_state, input_bytes_max: 2048 },
+    Target { name: "vmdk_descriptor", run: vmdk::descriptor, input_bytes_max: 4096 },
+    Target { name: "vmdk_header", run: vmdk::header, input_bytes_max: 1024 },
+    Target { name: "vmdk_disk", run: vmdk::disk, input_bytes_max: 1024 },
     Target { name: "agent_session", run: agent_session::run, input_bytes_max: 4096 },
     Target { name: "target_session", run: target_session::run, input_bytes_max: 4096 },
     Target { name: "relay_session", run: relay_session::run, input_bytes_max: 4096 },

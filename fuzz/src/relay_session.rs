@@ -42,6 +42,7 @@ struct World {
     /// Highest credit the target gave, and size at OPEN_DISK, per disk.
     credit: BTreeMap<DiskId, u64>,
     sizes: BTreeMap<DiskId, u64>,
+    granted: BTreeMap<DiskId, Generation>,
     sequence: u64,
 }
 
@@ -70,6 +71,7 @@ impl World {
             held: 0,
             credit: BTreeMap::new(),
             sizes: BTreeMap::new(),
+            granted: BTreeMap::new(),
             sequence: 1,
         };
         if world.connect(input) && input.byte() < 200 && world.open(input) {
@@ -256,15 +258,32 @@ impl World {
         match (from, kind) {
             (Side::Agent, FrameKind::Batch) => {
                 let (header, records) = decode_batch(body).expect("accepted");
-                self.accepted(Lane::Delta(header.disk), canon(&header.to_bytes(), &records), &records);
+                self.accepted(
+                    header.disk,
+                    header.generation,
+                    Lane::Delta(header.disk),
+                    canon(&header.to_bytes(), &records),
+                    &records,
+                );
             }
             (Side::Agent, FrameKind::Bulk) => {
                 let (header, records) = decode_bulk(body).expect("accepted");
-                self.accepted(Lane::Bulk(header.disk), canon(&header.to_bytes(), &records), &records);
+                self.accepted(
+                    header.disk,
+                    header.generation,
+                    Lane::Bulk(header.disk),
+                    canon(&header.to_bytes(), &records),
+                    &records,
+                );
             }
             (Side::Agent, FrameKind::OpenDisk) => {
                 if let Ok(Message::OpenDisk(head, _)) = Message::decode(kind, &body) {
                     self.sizes.insert(head.disk, head.size_sectors);
+                }
+            }
+            (Side::Target, FrameKind::Grant) => {
+                if let Ok(Message::Grant(head, ..)) = Message::decode(kind, &body) {
+                    self.granted.insert(head.disk, head.generation);
                 }
             }
             (Side::Target, FrameKind::Credit) => {
@@ -279,7 +298,18 @@ impl World {
         true
     }
 
-    fn accepted(&mut self, lane: Lane, canon: Canon, records: &[Record]) {
+    /// Of another generation than the granted one it is dropped, otherwise held until it left.
+    fn accepted(
+        &mut self,
+        disk: DiskId,
+        generation: Generation,
+        lane: Lane,
+        canon: Canon,
+        records: &[Record],
+    ) {
+        if self.granted.get(&disk) != Some(&generation) {
+            return;
+        }
         self.held += credit_cost(records);
         self.lanes.entry(lane).or_default().push_back(canon);
     }

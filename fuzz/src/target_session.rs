@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use reprotect_engine::checksum::UnitHash;
 use reprotect_engine::format::batch::{
-    BatchHeader, BulkHeader, Stretch, decode_batch, decode_bulk, encode_batch, encode_bulk,
+    BatchHeader, BulkHeader, Stretch, credit_cost, decode_batch, decode_bulk, encode_batch, encode_bulk,
 };
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
@@ -310,13 +310,12 @@ impl World {
         let (core, now) = (&mut disk.core, self.now);
         match input {
             DiskInput::Open(open) => core.handle_open(now, session, &open),
-            DiskInput::Batch(body) => match decode_batch(body.clone()) {
+            DiskInput::Batch(body) => match decode_batch(body) {
                 Ok((header, records)) if sound(&records) => core.handle_batch(now, session, &header, records),
-                _ => {
-                    if let Ok((header, _)) = BatchHeader::read_prefix(&body) {
-                        core.handle_damaged(session, header.generation);
-                    }
+                Ok((header, records)) => {
+                    core.handle_damaged(session, header.generation, credit_cost(&records));
                 }
+                Err(_) => {} // the driver ends the session
             },
             DiskInput::Bulk(body) => {
                 if let Ok((header, records)) = decode_bulk(body)

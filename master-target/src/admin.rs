@@ -3,29 +3,33 @@
 //! Invariants: who can open the socket (mode 0600) may do everything; handlers that touch files run on blocking
 //! threads; every refusal says what is wrong and what to do. Called by `daemon`.
 
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use axum::extract::State;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use reprotect_engine::format::message::PassMode;
 use reprotect_engine::host::admin::Refusal;
+use reprotect_engine::host::values::HostPort;
 use reprotect_engine::net::ca::Ca;
 use reprotect_engine::net::identity::{Identity, Role};
 use reprotect_engine::net::invitations::{Invitations, Invite};
 use reprotect_engine::net::revocations::{Revocation, Revocations};
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::state::TargetDiskPhase;
-use reprotect_engine::units::PeerId;
+use reprotect_engine::units::{DiskId, PeerId};
 
 use crate::api::{
     DiskInfo, InviteAnswer, InviteRequest, MachineDisk, MachineInfo, RevokeAnswer, RevokeRequest,
-    SessionInfo, StatusInfo,
+    SessionInfo, StatusInfo, UnprotectAnswer, UnprotectRequest,
 };
 use crate::catalogue::{Machine, ProtectedDisk, SourceDisk};
 use crate::config::Settings;
 use crate::disk_status::sector_bytes;
+use crate::explain::reason_and_remedy;
 use crate::protect::{ProtectAnswer, ProtectRequest, protect};
 use crate::registry::{DiskView, Registry};
 
@@ -36,18 +40,48 @@ pub struct AdminState {
     pub registry: Arc<Registry>,
     /// Open invitations.
     pub invitations: Arc<Invitations>,
-    /// The CA.
-    pub ca: Arc<Ca>,
+    /// The CA; none where the site has its own PKI.
+    pub ca: Option<Arc<Ca>>,
     /// The target's own identity.
     pub identity: Arc<Identity>,
     /// Who is no longer believed.
     pub revocations: Arc<Revocations>,
-    /// The configuration.
-    pub settings: Settings,
+    /// What a reload may change.
+    pub live: Mutex<LiveSettings>,
     /// Where it listens.
     pub listen: std::net::SocketAddr,
     /// When it started.
     pub started: Instant,
+}
+
+/// The settings that take effect without a restart.
+#[derive(Clone, Debug, Default)]
+pub struct LiveSettings {
+    /// Addresses for invitation tokens.
+    pub advertise: Vec<HostPort>,
+    /// Directories in which disks may be created.
+    pub datastores: Vec<PathBuf>,
+}
+
+impl LiveSettings {
+    /// Those of `settings`.
+    #[must_use]
+    pub fn of(settings: &Settings) -> Self {
+        Self { advertise: settings.advertise.clone(), datastores: settings.datastores.clone() }
+    }
+}
+
+impl AdminState {
+    /// The settings as they are now.
+    #[must_use]
+    pub fn live(&self) -> LiveSettings {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes over new ones.
+    pub fn set_live(&self, live: LiveSettings) {
+        *self.live.lock().unwrap_or_else(PoisonError::into_inner) = live;
+    }
 }
 
 type Shared = State<Arc<AdminState>>;
@@ -60,6 +94,7 @@ pub fn router(state: Arc<AdminState>) -> Router {
         .route("/v1/invite", post(invite))
         .route("/v1/revoke", post(revoke))
         .route("/v1/protect", post(protect_machine))
+        .route("/v1/unprotect", post(unprotect))
         .with_state(state)
 }
 
@@ -180,7 +215,8 @@ async fn invite(
     };
     let addresses = advertised(&state);
     blocking(move || {
-        let ca_key_sha256 = state.ca.key_sha256()?;
+        let ca = state.ca.as_ref().context("this site has its own PKI ([pki] in the configuration): have it issue the certificate, nobody enrols here")?;
+        let ca_key_sha256 = ca.key_sha256()?;
         let invite = Invite {
             role,
             lifetime: Duration::from_secs(request.valid_seconds),
@@ -201,8 +237,9 @@ async fn invite(
 
 /// Where invited daemons find this target: as configured, else where it listens, else its host name.
 fn advertised(state: &AdminState) -> Vec<String> {
-    if !state.settings.advertise.is_empty() {
-        return state.settings.advertise.iter().map(ToString::to_string).take(4).collect();
+    let advertise = state.live().advertise;
+    if !advertise.is_empty() {
+        return advertise.iter().map(ToString::to_string).take(4).collect();
     }
     if !state.listen.ip().is_unspecified() {
         return vec![state.listen.to_string()];
@@ -235,7 +272,27 @@ async fn protect_machine(
     State(state): Shared,
     Json(request): Json<ProtectRequest>,
 ) -> Result<Json<ProtectAnswer>, Refusal> {
-    blocking(move || protect(&state.registry, &state.settings.datastores, &request)).await
+    blocking(move || protect(&state.registry, &state.live().datastores, &request)).await
+}
+
+async fn unprotect(
+    State(state): Shared,
+    Json(request): Json<UnprotectRequest>,
+) -> Result<Json<UnprotectAnswer>, Refusal> {
+    blocking(move || {
+        let _alone = state.registry.changing();
+        let record = state.registry.protected(&request.disk)?;
+        if !request.dry_run {
+            state.registry.remove_disk(DiskId::parse(&record.disk)?)?;
+            tracing::warn!(disk = record.disk, path = %record.path.display(), "no longer protected; the target stays");
+        }
+        Ok(UnprotectAnswer {
+            disk: record.disk,
+            source: record.source_name,
+            path: record.path.display().to_string(),
+        })
+    })
+    .await
 }
 
 /// Runs what touches files on a thread of its own; its error becomes a refusal whose text carries the remedy.
@@ -245,8 +302,7 @@ async fn blocking<T: Send + 'static>(
     match tokio::task::spawn_blocking(work).await {
         Ok(Ok(value)) => Ok(Json(value)),
         Ok(Err(error)) => {
-            let text = format!("{error:#}");
-            let (reason, remedy) = text.split_once("; ").unwrap_or((&text, "see the daemon's log"));
+            let (reason, remedy) = reason_and_remedy(&error);
             Err(Refusal::conflict("refused", reason, remedy))
         }
         Err(error) => Err(Refusal::conflict(

@@ -111,6 +111,26 @@ pub struct RevokeAnswer {
     pub peer: String,
 }
 
+/// `POST /v1/unprotect`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UnprotectRequest {
+    /// UUID of a protected disk, path of its target, or `MACHINE:DISK`.
+    pub disk: String,
+    /// Only tell which disk it is.
+    pub dry_run: bool,
+}
+
+/// The answer to [`UnprotectRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UnprotectAnswer {
+    /// The disk's UUID.
+    pub disk: String,
+    /// Its name on its machine.
+    pub source: String,
+    /// Its target, which stays.
+    pub path: String,
+}
+
 /// A disk of a machine in `GET /v1/machines`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MachineDisk {

@@ -95,6 +95,9 @@ pub struct ProtectedDisk {
     pub size_bytes: u64,
     /// Whether the target was there before.
     pub existing: bool,
+    /// Who the device is (see `device`); none for VMDKs and for devices that do not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
 }
 
 /// The folder.
@@ -154,6 +157,9 @@ impl Catalogue {
     pub fn disks(&self) -> anyhow::Result<Vec<FoundDisk>> {
         let mut disks = Vec::new();
         for dir in entries(&self.root.join("disks"))? {
+            if !dir.join("disk.json").exists() {
+                continue; // half made or half removed when the daemon was killed: no disk
+            }
             match read_json::<ProtectedDisk>(&dir.join("disk.json")) {
                 Ok(record) => {
                     let state = read_state(&dir.join("state"));
@@ -175,6 +181,17 @@ impl Catalogue {
         replace_file(&dir.join("state"), &state.to_bytes(), Access::Private)?;
         replace_file(&dir.join("disk.json"), &serde_json::to_vec_pretty(record)?, Access::Private)?;
         Ok(())
+    }
+
+    /// Forgets a disk: its record first, so that what is left after a crash is no disk any more.
+    ///
+    /// # Errors
+    /// When a file cannot be removed.
+    pub fn remove_disk(&self, disk: DiskId) -> anyhow::Result<()> {
+        let dir = self.root.join("disks").join(disk.to_string());
+        let removed =
+            std::fs::remove_file(dir.join("disk.json")).and_then(|()| std::fs::remove_dir_all(&dir));
+        removed.with_context(|| format!("cannot remove {}; remove it by hand", dir.display()))
     }
 
     /// Where a disk's state is kept.

@@ -79,6 +79,8 @@ pub enum Command {
     Machines(MachinesArgs),
     /// Begin replicating a machine's disks to existing disks or into new ones.
     Protect(ProtectArgs),
+    /// Stop replicating a disk; its target stays as it is.
+    Unprotect(UnprotectArgs),
     /// Show machines, progress and health.
     Status(StatusArgs),
     /// Describe a VMDK or attached disk: format, size, extents, locks, what is on it.
@@ -215,6 +217,18 @@ pub struct ProtectArgs {
     #[arg(long, value_enum, default_value_t, requires = "datastore")]
     pub format: DiskFormat,
     /// Overwrite what does not match, without asking.
+    #[arg(long)]
+    pub yes: bool,
+}
+
+/// Arguments of `unprotect`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Example:\n  reprotect-master-target unprotect web1:sda")]
+pub struct UnprotectArgs {
+    /// MACHINE:DISK, the disk's UUID, or the path of its target.
+    #[arg(value_name = "DISK")]
+    pub disk: String,
+    /// Do not ask.
     #[arg(long)]
     pub yes: bool,
 }

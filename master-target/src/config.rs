@@ -10,9 +10,12 @@ use std::time::Duration;
 use reprotect_engine::host::config::{ConfigError, Loaded, Overrides};
 use reprotect_engine::host::config_doc::KeyDoc;
 use reprotect_engine::host::logging::{self, LOG_KEYS, LogConfig};
+use reprotect_engine::host::pki::{self, PKI_KEYS, PkiConfig};
 use reprotect_engine::host::places::{MASTER_TARGET_PORT, Places, Program};
 use reprotect_engine::host::values::{AddressText, ByteSize, DurationText, HostPort, ListenText};
 use reprotect_engine::limits::{PROGRESS_BYTES, PROGRESS_NANOS, UNDURABLE_BYTES_MAX};
+use reprotect_engine::net::credentials::Credentials;
+use reprotect_engine::net::identity::is_site_name;
 use serde::{Deserialize, Serialize};
 
 /// The file as written.
@@ -33,6 +36,8 @@ pub struct RawConfig {
     pub flush_interval: DurationText,
     /// Name of this site for people.
     pub site: Option<String>,
+    /// The site's own certificates.
+    pub pki: PkiConfig,
     /// Logs.
     pub log: LogConfig,
 }
@@ -47,13 +52,14 @@ impl Default for RawConfig {
             flush_bytes: ByteSize(PROGRESS_BYTES),
             flush_interval: DurationText(Duration::from_nanos(PROGRESS_NANOS)),
             site: None,
+            pki: PkiConfig::default(),
             log: LogConfig::default(),
         }
     }
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 9] = [
+pub const KEYS: [KeyDoc; 12] = [
     KeyDoc {
         key: "state_dir",
         about: "Where the certificate authority, the machines and their progress are kept; setting it moves the admin socket there too.",
@@ -63,7 +69,7 @@ pub const KEYS: [KeyDoc; 9] = [
     },
     KeyDoc {
         key: "listen",
-        about: "Where agents and process servers dial in, UDP and TCP.",
+        about: "Where agents and process servers dial in, UDP.",
         unit: "IP address with or without a port (default 7443); [::] takes IPv4 too",
         cost: "none",
         example: "",
@@ -99,10 +105,13 @@ pub const KEYS: [KeyDoc; 9] = [
     KeyDoc {
         key: "site",
         about: "Name of this site, shown to operators and written into the certificate authority when it is created.",
-        unit: "text of at most 64 characters",
+        unit: "1 to 63 of a-z, 0-9, '.' and '-'",
         cost: "none",
-        example: "\"Lyon\"",
+        example: "\"lyon\"",
     },
+    PKI_KEYS[0],
+    PKI_KEYS[1],
+    PKI_KEYS[2],
     LOG_KEYS[0],
     LOG_KEYS[1],
 ];
@@ -126,6 +135,8 @@ pub struct Settings {
     pub flush_interval: Duration,
     /// Name of this site.
     pub site: Option<String>,
+    /// Identity and roots.
+    pub credentials: Credentials,
     /// Logs.
     pub log: LogConfig,
 }
@@ -149,22 +160,18 @@ impl Settings {
             let what = format!("{} is a relative path", path.display());
             return Err(loaded.invalid("datastores", what, "write an absolute one"));
         }
-        let site_fits = |site: &String| {
-            !site.trim().is_empty() && site.chars().count() <= 64 && !site.chars().any(char::is_control)
-        };
-        if raw.site.as_ref().is_some_and(|site| !site_fits(site)) {
-            return Err(loaded.invalid(
-                "site",
-                "empty, too long or unprintable",
-                "write 1 to 64 printable characters",
-            ));
+        if let Some(site) = raw.site.as_ref().filter(|site| !is_site_name(site)) {
+            let what = format!("\"{site}\" is no site name");
+            return Err(loaded.invalid("site", what, "write 1 to 63 of a-z, 0-9, '.' and '-'"));
         }
         let listen = raw.listen.with_default_port(MASTER_TARGET_PORT);
         // Half of what may be undurable, so that writing goes on while a flush runs.
         let flush_range = ByteSize(1 << 20)..=ByteSize(UNDURABLE_BYTES_MAX / 2);
         let interval_range = DurationText(Duration::from_millis(10))..=DurationText(Duration::from_secs(60));
+        let places = overrides.places(Program::MasterTarget, loaded, raw.state_dir.as_deref())?;
         Ok(Self {
-            places: overrides.places(Program::MasterTarget, loaded, raw.state_dir.as_deref())?,
+            credentials: Credentials::new(&places.state_dir, pki::resolve(loaded, &raw.pki)?),
+            places,
             config_path: loaded.path().to_owned(),
             listen,
             advertise: loaded.addresses("advertise", &raw.advertise, listen.port())?,
@@ -221,8 +228,8 @@ mod tests {
                 "mt.toml:2: `datastores`: vm is a relative path; write an absolute one",
             ),
             (
-                "site = \"\"",
-                "mt.toml:1: `site`: empty, too long or unprintable; write 1 to 64 printable characters",
+                "site = \"Lyon\"",
+                "mt.toml:1: `site`: \"Lyon\" is no site name; write 1 to 63 of a-z, 0-9, '.' and '-'",
             ),
         ] {
             assert_eq!(resolve(text).unwrap_err().to_string(), refusal);

@@ -4,16 +4,18 @@
 //! ready. Stopping goes the other way: no new connections, sessions end, every target is flushed and closed.
 //! Invariants: one daemon per state directory; a daemon that says ready accepts sessions. Called by `main` and tests.
 
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use reprotect_engine::host::admin::AdminServer;
+use reprotect_engine::host::config::Overrides;
 use reprotect_engine::host::places::Program;
 use reprotect_engine::host::run_lock::RunLock;
 use reprotect_engine::host::shutdown::{Notifier, Shutdown};
 use reprotect_engine::net::ca::Ca;
-use reprotect_engine::net::endpoint::{Accepted, Server, TransportSettings, bind_server};
+use reprotect_engine::net::endpoint::{Accepted, CloseCode, Server, TransportSettings, bind_server};
 use reprotect_engine::net::enroll::serve_enrolment;
 use reprotect_engine::net::identity::{IDENTITY_FILE, Identity, Role};
 use reprotect_engine::net::invitations::Invitations;
@@ -24,8 +26,9 @@ use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::Authority;
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::units::PeerId;
+use tokio::sync::watch;
 
-use crate::admin::{AdminState, router};
+use crate::admin::{AdminState, LiveSettings, router};
 use crate::authority::SiteAuthority;
 use crate::catalogue::Catalogue;
 use crate::config::Settings;
@@ -39,7 +42,8 @@ const RENEWAL_CHECK: Duration = Duration::from_secs(3600);
 
 /// Everything about who this target is.
 struct Keys {
-    ca: Arc<Ca>,
+    /// `None` where the site has its own PKI: nobody enrols here then.
+    ca: Option<Arc<Ca>>,
     identity: Arc<Identity>,
     trust: Arc<Trust>,
     revocations: Arc<Revocations>,
@@ -51,6 +55,27 @@ struct Keys {
 /// # Errors
 /// When something it needs cannot be had; the text says what and what to do.
 pub async fn run(settings: Settings, shutdown: Shutdown) -> anyhow::Result<()> {
+    run_reloading(settings, shutdown, None).await
+}
+
+/// Where a running daemon finds its configuration again.
+#[derive(Debug)]
+pub struct Reload {
+    /// Changes whenever it is to be read.
+    pub asked: watch::Receiver<u64>,
+    /// The command line's options.
+    pub overrides: Overrides,
+}
+
+/// As [`run`], taking over what may change at each [`Reload`].
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_reloading(
+    settings: Settings,
+    shutdown: Shutdown,
+    reload: Option<Reload>,
+) -> anyhow::Result<()> {
     settings.places.create_state_dir()?;
     let _lock = RunLock::acquire(Program::MasterTarget, &settings.places.state_dir)?;
     let keys = open_keys(&settings)?;
@@ -66,7 +91,7 @@ pub async fn run(settings: Settings, shutdown: Shutdown) -> anyhow::Result<()> {
         Arc::new(SiteAuthority::new(Arc::clone(&keys.identity), Arc::clone(&keys.trust))?);
     let site = keys.identity.own().site.clone();
     let rule = PeerRule::of_site(&site, &[Role::Agent, Role::ProcessServer]);
-    let tls = server_config(&keys.identity, Arc::clone(&keys.trust), rule.clone(), true)?;
+    let tls = server_config(&keys.identity, Arc::clone(&keys.trust), rule.clone(), keys.ca.is_some())?;
     let server = Arc::new(bind_server(
         settings.listen,
         tls,
@@ -78,20 +103,21 @@ pub async fn run(settings: Settings, shutdown: Shutdown) -> anyhow::Result<()> {
     let state = Arc::new(AdminState {
         registry: Arc::clone(&registry),
         invitations: Arc::clone(&keys.invitations),
-        ca: Arc::clone(&keys.ca),
+        ca: keys.ca.clone(),
         identity: Arc::clone(&keys.identity),
         revocations: Arc::clone(&keys.revocations),
-        settings: settings.clone(),
+        live: Mutex::new(LiveSettings::of(&settings)),
         listen,
         started: Instant::now(),
     });
-    let admin_task = tokio::spawn(admin.serve(router(state), shutdown.clone()));
+    let admin_task = tokio::spawn(admin.serve(router(Arc::clone(&state)), shutdown.clone()));
     let notifier = Notifier::from_env()?;
     notifier.send("READY=1")?;
     tracing::info!(%listen, site, target = %keys.identity.own().peer, "ready");
     tokio::select! {
         () = accept(&server, &keys, authority, &registry) => {}
         () = renew_own(&server, &keys, &rule, &settings) => {}
+        () = take_reloads(reload, settings.clone(), &state) => {}
         () = notifier.watch(&shutdown) => {}
         () = shutdown.requested() => {}
     }
@@ -106,36 +132,41 @@ pub async fn run(settings: Settings, shutdown: Shutdown) -> anyhow::Result<()> {
 
 fn open_keys(settings: &Settings) -> anyhow::Result<Keys> {
     let state_dir = &settings.places.state_dir;
-    let site = settings.site.as_deref().unwrap_or(SITE_DEFAULT);
-    let ca_dir = state_dir.join("ca");
-    let now = wall_clock();
-    let ca = Ca::open_or_create(&ca_dir, site, now)?;
     let revocations = Arc::new(Revocations::load(state_dir.join("revoked"))?);
+    let invitations = Arc::new(Invitations::load(state_dir.join("invitations"))?);
+    if settings.credentials.renewed_in().is_none() {
+        let identity = settings.credentials.identity()?;
+        let own = identity.own();
+        anyhow::ensure!(
+            own.role == Role::MasterTarget,
+            "the certificate in `pki.certificate` names a {}, not a master-target; have one issued with the URI reprotect://{}/master-target/UUID",
+            own.role,
+            own.site
+        );
+        let trust = Arc::new(settings.credentials.trust(Arc::clone(&revocations))?);
+        return Ok(Keys { ca: None, identity: Arc::new(identity), trust, revocations, invitations });
+    }
+    let site = settings.site.as_deref().unwrap_or(SITE_DEFAULT);
+    let ca = Ca::open_or_create(&state_dir.join("ca"), site, wall_clock())?;
     let trust = Arc::new(Trust::new(&[ca.certificate().clone()], Arc::clone(&revocations))?);
-    let identity = if state_dir.join(IDENTITY_FILE).exists() {
-        Identity::load(state_dir)?
+    let identity = own_identity(&ca, state_dir)?;
+    Ok(Keys { ca: Some(Arc::new(ca)), identity: Arc::new(identity), trust, revocations, invitations })
+}
+
+/// The target's identity of its own CA: made at the first start, renewed when due.
+fn own_identity(ca: &Ca, state_dir: &Path) -> anyhow::Result<Identity> {
+    let peer = if state_dir.join(IDENTITY_FILE).exists() {
+        let identity = Identity::load(state_dir)?;
+        if !identity.is_due_for_renewal(wall_clock()) {
+            return Ok(identity);
+        }
+        identity.own().peer
     } else {
-        let peer =
-            PeerId::random().map_err(|error| anyhow::anyhow!("the system has no randomness: {error}"))?;
-        let identity = ca.issue_identity(Role::MasterTarget, peer, now)?;
-        identity.save(state_dir)?;
-        identity
+        PeerId::random().map_err(|error| anyhow::anyhow!("the system has no randomness: {error}"))?
     };
-    let identity = if identity.is_due_for_renewal(now) {
-        let renewed = ca.issue_identity(Role::MasterTarget, identity.own().peer, now)?;
-        renewed.save(state_dir)?;
-        renewed
-    } else {
-        identity
-    };
-    let invitations = Invitations::load(state_dir.join("invitations"))?;
-    Ok(Keys {
-        ca: Arc::new(ca),
-        identity: Arc::new(identity),
-        trust,
-        revocations,
-        invitations: Arc::new(invitations),
-    })
+    let identity = ca.issue_identity(Role::MasterTarget, peer, wall_clock())?;
+    identity.save(state_dir)?;
+    Ok(identity)
 }
 
 /// Accepts until the endpoint is closed.
@@ -147,7 +178,11 @@ async fn accept(server: &Server, keys: &Keys, authority: Arc<dyn Authority>, reg
                 tokio::spawn(session::serve(peer, target, Arc::clone(&authority), Arc::clone(registry)));
             }
             Accepted::Enrolment { connection, peer } => {
-                let (invitations, ca) = (Arc::clone(&keys.invitations), Arc::clone(&keys.ca));
+                let Some(ca) = keys.ca.clone() else {
+                    CloseCode::Violation.close(&connection);
+                    continue;
+                };
+                let invitations = Arc::clone(&keys.invitations);
                 tokio::spawn(async move {
                     let address = connection.remote_address();
                     match serve_enrolment(connection, peer, &invitations, &ca).await {
@@ -162,28 +197,59 @@ async fn accept(server: &Server, keys: &Keys, authority: Arc<dyn Authority>, reg
     }
 }
 
+/// Reads the configuration again whenever asked to; never returns.
+async fn take_reloads(reload: Option<Reload>, mut current: Settings, state: &AdminState) {
+    let Some(Reload { mut asked, overrides }) = reload else { return std::future::pending().await };
+    while asked.changed().await.is_ok() {
+        match Settings::load(&overrides) {
+            Ok(new) => {
+                state.set_live(LiveSettings::of(&new));
+                let live = Settings {
+                    advertise: new.advertise.clone(),
+                    datastores: new.datastores.clone(),
+                    ..current.clone()
+                };
+                if live == new {
+                    tracing::info!("the configuration was read again");
+                } else {
+                    tracing::warn!(
+                        "the configuration was read again; advertise and datastores hold now, the other changes from the next start"
+                    );
+                }
+                current = live;
+            }
+            Err(error) => tracing::error!("the configuration was not taken over, the old one holds: {error}"),
+        }
+    }
+    std::future::pending().await
+}
+
 /// Renews the target's own certificate in time; never returns.
 async fn renew_own(server: &Server, keys: &Keys, rule: &PeerRule, settings: &Settings) {
+    let Some(ca) = &keys.ca else { return std::future::pending().await }; // the site's PKI renews
     loop {
         tokio::time::sleep(RENEWAL_CHECK).await;
         if keys.identity.is_due_for_renewal(wall_clock())
-            && let Err(error) = renew_now(server, keys, rule, settings)
+            && let Err(error) = renew_now(server, ca, &keys.trust, rule, &settings.places.state_dir)
         {
             tracing::error!("the target's own certificate could not be renewed: {error:#}");
         }
     }
 }
 
-fn renew_now(server: &Server, keys: &Keys, rule: &PeerRule, settings: &Settings) -> anyhow::Result<()> {
-    let state_dir = &settings.places.state_dir;
-    let saved = Identity::load(state_dir)?;
-    if !saved.is_due_for_renewal(wall_clock()) {
+fn renew_now(
+    server: &Server,
+    ca: &Ca,
+    trust: &Arc<Trust>,
+    rule: &PeerRule,
+    state_dir: &Path,
+) -> anyhow::Result<()> {
+    if !Identity::load(state_dir)?.is_due_for_renewal(wall_clock()) {
         return Ok(()); // renewed by this daemon already
     }
-    let renewed = keys.ca.issue_identity(Role::MasterTarget, keys.identity.own().peer, wall_clock())?;
-    renewed.save(state_dir)?;
+    let renewed = own_identity(ca, state_dir)?;
     server
-        .replace_tls(server_config(&renewed, Arc::clone(&keys.trust), rule.clone(), true)?)
+        .replace_tls(server_config(&renewed, Arc::clone(trust), rule.clone(), true)?)
         .context("the endpoint refused the new certificate")?;
     tracing::info!("the target's own certificate was renewed");
     Ok(())

@@ -155,6 +155,13 @@ impl DiskStatus {
         self.lock().problem = problem;
     }
 
+    /// The disk's threads broke.
+    pub(crate) fn set_failed(&self, problem: &str) {
+        let mut snapshot = self.lock();
+        snapshot.phase = TargetDiskPhase::Failed;
+        snapshot.problem = Some(problem.to_owned());
+    }
+
     pub(crate) fn set_closed(&self) {
         self.lock().closed = true;
     }

@@ -5,46 +5,42 @@
 //! ```
 //! Invariants: the writer executes the core's actions strictly in order, one after another; a record reaches the core
 //! only after every fragment's CRC held (I8); the state file is replaced only after the target was flushed; a failed
-//! write or flush stops this disk and no other (I6); a full medium pauses it until there is space.
-//! Memory: at most [`BATCH_SLOTS`] batches of 4 MiB per disk wait between the threads. Started by `registry`.
+//! write or flush stops this disk and no other (I6); a full medium pauses it until there is space; a panic of either thread stops this disk and is shown.
+//! Memory per disk: at most [`BATCH_SLOTS`] batches of 4 MiB plain, and 64 MiB of frames not yet opened. Started by `registry`.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc as sync_mpsc;
-use std::time::Duration;
 
 use bytes::Bytes;
-use reprotect_engine::checksum::{UnitHash, unit_hash};
 use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::FormatError;
-use reprotect_engine::format::batch::{BatchHeader, BulkHeader, decode_batch, decode_bulk};
+use reprotect_engine::format::batch::{BatchHeader, BulkHeader, credit_cost, decode_batch, decode_bulk};
 use reprotect_engine::format::disk_state::DiskState;
-use reprotect_engine::format::extent::{Record, RecordKind};
-use reprotect_engine::format::message::{CompareRequestHead, ErrorCode, Message};
+use reprotect_engine::format::extent::Record;
+use reprotect_engine::format::message::Message;
 use reprotect_engine::io::buffer::BufferArena;
-use reprotect_engine::io::durable::{Access, replace_file};
-use reprotect_engine::io::{BlockError, BlockFile, ByteRange, ReadAt, WriteAt};
-use reprotect_engine::limits::{BATCH_PLAIN_BYTES_MAX, CHUNK_BYTES};
-use reprotect_engine::net::mono_clock;
+use reprotect_engine::limits::{BATCH_PLAIN_BYTES_MAX, UNWRITTEN_BYTES_MAX};
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::master_target::DiskInput;
-use reprotect_engine::proto::pass::hash_spans;
-use reprotect_engine::proto::target_disk::{DiskAction, DiskNotice, Piece, SessionId, TargetDisk};
-use reprotect_engine::range_set::RangeSet;
+use reprotect_engine::proto::target_disk::{SessionId, TargetDisk};
 use reprotect_engine::store::target::Target;
-use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange};
-use tokio::sync::mpsc;
+use reprotect_engine::units::{BLOCK_BYTES, Generation};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::disk_status::DiskStatus;
+use crate::disk_writer::Writer;
+use crate::guard::Guard;
 
-/// Messages a session may have waiting for one disk.
-const INPUTS_MAX: usize = 256;
-/// Batches between the two threads: bounds the disk's memory to this many times 4 MiB.
+/// Messages waiting for one disk. As many as credit allows at the smallest cost of a batch, and then some: an honest
+/// agent never fills it, so a disk that waits for space does not hold up the others of its session.
+const INPUTS_MAX: usize = (UNWRITTEN_BYTES_MAX / (2 * BLOCK_BYTES)) as usize + 1024;
+/// Bytes of frames waiting for one disk: what credit allows, with room for heads and checksums.
+const INPUT_BYTES_MAX: usize = 2 * UNWRITTEN_BYTES_MAX as usize;
+/// Batches between the two threads: bounds the disk's plain memory to this many times 4 MiB.
 pub const BATCH_SLOTS: usize = 10;
-/// How often a full medium is tried again.
-const FULL_RETRY: Duration = Duration::from_secs(1);
-/// Longest sleep of the writer when nothing is due.
-const IDLE: Duration = Duration::from_millis(500);
 
 /// Where a session's replies go.
 pub type Replies = mpsc::UnboundedSender<Message>;
@@ -60,27 +56,73 @@ pub enum WorkerMessage {
         input: DiskInput,
         /// Where replies go; kept from OPEN_DISK on.
         replies: Replies,
+        /// Its share of the disk's bytes.
+        permit: OwnedSemaphorePermit,
     },
     /// A session ended.
     Lost(SessionId),
+    /// The disk is no longer protected: its sessions are told, then as [`Self::Stop`].
+    Retire,
     /// Flush, record, close the target and end.
     Stop,
 }
 
 /// A checked frame on its way to the writer.
-enum Opened {
+pub(crate) enum Opened {
     Batch(SessionId, BatchHeader, Vec<Record>),
     Bulk(SessionId, BulkHeader, Vec<Record>),
+    /// Nobody can tell what it was, or it was bulk, which has no sequence to ask for: the session ends.
     Damaged(SessionId, String),
+    /// A delta batch whose head is sound and whose payload is not, with its credit cost.
+    DamagedDelta(SessionId, Generation, u64),
     Other(SessionId, DiskInput, Replies),
     Lost(SessionId),
+    Retire,
+    /// The opener cannot go on.
+    Broken(String),
     Stop,
+}
+
+/// Where a disk's messages go in.
+#[derive(Clone, Debug)]
+pub struct DiskInputs {
+    sender: mpsc::Sender<WorkerMessage>,
+    bytes: Arc<Semaphore>,
+}
+
+/// The disk does not take messages any more: it was stopped, or its threads broke.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the disk is stopped at the master target; see its log")]
+pub struct DiskGone;
+
+impl DiskInputs {
+    /// Hands a frame to the disk; waits while more than credit allows is waiting already.
+    ///
+    /// # Errors
+    /// [`DiskGone`].
+    pub async fn send(&self, session: SessionId, input: DiskInput, replies: Replies) -> Result<(), DiskGone> {
+        let bytes = match &input {
+            DiskInput::Batch(body) | DiskInput::Bulk(body) => body.len(),
+            _ => 0,
+        };
+        let bytes = u32::try_from(bytes.min(INPUT_BYTES_MAX)).unwrap_or(u32::MAX);
+        let permit = Arc::clone(&self.bytes).acquire_many_owned(bytes).await.map_err(|_| DiskGone)?;
+        let message = WorkerMessage::Input { session, input, replies, permit };
+        self.sender.send(message).await.map_err(|_| DiskGone)
+    }
+
+    /// Tells the disk that a session ended.
+    pub async fn lost(&self, session: SessionId) {
+        // A disk that is gone needs not know.
+        let _ = self.sender.send(WorkerMessage::Lost(session)).await;
+    }
 }
 
 /// A running disk.
 #[derive(Debug)]
 pub struct DiskWorker {
-    inputs: mpsc::Sender<WorkerMessage>,
+    inputs: DiskInputs,
+    stopping: Arc<AtomicBool>,
     status: Arc<DiskStatus>,
     threads: Vec<std::thread::JoinHandle<()>>,
 }
@@ -89,6 +131,8 @@ pub struct DiskWorker {
 pub struct DiskSetup {
     /// What to write to.
     pub target: Target,
+    /// Who watches over its files.
+    pub guard: Guard,
     /// Its state as read back, or new.
     pub state: DiskState,
     /// Where the state is kept.
@@ -105,7 +149,8 @@ impl DiskWorker {
     pub fn start(setup: DiskSetup) -> anyhow::Result<Self> {
         let disk = setup.state.disk;
         let status = Arc::new(DiskStatus::new(&setup.state));
-        let (inputs, from_sessions) = mpsc::channel(INPUTS_MAX);
+        let stopping = Arc::new(AtomicBool::new(false));
+        let (sender, from_sessions) = mpsc::channel(INPUTS_MAX);
         let (to_writer, opened) = sync_mpsc::sync_channel(BATCH_SLOTS);
         let arena = BufferArena::new(BATCH_SLOTS, BATCH_PLAIN_BYTES_MAX as usize)?;
         let mut opener = Opener { decompressor: Decompressor::new()?, arena, status: Arc::clone(&status) };
@@ -113,8 +158,12 @@ impl DiskWorker {
             disk: TargetDisk::new(setup.state, setup.limits),
             id: disk,
             target: setup.target,
+            guard: setup.guard,
+            unguarded: false,
             state_path: setup.state_path,
             status: Arc::clone(&status),
+            stopping: Arc::clone(&stopping),
+            waiting: false,
             sessions: Vec::new(),
             chunk: Vec::new(),
         };
@@ -123,18 +172,22 @@ impl DiskWorker {
         let threads = vec![
             std::thread::Builder::new()
                 .name(format!("open-{short}"))
-                .spawn(move || opener.run(from_sessions, &to_writer))?,
+                .spawn(move || opener.run_guarded(from_sessions, &to_writer))?,
             std::thread::Builder::new().name(format!("disk-{short}")).spawn(move || {
-                writer.run(&opened);
-                writer.close();
+                // What a panic leaves of the core is not used again: the writer only tells of it and ends.
+                match catch_unwind(AssertUnwindSafe(|| writer.run(&opened))) {
+                    Ok(()) => writer.close(),
+                    Err(panic) => writer.panicked(&panic_text(&*panic)),
+                }
             })?,
         ];
-        Ok(Self { inputs, status, threads })
+        let inputs = DiskInputs { sender, bytes: Arc::new(Semaphore::new(INPUT_BYTES_MAX)) };
+        Ok(Self { inputs, stopping, status, threads })
     }
 
     /// Where sessions send.
     #[must_use]
-    pub fn inputs(&self) -> mpsc::Sender<WorkerMessage> {
+    pub fn inputs(&self) -> DiskInputs {
         self.inputs.clone()
     }
 
@@ -144,16 +197,32 @@ impl DiskWorker {
         &self.status
     }
 
+    /// As [`Self::stop`], and tells the disk's sessions that it is no longer protected.
+    pub fn retire(self) {
+        // An error means that the threads have ended already.
+        let _ = self.inputs.sender.blocking_send(WorkerMessage::Retire);
+        self.stop();
+    }
+
     /// Flushes, records, closes the target, and waits for that. Blocks: call it from a thread of its own.
     pub fn stop(self) {
+        // The flag reaches a writer that waits for space while its opener waits for it.
+        self.stopping.store(true, Ordering::Release);
         // An error means that the threads have ended already.
-        let _ = self.inputs.blocking_send(WorkerMessage::Stop);
+        let _ = self.inputs.sender.blocking_send(WorkerMessage::Stop);
         for thread in self.threads {
-            if thread.join().is_err() {
-                tracing::error!("a disk thread panicked");
+            let name = thread.thread().name().unwrap_or_default().to_owned();
+            if let Err(panic) = thread.join() {
+                tracing::error!(thread = name, "a disk thread panicked: {}", panic_text(&*panic));
             }
         }
     }
+}
+
+/// What a panic said.
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".to_owned())
 }
 
 /// First thread: turns bytes into checked records.
@@ -164,6 +233,14 @@ struct Opener {
 }
 
 impl Opener {
+    /// Runs, and reports a panic to the writer, which stops the disk.
+    fn run_guarded(&mut self, inputs: mpsc::Receiver<WorkerMessage>, out: &sync_mpsc::SyncSender<Opened>) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.run(inputs, out))) {
+            // An error means that the writer ended first and said why.
+            let _ = out.send(Opened::Broken(panic_text(&*panic)));
+        }
+    }
+
     fn run(&mut self, mut inputs: mpsc::Receiver<WorkerMessage>, out: &sync_mpsc::SyncSender<Opened>) {
         while let Some(message) = inputs.blocking_recv() {
             let stop = matches!(message, WorkerMessage::Stop);
@@ -185,7 +262,10 @@ impl Opener {
                 };
                 match self.open_records(&records, bytes) {
                     Ok(records) => Opened::Batch(session, header, records),
-                    Err(error) => Opened::Damaged(session, error.to_string()),
+                    Err(error) => {
+                        tracing::warn!(disk = %header.disk, %error, "a delta batch is damaged and is asked for again");
+                        Opened::DamagedDelta(session, header.generation, credit_cost(&records))
+                    }
                 }
             }
             WorkerMessage::Input { session, input: DiskInput::Bulk(body), .. } => {
@@ -199,8 +279,9 @@ impl Opener {
                     Err(error) => Opened::Damaged(session, error.to_string()),
                 }
             }
-            WorkerMessage::Input { session, input, replies } => Opened::Other(session, input, replies),
+            WorkerMessage::Input { session, input, replies, .. } => Opened::Other(session, input, replies),
             WorkerMessage::Lost(session) => Opened::Lost(session),
+            WorkerMessage::Retire => Opened::Retire,
             WorkerMessage::Stop => Opened::Stop,
         }
     }
@@ -233,242 +314,4 @@ impl Opener {
             })
             .collect())
     }
-}
-
-/// Second thread: the core and the storage behind it.
-struct Writer {
-    disk: TargetDisk,
-    id: DiskId,
-    target: Target,
-    state_path: PathBuf,
-    status: Arc<DiskStatus>,
-    sessions: Vec<(SessionId, Replies)>,
-    chunk: Vec<u8>,
-}
-
-impl Writer {
-    fn run(&mut self, inputs: &sync_mpsc::Receiver<Opened>) {
-        loop {
-            let now = mono_clock();
-            let wait = self
-                .disk
-                .poll_timeout()
-                .map_or(IDLE, |at| Duration::from_nanos(at.nanos_since(now)).min(IDLE));
-            match inputs.recv_timeout(wait) {
-                Ok(Opened::Stop) | Err(sync_mpsc::RecvTimeoutError::Disconnected) => return,
-                Ok(input) => self.handle(input),
-                Err(sync_mpsc::RecvTimeoutError::Timeout) => {}
-            }
-            self.disk.handle_timeout(mono_clock());
-            self.execute(inputs);
-        }
-    }
-
-    fn handle(&mut self, input: Opened) {
-        let now = mono_clock();
-        match input {
-            Opened::Batch(session, header, records) => self.disk.handle_batch(now, session, &header, records),
-            Opened::Bulk(session, header, records) => self.disk.handle_bulk(now, session, &header, records),
-            Opened::Damaged(session, reason) => self.end_session(session, &reason),
-            Opened::Other(session, input, replies) => self.handle_other(session, input, replies),
-            Opened::Lost(session) => {
-                self.disk.handle_session_lost(now, session);
-                self.sessions.retain(|(known, _)| *known != session);
-            }
-            Opened::Stop => {}
-        }
-    }
-
-    fn handle_other(&mut self, session: SessionId, input: DiskInput, replies: Replies) {
-        let now = mono_clock();
-        match input {
-            DiskInput::Open(head) => {
-                self.sessions.retain(|(known, _)| *known != session);
-                self.sessions.push((session, replies));
-                self.disk.handle_open(now, session, &head);
-            }
-            DiskInput::Mark(mark) => self.disk.handle_mark(now, session, &mark),
-            DiskInput::Compare(request, units) => self.disk.handle_compare(session, request, units),
-            DiskInput::PassBegin(begin) => self.disk.handle_pass_begin(now, session, &begin),
-            DiskInput::PassEnd(end) => self.disk.handle_pass_end(now, session, &end),
-            DiskInput::Batch(_) | DiskInput::Bulk(_) => {} // taken by the opener
-        }
-    }
-
-    /// A batch failed its checks: the transport guards its bytes, so a memory or a program at the other end is broken.
-    /// The session ends; the agent comes back and sends what is not durable again.
-    fn end_session(&self, session: SessionId, reason: &str) {
-        tracing::warn!(disk = %self.id, session = session.0, reason, "a batch failed its checks; the session ends");
-        if let Some((_, replies)) = self.sessions.iter().find(|(known, _)| *known == session) {
-            let text = format!("a batch of disk {} failed its checks: {reason}", self.id);
-            // A closed channel means that the session ended already.
-            let _ = replies.send(Message::error(DiskId::NONE, ErrorCode::Protocol, &text));
-        }
-    }
-
-    /// Executes what the core ordered, in order.
-    fn execute(&mut self, inputs: &sync_mpsc::Receiver<Opened>) {
-        while let Some(action) = self.disk.poll_action() {
-            match action {
-                DiskAction::Write { pieces, cost } => {
-                    if !self.write(&pieces, inputs) {
-                        continue;
-                    }
-                    self.status.wrote(&pieces);
-                    self.disk.handle_written(cost);
-                }
-                DiskAction::Hash { session, request, units } => match self.hash(&request, &units) {
-                    Ok(hashes) => self.disk.handle_hashed(session, &request, hashes),
-                    Err(error) => self.fail(&error.to_string()),
-                },
-                DiskAction::Checkpoint { state } => self.checkpoint(&state),
-                DiskAction::Reply { session, message } => {
-                    if let Some((_, replies)) = self.sessions.iter().find(|(known, _)| *known == session) {
-                        // A closed channel means that the session ended; Lost is on its way.
-                        let _ = replies.send(message);
-                    }
-                }
-            }
-        }
-        while let Some(notice) = self.disk.poll_notice() {
-            self.log(&notice);
-            self.status.notice(&notice);
-        }
-        self.status.update(&self.disk);
-    }
-
-    fn log(&self, notice: &DiskNotice) {
-        match notice {
-            DiskNotice::Opened(generation) => {
-                tracing::info!(disk = %self.id, %generation, "opened by its agent")
-            }
-            DiskNotice::Synced => tracing::info!(disk = %self.id, "the whole disk is on the target"),
-            DiskNotice::Resync(cause) => tracing::warn!(disk = %self.id, ?cause, "a compare pass begins"),
-            DiskNotice::FencedSession(session) => {
-                tracing::warn!(disk = %self.id, session = session.0, "an older session was fenced");
-            }
-            DiskNotice::Marked(sequence) => tracing::debug!(disk = %self.id, %sequence, "mark durable"),
-        }
-    }
-
-    /// Writes the pieces; waits while the medium is full. Answers whether it succeeded; if not, the disk is stopped.
-    fn write(&mut self, pieces: &[Piece], inputs: &sync_mpsc::Receiver<Opened>) -> bool {
-        let mut waiting = false;
-        loop {
-            match self.try_write(pieces) {
-                Ok(()) => {
-                    if waiting {
-                        tracing::info!(disk = %self.id, "there is space again; going on");
-                        self.status.set_problem(None);
-                    }
-                    return true;
-                }
-                Err(error) if error.is_full() => {
-                    let text = format!("{error}; free space on the datastore, replication goes on by itself");
-                    if !waiting {
-                        tracing::error!(disk = %self.id, "{text}");
-                        self.status.set_problem(Some(text.clone()));
-                        self.disk.handle_full(&text);
-                        self.flush_replies();
-                    }
-                    waiting = true;
-                    match inputs.recv_timeout(FULL_RETRY) {
-                        Ok(Opened::Stop) | Err(sync_mpsc::RecvTimeoutError::Disconnected) => {
-                            self.fail("stopped while the medium was full");
-                            return false;
-                        }
-                        Ok(other) => self.handle(other),
-                        Err(sync_mpsc::RecvTimeoutError::Timeout) => {}
-                    }
-                }
-                Err(error) => {
-                    self.fail(&error.to_string());
-                    return false;
-                }
-            }
-        }
-    }
-
-    /// Sends the replies that stand first in the queue, without executing anything else.
-    fn flush_replies(&mut self) {
-        for (session, message) in self.disk.take_replies() {
-            if let Some((_, replies)) = self.sessions.iter().find(|(known, _)| *known == session) {
-                let _ = replies.send(message);
-            }
-        }
-    }
-
-    fn try_write(&mut self, pieces: &[Piece]) -> Result<(), BlockError> {
-        let mut writes: Vec<WriteAt<'_>> = Vec::with_capacity(pieces.len());
-        let mut gathered = RangeSet::new();
-        for piece in pieces {
-            for keep in &piece.keep {
-                let zero = piece.record.kind() != RecordKind::Data;
-                // Operations of one call have no order among themselves, so what overlaps goes into the next call.
-                if !writes.is_empty() && (zero || gathered.overlap(*keep).next().is_some()) {
-                    self.target.write(&writes)?;
-                    writes.clear();
-                    gathered.clear();
-                }
-                if zero {
-                    self.target.zero(byte_range(*keep))?;
-                    continue;
-                }
-                let from = ((keep.start - piece.record.range().start) * SECTOR_BYTES) as usize;
-                let data = piece.record.payload().get(from..from + keep.bytes() as usize).unwrap_or_default();
-                writes.push(WriteAt { offset: keep.byte_start(), data });
-                gathered.insert(*keep);
-            }
-        }
-        if writes.is_empty() { Ok(()) } else { self.target.write(&writes) }
-    }
-
-    fn checkpoint(&mut self, state: &DiskState) {
-        if let Err(error) = self.target.flush() {
-            return self.fail(&error.to_string());
-        }
-        match replace_file(&self.state_path, &state.to_bytes(), Access::Private) {
-            Ok(()) => self.disk.handle_checkpointed(mono_clock()),
-            Err(error) => self.fail(&error.to_string()),
-        }
-    }
-
-    fn hash(&mut self, request: &CompareRequestHead, units: &[u16]) -> Result<Vec<UnitHash>, BlockError> {
-        let spans = hash_spans(request.range, request.unit_bytes.into(), units);
-        let range = byte_range(request.range);
-        if self.target.allocated(range)?.is_empty() {
-            return Ok(vec![UnitHash::ZEROS; spans.len()]);
-        }
-        self.chunk.resize(CHUNK_BYTES as usize, 0);
-        let data = self.chunk.get_mut(..range.len() as usize).unwrap_or_default();
-        self.target.read(&mut [ReadAt { offset: range.start, data }])?;
-        let data = self.chunk.get(..range.len() as usize).unwrap_or_default();
-        Ok(spans.into_iter().map(|span| unit_hash(data.get(span).unwrap_or_default())).collect())
-    }
-
-    fn fail(&mut self, reason: &str) {
-        let text = format!("{reason}; nothing more is written to this disk; repair the medium, then restart");
-        tracing::error!(disk = %self.id, "{text}");
-        self.status.set_problem(Some(text.clone()));
-        self.disk.handle_failed(&text);
-        self.flush_replies();
-    }
-
-    /// Makes what was written durable and leaves the target as any reader expects it.
-    fn close(mut self) {
-        self.disk.handle_stop(mono_clock());
-        while let Some(action) = self.disk.poll_action() {
-            if let DiskAction::Checkpoint { state } = action {
-                self.checkpoint(&state);
-            }
-        }
-        if let Err(error) = self.target.close() {
-            tracing::error!(disk = %self.id, %error, "the target could not be closed cleanly");
-        }
-        self.status.set_closed();
-    }
-}
-
-const fn byte_range(range: SectorRange) -> ByteRange {
-    ByteRange { start: range.byte_start(), end: range.byte_start() + range.bytes() }
 }

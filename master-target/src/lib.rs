@@ -1,18 +1,24 @@
 //! The master-target program as a library; `main.rs` is a thin shell around it.
 //!
-//! A write's way: `session` (frames of a connection) → `disk_worker` (check, core, write, flush) → the target; what is
+//! A write's way: `session` (frames of a connection) → `disk_worker` (check) → `disk_writer` (core, write, flush) → the target; what is
 //! known is in `registry` and, on disk, in `catalogue`; operators come in through `admin` and `commands`.
 
 pub mod admin;
 pub mod api;
 pub mod authority;
 pub mod catalogue;
+pub mod checks;
 pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod daemon;
+pub mod device;
 pub mod disk_status;
 pub mod disk_worker;
+mod disk_writer;
+pub mod explain;
+pub mod guard;
+mod plan;
 pub mod protect;
 pub mod registry;
 pub mod session;

@@ -1,24 +1,26 @@
-//! `protect`: which source disk goes to which target, and the start of its replication.
+//! `protect`: the start of replication, as planned.
 //!
-//! Invariants: nothing is created or opened for writing before the whole plan held; an existing disk that does not
-//! carry the source's partition table or file systems is overwritten only when the operator said so; ambiguity is
-//! refused with all candidates named; a new disk begins with a copy, an existing one with a compare. Blocks: called on
-//! a blocking thread by `admin`. Units: bytes.
+//! Invariants: nothing is created or opened for writing before the whole plan held, and nothing is replicated before
+//! every target of it was opened; an existing disk that does not carry the source's partition table or file systems is
+//! overwritten only when the operator said so; a new disk begins with a copy, an existing one with a compare. Blocks:
+//! called on a blocking thread by `admin`. Units: bytes.
 
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 use anyhow::{Context, anyhow, bail};
 use reprotect_engine::format::message::PassMode;
 use reprotect_engine::proto::target_disk::TargetDisk;
-use reprotect_engine::store::fingerprint::Fingerprint;
-use reprotect_engine::store::identity::{DiskIdentity, match_score, propose_pairs};
 use reprotect_engine::store::target::{
-    CreateOptions, Expectation, Target, TargetKind, TargetSpec, create_target, detect_target, open_target,
+    CreateOptions, DiskUuid, Expectation, Target, TargetKind, TargetSpec, create_target, open_target,
 };
 use reprotect_engine::units::{DiskId, LineageId, SECTOR_BYTES};
 use serde::{Deserialize, Serialize};
 
-use crate::catalogue::{Machine, ProtectedDisk, SourceDisk, peer, unhex};
+use crate::catalogue::{Machine, ProtectedDisk, SourceDisk, kind_from_text, peer, unhex};
+use crate::device;
+use crate::guard::target_files;
+use crate::plan::{Planned, plan, reserved_bytes};
 use crate::registry::Registry;
 
 /// What the operator asks for.
@@ -89,17 +91,10 @@ pub fn protect(
     datastores: &[PathBuf],
     request: &ProtectRequest,
 ) -> anyhow::Result<ProtectAnswer> {
+    let _alone = registry.changing();
     let machine = registry.machine(&request.machine)?;
-    let taken: Vec<ProtectedDisk> = registry.disks().into_iter().map(|view| view.record).collect();
     let mut left_out = Vec::new();
-    let plan = if let Some(dir) = &request.datastore {
-        check_datastore(dir, datastores)?;
-        plan_new(&machine, dir, request.kind.as_deref(), &taken, &mut left_out)?
-    } else if let Some(dir) = &request.original_from {
-        plan_from(registry, &machine, dir, &taken, &mut left_out)?
-    } else {
-        plan_named(registry, &machine, &request.original, &taken)?
-    };
+    let plan = plan(registry, datastores, &machine, request, &mut left_out)?;
     if plan.is_empty() {
         bail!("there is nothing to protect: {}", reasons(&left_out));
     }
@@ -120,224 +115,99 @@ pub fn protect(
         done: !request.dry_run,
         left_out,
     };
-    for (source, mut planned) in plan {
-        if !request.dry_run {
-            planned.disk = Some(carry_out(registry, &machine, &source, &planned)?.to_string());
-        }
+    if request.dry_run {
+        answer.disks = plan.into_iter().map(|(_, planned)| planned).collect();
+        return Ok(answer);
+    }
+    let targets = prepare(registry, &plan)?;
+    for ((source, mut planned), target) in plan.into_iter().zip(targets) {
+        planned.disk = Some(begin(registry, &machine, &source, &planned, target)?.to_string());
         answer.disks.push(planned);
     }
     Ok(answer)
+}
+
+/// Opens or creates every target of the plan, or none: what was begun before something failed is undone.
+fn prepare(registry: &Registry, plan: &Planned) -> anyhow::Result<Vec<Target>> {
+    let mut targets: Vec<Target> = Vec::new();
+    let mut known = registry.known_uuids();
+    for (source, planned) in plan {
+        let prepared = target_of(registry, source, planned, &known);
+        match prepared {
+            Ok(target) => {
+                known.extend(target.facts().uuid);
+                targets.push(target);
+            }
+            Err(error) => {
+                targets.into_iter().for_each(|target| undo(registry, target));
+                return Err(error);
+            }
+        }
+    }
+    Ok(targets)
+}
+
+/// Closes a target that is not to be used after all, and removes it when it was just made. Best effort: the error
+/// that led here is the one to report, and what stays is named in the log.
+fn undo(registry: &Registry, target: Target) {
+    let facts = target.facts().clone();
+    let files = target_files(&**registry.opener(), &facts.path);
+    let closed = target.close();
+    let removed = if facts.fresh {
+        files.iter().rev().try_for_each(|file| registry.opener().remove(file))
+    } else {
+        Ok(())
+    };
+    if let Err(error) = closed.and(removed) {
+        tracing::warn!(path = %facts.path.display(), %error, "a target that was not used could not be put back");
+    }
+}
+
+fn target_of(
+    registry: &Registry,
+    source: &SourceDisk,
+    planned: &PlannedDisk,
+    known_uuids: &BTreeSet<DiskUuid>,
+) -> anyhow::Result<Target> {
+    let kind =
+        kind_from_text(&planned.kind).with_context(|| format!("unknown target kind {}", planned.kind))?;
+    let spec = TargetSpec { path: planned.path.clone(), kind };
+    if planned.existing {
+        let expect = Expectation {
+            size_bytes: Some(source.size_bytes),
+            known_uuids: known_uuids.clone(),
+            writable: true,
+        };
+        return Ok(open_target(registry.opener(), &spec, &expect)?);
+    }
+    if let Some(dir) = spec.path.parent() {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    }
+    let reserved_bytes = reserved_bytes(registry, &spec.path);
+    let options = CreateOptions { reserved_bytes, ..CreateOptions::default() };
+    Ok(create_target(registry.opener(), &spec, source.size_bytes, known_uuids, &options)?)
 }
 
 fn reasons(left_out: &[String]) -> String {
     if left_out.is_empty() { "the machine has reported no disks".to_owned() } else { left_out.join("; ") }
 }
 
-fn check_datastore(dir: &Path, allowed: &[PathBuf]) -> anyhow::Result<()> {
-    if !dir.is_absolute() {
-        bail!("{} is a relative path; name the datastore's directory from the root", dir.display());
-    }
-    if !allowed.is_empty() && !allowed.iter().any(|root| dir.starts_with(root)) {
-        bail!(
-            "{} is not below any directory of `datastores` in the configuration; add it there",
-            dir.display()
-        );
-    }
-    Ok(())
-}
-
-type Planned = Vec<(SourceDisk, PlannedDisk)>;
-
-fn selected<'a>(
-    machine: &'a Machine,
-    taken: &'a [ProtectedDisk],
-    left_out: &mut Vec<String>,
-) -> Vec<&'a SourceDisk> {
-    let mut disks = Vec::new();
-    for disk in &machine.disks {
-        if is_taken(machine, disk, taken) {
-            left_out.push(format!("{} is protected already", disk.name));
-        } else if disk.selected {
-            disks.push(disk);
-        } else {
-            left_out.push(format!("{} is excluded at the agent", disk.name));
-        }
-    }
-    disks
-}
-
-fn is_taken(machine: &Machine, disk: &SourceDisk, taken: &[ProtectedDisk]) -> bool {
-    taken.iter().any(|known| known.agent == machine.agent && known.source == disk.source)
-}
-
-fn plan_new(
-    machine: &Machine,
-    dir: &Path,
-    kind: Option<&str>,
-    taken: &[ProtectedDisk],
-    left_out: &mut Vec<String>,
-) -> anyhow::Result<Planned> {
-    let kind = kind.unwrap_or("monolithicFlat");
-    if crate::catalogue::kind_from_text(kind).and_then(TargetKind::vmdk).is_none() {
-        bail!("{kind} is no kind of VMDK that can be created");
-    }
-    let disks = selected(machine, taken, left_out);
-    let name = |disk: &SourceDisk| {
-        let short = disk.name.rsplit('/').next().unwrap_or(&disk.name);
-        dir.join(format!("{}-{}.vmdk", file_name(&machine.host_name), file_name(short)))
-    };
-    Ok(disks
-        .into_iter()
-        .map(|disk| {
-            let planned = PlannedDisk {
-                source: disk.name.clone(),
-                size_bytes: disk.size_bytes,
-                path: name(disk),
-                kind: kind.to_owned(),
-                existing: false,
-                score: 0,
-                disk: None,
-            };
-            (disk.clone(), planned)
-        })
-        .collect())
-}
-
-/// What is safe in a file name on every datastore.
-fn file_name(text: &str) -> String {
-    let clean: String = text
-        .chars()
-        .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '-' })
-        .collect();
-    let trimmed = clean.trim_matches(['.', '-']);
-    if trimmed.is_empty() { "disk".to_owned() } else { trimmed.to_owned() }
-}
-
-fn plan_named(
-    registry: &Registry,
-    machine: &Machine,
-    pairs: &[(String, PathBuf)],
-    taken: &[ProtectedDisk],
-) -> anyhow::Result<Planned> {
-    let mut plan = Planned::new();
-    for (wanted, path) in pairs {
-        let short = |disk: &SourceDisk| disk.name.rsplit('/').next() == Some(wanted.as_str());
-        let disk = machine
-            .disks
-            .iter()
-            .find(|disk| disk.name == *wanted || disk.source == *wanted || short(disk))
-            .with_context(|| {
-                let names: Vec<&str> = machine.disks.iter().map(|disk| disk.name.as_str()).collect();
-                format!("{} has no disk {wanted}; it has {}", machine.host_name, names.join(", "))
-            })?;
-        if is_taken(machine, disk, taken) {
-            bail!("{} of {} is protected already; `status` shows it", disk.name, machine.host_name);
-        }
-        let (spec, identity) = examine(registry, path)?;
-        plan.push((disk.clone(), planned_existing(disk, &spec, &identity)));
-    }
-    for (index, (_, one)) in plan.iter().enumerate() {
-        if let Some((other, _)) = plan.iter().skip(index + 1).find(|(_, other)| other.path == one.path) {
-            bail!(
-                "{} is named for {} and for {}; each disk needs its own",
-                one.path.display(),
-                one.source,
-                other.name
-            );
-        }
-    }
-    Ok(plan)
-}
-
-fn planned_existing(disk: &SourceDisk, spec: &TargetSpec, identity: &DiskIdentity) -> PlannedDisk {
-    PlannedDisk {
-        source: disk.name.clone(),
-        size_bytes: disk.size_bytes,
-        path: spec.path.clone(),
-        kind: spec.kind.to_string(),
-        existing: true,
-        score: match_score(&disk.fingerprint().identity(disk.size_bytes), identity),
-        disk: None,
-    }
-}
-
-/// What stands at a path, read without changing anything.
-fn examine(registry: &Registry, path: &Path) -> anyhow::Result<(TargetSpec, DiskIdentity)> {
-    let spec = detect_target(registry.opener(), path)?;
-    let mut target = open_target(registry.opener(), &spec, &Expectation::default())?;
-    let identity = DiskIdentity::probe(&mut target)?;
-    let size = identity.size_bytes;
-    Ok((spec, Fingerprint::of(&identity).identity(size)))
-}
-
-fn plan_from(
-    registry: &Registry,
-    machine: &Machine,
-    dir: &Path,
-    taken: &[ProtectedDisk],
-    left_out: &mut Vec<String>,
-) -> anyhow::Result<Planned> {
-    let mut targets = Vec::new();
-    let mut specs = Vec::new();
-    let list = std::fs::read_dir(dir).with_context(|| format!("cannot list {}", dir.display()))?;
-    let mut paths: Vec<PathBuf> = list.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>()?;
-    paths.sort();
-    for path in
-        paths.into_iter().filter(|path| path.extension().is_some_and(|ext| ext.eq_ignore_ascii_case("vmdk")))
-    {
-        if taken.iter().any(|known| known.path == path) {
-            continue;
-        }
-        match examine(registry, &path) {
-            Ok((spec, identity)) => {
-                targets.push((path.display().to_string(), identity));
-                specs.push(spec);
-            }
-            Err(error) => left_out.push(format!("{}: {error:#}", path.display())),
-        }
-    }
-    let disks = selected(machine, taken, left_out);
-    let sources: Vec<(String, DiskIdentity)> =
-        disks.iter().map(|disk| (disk.name.clone(), disk.fingerprint().identity(disk.size_bytes))).collect();
-    let pairs = propose_pairs(&sources, &targets)?;
-    for (index, disk) in disks.iter().enumerate() {
-        if !pairs.iter().any(|pair| pair.source == index) {
-            left_out.push(format!("no VMDK in {} matches {}", dir.display(), disk.name));
-        }
-    }
-    Ok(pairs
-        .iter()
-        .map(|pair| {
-            (
-                (*disks[pair.source]).clone(),
-                planned_existing(disks[pair.source], &specs[pair.target], &targets[pair.target].1),
-            )
-        })
-        .collect())
-}
-
-fn carry_out(
+fn begin(
     registry: &Registry,
     machine: &Machine,
     source: &SourceDisk,
     planned: &PlannedDisk,
+    target: Target,
 ) -> anyhow::Result<DiskId> {
     let agent = peer(&machine.agent).with_context(|| format!("{} is no UUID", machine.agent))?;
     let source_id =
         unhex(&source.source).with_context(|| format!("{} is no source identity", source.source))?;
-    let kind = crate::catalogue::kind_from_text(&planned.kind)
-        .with_context(|| format!("unknown target kind {}", planned.kind))?;
-    let spec = TargetSpec { path: planned.path.clone(), kind };
-    let target = if planned.existing {
-        open_checked(registry, &spec, source)?
-    } else {
-        create(registry, &spec, source)?
-    };
     let disk = DiskId::random().map_err(|error| anyhow!("the system has no randomness: {error}"))?;
     let lineage = LineageId::random().map_err(|error| anyhow!("the system has no randomness: {error}"))?;
     let mode = if planned.existing { PassMode::Compare } else { PassMode::Copy };
     let state =
         TargetDisk::new_state(disk, agent, source_id, source.size_bytes / SECTOR_BYTES, lineage, mode);
+    let is_device = target.facts().kind == TargetKind::Device;
     let record = ProtectedDisk {
         disk: disk.to_string(),
         agent: machine.agent.clone(),
@@ -347,46 +217,9 @@ fn carry_out(
         kind: planned.kind.clone(),
         size_bytes: source.size_bytes,
         existing: planned.existing,
+        device: if is_device { device::identity(&planned.path) } else { None },
     };
     registry.add_disk(record, target, state)?;
     tracing::info!(%disk, machine = machine.host_name, source = source.name, path = %planned.path.display(), "protected");
     Ok(disk)
-}
-
-fn open_checked(registry: &Registry, spec: &TargetSpec, source: &SourceDisk) -> anyhow::Result<Target> {
-    let expect = Expectation {
-        size_bytes: Some(source.size_bytes),
-        known_uuids: registry.known_uuids(),
-        writable: true,
-    };
-    Ok(open_target(registry.opener(), spec, &expect)?)
-}
-
-fn create(registry: &Registry, spec: &TargetSpec, source: &SourceDisk) -> anyhow::Result<Target> {
-    if let Some(dir) = spec.path.parent() {
-        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    }
-    let options =
-        CreateOptions { reserved_bytes: reserved_bytes(registry, &spec.path), ..CreateOptions::default() };
-    Ok(create_target(registry.opener(), spec, source.size_bytes, &registry.known_uuids(), &options)?)
-}
-
-/// Bytes of the same file system that other targets may still fill.
-fn reserved_bytes(registry: &Registry, path: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let device =
-        |path: &Path| path.parent().and_then(|dir| std::fs::metadata(dir).ok()).map(|meta| meta.dev());
-    let own = device(path);
-    registry
-        .disks()
-        .iter()
-        .filter(|view| own.is_some() && device(&view.record.path) == own)
-        .map(|view| {
-            let written = view.status.as_ref().map_or(0, |status| {
-                let snapshot = status.snapshot();
-                crate::disk_status::sector_bytes(snapshot.settled_sectors)
-            });
-            if view.record.existing { 0 } else { view.record.size_bytes.saturating_sub(written) }
-        })
-        .sum()
 }

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow};
@@ -13,17 +14,23 @@ use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::message::{InventoryDisk, PassMode};
 use reprotect_engine::format::vmdk::descriptor::DiskUuid;
 use reprotect_engine::io;
+use reprotect_engine::io::durable::{Access, replace_file};
+use reprotect_engine::limits::CHUNK_BYTES;
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::target_disk::SessionId;
-use reprotect_engine::store::target::{Expectation, Target, TargetSpec, open_target};
+use reprotect_engine::range_set::RangeSet;
+use reprotect_engine::store::target::{Expectation, Target, TargetKind, TargetSpec, open_target};
 use reprotect_engine::store::vmdk::ExtentOpener;
 use reprotect_engine::store::vmdk::fs::FsOpener;
-use reprotect_engine::units::{DiskId, Generation, PeerId, SECTOR_BYTES};
+use reprotect_engine::units::{DiskId, Generation, PeerId, SECTOR_BYTES, SectorRange};
 use tokio::sync::mpsc;
 
 use crate::catalogue::{Catalogue, Machine, ProtectedDisk, SourceDisk, kind_from_text, peer, unhex};
-use crate::disk_status::DiskStatus;
-use crate::disk_worker::{DiskSetup, DiskWorker, WorkerMessage};
+use crate::device;
+use crate::disk_status::{DiskStatus, sector_bytes};
+use crate::disk_worker::{DiskInputs, DiskSetup, DiskWorker};
+use crate::explain::explain;
+use crate::guard::Guard;
 
 /// What a session needs to know to offer a disk.
 #[derive(Clone, Debug)]
@@ -84,6 +91,8 @@ pub struct Registry {
     catalogue: Catalogue,
     opener: Arc<dyn ExtentOpener>,
     limits: FlowLimits,
+    /// Held while the set of disks is planned and changed, so that no two do it at once.
+    changes: Mutex<()>,
     inner: Mutex<Inner>,
 }
 
@@ -99,11 +108,19 @@ impl Registry {
     /// # Errors
     /// When the catalogue's folder cannot be used; a single disk's trouble is shown, not returned.
     pub fn open(catalogue: Catalogue, limits: FlowLimits) -> anyhow::Result<Self> {
-        let opener: Arc<dyn ExtentOpener> = Arc::new(FsOpener::new(|path, writable| {
-            let options = if writable { io::OpenOptions::writing() } else { io::OpenOptions::reading() };
-            io::open(path, &options)
-        }));
-        let registry = Self { catalogue, opener, limits, inner: Mutex::default() };
+        Self::open_with(catalogue, limits, fs_opener())
+    }
+
+    /// As [`Self::open`], with another way to open targets.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_with(
+        catalogue: Catalogue,
+        limits: FlowLimits,
+        opener: Arc<dyn ExtentOpener>,
+    ) -> anyhow::Result<Self> {
+        let registry = Self { catalogue, opener, limits, changes: Mutex::default(), inner: Mutex::default() };
         for machine in registry.catalogue.machines()? {
             if let Some(agent) = peer(&machine.agent) {
                 registry.lock().machines.insert(agent, machine);
@@ -112,6 +129,7 @@ impl Registry {
         for (record, state) in registry.catalogue.disks()? {
             registry.start_known(record, state);
         }
+        registry.refuse_duplicates();
         Ok(registry)
     }
 
@@ -128,7 +146,7 @@ impl Registry {
         let known = match started {
             Ok((worker, uuid)) => KnownDisk { record, worker: Some(worker), uuid, problem: None },
             Err(error) => {
-                let problem = format!("{error:#}");
+                let problem = explain(&error);
                 tracing::error!(%disk, path = %record.path.display(), "{problem}; this disk waits, the others go on");
                 KnownDisk { record, worker: None, uuid: None, problem: Some(problem) }
             }
@@ -145,6 +163,9 @@ impl Registry {
             known_uuids: BTreeSet::new(), // it is this disk's own UUID that stands there
             writable: true,
         };
+        if kind == TargetKind::Device {
+            device::check(&record.path, record.device.as_deref())?;
+        }
         let target = open_target(&self.opener, &spec, &expect)?;
         if !target.repair().is_nothing() {
             tracing::warn!(path = %record.path.display(), repair = ?target.repair(), "the target was repaired on opening");
@@ -153,12 +174,17 @@ impl Registry {
     }
 
     fn start_worker(&self, target: Target, mut state: DiskState) -> anyhow::Result<DiskWorker> {
-        if !target.repair().is_nothing() && state.mode != PassMode::Done {
-            // What repair dropped must be compared again: the pass forgets what it settled.
-            state.settled.clear();
-        }
         let state_path = self.catalogue.state_path(state.disk);
-        DiskWorker::start(DiskSetup { target, state, state_path, limits: self.limits })
+        if compare_again(&mut state, &target.repair().dropped) {
+            tracing::warn!(
+                disk = %state.disk, bytes = sector_bytes(target.repair().dropped.sector_count()), pass = state.pass,
+                "a compare pass begins: the target lost data in a crash of its medium; only the chunks concerned are compared"
+            );
+            // Before the target is written or closed: both put the tables in order, and the loss shows no more.
+            replace_file(&state_path, &state.to_bytes(), Access::Private)?;
+        }
+        let guard = Guard::new(&*self.opener, &target.facts().path, target.facts().kind);
+        DiskWorker::start(DiskSetup { target, guard, state, state_path, limits: self.limits })
     }
 
     /// Records a new disk, starts it and offers it to its agent's live sessions. Blocks.
@@ -185,6 +211,11 @@ impl Registry {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // A panic elsewhere leaves whole values: every change below is one insertion or removal.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets one caller at a time plan and change the set of disks; held across I/O, unlike the other lock.
+    pub fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How targets are opened.
@@ -250,7 +281,7 @@ impl Registry {
 
     /// Where a disk's frames go, and its size.
     #[must_use]
-    pub fn disk_inputs(&self, disk: DiskId) -> Option<(mpsc::Sender<WorkerMessage>, u64)> {
+    pub fn disk_inputs(&self, disk: DiskId) -> Option<(DiskInputs, u64)> {
         let inner = self.lock();
         let known = inner.disks.get(&disk)?;
         Some((known.worker.as_ref()?.inputs(), known.record.size_bytes / SECTOR_BYTES))
@@ -301,6 +332,60 @@ impl Registry {
         self.lock().sessions.iter().map(|(id, session)| (*id, session.clone())).collect()
     }
 
+    /// Two of our own targets with one UUID: a template clone that came later keeps its place but is not written.
+    fn refuse_duplicates(&self) {
+        let mut seen = BTreeSet::new();
+        let mut stopped = Vec::new();
+        for (disk, known) in &mut self.lock().disks {
+            let Some(uuid) = known.uuid.filter(|uuid| !seen.insert(*uuid)) else { continue };
+            let problem = format!(
+                "{} has ddb.uuid {uuid}, which another protected disk has too; give one of them a new UUID, then restart",
+                known.record.path.display()
+            );
+            tracing::error!(%disk, "{problem}");
+            known.problem = Some(problem);
+            stopped.extend(known.worker.take());
+        }
+        stopped.into_iter().for_each(DiskWorker::stop);
+    }
+
+    /// The protected disk of a UUID, a target path, or `MACHINE:DISK`.
+    ///
+    /// # Errors
+    /// When there is none, or several.
+    pub fn protected(&self, name: &str) -> anyhow::Result<ProtectedDisk> {
+        let inner = self.lock();
+        let is_named = |record: &ProtectedDisk| {
+            let machine = peer(&record.agent).and_then(|agent| inner.machines.get(&agent));
+            let source = [record.source_name.as_str(), short_name(&record.source_name)];
+            let pair = name.rsplit_once(':').is_some_and(|(owner, disk)| {
+                source.contains(&disk)
+                    && (owner == record.agent || machine.is_some_and(|machine| machine.host_name == owner))
+            });
+            record.disk == name || record.path == Path::new(name) || pair
+        };
+        let mut found = inner.disks.values().map(|known| &known.record).filter(|record| is_named(record));
+        match (found.next(), found.next()) {
+            (Some(record), None) => Ok(record.clone()),
+            (None, _) => Err(anyhow!(
+                "no protected disk is called {name}; write its UUID, its target's path or MACHINE:DISK as `status` shows them"
+            )),
+            _ => Err(anyhow!("several protected disks are called {name}; use the UUID (`status --json`)")),
+        }
+    }
+
+    /// Stops replicating a disk: flushes and closes its target, which stays, and forgets the record. Blocks.
+    ///
+    /// # Errors
+    /// When the record cannot be removed; the disk is stopped all the same.
+    pub fn remove_disk(&self, disk: DiskId) -> anyhow::Result<()> {
+        let known = self.lock().disks.remove(&disk);
+        if let Some(worker) = known.and_then(|known| known.worker) {
+            worker.retire();
+        }
+        self.catalogue.remove_disk(disk)
+    }
+
     /// Flushes and closes every target. Blocks.
     pub fn stop(&self) {
         let disks = std::mem::take(&mut self.lock().disks);
@@ -308,6 +393,21 @@ impl Registry {
             worker.stop();
         }
     }
+}
+
+/// Targets on this machine's file systems, with the best backend the host allows.
+#[must_use]
+pub fn fs_opener() -> Arc<dyn ExtentOpener> {
+    Arc::new(FsOpener::new(|path, writable| {
+        let options = if writable { io::OpenOptions::writing() } else { io::OpenOptions::reading() };
+        io::open(path, &options)
+    }))
+}
+
+/// The last part of a device's name: `sda` of `/dev/sda`.
+#[must_use]
+pub fn short_name(name: &str) -> &str {
+    name.rsplit('/').next().unwrap_or(name)
 }
 
 fn offer_of(disk: DiskId, known: &KnownDisk) -> Option<Offer> {
@@ -318,4 +418,81 @@ fn offer_of(disk: DiskId, known: &KnownDisk) -> Option<Offer> {
         size_sectors: known.record.size_bytes / SECTOR_BYTES,
         generation: worker.status().snapshot().generation,
     })
+}
+
+/// Makes a disk whose target lost `dropped` sectors compare and repair them; answers whether there was anything to do.
+///
+/// A finished disk gets a new pass in which everything else counts as settled. Sectors are taken in whole chunks, in
+/// which a pass works anyway. What delta wrote there is lost with the rest, so bulk may write there again.
+fn compare_again(state: &mut DiskState, dropped: &RangeSet) -> bool {
+    if dropped.is_empty() {
+        return false;
+    }
+    let chunk = CHUNK_BYTES / SECTOR_BYTES;
+    if state.mode == PassMode::Done {
+        state.pass += 1;
+        state.touched.clear();
+        state.settled.clear();
+        state.settled.insert(state.whole());
+    }
+    state.mode = PassMode::Compare;
+    for lost in dropped.iter() {
+        let start = lost.start / chunk * chunk;
+        let end = lost.end.next_multiple_of(chunk).min(state.size_sectors);
+        state.settled.remove(SectorRange::new(start, end));
+        state.touched.remove(lost);
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use reprotect_engine::proto::target_disk::TargetDisk;
+    use reprotect_engine::units::LineageId;
+
+    use super::*;
+
+    const CHUNK: u64 = CHUNK_BYTES / SECTOR_BYTES;
+
+    fn state(mode: PassMode) -> DiskState {
+        let size = 10 * CHUNK + 8;
+        TargetDisk::new_state(DiskId([1; 16]), PeerId([2; 16]), [3; 16], size, LineageId([4; 16]), mode)
+    }
+
+    #[test]
+    fn a_finished_disk_that_lost_sectors_compares_their_chunks_and_no_others() {
+        let mut done = state(PassMode::Done);
+        let lost = RangeSet::from_iter([
+            SectorRange::new(CHUNK + 5, CHUNK + 6),
+            SectorRange::new(10 * CHUNK + 1, 10 * CHUNK + 8),
+        ]);
+        assert!(compare_again(&mut done, &lost));
+        assert_eq!((done.pass, done.mode), (2, PassMode::Compare));
+        let open = done.settled.missing(done.whole());
+        assert_eq!(open, [SectorRange::new(CHUNK, 2 * CHUNK), SectorRange::new(10 * CHUNK, 10 * CHUNK + 8)]);
+        assert_eq!(DiskState::decode(&done.to_bytes()), Ok(done), "it survives a restart");
+    }
+
+    #[test]
+    fn a_running_pass_forgets_what_was_settled_and_touched_there_and_keeps_the_rest() {
+        let mut running = state(PassMode::Copy);
+        running.settled.insert(SectorRange::new(0, 4 * CHUNK));
+        running.touched.insert(SectorRange::new(5 * CHUNK, 5 * CHUNK + 16));
+        let lost = RangeSet::from_iter([
+            SectorRange::new(2 * CHUNK, 2 * CHUNK + 1),
+            SectorRange::new(5 * CHUNK + 8, 5 * CHUNK + 12),
+        ]);
+        assert!(compare_again(&mut running, &lost));
+        assert_eq!((running.pass, running.mode), (1, PassMode::Compare));
+        assert_eq!(running.settled.sector_count(), 3 * CHUNK);
+        assert!(!running.settled.contains(SectorRange::new(2 * CHUNK, 2 * CHUNK + 1)));
+        let touched: Vec<_> = running.touched.iter().collect();
+        assert_eq!(
+            touched,
+            [SectorRange::new(5 * CHUNK, 5 * CHUNK + 8), SectorRange::new(5 * CHUNK + 12, 5 * CHUNK + 16)]
+        );
+        let before = running.clone();
+        assert!(!compare_again(&mut running, &RangeSet::new()));
+        assert_eq!(running, before);
+    }
 }

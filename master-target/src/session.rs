@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use reprotect_engine::error::Answer;
 use reprotect_engine::format::handshake::Role;
-use reprotect_engine::format::message::Message;
+use reprotect_engine::format::message::{ErrorCode, Message};
 use reprotect_engine::net::endpoint::{CloseCode, PeerConnection};
 use reprotect_engine::net::lanes::{self, Arrival, LaneReader, LaneWriter};
 use reprotect_engine::net::{identity, mono_clock};
@@ -18,7 +18,7 @@ use reprotect_engine::proto::{Authority, Outgoing, ProtoError};
 use reprotect_engine::units::{DiskId, PeerId};
 use tokio::sync::mpsc;
 
-use crate::disk_worker::{Replies, WorkerMessage};
+use crate::disk_worker::{DiskGone, Replies};
 use crate::registry::{Offer, Registry};
 
 /// How long a connection may take to open its control lane.
@@ -153,7 +153,7 @@ impl Session {
                     }
                 }
                 SessionEvent::Inventory { host_name, disks } => self.take_inventory(host_name, disks).await,
-                SessionEvent::ToDisk(disk, input) => self.to_disk(disk, input).await,
+                SessionEvent::ToDisk(disk, input) => self.route(disk, input).await,
             }
         }
     }
@@ -172,17 +172,24 @@ impl Session {
         }
     }
 
-    async fn to_disk(&mut self, disk: DiskId, input: DiskInput) {
-        let Some((inputs, _)) = self.registry.disk_inputs(disk) else { return };
-        let message = WorkerMessage::Input { session: self.id, input, replies: self.replies.clone() };
-        // A closed channel means that the daemon stops.
-        let _ = inputs.send(message).await;
+    async fn route(&mut self, disk: DiskId, input: DiskInput) {
+        let opens = matches!(input, DiskInput::Open(_));
+        let sent = match self.registry.disk_inputs(disk) {
+            Some((inputs, _)) => inputs.send(self.id, input, self.replies.clone()).await,
+            None => Err(DiskGone),
+        };
+        // Told once: what else is on its way for this disk is answered by silence.
+        if let Err(gone) = sent
+            && opens
+        {
+            self.core.send_reply(Message::error(disk, ErrorCode::Target, &gone.to_string()), 0);
+        }
     }
 
     async fn tell_disks(&self) {
         for disk in self.core.opened() {
             if let Some((inputs, _)) = self.registry.disk_inputs(disk) {
-                let _ = inputs.send(WorkerMessage::Lost(self.id)).await;
+                inputs.lost(self.id).await;
             }
         }
     }

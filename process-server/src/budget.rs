@@ -8,8 +8,9 @@
 //!
 //! Invariants: the shares sum to at most the budget; an open disk has at least [`WINDOW_BYTES_MIN`], two whole batches,
 //! so that one is received while the other leaves and no batch is larger than its window; who cannot get the least is
-//! refused and told so, nobody else is slowed for it. Shares grow to an equal part while the budget is under three
-//! quarters and leaves room for one least window (the rest is kept for newcomers) and shrink as newcomers come, never below what was already
+//! refused and told so, nobody else is slowed for it. Shares grow to an equal part, all growth together at most a
+//! quarter of the budget, because announced credit cannot be taken back and a disk that falls idle keeps it: three
+//! quarters always serve least shares. They shrink as newcomers come, never below what was already
 //! announced. Units: bytes. Called by `relay` and shown by `status`.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -52,6 +53,8 @@ impl Purpose {
 #[derive(Debug, Default)]
 struct Shares {
     reserved: u64,
+    /// Of the reserved, what goes beyond the least of each share.
+    grown: u64,
     windows: u64,
     sends: u64,
 }
@@ -99,29 +102,27 @@ impl Budget {
         self.shares().reserved
     }
 
-    /// A new session's send window; `None` when it could not open a single disk afterwards.
+    /// A new session's send window and the window of its first disk; `None` when there is no room for both.
     #[must_use]
-    pub fn session(self: &Arc<Self>) -> Option<Share> {
-        self.take(Purpose::Send, WINDOW_BYTES_MIN)
+    pub fn session(self: &Arc<Self>) -> Option<(Share, Share)> {
+        Some((self.take(Purpose::Send)?, self.take(Purpose::Window)?))
     }
 
     /// A window for a disk that is to be opened; `None` when there is no room for its least.
     #[must_use]
     pub fn disk(self: &Arc<Self>) -> Option<Share> {
-        self.take(Purpose::Window, 0)
+        self.take(Purpose::Window)
     }
 
-    fn take(self: &Arc<Self>, purpose: Purpose, spare: u64) -> Option<Share> {
+    fn take(self: &Arc<Self>, purpose: Purpose) -> Option<Share> {
         let mut shares = self.shares();
-        if shares.reserved + purpose.least() + spare > self.total {
+        if shares.reserved + purpose.least() > self.total {
             return None;
         }
         shares.reserved += purpose.least();
         *shares.count(purpose) += 1;
         drop(shares);
-        let mut share = Share { budget: Arc::clone(self), purpose, bytes: purpose.least() };
-        share.adjust(0);
-        Some(share)
+        Some(Share { budget: Arc::clone(self), purpose, bytes: purpose.least() })
     }
 
     fn shares(&self) -> MutexGuard<'_, Shares> {
@@ -144,20 +145,24 @@ impl Share {
         self.bytes
     }
 
+    const fn grown(&self) -> u64 {
+        self.bytes - self.purpose.least()
+    }
+
     /// Moves towards the equal part, not below `outstanding` bytes that are already promised; the new size.
     pub fn adjust(&mut self, outstanding: u64) -> u64 {
         let mut shares = self.budget.shares();
         let fair = shares.fair(self.purpose, self.budget.total);
+        let total = self.budget.total;
         let wanted = if self.bytes < fair {
-            let total = self.budget.total;
-            let room =
-                (total / 4 * 3).min(total.saturating_sub(WINDOW_BYTES_MIN)).saturating_sub(shares.reserved);
+            let room = (total / 4).saturating_sub(shares.grown).min(total - shares.reserved);
             self.bytes + room.min(fair - self.bytes)
         } else {
             fair.max(outstanding).min(self.bytes)
         };
         shares.reserved = shares.reserved - self.bytes + wanted;
-        debug_assert!(shares.reserved <= self.budget.total);
+        shares.grown = shares.grown - self.grown() + (wanted - self.purpose.least());
+        debug_assert!(shares.reserved <= total);
         self.bytes = wanted;
         wanted
     }
@@ -167,6 +172,7 @@ impl Drop for Share {
     fn drop(&mut self) {
         let mut shares = self.budget.shares();
         shares.reserved -= self.bytes;
+        shares.grown -= self.grown();
         *shares.count(self.purpose) -= 1;
     }
 }
@@ -179,22 +185,34 @@ mod tests {
     fn a_lone_disk_gets_much_and_gives_it_back_when_others_come() {
         let budget = Budget::new(256 << 20);
         let mut first = budget.disk().unwrap();
-        assert_eq!(first.bytes(), WINDOW_BYTES_MAX);
+        assert_eq!(first.adjust(0), WINDOW_BYTES_MAX);
         let others: Vec<Share> = std::iter::from_fn(|| budget.disk()).collect();
-        assert!(others.len() >= 20, "{}", others.len());
+        assert!(others.len() as u64 >= (192 << 20) / WINDOW_BYTES_MIN, "{}", others.len());
         assert_eq!(first.adjust(20 << 20), 20 << 20, "what was announced stays");
         assert_eq!(first.adjust(0), WINDOW_BYTES_MIN);
         assert!(budget.disk().is_some(), "what was given back serves a newcomer");
     }
 
     #[test]
-    fn a_session_is_taken_only_if_it_could_open_a_disk() {
-        let budget = Budget::new(BUDGET_BYTES_MIN);
-        let session = budget.session().expect("room for exactly one");
+    fn idle_disks_that_grew_leave_three_quarters_for_least_shares() {
+        let budget = Budget::new(256 << 20);
+        let mut shares: Vec<Share> = Vec::new();
+        while let Some(mut share) = budget.disk() {
+            share.adjust(0);
+            shares.push(share); // never shrinks: all of it is announced
+        }
+        assert!(shares.len() as u64 >= (192 << 20) / WINDOW_BYTES_MIN, "{}", shares.len());
+    }
+
+    #[test]
+    fn a_session_is_taken_with_its_first_disk_or_not_at_all() {
+        let budget = Budget::new(BUDGET_BYTES_MIN + SEND_BYTES_MIN);
+        let mut first = budget.session().expect("room for exactly one");
         assert!(budget.session().is_none());
-        let disk = budget.disk().expect("its disk");
-        assert!(budget.disk().is_none());
-        drop((session, disk));
+        first.0.adjust(0);
+        first.1.adjust(0);
+        assert!(budget.reserved_bytes() <= budget.total_bytes());
+        drop(first);
         assert_eq!(budget.reserved_bytes(), 0);
     }
 
@@ -207,7 +225,7 @@ mod tests {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let pick = (state >> 33) as usize;
             match pick % 4 {
-                0 => shares.extend(budget.session()),
+                0 => shares.extend(budget.session().into_iter().flat_map(<[Share; 2]>::from)),
                 1 => shares.extend(budget.disk()),
                 2 if !shares.is_empty() => drop(shares.swap_remove(pick / 4 % shares.len())),
                 _ => {

@@ -74,7 +74,7 @@ fn fail(name: &'static str, reason: impl Into<String>, remedy: impl Into<String>
 #[must_use]
 pub fn local(settings: &Settings) -> Vec<Finding> {
     let mut findings = vec![memory(settings.memory_bytes, total_memory_bytes()), open_files()];
-    match Own::load(&settings.places.state_dir) {
+    match Own::load(&settings.credentials) {
         Ok(own) => {
             let identity = own.identity();
             let subject = identity.own().uri();
@@ -124,7 +124,7 @@ fn certificate(identity: &Identity) -> Finding {
 }
 
 fn memory(budget: u64, total: Option<u64>) -> Finding {
-    let disks = (budget / BUDGET_BYTES_MIN).max(1);
+    let disks = (budget / 4 * 3 / BUDGET_BYTES_MIN).max(1);
     let text =
         format!("{} for payload: at least {disks} machines of one disk at once", output::bytes(budget));
     match total {
@@ -202,9 +202,9 @@ async fn listen(settings: &Settings) -> Finding {
 async fn targets(settings: &Settings) -> Vec<Finding> {
     let dir = &settings.places.state_dir;
     let ready = (|| {
-        let own = Arc::new(Own::load(dir)?);
+        let own = Arc::new(Own::load(&settings.credentials)?);
         let targets = enrolment::targets(&settings.targets, dir)?;
-        Ok::<_, enrolment::EnrolmentError>((own, enrolment::trust(dir)?, targets))
+        Ok::<_, enrolment::EnrolmentError>((own, enrolment::trust(&settings.credentials)?, targets))
     })();
     let (own, trust, targets) = match ready {
         Ok(ready) => ready,

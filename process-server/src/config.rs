@@ -9,9 +9,11 @@ use std::path::PathBuf;
 use reprotect_engine::host::config::{ConfigError, Loaded, Overrides};
 use reprotect_engine::host::config_doc::KeyDoc;
 use reprotect_engine::host::logging::{self, LOG_KEYS, LogConfig};
+use reprotect_engine::host::pki::{self, PKI_KEYS, PkiConfig};
 use reprotect_engine::host::places::{MASTER_TARGET_PORT, PROCESS_SERVER_PORT, Places, Program};
 use reprotect_engine::host::values::{AddressText, ByteSize, HostPort, LevelText, ListenText};
 use reprotect_engine::limits::RELAY_MEMORY_BYTES_DEFAULT;
+use reprotect_engine::net::credentials::Credentials;
 use serde::{Deserialize, Serialize};
 
 /// The file as written.
@@ -30,6 +32,8 @@ pub struct RawConfig {
     pub level: LevelText,
     /// Compression threads; 0 means one per CPU.
     pub workers: u32,
+    /// The site's own certificates.
+    pub pki: PkiConfig,
     /// Logs.
     pub log: LogConfig,
 }
@@ -43,13 +47,14 @@ impl Default for RawConfig {
             memory: ByteSize(RELAY_MEMORY_BYTES_DEFAULT),
             level: LevelText::Adaptive,
             workers: 0,
+            pki: PkiConfig::default(),
             log: LogConfig::default(),
         }
     }
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 8] = [
+pub const KEYS: [KeyDoc; 11] = [
     KeyDoc {
         key: "state_dir",
         about: "Where identity and certificates are kept; setting it moves the admin socket there too.",
@@ -59,7 +64,7 @@ pub const KEYS: [KeyDoc; 8] = [
     },
     KeyDoc {
         key: "listen",
-        about: "Where agents dial in, UDP and TCP.",
+        about: "Where agents dial in, UDP.",
         unit: "IP address with or without a port (default 7444); [::] takes IPv4 too",
         cost: "none",
         example: "",
@@ -92,6 +97,9 @@ pub const KEYS: [KeyDoc; 8] = [
         cost: "about 2 MiB of memory each, and the CPU they are given",
         example: "",
     },
+    PKI_KEYS[0],
+    PKI_KEYS[1],
+    PKI_KEYS[2],
     LOG_KEYS[0],
     LOG_KEYS[1],
 ];
@@ -109,6 +117,8 @@ pub struct Settings {
     pub targets: Vec<HostPort>,
     /// Payload budget in bytes.
     pub memory_bytes: u64,
+    /// Identity and roots.
+    pub credentials: Credentials,
     /// zstd level.
     pub level: LevelText,
     /// Compression threads, at least one.
@@ -139,8 +149,10 @@ impl Settings {
             0 => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             count => count as usize,
         };
+        let places = overrides.places(Program::ProcessServer, loaded, raw.state_dir.as_deref())?;
         Ok(Self {
-            places: overrides.places(Program::ProcessServer, loaded, raw.state_dir.as_deref())?,
+            credentials: Credentials::new(&places.state_dir, pki::resolve(loaded, &raw.pki)?),
+            places,
             config_path: loaded.path().to_owned(),
             listen: raw.listen.with_default_port(PROCESS_SERVER_PORT),
             targets: loaded.addresses("targets", &raw.targets, MASTER_TARGET_PORT)?,

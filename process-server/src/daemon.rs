@@ -169,8 +169,8 @@ async fn accept_all(daemon: &Arc<Daemon>, shutdown: &Shutdown) {
 impl Daemon {
     fn start(settings: &Settings) -> Result<Self, RunError> {
         let state_dir = settings.places.state_dir.clone();
-        let own = Arc::new(Own::load(&state_dir)?);
-        let trust = enrolment::trust(&state_dir)?;
+        let own = Arc::new(Own::load(&settings.credentials)?);
+        let trust = enrolment::trust(&settings.credentials)?;
         let targets = enrolment::targets(&settings.targets, &state_dir)?;
         let revocations = Arc::clone(trust.revocations());
         let tls = tls::server_config(&own.identity(), Arc::clone(&trust), agents(&own), false)?;
@@ -214,7 +214,7 @@ impl Daemon {
         let mut tick = tokio::time::interval(RENEWAL_CHECK);
         while !shutdown.is_requested() {
             tick.tick().await;
-            if !self.own.identity().is_due_for_renewal(wall_clock()) {
+            if !self.own.is_renewed_here() || !self.own.identity().is_due_for_renewal(wall_clock()) {
                 continue;
             }
             match self.renew().await {

@@ -10,11 +10,12 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use reprotect_engine::host::places::MASTER_TARGET_PORT;
 use reprotect_engine::host::values::{AddressText, HostPort};
-use reprotect_engine::net::files::{self, FileError, PUBLIC_MODE};
+use reprotect_engine::net::credentials::Credentials;
+use reprotect_engine::net::files::{self, Access, FileError};
 use reprotect_engine::net::identity::{IDENTITY_FILE, Identity, IdentityError, Role};
 use reprotect_engine::net::revocations::Revocations;
 use reprotect_engine::net::token::Token;
-use reprotect_engine::net::trust::{ROOTS_FILE, Trust};
+use reprotect_engine::net::trust::Trust;
 use serde::{Deserialize, Serialize};
 
 /// File of the enrolment's targets in the state directory.
@@ -27,10 +28,10 @@ pub enum EnrolmentError {
     #[error("not enrolled ({} does not exist): run `reprotect-process-server enroll TOKEN` with a token from `reprotect-master-target invite --role process-server`", .0.display())]
     NotEnrolled(PathBuf),
     /// The identity is another program's.
-    #[error("the identity in {} is of role {got}; name a process server's --state-dir, or enrol this one", dir.display())]
+    #[error(
+        "this identity is of role {got}; name a process server's --state-dir or certificate, or enrol this one"
+    )]
     WrongRole {
-        /// The state directory.
-        dir: PathBuf,
         /// What it is.
         got: Role,
     },
@@ -69,25 +70,31 @@ impl reprotect_engine::error::Answer for EnrolmentError {
 #[derive(Debug)]
 pub struct Own {
     current: RwLock<Arc<Identity>>,
-    state_dir: PathBuf,
+    credentials: Credentials,
 }
 
 impl Own {
-    /// Loads the identity of `state_dir`.
+    /// Loads the identity.
     ///
     /// # Errors
     /// When it is missing, damaged, readable by others or not a process server's.
-    pub fn load(state_dir: &Path) -> Result<Self, EnrolmentError> {
-        let identity = Identity::load(state_dir).map_err(|error| match error {
-            IdentityError::File(file) if file.is_missing() => {
-                EnrolmentError::NotEnrolled(state_dir.join(IDENTITY_FILE))
+    pub fn load(credentials: &Credentials) -> Result<Self, EnrolmentError> {
+        let identity = credentials.identity().map_err(|error| match (error, credentials) {
+            (IdentityError::File(file), Credentials::Enrolled(dir)) if file.is_missing() => {
+                EnrolmentError::NotEnrolled(dir.join(IDENTITY_FILE))
             }
-            other => other.into(),
+            (other, _) => other.into(),
         })?;
         if identity.own().role != Role::ProcessServer {
-            return Err(EnrolmentError::WrongRole { dir: state_dir.to_owned(), got: identity.own().role });
+            return Err(EnrolmentError::WrongRole { got: identity.own().role });
         }
-        Ok(Self { current: RwLock::new(Arc::new(identity)), state_dir: state_dir.to_owned() })
+        Ok(Self { current: RwLock::new(Arc::new(identity)), credentials: credentials.clone() })
+    }
+
+    /// Whether renewal is this daemon's business and not the site's.
+    #[must_use]
+    pub fn is_renewed_here(&self) -> bool {
+        self.credentials.renewed_in().is_some()
     }
 
     /// The identity to use now.
@@ -101,19 +108,21 @@ impl Own {
     /// # Errors
     /// When it cannot be saved; the old one stays in use.
     pub fn replace(&self, identity: Identity) -> Result<(), IdentityError> {
-        identity.save(&self.state_dir)?;
+        if let Some(dir) = self.credentials.renewed_in() {
+            identity.save(dir)?;
+        }
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(identity);
         Ok(())
     }
 }
 
-/// The roots that enrolment left in `state_dir`. Revocations are the master target's to tell: it closes its end, and
+/// The roots to believe. Revocations are the master target's to tell: it closes its end, and
 /// an agent that proves nothing to it gets nothing through this relay.
 ///
 /// # Errors
 /// When they are missing or damaged.
-pub fn trust(state_dir: &Path) -> Result<Arc<Trust>, EnrolmentError> {
-    Ok(Arc::new(Trust::load(&state_dir.join(ROOTS_FILE), Arc::new(Revocations::in_memory()))?))
+pub fn trust(credentials: &Credentials) -> Result<Arc<Trust>, EnrolmentError> {
+    Ok(Arc::new(credentials.trust(Arc::new(Revocations::in_memory()))?))
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -132,7 +141,7 @@ pub fn save_targets(state_dir: &Path, token: &Token) -> Result<(), FileError> {
     files::create_private_dir(state_dir)?;
     // Strings always have a JSON form.
     let text = serde_json::to_string_pretty(&file).unwrap_or_default();
-    files::replace(&state_dir.join(UPSTREAM_FILE), format!("{text}\n").as_bytes(), PUBLIC_MODE)
+    files::replace(&state_dir.join(UPSTREAM_FILE), format!("{text}\n").as_bytes(), Access::Public)
 }
 
 /// The targets in force: the configured ones, else those of the enrolment.
@@ -199,7 +208,7 @@ mod tests {
     #[test]
     fn a_missing_identity_says_how_to_enrol() {
         let dir = tempfile::tempdir().unwrap();
-        let error = Own::load(dir.path()).unwrap_err().to_string();
+        let error = Own::load(&Credentials::new(dir.path(), None)).unwrap_err().to_string();
         assert!(error.contains("not enrolled") && error.contains("enroll TOKEN"), "{error}");
     }
 }

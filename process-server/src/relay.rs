@@ -154,6 +154,8 @@ struct Session {
     agent: Line,
     target: Option<Line>,
     send_share: Share,
+    /// Reserved with the session, for the first disk it opens.
+    first_window: Option<Share>,
     disks: BTreeMap<DiskId, DiskShare>,
     recoded_in: mpsc::UnboundedSender<Recoded>,
     recoded: mpsc::UnboundedReceiver<Recoded>,
@@ -188,7 +190,7 @@ impl Relay {
             }
         };
         let mut line = Line::new(peer, lanes);
-        let Some(send_share) = self.budget.session() else {
+        let Some((send_share, first_window)) = self.budget.session() else {
             self.register.count_refused();
             let end = End::NoMemory(format!(
                 "this process server's memory budget of {} bytes is given to other machines; raise `memory` there, or \
@@ -199,7 +201,7 @@ impl Relay {
             return farewell(&mut line, &end).await;
         };
         tracing::info!(%agent, %address, "session began");
-        let mut session = Session::new(self, line, send_share, entry);
+        let mut session = Session::new(self, line, (send_share, first_window), entry);
         let end = session.run(&shutdown).await;
         session.finish(&end).await;
     }
@@ -222,7 +224,7 @@ async fn farewell(agent: &mut Line, end: &End) {
 }
 
 impl Session {
-    fn new(relay: Arc<Relay>, agent: Line, send_share: Share, entry: Entry) -> Self {
+    fn new(relay: Arc<Relay>, agent: Line, (send_share, first_window): (Share, Share), entry: Entry) -> Self {
         let peer = agent.peer.peer.peer;
         let (recoded_in, recoded) = mpsc::unbounded_channel();
         let status = SessionStatus {
@@ -237,6 +239,7 @@ impl Session {
             agent,
             target: None,
             send_share,
+            first_window: Some(first_window),
             disks: BTreeMap::new(),
             recoded_in,
             recoded,
@@ -362,7 +365,7 @@ impl Session {
             && let Message::OpenDisk(head, _) = Message::decode(kind, &body).map_err(ProtoError::from)?
             && !self.disks.contains_key(&head.disk)
         {
-            let Some(share) = self.relay.budget.disk() else {
+            let Some(share) = self.first_window.take().or_else(|| self.relay.budget.disk()) else {
                 self.refuse_disk(head.disk);
                 return Ok(());
             };
@@ -557,8 +560,8 @@ impl Session {
             code.close(&target.peer.connection);
         }
         // Memory and place go to others before the agent has read its farewell.
-        let Self { mut agent, target, send_share, disks, recoded, entry, .. } = self;
-        drop((target, send_share, disks, recoded, entry));
+        let Self { mut agent, target, send_share, first_window, disks, recoded, entry, .. } = self;
+        drop((target, send_share, first_window, disks, recoded, entry));
         farewell(&mut agent, end).await;
     }
 }

@@ -40,7 +40,7 @@ pub(super) fn configuration(settings: &Settings) -> Finding {
 pub(super) fn identity(settings: &Settings) -> Vec<Finding> {
     let dir = &settings.places.state_dir;
     let mut findings = vec![state_dir(dir)];
-    match load_identity(dir) {
+    match load_identity(&settings.credentials) {
         Ok(identity) => {
             findings.push(pass("enrolled", identity.own().uri()));
             findings.push(certificate(&identity));
@@ -92,7 +92,7 @@ pub(super) fn clock(settings: &Settings) -> Finding {
     if now.0 < CLOCK_MIN {
         return fail("clock", "it stands before 2025", remedy);
     }
-    let issued = load_identity(&settings.places.state_dir).ok().map(|identity| identity.own().not_before);
+    let issued = load_identity(&settings.credentials).ok().map(|identity| identity.own().not_before);
     match issued {
         Some(issued) if issued > now => fail("clock", "it stands before this machine's enrolment", remedy),
         _ => pass("clock", format!("{} s since 1970, plausible", now.0 / 1_000_000_000)),

@@ -21,10 +21,10 @@ const JUDGEMENT: Duration = Duration::from_millis(300);
 
 /// One finding per configured peer; none when there is no identity to dial with, which is a finding of its own.
 pub(super) async fn findings(settings: &Settings) -> Vec<Finding> {
-    let Ok(identity) = load_identity(&settings.places.state_dir) else { return Vec::new() };
+    let Ok(identity) = load_identity(&settings.credentials) else { return Vec::new() };
     let Ok(addresses) = plan::upstream(settings) else { return Vec::new() };
     let shared = Arc::new(RwLock::new(Arc::new(identity)));
-    let dial = Dial::new(shared, settings.places.state_dir.clone(), host_name());
+    let dial = Dial::new(shared, settings.credentials.clone(), host_name());
     let mut dial = match dial {
         Ok(dial) => dial.without_renewal(),
         Err(error) => {

@@ -2,7 +2,7 @@
 //! real certificates and the real protocol cores; only the target's disks are in memory.
 //!
 //! Called by the behaviour tests of this crate. The target is the one the process server's tests use.
-#![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "each test file uses its part")]
 #![allow(clippy::allow_attributes, reason = "an expectation would fail in the files that use everything")]
 
 #[path = "../../../process-server/tests/common/target.rs"]

@@ -12,7 +12,9 @@ use super::extent::{Record, RecordKind};
 use super::frame::{Frame, FrameKind};
 use super::wire::{COUNTER_MAX, wire, wire_enum};
 use crate::limits::{BATCH_PLAIN_BYTES_MAX, BATCH_RECORDS_MAX, DELTA_RECORD_BYTES_MAX};
-use crate::units::{BLOCK_BYTES, DiskId, Generation, LineageId, SectorRange, Sequence, Timestamp};
+use crate::units::{
+    BLOCK_BYTES, DiskId, Generation, LineageId, SECTOR_BYTES, SectorRange, Sequence, Timestamp,
+};
 
 /// Digest of a delta stream up to a batch.
 pub type Chain = [u8; 16];
@@ -109,11 +111,15 @@ wire! {
     }
 }
 
-/// What sending records costs in credit: their plain payload, and a block each so that empty ones are not free.
+/// What sending records costs in credit: their plain payload, a sector for each record and a block for the batch, so
+/// that empty ones are not free.
 #[must_use]
 pub fn credit_cost(records: &[Record]) -> u64 {
-    records.iter().map(|record| record.plain_bytes() + BLOCK_BYTES).sum::<u64>() + BLOCK_BYTES
+    records.iter().map(|record| record.plain_bytes() + SECTOR_BYTES).sum::<u64>() + BLOCK_BYTES
 }
+
+/// What the dearest batch costs in credit.
+pub const BATCH_COST_MAX: u64 = BATCH_PLAIN_BYTES_MAX + BATCH_RECORDS_MAX as u64 * SECTOR_BYTES + BLOCK_BYTES;
 
 impl BatchHeader {
     /// Sequence of the last record.

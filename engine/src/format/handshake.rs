@@ -38,6 +38,48 @@ wire_enum! {
     }
 }
 
+impl Role {
+    /// As it stands in a certificate's name.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Agent => "agent",
+            Self::ProcessServer => "process-server",
+            Self::MasterTarget => "master-target",
+        }
+    }
+
+    /// Reads what [`Self::as_str`] wrote.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|role| role.as_str() == text)
+    }
+
+    /// As it stands in binary messages; zero is never a role.
+    #[must_use]
+    pub const fn code(self) -> u8 {
+        self as u8
+    }
+
+    /// Reads what [`Self::code`] wrote.
+    #[must_use]
+    pub fn from_code(code: u8) -> Option<Self> {
+        Self::ALL.iter().copied().find(|role| role.code() == code)
+    }
+
+    /// Whether daemons of this role accept connections, and so need a server certificate.
+    #[must_use]
+    pub const fn is_server(self) -> bool {
+        matches!(self, Self::ProcessServer | Self::MasterTarget)
+    }
+}
+
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 wire! {
     /// First message of a session.
     pub struct Hello / HelloWire = 128 {

@@ -62,6 +62,34 @@ pub fn render<T: Serialize + Default>(title: &str, keys: &[KeyDoc]) -> Result<St
     Ok(text)
 }
 
+/// The table of `keys` for the manual, with the defaults that are used. Its place in a document is between
+/// `<!-- keys:NAME -->` and `<!-- end -->`; each program's `tests/docs.rs` compares the two.
+///
+/// # Errors
+/// As [`render`].
+pub fn markdown<T: Serialize + Default>(keys: &[KeyDoc]) -> Result<String, toml::ser::Error> {
+    let defaults = toml::Value::try_from(T::default())?;
+    let cell = |text: &str| text.replace('|', "\\|");
+    let mut text =
+        "| key | default | unit and values | what it does | cost |\n|---|---|---|---|---|\n".to_owned();
+    for KeyDoc { key, about, unit, cost, .. } in keys {
+        let default = key.split('.').try_fold(&defaults, |value, part| value.get(part));
+        let default = default.map_or_else(|| "not set".to_owned(), |value| format!("`{value}`"));
+        let (unit, about, cost) = (cell(unit), cell(about), cell(cost));
+        let _ = writeln!(text, "| `{key}` | {} | {unit} | {about} | {cost} |", cell(&default));
+    }
+    Ok(text)
+}
+
+/// `document` with the text between the markers of `name` replaced; `None` when it has no such markers.
+#[must_use]
+pub fn with_table(document: &str, name: &str, table: &str) -> Option<String> {
+    let marker = format!("<!-- keys:{name} -->\n");
+    let (before, after) = document.split_once(&marker)?;
+    let (_, after) = after.split_once("<!-- end -->")?;
+    Some(format!("{before}{marker}{table}<!-- end -->{after}"))
+}
+
 /// `rendered` with every setting active.
 #[must_use]
 pub fn uncommented(rendered: &str) -> String {

@@ -10,6 +10,7 @@ pub mod config;
 pub mod config_doc;
 pub mod logging;
 pub mod output;
+pub mod pki;
 pub mod places;
 pub mod run_lock;
 pub mod shutdown;

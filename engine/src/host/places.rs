@@ -25,9 +25,9 @@ pub enum Program {
     MasterTarget,
 }
 
-/// Default port of a master target, UDP and TCP.
+/// Default port of a master target, UDP.
 pub const MASTER_TARGET_PORT: u16 = 7443;
-/// Default port of a process server, UDP and TCP.
+/// Default port of a process server, UDP.
 pub const PROCESS_SERVER_PORT: u16 = 7444;
 
 impl Program {

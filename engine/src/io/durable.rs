@@ -5,7 +5,7 @@
 //! keys, certificates, progress and descriptors all go through it. A crash may leave a `.name.*.tmp` behind, which
 //! nothing ever reads. Units: bytes. Blocking; called from threads, not from an async runtime.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -19,6 +19,8 @@ pub enum Access {
     Public,
     /// Only the owner may read (0600): keys, tokens, state.
     Private,
+    /// Whoever could read the file that is replaced; everyone where there is none.
+    AsBefore,
 }
 
 /// A file that could not be replaced, made or read; names it, the step and the reason.
@@ -72,7 +74,11 @@ pub fn replace_file(path: &Path, bytes: &[u8], access: Access) -> Result<(), Dur
     temporary_name.push(format!(".{:016x}.tmp", u64::from_le_bytes(random)));
     let directory = parent(path);
     let temporary = directory.join(temporary_name);
-    let result = write_new(&temporary, bytes, access)
+    let permissions = match access {
+        Access::AsBefore => std::fs::metadata(path).ok().map(|old| old.permissions()),
+        Access::Public | Access::Private => None,
+    };
+    let result = write_new(&temporary, bytes, access, permissions)
         .map_err(fail("write the temporary file", &temporary))
         .and_then(|()| std::fs::rename(&temporary, path).map_err(fail("replace", path)));
     if result.is_err() {
@@ -129,12 +135,12 @@ fn parent(path: &Path) -> &Path {
     }
 }
 
-fn write_new(path: &Path, bytes: &[u8], access: Access) -> io::Result<()> {
-    let mode = match access {
-        Access::Public => 0o644,
-        Access::Private => 0o600,
-    };
+fn write_new(path: &Path, bytes: &[u8], access: Access, permissions: Option<Permissions>) -> io::Result<()> {
+    let mode = if access == Access::Private { 0o600 } else { 0o644 };
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
+    if let Some(permissions) = permissions {
+        file.set_permissions(permissions)?;
+    }
     file.write_all(bytes)?;
     file.sync_all()
 }
@@ -155,6 +161,16 @@ mod tests {
             .collect();
         names.sort();
         names
+    }
+
+    #[test]
+    fn a_file_replaced_as_before_keeps_its_permissions() {
+        let dir = tempfile::tempdir().expect("directory");
+        let path = dir.path().join("disk.vmdk");
+        replace_file(&path, b"one", Access::AsBefore).expect("new");
+        std::fs::set_permissions(&path, Permissions::from_mode(0o640)).expect("mode");
+        replace_file(&path, b"two", Access::AsBefore).expect("replaced");
+        assert_eq!(std::fs::metadata(&path).expect("metadata").permissions().mode() & 0o777, 0o640);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use rcgen::{
 use rustls_pki_types::{CertificateDer, CertificateSigningRequestDer};
 
 use crate::error::{Answer, Severity};
-use crate::net::files::{self, FileError};
+use crate::net::files::{self, Access, FileError};
 use crate::net::identity::{
     self, Identity, IdentityError, PendingIdentity, Role, certificates_from_pem, is_site_name, to_pem,
 };
@@ -139,7 +139,7 @@ impl Ca {
             }
             Err(error) if error.is_missing() => {
                 let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(CaError::Make)?;
-                files::replace(&key_path, key.serialize_pem().as_bytes(), files::PRIVATE_MODE)?;
+                files::replace(&key_path, key.serialize_pem().as_bytes(), Access::Private)?;
                 key
             }
             Err(error) => return Err(error.into()),
@@ -152,7 +152,7 @@ impl Ca {
             files::replace(
                 &certificate_path,
                 to_pem("CERTIFICATE", &certificate).as_bytes(),
-                files::PUBLIC_MODE,
+                Access::Public,
             )?;
             certificate
         };

@@ -100,8 +100,12 @@ impl CloseCode {
 #[must_use]
 pub fn refusal(error: &quinn::ConnectionError) -> Option<String> {
     let ours = match CloseCode::of(error) {
-        Some(CloseCode::Revoked) => Some("this machine is revoked there; if that was a mistake, enrol it again with a new token"),
-        Some(CloseCode::Expired) => Some("this machine's certificate expired; enrol it again with a new token"),
+        Some(CloseCode::Revoked) => {
+            Some("this machine is revoked there; if that was a mistake, enrol it again with a new token")
+        }
+        Some(CloseCode::Expired) => {
+            Some("this machine's certificate expired; enrol it again with a new token")
+        }
         Some(CloseCode::NoCertificate) => Some("the other side saw no certificate; enrol this machine"),
         _ => None,
     };
@@ -124,7 +128,9 @@ pub fn refusal(error: &quinn::ConnectionError) -> Option<String> {
         44 => "it was revoked: enrol again with a new token",
         45 => "it expired, or a clock is wrong: check the clocks, then enrol again with a new token",
         48 => "another authority signed it, so the other side belongs to another site: check the address",
-        120 => "the other side does not speak this protocol: check address and port, update the older program",
+        120 => {
+            "the other side does not speak this protocol: check address and port, update the older program"
+        }
         _ => "check the address, the clocks and the site, then enrol again with a new token",
     };
     Some(format!("{whose} (TLS alert {alert}: {reason}); {remedy}"))

@@ -19,7 +19,7 @@ use crate::net::endpoint::{CloseCode, Dialer, EndpointError, TransportSettings, 
 use crate::net::enroll_wire::{
     ANSWER_BYTES_MAX, Answer, Kind, REQUEST_BYTES_MAX, Refusal, Request, WireError, is_host_name,
 };
-use crate::net::files::{self, FileError, PUBLIC_MODE};
+use crate::net::files::{self, Access, FileError};
 use crate::net::identity::{
     IDENTITY_FILE, Identity, IdentityError, PeerIdentity, PendingIdentity, Role, to_pem,
 };
@@ -150,7 +150,7 @@ pub async fn enroll(
     let identity = accept_issued(pending, chain, &trust, role, peer)?;
     // The roots first: an identity that is there is complete.
     files::create_private_dir(state_dir)?;
-    files::replace(&state_dir.join(ROOTS_FILE), to_pem("CERTIFICATE", &root).as_bytes(), PUBLIC_MODE)?;
+    files::replace(&state_dir.join(ROOTS_FILE), to_pem("CERTIFICATE", &root).as_bytes(), Access::Public)?;
     identity.save(state_dir)?;
     Ok(identity)
 }

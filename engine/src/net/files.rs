@@ -4,17 +4,15 @@
 //! Invariants: a reader sees the old or the new content, never a mixture; a private file is created 0600 and is
 //! never wider in between. Called by the rest of `net`.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::fs::{DirBuilder, File};
+use std::io::Read;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Answer, Severity};
+pub use crate::io::durable::Access;
+use crate::io::durable::replace_file;
 
-/// Mode of private files.
-pub const PRIVATE_MODE: u32 = 0o600;
-/// Mode of public files (certificates).
-pub const PUBLIC_MODE: u32 = 0o644;
 /// Largest file read here: a few thousand invitations or revocations.
 pub const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -109,41 +107,26 @@ pub fn create_private_dir(path: &Path) -> Result<(), FileError> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io_error("create directory", path))
 }
 
-/// Replaces `path` atomically and durably with `bytes`, created with `mode`.
+/// Replaces `path` atomically and durably with `bytes`.
 ///
 /// # Errors
 /// [`FileError::Io`]; the old content is then still in place.
-pub fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), FileError> {
-    // LEAD: swap the body for `crate::io::durable::replace_file` once merged; this is its only call site.
-    replace_file(path, bytes, mode).map_err(io_error("write", path))
-}
-
-fn replace_file(path: &Path, bytes: &[u8], mode: u32) -> std::io::Result<()> {
-    let mut name = path.file_name().ok_or(std::io::ErrorKind::InvalidInput)?.to_owned();
-    name.push(".new");
-    let temporary = path.with_file_name(name);
-    match fs::remove_file(&temporary) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)?;
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(parent)?.sync_all()
+pub fn replace(path: &Path, bytes: &[u8], access: Access) -> Result<(), FileError> {
+    replace_file(path, bytes, access).map_err(|error| io_error(error.step, &error.path)(error.source))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
     fn private_files_are_created_0600_and_refused_when_wider() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("secret");
-        replace(&path, b"one", PRIVATE_MODE).unwrap();
-        replace(&path, b"two", PRIVATE_MODE).unwrap();
+        replace(&path, b"one", Access::Private).unwrap();
+        replace(&path, b"two", Access::Private).unwrap();
         assert_eq!(read_private(&path).unwrap(), b"two");
         for wide in [0o640, 0o604, 0o660, 0o601] {
             fs::set_permissions(&path, fs::Permissions::from_mode(wide)).unwrap();

@@ -365,7 +365,7 @@ mod tests {
     }
 
     fn verifier(site: &Site, identity: &Identity) -> Result<GrantVerifier, GrantError> {
-        let rule = PeerRule::of_site("berlin", &Role::ALL);
+        let rule = PeerRule::of_site("berlin", Role::ALL);
         GrantVerifier::new(&site.trust, identity.chain(), &rule, wall_clock())
     }
 

@@ -16,7 +16,8 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 use crate::error::{Answer, Severity};
-use crate::net::files::{self, FileError};
+pub use crate::format::handshake::Role;
+use crate::net::files::{self, Access, FileError};
 use crate::units::{PeerId, Timestamp};
 
 /// Largest certificate accepted, in bytes; ours have about 600.
@@ -27,66 +28,6 @@ pub const CHAIN_CERTIFICATES_MAX: usize = 4;
 pub const SITE_BYTES_MAX: usize = 63;
 /// File that holds a daemon's key and certificate chain.
 pub const IDENTITY_FILE: &str = "identity.pem";
-
-/// What a daemon is allowed to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Role {
-    /// Source: reads the protected disks.
-    Agent,
-    /// Relay.
-    ProcessServer,
-    /// Writes the targets, owns the CA.
-    MasterTarget,
-}
-
-impl Role {
-    /// Every role.
-    pub const ALL: [Self; 3] = [Self::Agent, Self::ProcessServer, Self::MasterTarget];
-
-    /// As it stands in the certificate's name.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Agent => "agent",
-            Self::ProcessServer => "process-server",
-            Self::MasterTarget => "master-target",
-        }
-    }
-
-    /// Reads what [`Self::as_str`] wrote.
-    #[must_use]
-    pub fn parse(text: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|role| role.as_str() == text)
-    }
-
-    /// As it stands in binary messages; zero is never a role.
-    #[must_use]
-    pub const fn code(self) -> u8 {
-        match self {
-            Self::Agent => 1,
-            Self::ProcessServer => 2,
-            Self::MasterTarget => 3,
-        }
-    }
-
-    /// Reads what [`Self::code`] wrote.
-    #[must_use]
-    pub fn from_code(code: u8) -> Option<Self> {
-        Self::ALL.into_iter().find(|role| role.code() == code)
-    }
-
-    /// Whether daemons of this role accept connections, and so need a server certificate.
-    #[must_use]
-    pub const fn is_server(self) -> bool {
-        matches!(self, Self::ProcessServer | Self::MasterTarget)
-    }
-}
-
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
 
 /// What a signature outside TLS is for; part of the signed bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -434,7 +375,7 @@ impl Identity {
         for certificate in &self.chain {
             text.push_str(&to_pem("CERTIFICATE", certificate));
         }
-        Ok(files::replace(&dir.join(IDENTITY_FILE), text.as_bytes(), files::PRIVATE_MODE)?)
+        Ok(files::replace(&dir.join(IDENTITY_FILE), text.as_bytes(), Access::Private)?)
     }
 
     /// What the certificate says.

@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::error::{Answer, Severity};
-use crate::net::files::{self, FileError};
+use crate::net::files::{self, Access, FileError};
 use crate::net::identity::{Role, sha256};
 use crate::net::revocations::{from_hex, to_hex};
 use crate::net::token::{SECRET_BYTES, Token};
@@ -255,7 +255,7 @@ impl Invitations {
         let mut open = state.open.clone();
         let result = edit(&mut open)?;
         if open != state.open {
-            files::replace(&self.path, render(&open).as_bytes(), files::PRIVATE_MODE)?;
+            files::replace(&self.path, render(&open).as_bytes(), Access::Private)?;
             state.open = open;
         }
         Ok(result)
@@ -401,9 +401,9 @@ mod tests {
         store.create(invite(Role::Agent), NOW).unwrap();
         let path = dir.path().join("invitations");
         let text = std::fs::read_to_string(&path).unwrap();
-        files::replace(&path, format!("{text}x\n").as_bytes(), files::PRIVATE_MODE).unwrap();
+        files::replace(&path, format!("{text}x\n").as_bytes(), Access::Private).unwrap();
         assert!(matches!(Invitations::load(path.clone()), Err(InvitationError::Line { line: 3, .. })));
-        files::replace(&path, b"", files::PRIVATE_MODE).unwrap();
+        files::replace(&path, b"", Access::Private).unwrap();
         assert!(matches!(Invitations::load(path), Err(InvitationError::Line { line: 1, .. })));
     }
 }

@@ -34,6 +34,17 @@ pub enum LaneError {
     Ended(String),
 }
 
+impl LaneError {
+    /// The innermost reason: the outer ones only say "connection lost", not who closed it and why.
+    fn ended(error: &dyn std::error::Error) -> Self {
+        let mut reason = error;
+        while let Some(inner) = reason.source() {
+            reason = inner;
+        }
+        Self::Ended(reason.to_string())
+    }
+}
+
 impl Answer for LaneError {
     fn severity(&self) -> Severity {
         Severity::Retry
@@ -85,7 +96,7 @@ pub struct LaneWriter<T> {
 pub async fn dialled<T: Send + 'static>(
     connection: &Connection,
 ) -> Result<(LaneReader, LaneWriter<T>, mpsc::UnboundedReceiver<T>), LaneError> {
-    let (send, recv) = connection.open_bi().await.map_err(|error| LaneError::Ended(error.to_string()))?;
+    let (send, recv) = connection.open_bi().await.map_err(|error| LaneError::ended(&error))?;
     Ok(join(connection, send, recv))
 }
 
@@ -96,7 +107,7 @@ pub async fn dialled<T: Send + 'static>(
 pub async fn accepted<T: Send + 'static>(
     connection: &Connection,
 ) -> Result<(LaneReader, LaneWriter<T>, mpsc::UnboundedReceiver<T>), LaneError> {
-    let (send, recv) = connection.accept_bi().await.map_err(|error| LaneError::Ended(error.to_string()))?;
+    let (send, recv) = connection.accept_bi().await.map_err(|error| LaneError::ended(&error))?;
     Ok(join(connection, send, recv))
 }
 
@@ -111,7 +122,8 @@ fn join<T: Send + 'static>(
     tokio::spawn(accept_data_lanes(connection.clone(), data_in));
     let (written, handed_over) = mpsc::unbounded_channel();
     let control_out = spawn_writer(connection.clone(), send, 2, written.clone());
-    let writer = LaneWriter { connection: connection.clone(), control: control_out, data: HashMap::new(), written };
+    let writer =
+        LaneWriter { connection: connection.clone(), control: control_out, data: HashMap::new(), written };
     (LaneReader { control, data }, writer, handed_over)
 }
 
@@ -155,7 +167,7 @@ async fn read_frame(recv: &mut RecvStream) -> Result<Option<(FrameKind, Bytes)>,
     match recv.read_exact(&mut head).await {
         Ok(()) => {}
         Err(ReadExactError::FinishedEarly(0)) => return Ok(None),
-        Err(error) => return Err(LaneError::Ended(error.to_string())),
+        Err(error) => return Err(LaneError::ended(&error)),
     }
     let header = FrameHeader::decode(&head)?;
     let want = header.body_bytes as usize;
@@ -165,7 +177,7 @@ async fn read_frame(recv: &mut RecvStream) -> Result<Option<(FrameKind, Bytes)>,
             Ok(Some(chunk)) if chunk.bytes.len() == want => return Ok(Some((header.kind, chunk.bytes))),
             Ok(Some(chunk)) => body.extend_from_slice(&chunk.bytes),
             Ok(None) => return Err(LaneError::Ended("a frame was cut short".into())),
-            Err(error) => return Err(LaneError::Ended(error.to_string())),
+            Err(error) => return Err(LaneError::ended(&error)),
         }
     }
     Ok(Some((header.kind, body.freeze())))

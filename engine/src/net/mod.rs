@@ -10,6 +10,7 @@
 //! | [`identity`] | certificate, key and the name inside; signatures |
 //! | [`revocations`] | who is no longer believed, also on live connections |
 //! | [`trust`] | the one place where a certificate chain is believed or refused |
+//! | [`credentials`] | a daemon's own identity and roots: enrolled, or of the site's own PKI |
 //! | [`ca`] | the master target's certificate authority |
 //! | [`tls`] | rustls configurations |
 //! | [`lanes`] | the frames of a session over a connection |
@@ -18,6 +19,7 @@
 //! | [`grant`] | what a master target allows an agent, signed |
 
 pub mod ca;
+pub mod credentials;
 pub mod endpoint;
 pub mod enroll;
 pub mod enroll_wire;

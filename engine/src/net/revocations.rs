@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use tokio::sync::watch;
 
 use crate::error::{Answer, Severity};
-use crate::net::files::{self, FileError};
+use crate::net::files::{self, Access, FileError};
 use crate::net::identity::PeerIdentity;
 use crate::units::PeerId;
 
@@ -113,7 +113,7 @@ impl Revocations {
             return Err(RevocationError::Full);
         }
         if let Some(path) = &self.path {
-            files::replace(path, render(&entries).as_bytes(), files::PUBLIC_MODE)?;
+            files::replace(path, render(&entries).as_bytes(), Access::Public)?;
         }
         self.publish(entries);
         Ok(())

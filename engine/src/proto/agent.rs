@@ -14,22 +14,21 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 
+pub use super::agent_disk::SentBytes;
+use super::agent_disk::{AgentDisk, SentBatch, WaitingBulk, WantedPass, next_bulk, next_delta};
 use super::credit::Balance;
 use super::pass::{Pass, PassAction, Sink};
 use super::resume::{Decision, Ours, Theirs, decide};
 use super::state::{AgentDiskPhase, AgentLink};
-use super::{Lane, Outgoing, ProtoError, Prover};
+use super::{Outgoing, ProtoError, Prover};
 use crate::checksum::UnitHash;
-use crate::format::batch::{
-    BatchHeader, BulkHeader, CHAIN_START, Chain, Mark, MarkClass, Stretch, credit_cost, encode_batch,
-    encode_bulk,
-};
+use crate::format::batch::{BatchHeader, BulkHeader, MarkClass, Stretch, credit_cost, encode_bulk};
 use crate::format::extent::Record;
-use crate::format::frame::{Frame, FrameKind};
+use crate::format::frame::FrameKind;
 use crate::format::handshake::{Hello, Version};
 use crate::format::message::{
-    Ack, CompareRequestHead, ErrorCode, GrantHead, InventoryDisk, InventoryHead, Message, Nack, OfferHead,
-    OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
+    Ack, CompareRequestHead, ErrorCode, Fenced, GrantHead, InventoryDisk, InventoryHead, Message, Nack,
+    OfferHead, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
 };
 use crate::format::wire::Text;
 use crate::limits::{CHUNK_BYTES, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DISKS_PER_AGENT_MAX};
@@ -105,137 +104,6 @@ pub enum AgentEvent {
         /// The other end's words.
         text: String,
     },
-}
-
-/// A delta batch that is not yet durable.
-#[derive(Debug)]
-struct SentBatch {
-    header: BatchHeader,
-    records: Vec<Record>,
-    chain_after: Chain,
-    cost: u64,
-    chunk: Option<u64>,
-}
-
-/// A bulk batch that waits for credit.
-#[derive(Debug)]
-struct WaitingBulk {
-    chunk: u64,
-    cost: u64,
-    plain_bytes: u64,
-    frame: Frame,
-}
-
-/// What was handed to the transport for a disk since the agent started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SentBytes {
-    /// Plain payload; sent again counts again.
-    pub plain: u64,
-    /// Frames as encoded.
-    pub wire: u64,
-}
-
-#[derive(Debug)]
-struct AgentDisk {
-    phase: AgentDiskPhase,
-    source: SourceId,
-    size_sectors: u64,
-    generation: Generation,
-    grant: Bytes,
-    lineage: Option<LineageId>,
-    durable: Sequence,
-    durable_chain: Chain,
-    last: Sequence,
-    last_chain: Chain,
-    unacked: VecDeque<SentBatch>,
-    unsent_from: usize,
-    mark: Option<Mark>,
-    mark_sent: bool,
-    balance: Balance,
-    bulk: VecDeque<WaitingBulk>,
-    pass: Option<Pass>,
-    requests: BTreeMap<u64, u64>,
-    next_request: u64,
-    epoch: u64,
-    newest_time: Timestamp,
-    sent: SentBytes,
-    /// The pass at the target, as it last said.
-    target_pass: u64,
-    wanted: Option<WantedPass>,
-}
-
-/// A compare pass that must happen: asked for again in every session until the target says that it began.
-#[derive(Clone, Copy, Debug)]
-struct WantedPass {
-    cause: PassCause,
-    /// The pass that ran when it was asked for; a later one is the wanted one.
-    asked_in: Option<u64>,
-}
-
-impl AgentDisk {
-    const fn whole(&self) -> SectorRange {
-        SectorRange { start: 0, end: self.size_sectors }
-    }
-
-    /// The chain digest at `sequence`, if it is a batch border we still know.
-    fn chain_at(&self, sequence: Sequence) -> Option<Chain> {
-        if sequence == self.durable {
-            return Some(self.durable_chain);
-        }
-        let batch = self.unacked.iter().find(|batch| batch.header.last_sequence() == sequence);
-        batch.map(|batch| batch.chain_after)
-    }
-
-    fn forget_durable(&mut self, durable: Sequence) {
-        while let Some(batch) = self.unacked.front()
-            && batch.header.last_sequence() <= durable
-        {
-            self.durable = batch.header.last_sequence();
-            self.durable_chain = batch.chain_after;
-            self.unacked.pop_front();
-            self.unsent_from = self.unsent_from.saturating_sub(1);
-        }
-    }
-
-    /// Takes note of the pass that runs at the target.
-    fn set_target_pass(&mut self, pass: u64) {
-        self.target_pass = pass;
-        self.wanted = self.wanted.filter(|wanted| wanted.asked_in.is_none_or(|before| pass <= before));
-    }
-
-    /// Ends the running walk: work handed out for it is ignored when it comes back.
-    fn end_walk(&mut self) {
-        self.pass = None;
-        self.bulk.clear();
-        self.requests.clear();
-        self.epoch += 1;
-    }
-
-    /// A mark after everything submitted so far.
-    fn place_mark(&mut self, disk: DiskId, class: MarkClass, source_time: Timestamp) {
-        self.mark_sent = false;
-        self.mark = self.lineage.map(|lineage| Mark {
-            disk,
-            lineage,
-            generation: self.generation,
-            sequence: self.last,
-            chain: self.last_chain,
-            source_time,
-            class,
-        });
-    }
-
-    /// Takes over the target's position, dropping what is not durable: a pass will carry it.
-    fn adopt(&mut self, head: &GrantHead) {
-        self.lineage = Some(head.lineage);
-        self.durable = head.durable;
-        self.durable_chain = head.chain;
-        self.last = head.durable;
-        self.last_chain = head.chain;
-        self.unacked.clear();
-        self.unsent_from = 0;
-        self.mark = None;
-    }
 }
 
 /// The agent's end of a session.
@@ -367,10 +235,7 @@ impl Agent {
                 }
             }
             (AgentLink::Ready, Message::Nack(nack)) => self.handle_nack(&nack),
-            (AgentLink::Ready, Message::Fenced(fenced)) => {
-                let text = format!("generation {} was granted to another session", fenced.generation);
-                self.stop_disk(fenced.disk, ErrorCode::Grant, text);
-            }
+            (AgentLink::Ready, Message::Fenced(fenced)) => self.handle_fenced(&fenced),
             (AgentLink::Ready, Message::CompareHashes(head, hashes)) => {
                 if let Some(disk) = self.open_disk(head.disk, head.generation)
                     && let Some(chunk) = disk.requests.remove(&head.request)
@@ -398,6 +263,20 @@ impl Agent {
         Ok(())
     }
 
+    /// Somebody else has the disk, unless the words are about what this agent sent under an older generation.
+    fn handle_fenced(&mut self, fenced: &Fenced) {
+        let Some(disk) = self.disks.get(&fenced.disk) else { return };
+        let own_past = match disk.phase {
+            AgentDiskPhase::Opening => fenced.generation == disk.generation,
+            _ => fenced.generation <= disk.generation,
+        };
+        if own_past {
+            return;
+        }
+        let text = format!("generation {} was granted to another session", fenced.generation);
+        self.stop_disk(fenced.disk, ErrorCode::Grant, text);
+    }
+
     fn stop_disk(&mut self, disk: DiskId, code: ErrorCode, text: String) {
         let Some(state) = self.disks.get_mut(&disk) else { return };
         if matches!(state.phase, AgentDiskPhase::Open | AgentDiskPhase::Opening) {
@@ -411,32 +290,7 @@ impl Agent {
         if self.disks.len() >= DISKS_PER_AGENT_MAX && !self.disks.contains_key(&head.disk) {
             return Err(ProtoError::Limit(format!("more than {DISKS_PER_AGENT_MAX} disks offered")));
         }
-        let disk = self.disks.entry(head.disk).or_insert_with(|| AgentDisk {
-            phase: AgentDiskPhase::Closed,
-            source: head.source,
-            size_sectors: head.size_sectors,
-            generation: head.generation,
-            grant: Bytes::new(),
-            lineage: None,
-            durable: Sequence::ZERO,
-            durable_chain: CHAIN_START,
-            last: Sequence::ZERO,
-            last_chain: CHAIN_START,
-            unacked: VecDeque::new(),
-            unsent_from: 0,
-            mark: None,
-            mark_sent: false,
-            balance: Balance::default(),
-            bulk: VecDeque::new(),
-            pass: None,
-            requests: BTreeMap::new(),
-            next_request: 1,
-            epoch: 0,
-            newest_time: Timestamp::ZERO,
-            sent: SentBytes::default(),
-            target_pass: 0,
-            wanted: None,
-        });
+        let disk = self.disks.entry(head.disk).or_insert_with(|| AgentDisk::new(head));
         if !matches!(disk.phase, AgentDiskPhase::Closed | AgentDiskPhase::Stopped) {
             return Ok(()); // offered twice: the first stands
         }
@@ -483,7 +337,6 @@ impl Agent {
         disk.generation = head.generation;
         disk.grant = grant;
         disk.balance = Balance::default();
-        disk.mark_sent = false;
         disk.set_target_pass(head.pass);
         let ours = Ours {
             lineage: disk.lineage,
@@ -500,8 +353,9 @@ impl Agent {
                 disk.unsent_from = 0;
                 for batch in &mut disk.unacked {
                     batch.header.generation = head.generation;
-                    batch.chunk = None;
                 }
+                disk.mark = disk.mark.filter(|mark| mark.sequence >= head.durable);
+                disk.mark_sent = false;
             }
             Decision::Compare(why) => {
                 disk.adopt(head);
@@ -509,11 +363,11 @@ impl Agent {
             }
         }
         if head.mode == PassMode::Done {
-            disk.pass = None;
+            disk.end_walk();
         } else {
             let settled: RangeSet = ranges.iter().copied().collect();
             let pass = Pass::new(head.pass, head.mode, Sink::Bulk, disk.whole(), settled);
-            disk.pass = Some(pass.with_chunk_bytes(self.chunk_bytes));
+            disk.begin_walk(pass.with_chunk_bytes(self.chunk_bytes));
         }
         self.events.push_back(AgentEvent::Opened { disk: head.disk, mode: head.mode });
         if let Some(cause) = cause {
@@ -537,20 +391,24 @@ impl Agent {
     fn ask_for_pass(&mut self, disk: DiskId, cause: PassCause) {
         let Some(state) = self.disks.get_mut(&disk) else { return };
         state.wanted = Some(WantedPass { cause, asked_in: Some(state.target_pass) });
+        state.end_walk(); // the wanted one covers it
         let message = Message::PassBegin(PassBegin { disk, generation: state.generation, cause });
         self.control(&message);
         self.events.push_back(AgentEvent::Resync { disk, cause });
     }
 
     /// Begins a scan round: everything that differs goes by the delta stream, a fuzzy mark ends it. Answers whether
-    /// it began (the disk is open, synced and not already being walked).
+    /// it began: the disk is open, synced, not already being walked, and all it submitted is durable. Without the last,
+    /// hashes would overtake older data on their way, and find equal what those are about to overwrite.
     pub fn begin_scan(&mut self, disk: DiskId) -> bool {
         let Some(state) = self.disks.get_mut(&disk) else { return false };
-        if state.phase != AgentDiskPhase::Open || state.pass.is_some() || state.mark.is_some() {
+        let walking = state.pass.is_some() || state.wanted.is_some();
+        let drained = state.mark.is_none() && state.unacked.is_empty();
+        if state.phase != AgentDiskPhase::Open || walking || !drained {
             return false;
         }
         let pass = Pass::new(0, PassMode::Compare, Sink::Delta, state.whole(), RangeSet::new());
-        state.pass = Some(pass.with_chunk_bytes(self.chunk_bytes));
+        state.begin_walk(pass.with_chunk_bytes(self.chunk_bytes));
         true
     }
 
@@ -560,13 +418,14 @@ impl Agent {
         disk.set_target_pass(state.pass);
         if state.mode == PassMode::Done {
             if disk.pass.as_ref().is_some_and(|pass| pass.number() == state.pass) {
-                disk.pass = None;
-                self.events.push_back(AgentEvent::Synced { disk: state.disk });
+                disk.end_walk();
+                if disk.wanted.is_none() {
+                    self.events.push_back(AgentEvent::Synced { disk: state.disk });
+                }
             }
         } else {
-            disk.end_walk();
             let pass = Pass::new(state.pass, state.mode, Sink::Bulk, disk.whole(), RangeSet::new());
-            disk.pass = Some(pass.with_chunk_bytes(chunk_bytes));
+            disk.begin_walk(pass.with_chunk_bytes(chunk_bytes));
         }
     }
 
@@ -579,8 +438,9 @@ impl Agent {
             && ack.durable >= mark.sequence
         {
             disk.mark = None;
-            if disk.pass.as_ref().is_some_and(|pass| pass.sink() == Sink::Delta) {
-                disk.pass = None;
+            // The walk's own mark, or a later one: either way all it submitted is durable.
+            if disk.pass.as_ref().is_some_and(|pass| pass.sink() == Sink::Delta && pass.has_ended()) {
+                disk.end_walk();
                 self.events.push_back(AgentEvent::ScanDone { disk: ack.disk });
             }
         }
@@ -590,7 +450,7 @@ impl Agent {
         let Some(disk) = self.open_disk(nack.disk, nack.generation) else { return };
         let from = disk.unacked.iter().position(|batch| batch.header.last_sequence() >= nack.resume_from);
         disk.unsent_from = from.unwrap_or(disk.unacked.len());
-        disk.mark_sent = false;
+        disk.resend_mark(Sequence(nack.resume_from.0.saturating_sub(1)));
     }
 
     fn open_disk(&mut self, disk: DiskId, generation: Generation) -> Option<&mut AgentDisk> {
@@ -718,7 +578,7 @@ impl Agent {
         Some(state.last)
     }
 
-    /// Places a mark after everything submitted so far.
+    /// Places a mark after everything submitted so far; one that is not durable yet is replaced.
     pub fn submit_mark(&mut self, disk: DiskId, class: MarkClass, source_time: Timestamp) {
         if let Some(state) = self.disks.get_mut(&disk) {
             state.place_mark(disk, class, source_time);
@@ -840,47 +700,6 @@ impl Agent {
     fn control(&mut self, message: &Message) {
         self.outbox.push_back(Outgoing::control(message.encode()));
     }
-}
-
-/// The next delta batch or mark of a disk that credit allows.
-fn next_delta(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
-    if let Some(batch) = disk.unacked.get_mut(disk.unsent_from) {
-        if !disk.balance.spend(batch.cost) {
-            return None;
-        }
-        disk.unsent_from += 1;
-        let frame = encode_batch(&batch.header, &batch.records);
-        disk.sent.plain += batch.records.iter().map(Record::plain_bytes).sum::<u64>();
-        disk.sent.wire += frame.encoded_bytes() as u64;
-        if let Some(chunk) = batch.chunk.take()
-            && let Some(pass) = disk.pass.as_mut()
-        {
-            pass.handle_sent(chunk);
-        }
-        return Some(Outgoing { lane: Lane::Delta(id), frame });
-    }
-    if let Some(mark) = &disk.mark
-        && !disk.mark_sent
-    {
-        disk.mark_sent = true;
-        let mark = Mark { generation: disk.generation, ..*mark };
-        return Some(Outgoing { lane: Lane::Delta(id), frame: Message::Mark(mark).encode() });
-    }
-    None
-}
-
-fn next_bulk(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
-    let cost = disk.bulk.front()?.cost;
-    if !disk.balance.spend(cost) {
-        return None;
-    }
-    let bulk = disk.bulk.pop_front()?;
-    disk.sent.plain += bulk.plain_bytes;
-    disk.sent.wire += bulk.frame.encoded_bytes() as u64;
-    if let Some(pass) = disk.pass.as_mut() {
-        pass.handle_sent(bulk.chunk);
-    }
-    Some(Outgoing { lane: Lane::Bulk(id), frame: bulk.frame })
 }
 
 /// The frame's name, for messages.

@@ -4,7 +4,15 @@
 //! never passes its limit; the receiver treats passing it as a violation. Units: credit cost in bytes
 //! ([`crate::format::batch::credit_cost`]).
 
+use crate::format::batch::BATCH_COST_MAX;
 use crate::limits::{PROGRESS_BYTES, PROGRESS_NANOS, UNDURABLE_BYTES_MAX, UNWRITTEN_BYTES_MAX};
+
+/// A new limit is announced when it grew by this part of the window.
+const ANNOUNCE_PART: u64 = 8;
+
+// A sender that has used all of its last limit must be able to send the dearest batch once everything is written, or
+// it waits for ever.
+const _: () = assert!(UNWRITTEN_BYTES_MAX - UNWRITTEN_BYTES_MAX / ANNOUNCE_PART >= BATCH_COST_MAX);
 
 /// The sender's side.
 #[derive(Clone, Copy, Debug, Default)]
@@ -84,28 +92,29 @@ impl Window {
         self.accepted <= self.announced
     }
 
-    /// Everything accepted and not written so far is `cost` less.
+    /// Of what was accepted, `cost` is written.
     pub fn wrote(&mut self, cost: u64) {
         self.written += cost;
         debug_assert!(self.written <= self.accepted);
     }
 
-    /// What has been written so far.
-    #[must_use]
-    pub const fn written(&self) -> u64 {
-        self.written
+    /// Of what was written, `cost` is durable.
+    pub fn made_durable(&mut self, cost: u64) {
+        self.durable += cost;
+        debug_assert!(self.durable <= self.written);
     }
 
-    /// Everything that was written when `written` was read is durable.
-    pub fn made_durable(&mut self, written: u64) {
-        self.durable = self.durable.max(written);
+    /// Of what was accepted, `cost` will never be written: it was known already, or refused.
+    pub fn dropped(&mut self, cost: u64) {
+        self.wrote(cost);
+        self.made_durable(cost);
     }
 
     /// The limit to announce, when it grew enough to be worth a message.
     #[must_use = "a limit taken here must be announced"]
     pub fn announce(&mut self) -> Option<u64> {
         let limit = self.limit();
-        let step = self.limits.unwritten_bytes / 8;
+        let step = self.limits.unwritten_bytes / ANNOUNCE_PART;
         if limit >= self.announced + step || self.announced == 0 {
             self.announced = limit;
             return Some(limit);
@@ -135,8 +144,22 @@ mod tests {
             sent += more;
         }
         assert_eq!(sent, UNDURABLE_BYTES_MAX, "closed until something is durable");
-        window.made_durable(window.written());
+        window.made_durable(sent);
         assert!(window.announce().is_some());
+    }
+
+    #[test]
+    fn what_is_refused_costs_no_credit_for_ever() {
+        let limits = FlowLimits { unwritten_bytes: 80, undurable_bytes: 100, ..FlowLimits::default() };
+        let mut window = Window::new(limits);
+        let mut sent = 0;
+        for _ in 0..100 {
+            let _ = window.announce();
+            assert!(window.accept(40));
+            window.dropped(40);
+            sent += 40;
+            assert_eq!(window.limit(), sent + 80);
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! disk was granted to this session's agent; batches are routed by their disk without being decoded here.
 //! Units: none. Called by `master-target/src/session.rs` and the simulator.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -87,7 +87,9 @@ pub struct TargetSession {
     link: TargetLink,
     agent: PeerId,
     relays: u8,
-    offered: BTreeSet<DiskId>,
+    offered: BTreeMap<DiskId, SourceId>,
+    /// Disks whose OPEN_DISK was not answered yet.
+    opening: BTreeMap<DiskId, Generation>,
     opened: BTreeSet<DiskId>,
     outbox: VecDeque<Outgoing>,
     events: VecDeque<SessionEvent>,
@@ -123,7 +125,8 @@ impl TargetSession {
             link: TargetLink::Fresh,
             agent: PeerId::NONE,
             relays: 0,
-            offered: BTreeSet::new(),
+            offered: BTreeMap::new(),
+            opening: BTreeMap::new(),
             opened: BTreeSet::new(),
             outbox: VecDeque::new(),
             events: VecDeque::new(),
@@ -223,7 +226,7 @@ impl TargetSession {
     }
 
     fn handle_open(&mut self, head: OpenDiskHead, grant: &[u8]) -> Result<(), ProtoError> {
-        if !self.offered.contains(&head.disk) {
+        if !self.offered.contains_key(&head.disk) {
             self.refuse(head.disk, ErrorCode::UnknownDisk, "this disk is not offered to this agent");
             return Ok(());
         }
@@ -234,6 +237,7 @@ impl TargetSession {
             return Ok(());
         }
         self.opened.insert(head.disk);
+        self.opening.insert(head.disk, head.generation);
         self.events.push_back(SessionEvent::ToDisk(head.disk, DiskInput::Open(head)));
         Ok(())
     }
@@ -254,7 +258,7 @@ impl TargetSession {
 
     /// Offers a disk to the agent: now, and whenever it connects again the driver does so again.
     pub fn offer(&mut self, disk: DiskId, source: SourceId, size_sectors: u64, generation: Generation) {
-        self.offered.insert(disk);
+        self.offered.insert(disk, source);
         let grant = self.authority.issue(disk, size_sectors, generation, self.agent);
         let grant_bytes = grant.len() as u16;
         self.control(&Message::Offer(
@@ -263,10 +267,27 @@ impl TargetSession {
         ));
     }
 
-    /// Sends a disk's reply; a GRANT gets the signed grant of its new generation here.
+    /// Sends a disk's reply; a GRANT gets the signed grant of its new generation here. An OPEN_DISK that came too late
+    /// for the offer it answers is fenced and gets a new offer: nobody else would make one while the session lasts.
     pub fn send_reply(&mut self, message: Message, size_sectors: u64) {
         let message = match message {
+            Message::Fenced(fenced) => {
+                self.control(&Message::Fenced(fenced));
+                let presented = self.opening.get(&fenced.disk).copied();
+                if presented.is_some_and(|generation| generation != fenced.generation)
+                    && let Some(source) = self.offered.get(&fenced.disk).copied()
+                {
+                    self.opening.remove(&fenced.disk);
+                    self.offer(fenced.disk, source, size_sectors, fenced.generation);
+                }
+                return;
+            }
+            Message::Error(head, text) => {
+                self.opening.remove(&head.disk);
+                Message::Error(head, text)
+            }
             Message::Grant(mut head, ranges, _) => {
+                self.opening.remove(&head.disk);
                 let grant = self.authority.issue(head.disk, size_sectors, head.generation, self.agent);
                 head.grant_bytes = grant.len() as u16;
                 Message::Grant(head, ranges, grant)

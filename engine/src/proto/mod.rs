@@ -4,7 +4,7 @@
 //!
 //! | file | role |
 //! |---|---|
-//! | [`agent`] | opens disks, sends delta and bulk, forgets only what is durable |
+//! | [`agent`], `agent_disk` | opens disks, sends delta and bulk, forgets only what is durable |
 //! | [`pass`] | plans one walk over a disk: copy, compare, refine, send |
 //! | [`process_server`] | relays one session, recompresses, never reorders |
 //! | [`master_target`] | one session's handshake and routing at the target |
@@ -15,6 +15,7 @@
 //! Invariants: no core blocks, reads a clock or touches a file; every queue is bounded by credit or by `limits`.
 
 pub mod agent;
+mod agent_disk;
 pub mod batch;
 pub mod credit;
 pub mod master_target;

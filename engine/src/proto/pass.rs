@@ -294,6 +294,12 @@ impl Pass {
         }
     }
 
+    /// Whether [`Self::take_end`] answered true.
+    #[must_use]
+    pub const fn has_ended(&self) -> bool {
+        self.end_announced
+    }
+
     /// Whether everything is settled; true once, so that the end is announced once.
     #[must_use]
     pub fn take_end(&mut self) -> bool {

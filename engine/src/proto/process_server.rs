@@ -26,6 +26,9 @@ use crate::format::message::{Credit, GrantHead, Message};
 use crate::limits::{DISKS_PER_AGENT_MAX, HANDSHAKE_NANOS_MAX};
 use crate::units::{DiskId, Generation, MonoTime, PeerId, SECTOR_BYTES};
 
+/// Frames of one lane that may wait for a compression job: batches are bounded by credit, marks by this.
+const LANE_FRAMES_MAX: usize = 4096;
+
 /// One side of a relayed session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
@@ -67,14 +70,6 @@ enum BatchHead {
     Bulk(BulkHeader),
 }
 
-#[derive(Debug)]
-enum Slot {
-    /// Compression runs.
-    Waiting { job: u64, head: BatchHead, cost: u64 },
-    /// May leave when it is first.
-    Ready { frame: Frame, cost: u64 },
-}
-
 impl BatchHead {
     const fn generation(&self) -> Generation {
         match self {
@@ -84,13 +79,24 @@ impl BatchHead {
     }
 }
 
+#[derive(Debug)]
+enum Slot {
+    /// Compression runs.
+    Waiting { job: u64, head: BatchHead, cost: u64 },
+    /// May leave when it is first.
+    Ready { frame: Frame, cost: u64 },
+}
+
 #[derive(Debug, Default)]
 struct RelayDisk {
     size_sectors: u64,
+    /// What the target allows since the grant.
     upstream_limit: u64,
+    /// What came since the grant, and what was passed on to the agent as its limit.
     received: u64,
-    forwarded: u64,
     announced: u64,
+    /// What was handed to the transport since the grant.
+    forwarded: u64,
     /// Cost of batches from before the disk was opened again that are still held: they free no window of this grant.
     stale: u64,
     plain_bytes: u64,
@@ -129,7 +135,8 @@ pub struct RelaySession {
 }
 
 impl RelaySession {
-    /// A session of the agent that the connection's certificate names; at most `window_bytes` are held per disk.
+    /// A session of the agent that the connection's certificate names; at most `window_bytes` are held per disk, which
+    /// must be more than the dearest batch costs, or that one waits for ever.
     #[must_use]
     pub fn new(transport_agent: PeerId, window_bytes: u64, now: MonoTime) -> Self {
         Self {
@@ -190,8 +197,8 @@ impl RelaySession {
                 self.pass_on(Side::Agent, Lane::Control, Frame::new(kind, body));
                 Ok(())
             }
-            (Side::Agent, RelayLink::Open) => self.from_agent(kind, body),
-            (Side::Target, RelayLink::Open) => self.from_target(kind, body),
+            (Side::Agent, RelayLink::Open) => self.take_from_agent(kind, body),
+            (Side::Target, RelayLink::Open) => self.take_from_target(kind, body),
             (_, state) => Err(ProtoError::Unexpected { got: frame_name(kind), state: state.name() }),
         }
     }
@@ -222,7 +229,7 @@ impl RelaySession {
         }
     }
 
-    fn from_agent(&mut self, kind: FrameKind, body: Bytes) -> Result<(), ProtoError> {
+    fn take_from_agent(&mut self, kind: FrameKind, body: Bytes) -> Result<(), ProtoError> {
         match kind {
             FrameKind::Batch => {
                 let (header, records) = decode_batch(body)?;
@@ -236,6 +243,10 @@ impl RelaySession {
                 let Message::Mark(mark) = Message::decode(kind, &body)? else { return Ok(()) };
                 if !self.disks.contains_key(&mark.disk) {
                     return Err(not_granted(mark.disk));
+                }
+                let waiting = self.lanes.get(&Lane::Delta(mark.disk)).map_or(0, VecDeque::len);
+                if waiting >= LANE_FRAMES_MAX {
+                    return Err(ProtoError::Limit(format!("{waiting} frames wait for one disk")));
                 }
                 self.queue(Lane::Delta(mark.disk), Slot::Ready { frame: Frame::new(kind, body), cost: 0 });
                 Ok(())
@@ -252,7 +263,9 @@ impl RelaySession {
                     && let Message::OpenDisk(head, _) = Message::decode(kind, &body)?
                 {
                     if self.sizes.len() >= DISKS_PER_AGENT_MAX && !self.sizes.contains_key(&head.disk) {
-                        return Err(ProtoError::Limit(format!("more than {DISKS_PER_AGENT_MAX} disks opened")));
+                        return Err(ProtoError::Limit(format!(
+                            "more than {DISKS_PER_AGENT_MAX} disks opened"
+                        )));
                     }
                     self.sizes.insert(head.disk, head.size_sectors);
                 }
@@ -335,7 +348,7 @@ impl RelaySession {
         }
     }
 
-    fn from_target(&mut self, kind: FrameKind, body: Bytes) -> Result<(), ProtoError> {
+    fn take_from_target(&mut self, kind: FrameKind, body: Bytes) -> Result<(), ProtoError> {
         match kind {
             FrameKind::Welcome
             | FrameKind::Offer

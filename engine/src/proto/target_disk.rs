@@ -1,8 +1,10 @@
 //! One disk at the target: who may write it, in what order, with how much credit, and when its writes are durable.
 //!
 //! Call order: `handle_*`, then drain [`TargetDisk::poll_action`]; the driver executes [`DiskAction`]s **strictly in
-//! the order they come**, one after another, and reports each; [`TargetDisk::handle_timeout`] at
-//! [`TargetDisk::poll_timeout`].
+//! the order they come**, one after another, and reports each, but sends replies at once (also by
+//! [`TargetDisk::poll_reply`] while it waits for space); [`TargetDisk::handle_timeout`] at
+//! [`TargetDisk::poll_timeout`]. A driver that took actions out and did not start them when it reports
+//! [`TargetDisk::handle_failed`] forgets them.
 //!
 //! Invariants: a generation is durable before its GRANT is sent, and lower ones are refused from the moment it is
 //! chosen (I9); the state that a checkpoint records was true when the checkpoint was ordered, and everything ordered
@@ -22,9 +24,13 @@ use crate::format::message::{
     Ack, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead, Message,
     Nack, NackReason, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
 };
-use crate::limits::RANGES_PER_MESSAGE_MAX;
+use crate::limits::{CHUNKS_OPEN_MAX, RANGES_PER_MESSAGE_MAX};
 use crate::range_set::RangeSet;
 use crate::units::{DiskId, Generation, LineageId, MonoTime, PeerId, SectorRange, Sequence};
+
+/// Requests for hashes that may wait for a disk: a walk has two for each of its chunks under way, and four walks may
+/// follow each other before their answers do.
+const HASHES_WAITING_MAX: usize = 8 * CHUNKS_OPEN_MAX;
 
 /// Names a session at the target; never reused while the daemon runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -63,7 +69,8 @@ pub enum DiskAction {
         /// The state.
         state: Box<DiskState>,
     },
-    /// Send to a session (GRANTs get their signature there).
+    /// Send to a session (GRANTs get their signature there). Replies keep their own order and wait for nothing else: they
+    /// speak of what is already done.
     Reply {
         /// To whom.
         session: SessionId,
@@ -89,7 +96,7 @@ pub enum DiskNotice {
 
 #[derive(Debug)]
 struct Checkpoint {
-    written_cost: u64,
+    cost: u64,
     sequence: Sequence,
     marked: Sequence,
     /// The pass that `settled` and `ends_pass` speak of: another may have begun when the checkpoint is done.
@@ -113,7 +120,6 @@ pub struct TargetDisk {
     received: Sequence,
     nacked: bool,
     window: Window,
-    ordered_cost: u64,
     unflushed_bytes: u64,
     dirty_since: Option<MonoTime>,
     fresh_settled: RangeSet,
@@ -125,8 +131,10 @@ pub struct TargetDisk {
     /// Sequence of the last mark that a finished checkpoint recorded.
     durable_marked: Sequence,
     ever_opened: bool,
+    hashes_waiting: usize,
     limits: FlowLimits,
     actions: VecDeque<DiskAction>,
+    replies: VecDeque<DiskAction>,
     notices: VecDeque<DiskNotice>,
 }
 
@@ -173,7 +181,6 @@ impl TargetDisk {
             session: None,
             nacked: false,
             window: Window::new(limits),
-            ordered_cost: 0,
             unflushed_bytes: 0,
             dirty_since: None,
             fresh_settled: RangeSet::new(),
@@ -181,8 +188,10 @@ impl TargetDisk {
             pass_announce: false,
             opening: None,
             running: None,
+            hashes_waiting: 0,
             limits,
             actions: VecDeque::new(),
+            replies: VecDeque::new(),
             notices: VecDeque::new(),
         }
     }
@@ -227,14 +236,11 @@ impl TargetDisk {
             self.state.mode = PassMode::Compare; // something was perhaps written and not recorded
         }
         self.ever_opened = true;
-        if let Some(old) = self.session.take().filter(|old| *old != session) {
+        let opening = self.opening.replace(session);
+        for old in [self.session.take(), opening].into_iter().flatten().filter(|old| *old != session) {
             self.reply(old, Message::Fenced(self.fenced()));
             self.notices.push_back(DiskNotice::FencedSession(old));
         }
-        if let Some(running) = &mut self.running {
-            running.grants = None; // it records the generation before this one
-        }
-        self.opening = Some(session);
         self.received = self.state.sequence;
         self.nacked = false;
         self.pass_end_wanted = false;
@@ -252,7 +258,7 @@ impl TargetDisk {
         records: Vec<Record>,
     ) {
         if !self.may_write(session, header.generation) {
-            return self.reply(session, Message::Fenced(self.fenced()));
+            return self.fence(session);
         }
         let cost = credit_cost(&records);
         if !self.window.accept(cost) {
@@ -261,14 +267,14 @@ impl TargetDisk {
         let chain = (header.lineage == self.state.lineage).then_some(self.state.chain);
         let last = header.last_sequence();
         if chain.is_some() && last <= self.received {
-            self.drop_batch(now, cost);
+            self.window_dropped(cost);
             if last <= self.durable {
                 self.ack(session);
             }
             return;
         }
         if header.first_sequence > self.received.next() {
-            self.drop_batch(now, cost);
+            self.window_dropped(cost);
             if !self.nacked {
                 self.nacked = true;
                 self.nack(session, NackReason::Gap);
@@ -289,24 +295,33 @@ impl TargetDisk {
         self.state.chain = header.chain_after(&records);
         if self.state.mode != PassMode::Done {
             for record in &records {
-                self.state.touched.insert(record.range());
+                for unsettled in self.state.settled.missing(record.range()) {
+                    self.state.touched.insert(unsettled);
+                }
             }
         }
         let pieces = records.into_iter().map(|record| Piece { keep: vec![record.range()], record }).collect();
         self.order_write(now, pieces, cost);
     }
 
-    /// A delta batch that failed its checks before it came here.
-    pub fn handle_damaged(&mut self, session: SessionId, generation: Generation) {
-        if self.may_write(session, generation) {
-            self.nack(session, NackReason::Damaged);
+    /// A delta batch whose head could be read and whose payload failed its checks; `cost` is its credit cost. One whose
+    /// head cannot be read ends the session instead: nobody can tell what it was.
+    pub fn handle_damaged(&mut self, session: SessionId, generation: Generation, cost: u64) {
+        if !self.may_write(session, generation) {
+            return self.fence(session);
         }
+        if !self.window.accept(cost) {
+            return self.expel(session, ErrorCode::Limit, "a batch was sent without credit");
+        }
+        self.window_dropped(cost);
+        self.nacked = true; // what follows it is a gap that is known
+        self.nack(session, NackReason::Damaged);
     }
 
     /// A mark in the delta stream.
     pub fn handle_mark(&mut self, now: MonoTime, session: SessionId, mark: &Mark) {
         if !self.may_write(session, mark.generation) {
-            return self.reply(session, Message::Fenced(self.fenced()));
+            return self.fence(session);
         }
         if mark.lineage != self.state.lineage || mark.sequence > self.received {
             return; // its batches were refused and are being sent again, the mark with them
@@ -327,14 +342,14 @@ impl TargetDisk {
         records: Vec<Record>,
     ) {
         if !self.may_write(session, header.generation) {
-            return self.reply(session, Message::Fenced(self.fenced()));
+            return self.fence(session);
         }
         let cost = credit_cost(&records);
         if !self.window.accept(cost) {
             return self.expel(session, ErrorCode::Limit, "a batch was sent without credit");
         }
         if header.pass != self.state.pass || self.state.mode == PassMode::Done {
-            return self.drop_batch(now, cost); // of a pass that is over
+            return self.window_dropped(cost); // of a pass that is over
         }
         if !self.state.whole().contains(header.cover) {
             let text = format!("{} lie outside the granted disk", header.cover);
@@ -342,7 +357,7 @@ impl TargetDisk {
         }
         let pieces = records
             .into_iter()
-            .map(|record| Piece { keep: self.state.touched.missing(record.range()), record })
+            .map(|record| Piece { keep: self.bulk_may_write(record.range()), record })
             .filter(|piece| !piece.keep.is_empty())
             .collect::<Vec<_>>();
         self.state.settled.insert(header.cover);
@@ -351,22 +366,33 @@ impl TargetDisk {
         self.order_write(now, pieces, cost);
     }
 
+    /// What bulk may write of a range: not what delta wrote since the pass began, and nothing twice in one pass, for
+    /// what came after the first time is not remembered.
+    fn bulk_may_write(&self, range: SectorRange) -> Vec<SectorRange> {
+        let unsettled = self.state.settled.missing(range);
+        unsettled.into_iter().flat_map(|part| self.state.touched.missing(part)).collect()
+    }
+
     /// A request for hashes.
     pub fn handle_compare(&mut self, session: SessionId, request: CompareRequestHead, units: Vec<u16>) {
         if !self.may_write(session, request.generation) {
-            return self.reply(session, Message::Fenced(self.fenced()));
+            return self.fence(session);
         }
         if !self.state.whole().contains(request.range) {
             let text = format!("{} lie outside the granted disk", request.range);
             return self.expel(session, ErrorCode::Grant, &text);
         }
+        if self.hashes_waiting >= HASHES_WAITING_MAX {
+            return self.expel(session, ErrorCode::Limit, "too many requests for hashes at once");
+        }
+        self.hashes_waiting += 1;
         self.actions.push_back(DiskAction::Hash { session, request, units });
     }
 
     /// The agent asks for a compare pass.
     pub fn handle_pass_begin(&mut self, now: MonoTime, session: SessionId, begin: &PassBegin) {
         if !self.may_write(session, begin.generation) {
-            return self.reply(session, Message::Fenced(self.fenced()));
+            return self.fence(session);
         }
         self.state.pass += 1;
         self.state.mode = PassMode::Compare;
@@ -383,7 +409,7 @@ impl TargetDisk {
     /// The agent says that it covered the disk.
     pub fn handle_pass_end(&mut self, now: MonoTime, session: SessionId, end: &PassEnd) {
         if !self.may_write(session, end.generation) {
-            return self.reply(session, Message::Fenced(self.fenced()));
+            return self.fence(session);
         }
         if end.pass != self.state.pass {
             return;
@@ -429,6 +455,7 @@ impl TargetDisk {
 
     /// A [`DiskAction::Hash`] is done.
     pub fn handle_hashed(&mut self, session: SessionId, request: &CompareRequestHead, hashes: Vec<UnitHash>) {
+        self.hashes_waiting = self.hashes_waiting.saturating_sub(1);
         let head = CompareHashesHead {
             disk: request.disk,
             generation: request.generation,
@@ -443,7 +470,7 @@ impl TargetDisk {
         let Some(done) = self.running.take() else { return };
         self.durable = done.sequence;
         self.durable_marked = done.marked;
-        self.window.made_durable(done.written_cost);
+        self.window.made_durable(done.cost);
         if done.marked > Sequence::ZERO && done.marked == done.sequence {
             self.notices.push_back(DiskNotice::Marked(done.marked));
         }
@@ -487,7 +514,6 @@ impl TargetDisk {
         self.session = Some(session);
         self.phase.become_state(TargetDiskPhase::Open);
         self.window = Window::new(self.limits);
-        self.ordered_cost = 0;
         let mut settled = self.state.settled.clone();
         settled.truncate_to_longest(RANGES_PER_MESSAGE_MAX);
         let ranges: Vec<SectorRange> = settled.iter().collect();
@@ -514,6 +540,7 @@ impl TargetDisk {
         }
         self.phase.become_state(TargetDiskPhase::Failed);
         self.actions.clear();
+        self.hashes_waiting = 0;
         self.running = None;
         for session in [self.session.take(), self.opening.take()].into_iter().flatten() {
             self.refuse(session, ErrorCode::Target, reason);
@@ -566,9 +593,14 @@ impl TargetDisk {
         self.checkpoint_if_due(now, due);
     }
 
-    /// The next thing to do.
+    /// The next thing to do; replies come first.
     pub fn poll_action(&mut self) -> Option<DiskAction> {
-        self.actions.pop_front()
+        self.poll_reply().or_else(|| self.actions.pop_front())
+    }
+
+    /// The next reply alone: what a driver sends while it is busy with an action, or waits for space.
+    pub fn poll_reply(&mut self) -> Option<DiskAction> {
+        self.replies.pop_front()
     }
 
     /// The next thing to tell.
@@ -583,7 +615,6 @@ impl TargetDisk {
     }
 
     fn order_write(&mut self, now: MonoTime, pieces: Vec<Piece>, cost: u64) {
-        self.ordered_cost += cost;
         self.unflushed_bytes += cost;
         self.touch(now);
         self.actions.push_back(DiskAction::Write { pieces, cost });
@@ -616,9 +647,8 @@ impl TargetDisk {
         }
         self.dirty = false;
         self.dirty_since = None;
-        self.unflushed_bytes = 0;
         self.running = Some(Checkpoint {
-            written_cost: self.ordered_cost,
+            cost: std::mem::take(&mut self.unflushed_bytes),
             sequence: self.state.sequence,
             marked: self.state.marked,
             pass: self.state.pass,
@@ -630,12 +660,10 @@ impl TargetDisk {
         self.actions.push_back(DiskAction::Checkpoint { state: Box::new(self.state.clone()) });
     }
 
-    /// A batch that needs no write: its credit comes back as if it had been written and, with the next checkpoint,
-    /// made durable.
-    fn drop_batch(&mut self, now: MonoTime, cost: u64) {
-        self.ordered_cost += cost;
-        self.touch(now);
-        self.window_written(cost);
+    /// A batch that came with credit and will not be written.
+    fn window_dropped(&mut self, cost: u64) {
+        self.window.dropped(cost);
+        self.announce_credit();
     }
 
     fn window_written(&mut self, cost: u64) {
@@ -673,6 +701,14 @@ impl TargetDisk {
         self.reply(session, Message::Nack(nack));
     }
 
+    /// Refuses a frame of a session that may not write. One that is just opening the disk sent it under its last grant:
+    /// it gets its new one instead of words that it could take for the end.
+    fn fence(&mut self, session: SessionId) {
+        if self.opening != Some(session) {
+            self.reply(session, Message::Fenced(self.fenced()));
+        }
+    }
+
     const fn fenced(&self) -> Fenced {
         Fenced { disk: self.state.disk, generation: self.state.generation }
     }
@@ -698,7 +734,7 @@ impl TargetDisk {
     }
 
     fn reply(&mut self, session: SessionId, message: Message) {
-        self.actions.push_back(DiskAction::Reply { session, message });
+        self.replies.push_back(DiskAction::Reply { session, message });
     }
 
     /// The chain digest of everything accepted.

@@ -9,7 +9,6 @@ use bytes::Bytes;
 use super::agent::agent_id;
 use super::codec::recode;
 use super::network::Endpoint;
-use super::scenario::Sabotage;
 use super::world::{Event, World};
 use crate::format::batch::credit_cost;
 use crate::format::extent::{Codec, Record};
@@ -17,7 +16,7 @@ use crate::format::frame::FrameKind;
 use crate::format::message::Message;
 use crate::limits::HANDSHAKE_NANOS_MAX;
 use crate::proto::process_server::{RelayAction, RelaySession, Side};
-use crate::units::{BLOCK_BYTES, DiskId, MonoTime};
+use crate::units::{DiskId, MonoTime};
 
 /// A process server.
 pub(super) struct RelayNode {
@@ -92,15 +91,13 @@ impl World {
                         (Side::Target, Some(up)) => self.send(up, 0, &outgoing),
                         (Side::Target, None) => {}
                     }
-                    let hide = self.plan.sabotage == Some(Sabotage::IgnoreCredit);
-                    let delay = if hide { 0 } else { self.rng.below(3_000_000) };
+                    let delay = self.rng.below(3_000_000);
                     self.after(delay, Event::RelaySent { relay, session, disk, cost });
                 }
             }
         }
         if let Some(state) = self.relays[relay].sessions.get(&session) {
-            let batch = self.plan.chunk_bytes + 40 * BLOCK_BYTES;
-            let limit = (self.plan.relay_window_bytes + batch) * self.sources.len() as u64;
+            let limit = self.plan.relay_window_bytes * self.sources.len() as u64;
             self.checker.bounded("a relay", 0, state.core.held_bytes(), limit);
         }
     }

@@ -32,7 +32,7 @@ pub enum Sabotage {
     ReuseGeneration,
     /// The target keeps a batch of a fenced session and writes it later.
     WriteFenced,
-    /// The relay sends on without waiting for credit and hides it.
+    /// The target reports writes as done before they are.
     IgnoreCredit,
     /// The target does not look at checksums.
     TrustPayload,
@@ -125,7 +125,7 @@ impl Scenario {
             })
             .collect();
         let relays = rng.pick(&[0, 0, 1, 1, 2]);
-        let unwritten = rng.pick(&[256, 512, 1024]) << 10;
+        let unwritten = rng.pick(&[192, 192, 256, 1024]) << 10; // a full chunk's batch just fits the smallest
         Self {
             seed,
             mode: if rng.chance(600) { Mode::Ordered } else { Mode::Scan },
@@ -137,11 +137,11 @@ impl Scenario {
             chunk_bytes: rng.pick(&[64, 64, 128]) << 10,
             flow: FlowLimits {
                 unwritten_bytes: unwritten,
-                undurable_bytes: rng.pick(&[2, 3, 4]) * unwritten,
+                undurable_bytes: rng.pick(&[1, 2, 4]) * unwritten,
                 flush_bytes: rng.pick(&[64, 256, 256]) << 10,
                 flush_nanos: rng.pick(&[20, 200, 1000]) * MS,
             },
-            relay_window_bytes: rng.pick(&[256, 512, 4096]) << 10,
+            relay_window_bytes: rng.pick(&[192, 256, 512, 4096]) << 10,
             writes: rng.pick(&[0, 10, 40, 120, 400]),
             marks_per_mille: rng.pick(&[0, 100, 500]),
             active_nanos: rng.pick(&[1000, 3000, 8000, 20_000]) * MS,

@@ -17,7 +17,7 @@ use super::scenario::{Sabotage, Scenario};
 use super::workload::Source;
 use super::world::{Event, World};
 use crate::checksum::unit_hash;
-use crate::format::batch::{BatchHeader, decode_batch, decode_bulk};
+use crate::format::batch::{BatchHeader, credit_cost, decode_batch, decode_bulk};
 use crate::format::disk_state::DiskState;
 use crate::format::extent::{Record, RecordKind};
 use crate::format::frame::FrameKind;
@@ -29,7 +29,7 @@ use crate::proto::master_target::{DiskInput, SessionEvent, TargetSession, Transp
 use crate::proto::pass::hash_spans;
 use crate::proto::state::TargetDiskPhase;
 use crate::proto::target_disk::{DiskAction, DiskNotice, Piece, SessionId, TargetDisk};
-use crate::units::{BLOCK_BYTES, DiskId, Generation, LineageId, MonoTime, PeerId, SECTOR_BYTES};
+use crate::units::{DiskId, Generation, LineageId, MonoTime, PeerId, SECTOR_BYTES};
 
 /// The master target.
 pub(super) struct TargetNode {
@@ -310,7 +310,7 @@ impl World {
         if let Some(error) = records.iter().find_map(|record| open(record, trust).err()) {
             self.count("damaged batches", 1);
             let node = &mut self.target.disks[disk];
-            node.td.handle_damaged(id, header.generation);
+            node.td.handle_damaged(id, header.generation, credit_cost(&records));
             return self.note(|| format!("target: {error}"));
         }
         let before = node.td.state().sequence;
@@ -344,11 +344,19 @@ impl World {
 
     /// Takes everything out of a disk's core and starts what may run.
     fn disk_pump(&mut self, disk: usize, generation: Generation) {
+        let mut replies = Vec::new();
         let node = &mut self.target.disks[disk];
         while let Some(action) = node.td.poll_action() {
+            if let DiskAction::Reply { session, message } = action {
+                replies.push((session, message));
+                continue;
+            }
             if let DiskAction::Write { cost, .. } = &action {
                 node.unwritten += cost;
                 node.undurable += cost;
+                if self.plan.sabotage == Some(Sabotage::IgnoreCredit) {
+                    node.td.handle_written(*cost);
+                }
             }
             node.queue.push_back((generation, action));
         }
@@ -363,10 +371,12 @@ impl World {
                 self.count("sessions fenced", 1);
             }
         }
-        let batch = 2 * self.plan.chunk_bytes + 64 * BLOCK_BYTES;
+        for (session, message) in replies {
+            self.disk_replies(disk, session, message);
+        }
         let flow = self.plan.flow;
-        self.checker.bounded("the target unwritten", disk, unwritten, flow.unwritten_bytes + batch);
-        self.checker.bounded("the target undurable", disk, undurable, flow.undurable_bytes + batch);
+        self.checker.bounded("the target unwritten", disk, unwritten, flow.unwritten_bytes);
+        self.checker.bounded("the target undurable", disk, undurable, flow.undurable_bytes);
         self.disk_start(disk);
         self.disk_timer_set(disk);
     }
@@ -374,10 +384,6 @@ impl World {
     fn disk_start(&mut self, disk: usize) {
         while self.target.disks[disk].busy.is_none() {
             let Some((generation, action)) = self.target.disks[disk].queue.pop_front() else { return };
-            if let DiskAction::Reply { session, message } = action {
-                self.disk_replies(disk, session, message);
-                continue;
-            }
             self.target.disks[disk].busy = Some((generation, action));
             let usual = self.plan.disk_nanos;
             let delay = self.rng.between(usual / 8, usual * 2);
@@ -459,7 +465,9 @@ impl World {
         }
         let node = &mut self.target.disks[disk];
         node.unwritten -= cost;
-        node.td.handle_written(cost);
+        if self.plan.sabotage != Some(Sabotage::IgnoreCredit) {
+            node.td.handle_written(cost);
+        }
         if node.fenced.as_ref().is_some_and(|(old, _)| *old < generation)
             && let Some((old, late)) = node.fenced.take()
         {

@@ -5,7 +5,9 @@
 //! that need the daemon talk to its admin socket; `run`, `check-config`, `check` and `inspect` need none.
 
 pub mod ask;
+pub mod check;
 pub mod config;
+pub mod inspect;
 pub mod peers;
 pub mod protect;
 pub mod run;
@@ -21,6 +23,7 @@ use reprotect_engine::host::places::Program;
 
 use crate::cli::{Cli, Command};
 use crate::config::Settings;
+use crate::explain::explain;
 
 /// How long a command waits for the daemon: creating and examining disks on a slow datastore takes its time.
 const DAEMON_WAIT: Duration = Duration::from_secs(600);
@@ -48,7 +51,7 @@ pub fn dispatch(cli: Cli) -> u8 {
     match carry_out(cli) {
         Ok(status) => status,
         Err(error) => {
-            eprintln!("{}: {error:#}", Program::MasterTarget);
+            eprintln!("{}: {}", Program::MasterTarget, explain(&error));
             if error.is::<ConfigError>() { EXIT_USAGE } else { EXIT_FAILED }
         }
     }
@@ -60,17 +63,22 @@ fn carry_out(cli: Cli) -> anyhow::Result<u8> {
     if let Command::CheckConfig(args) = &cli.command {
         return config::check_config(&overrides, args, output).map(|()| EXIT_OK);
     }
+    if let Command::Check(_) = &cli.command {
+        return check::check(&overrides, output);
+    }
     let settings = Settings::load(&overrides)?;
     let context = Context { settings, output };
     match cli.command {
-        Command::Run(args) => run::run(context.settings, &overrides, &args)?,
+        Command::Run(args) => run::run(context.settings, overrides, &args)?,
         Command::Invite(args) => wait(peers::invite(&context, &args))?,
         Command::Revoke(args) => wait(peers::revoke(&context, &args))?,
         Command::Machines(_) => wait(peers::machines(&context))?,
         Command::Protect(args) => wait(protect::protect(&context, &args))?,
+        Command::Unprotect(args) => wait(peers::unprotect(&context, &args))?,
         Command::Status(args) => wait(status::status(&context, &args))?,
         Command::CheckConfig(_) => {} // above: it must work when the configuration does not
-        Command::Check(_) | Command::Inspect(_) => anyhow::bail!("this command is not in this build"),
+        Command::Inspect(args) => inspect::inspect(&args, context.output)?,
+        Command::Check(_) => {} // above, for the same reason
     }
     Ok(EXIT_OK)
 }

@@ -1,6 +1,6 @@
-//! `invite`, `revoke`, `machines`: who may connect, and who has.
+//! `invite`, `revoke`, `machines`, `unprotect`: who may connect, who has, and whose disks are let go.
 //!
-//! Invariants: a token is printed once and kept nowhere; revoking asks. Called by the dispatcher.
+//! Invariants: a token is printed once and kept nowhere; revoking and letting go ask. Called by the dispatcher.
 
 use std::time::Duration;
 
@@ -8,8 +8,10 @@ use reprotect_engine::host::output::{Align, Table, bytes, duration};
 use reprotect_engine::host::places::Program;
 
 use super::{Context, ask};
-use crate::api::{InviteAnswer, InviteRequest, MachineInfo, RevokeAnswer, RevokeRequest};
-use crate::cli::{InviteArgs, InviteRole, RevokeArgs};
+use crate::api::{
+    InviteAnswer, InviteRequest, MachineInfo, RevokeAnswer, RevokeRequest, UnprotectAnswer, UnprotectRequest,
+};
+use crate::cli::{InviteArgs, InviteRole, RevokeArgs, UnprotectArgs};
 
 /// `invite`: prints the token and the command that uses it.
 ///
@@ -45,6 +47,27 @@ pub async fn revoke(context: &Context, args: &RevokeArgs) -> anyhow::Result<()> 
     let request = RevokeRequest { peer: args.peer.clone() };
     let answer: RevokeAnswer = context.daemon().post_json("/v1/revoke", &request).await?;
     context.output.result(&answer, || format!("{} is revoked; its connections are closed", answer.peer))?;
+    Ok(())
+}
+
+/// `unprotect`: stops replicating a disk; its target stays as it is.
+///
+/// # Errors
+/// What the daemon refuses, or that nobody agreed.
+pub async fn unprotect(context: &Context, args: &UnprotectArgs) -> anyhow::Result<()> {
+    let daemon = context.daemon();
+    let mut request = UnprotectRequest { disk: args.disk.clone(), dry_run: true };
+    let found: UnprotectAnswer = daemon.post_json("/v1/unprotect", &request).await?;
+    let question = format!(
+        "{} will no longer be replicated to {}; the target stays, protecting it again compares all of it. Stop?",
+        found.source, found.path
+    );
+    ask::confirm(args.yes, &question)?;
+    request = UnprotectRequest { disk: found.disk, dry_run: false };
+    let answer: UnprotectAnswer = daemon.post_json("/v1/unprotect", &request).await?;
+    context.output.result(&answer, || {
+        format!("{} is no longer replicated; {} is closed and stays", answer.source, answer.path)
+    })?;
     Ok(())
 }
 

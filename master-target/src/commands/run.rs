@@ -6,18 +6,32 @@
 use anyhow::Context as _;
 use reprotect_engine::host::config::Overrides;
 use reprotect_engine::host::logging;
-use reprotect_engine::host::shutdown::{Shutdown, on_signals};
+use reprotect_engine::host::shutdown::{Shutdown, on_signals, reloads};
 
+use crate::checks::{Verdict, preflight};
 use crate::cli::RunArgs;
 use crate::config::Settings;
-use crate::daemon;
+use crate::daemon::{self, Reload};
 
 /// Runs the daemon until a signal.
 ///
 /// # Errors
 /// When something it needs cannot be had.
-pub fn run(settings: Settings, _overrides: &Overrides, _args: &RunArgs) -> anyhow::Result<()> {
+pub fn run(settings: Settings, overrides: Overrides, args: &RunArgs) -> anyhow::Result<()> {
     logging::init(&settings.log);
+    for check in preflight(&settings) {
+        match check.verdict {
+            Verdict::Pass => {}
+            Verdict::Fail if !args.force.contains(&check.name) => anyhow::bail!(
+                "the check {} failed: {}; {} (or start all the same with --force {})",
+                check.name,
+                check.reason,
+                check.remedy,
+                check.name
+            ),
+            _ => tracing::warn!(check = check.name, "{}; {}", check.reason, check.remedy),
+        }
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .thread_name("net")
         .enable_all()
@@ -26,6 +40,7 @@ pub fn run(settings: Settings, _overrides: &Overrides, _args: &RunArgs) -> anyho
     runtime.block_on(async {
         let (trigger, shutdown) = Shutdown::new();
         on_signals(trigger).context("the signal handlers cannot be installed")?;
-        daemon::run(settings, shutdown).await
+        let asked = reloads().context("the signal handlers cannot be installed")?;
+        daemon::run_reloading(settings, shutdown, Some(Reload { asked, overrides })).await
     })
 }

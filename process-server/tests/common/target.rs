@@ -103,7 +103,7 @@ pub struct FakeTarget {
     world: Arc<Mutex<World>>,
     /// Sessions do not read while this is set.
     deaf: Arc<AtomicBool>,
-    server: Arc<Server>,
+    server: Option<Arc<Server>>,
 }
 
 impl FakeTarget {
@@ -124,15 +124,15 @@ impl FakeTarget {
             limits,
             world: Arc::default(),
             deaf: Arc::default(),
-            server: Arc::new(server),
+            server: Some(Arc::new(server)),
         };
         target.accept();
         target
     }
 
     fn accept(&self) {
-        let (server, world, deaf) =
-            (Arc::clone(&self.server), Arc::clone(&self.world), Arc::clone(&self.deaf));
+        let server = self.server.clone().expect("it listens");
+        let (world, deaf) = (Arc::clone(&self.world), Arc::clone(&self.deaf));
         let (id, trust) = (self.id, Arc::clone(&self.trust));
         tokio::spawn(async move {
             while let Some(accepted) = server.accept().await {
@@ -146,16 +146,20 @@ impl FakeTarget {
     /// Closes every connection, forgets who was connected, and listens again at the same address.
     pub async fn restart(&mut self) {
         self.kill().await;
-        self.server = wait_for("the port is free again", async || {
+        self.server = None;
+        let server = wait_for("the port is free again", async || {
             listen(self.address, &self.identity, &self.trust, &self.settings).ok().map(Arc::new)
         })
         .await;
+        self.server = Some(server);
         self.accept();
     }
 
     /// Closes every connection and listens no more.
     pub async fn kill(&self) {
-        self.server.close().await;
+        if let Some(server) = &self.server {
+            server.close().await;
+        }
     }
 
     /// Protects a disk of `agent`; it is offered at the agent's next session.

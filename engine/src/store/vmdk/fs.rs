@@ -4,14 +4,14 @@
 //! old or the new content after a crash. How an open file is read and written is the backend's business, which is
 //! injected: this file knows names, lengths and free space only. Called by the programs, through `store::target`.
 
-use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{ErrorKind, Read as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use super::error::TargetError;
 use super::opener::{ExtentOpener, FileFacts};
+use crate::io::durable::{Access, replace_file};
 use crate::io::{BlockError, BlockFile};
 
 /// Opens a file or device at a path, writable and then exclusively, or for reading.
@@ -130,19 +130,8 @@ impl ExtentOpener for FsOpener {
     }
 
     fn replace(&self, path: &Path, content: &[u8]) -> Result<(), TargetError> {
-        // Dotted, so that nothing that lists VMDKs takes the temporary file for one.
-        let mut name = OsString::from(".");
-        name.push(path.file_name().unwrap_or_default());
-        name.push(".reprotect-new");
-        let temporary = path.with_file_name(name);
-        let refused = |doing| move |source| TargetError::system(doing, path, source);
-        let mut file = File::create(&temporary).map_err(refused("write a new"))?;
-        if let Ok(old) = fs::metadata(path) {
-            file.set_permissions(old.permissions()).map_err(refused("keep the permissions of"))?;
-        }
-        file.write_all(content).and_then(|()| file.sync_all()).map_err(refused("write a new"))?;
-        fs::rename(&temporary, path).map_err(refused("replace"))?;
-        sync_directory(path)
+        replace_file(path, content, Access::AsBefore)
+            .map_err(|error| TargetError::system(error.step, error.path, error.source))
     }
 
     fn remove(&self, path: &Path) -> Result<(), TargetError> {

@@ -222,7 +222,10 @@ fn kind_of(path: &Path, descriptor: &Descriptor) -> Result<VmdkKind, TargetError
 }
 
 /// VMware's lock files: `NAME.lck` beside the files (hosted products), `.lck-<inode>` (NFS datastores).
-pub(super) fn check_locks(
+///
+/// # Errors
+/// [`TargetError::InUse`] names the lock.
+pub fn check_locks(
     opener: &dyn ExtentOpener,
     path: &Path,
     descriptor: &Descriptor,

@@ -389,6 +389,20 @@ fn read_tables(file: &mut dyn BlockFile, sectors: &[u32]) -> Result<Vec<Option<B
     Ok(tables)
 }
 
+/// First sector and length of what has its place by the header: itself, the descriptor, the directories. A damaged
+/// header may place them anywhere, and nothing that is written later may lie on them.
+fn fixed_places(header: &SparseHeader) -> Vec<(u64, u64)> {
+    let directory = match header.directory {
+        Directory::At(at) => Some(at),
+        Directory::InFooter => None,
+    };
+    let directories = [directory, header.redundant_directory].into_iter().flatten();
+    let mut places = vec![(0, 1)];
+    places.extend(header.descriptor.map(|range| (range.start, range.len())));
+    places.extend(directories.map(|at| (at, header.directory_sectors())));
+    places
+}
+
 /// The checks of a load.
 struct Check<'a> {
     header: &'a SparseHeader,
@@ -403,7 +417,7 @@ impl Check<'_> {
     /// Puts 0 for directory entries outside the file and refuses tables that are lost or shared.
     fn directories(&mut self, tables: &mut Tables) -> Result<(), LoadError> {
         let end = self.file_sectors;
-        let mut starts = Vec::new();
+        let mut places = fixed_places(self.header);
         for index in 0..tables.primary.len() {
             let (mut bad, mut good) = (0, 0);
             for copy in
@@ -413,7 +427,7 @@ impl Check<'_> {
                     *copy = 0;
                     bad += 1;
                 } else if *copy != 0 {
-                    starts.push(*copy);
+                    places.push((u64::from(*copy), TABLE_SECTORS));
                     good += 1;
                 }
             }
@@ -424,9 +438,12 @@ impl Check<'_> {
             }
             self.repair.lost_tables += u64::from(good == 1 && tables.is_redundant());
         }
-        starts.sort_unstable();
-        match starts.windows(2).find(|pair| u64::from(pair[0]) + TABLE_SECTORS > u64::from(pair[1])) {
-            Some(pair) => Err(LoadError::Damaged(format!("two grain tables overlap at sector {}", pair[1]))),
+        places.sort_unstable();
+        match places.windows(2).find(|pair| pair[0].0 + pair[0].1 > pair[1].0) {
+            Some(pair) => Err(LoadError::Damaged(format!(
+                "header, descriptor, directories and grain tables overlap at sector {}",
+                pair[1].0
+            ))),
             None => Ok(()),
         }
     }
@@ -437,7 +454,10 @@ impl Check<'_> {
             1 if self.header.flags & FLAG_ZEROED_GRAINS != 0 => true,
             _ => {
                 let start = u64::from(entry);
-                start >= self.header.overhead.max(1) && start + self.header.grain_sectors <= self.file_sectors
+                let end = start + self.header.grain_sectors;
+                start >= self.header.overhead
+                    && end <= self.file_sectors
+                    && fixed_places(self.header).iter().all(|(at, len)| end <= *at || at + len <= start)
             }
         }
     }

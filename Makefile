@@ -1,0 +1,55 @@
+# Entry points for people; each target is one script or one cargo command. `make help` lists them.
+# One build profile (dev, which is optimised) serves demo and tests; only the benchmark builds the release profile.
+
+SCRIPTS := benches/scripts
+CARGO ?= cargo
+export SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS PERCENT ROUNDS CASES
+# Python writes no caches beside the scripts.
+export PYTHONDONTWRITEBYTECODE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build readers demo test accept kill-test delta-test bench-sync sim fuzz lint clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## installs missing system packages (root), or prints how
+	@$(SCRIPTS)/setup.sh
+
+build: setup ## the three programs, once, for demo and tests
+	$(CARGO) build --workspace --bins
+
+readers: setup ## the independent VMDK readers, in a virtual environment under target/
+	@$(SCRIPTS)/readers.sh
+
+demo: build ## a disk comes home: [SIZE=1G] [TARGET=flat|vmfs|2gb-flat|sparse|2gb-sparse|device] [RELAY=0] [KEEP=1] [SEED=n]
+	@$(SCRIPTS)/demo.py
+
+test: build readers ## every test of the workspace, with a sum at the end
+	@$(SCRIPTS)/test.sh
+
+accept: build readers ## every kind of target judged by others: [SIZE=8G] [FILL=50] [TARGETS="flat sparse"] [RELAY=0]
+	@$(SCRIPTS)/accept.py
+
+kill-test: build ## kill -9 during the initial sync: [KILLS=20] [SIZE=8G] [TARGET=flat] [SEED=n]
+	@$(SCRIPTS)/kill_test.py
+
+delta-test: build ## an existing target, a share of its blocks changed: [SIZE=8G] [PERCENT=5] [RELAY=1] [SEED=n]
+	@$(SCRIPTS)/delta_test.py
+
+bench-sync: setup ## speed and cost of the initial sync, release build: [SIZE=8G] [FILL=50] [ROUNDS=3] [CASES="direct, -1;relayed, -1"]
+	$(CARGO) build --release --workspace --bins
+	@REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_sync.py
+
+sim: ## the simulator: [SEED=n] replays one seed with its events, [SEEDS=2000 or a..b] plays many
+	$(if $(SEED),SIM_SEED=$(SEED)) $(if $(SEEDS),SIM_SEEDS=$(SEEDS)) \
+		$(CARGO) test --workspace --test sim -- --nocapture
+
+fuzz: ## libFuzzer: [TIME=60] seconds for [TARGET=all] or one target
+	@fuzz/run.sh $(or $(TARGET),all) $(or $(TIME),60)
+
+lint: ## format, clippy, documentation, dependency policy, featureless builds
+	@.ci/run lint
+
+clean: ## everything built or left by a killed run
+	$(CARGO) clean

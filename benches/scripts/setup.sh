@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Installs the system packages that demo and tests use, only what is missing; Rust itself is assumed.
+# As root by apt; otherwise prints the one line to run and stops. Called by `make setup`, safe to run again.
+set -euo pipefail
+PATH=$PATH:/usr/sbin:/sbin
+
+# A program each package is known by, and the package.
+declare -A packages=(
+    [mke2fs]=e2fsprogs [mkfs.xfs]=xfsprogs [qemu-img]=qemu-utils [losetup]=mount [mount]=mount [sfdisk]=fdisk
+    [blockdev]=util-linux [swapon]=mount [python3]=python3 [cc]=gcc [make]=make [cmp]=diffutils [debugfs]=e2fsprogs
+    [pkg-config]=pkg-config
+)
+missing=()
+for program in "${!packages[@]}"; do
+    command -v "$program" >/dev/null || missing+=("${packages[$program]}")
+done
+# The interpreter may be there without what makes virtual environments.
+if ! python3 -c 'import venv, ensurepip' 2>/dev/null; then
+    missing+=(python3-venv)
+fi
+# The C library's headers: the compiler alone does not bring them.
+if command -v cc >/dev/null && ! echo '#include <stdlib.h>' | cc -E - >/dev/null 2>&1; then
+    missing+=(libc6-dev)
+elif ! command -v cc >/dev/null; then
+    missing+=(libc6-dev)
+fi
+if ! command -v cargo >/dev/null; then
+    echo "setup: cargo is missing; install Rust from https://rustup.rs" >&2
+    exit 1
+fi
+if [ ${#missing[@]} -eq 0 ]; then
+    exit 0
+fi
+mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
+install=(apt-get install -y --no-install-recommends --no-remove "${missing[@]}")
+if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+    echo "setup: missing system packages; run as root: ${install[*]}" >&2
+    exit 1
+fi
+echo "setup: installing ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -q </dev/null
+"${install[@]}" </dev/null

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Runs the workspace's tests once and sums up: passed, failed, ignored, skipped. Called by `make test`.
+# Why not cargo alone: a test that finds no loop device or judge passes and says `SKIPPED:`; such lines must be seen, and
+# on a machine that has root and loop devices a skip for want of them is a failure.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export PATH=$PATH:/usr/sbin:/sbin
+mkdir -p target
+log=target/test.log
+
+# The workspace together has every feature of every crate but libFuzzer's, so nothing is built twice.
+# The log has everything; the terminal has what a person wants to see.
+status=0
+cargo test --workspace --no-fail-fast "$@" -- --show-output </dev/null 2>&1 | tee "$log" |
+    grep --line-buffered -E '^ *(Running|Doc-tests|Compiling reprotect|error|warning: unused)|^test result|FAILED|^test .* has been running|SKIPPED:|panicked at' ||
+    status=${PIPESTATUS[0]}
+
+summary=$(awk '/^test result:/ { passed += $4; failed += $6; ignored += $8 }
+    END { printf "%d passed, %d failed, %d ignored", passed, failed, ignored }' "$log")
+mapfile -t skips < <(grep -oE 'SKIPPED: .*' "$log" | sort | uniq -c | sed 's/^ *//')
+echo
+if [ ${#skips[@]} -gt 0 ]; then
+    printf 'skipped %s\n' "${skips[@]}"
+fi
+echo "tests: $summary, ${#skips[@]} kinds of skips; everything in $log"
+echo "$summary, ${#skips[@]} kinds of skips" >target/test.summary
+
+if [ "$status" -ne 0 ] || grep -qE '^test result: FAILED|^error' "$log"; then
+    grep -E '^---- |panicked at|^error' "$log" | head -40 >&2 || true
+    echo "tests: FAILED" >&2
+    exit 1
+fi
+# Root with a loop device: then nothing may be left out for want of them.
+if [ "$(id -u)" -eq 0 ] && losetup --find >/dev/null 2>&1 && grep -qiE 'SKIPPED: .*(loop|mount|root)' "$log"; then
+    echo "tests: FAILED: root and loop devices are here, and still tests were skipped for want of them" >&2
+    exit 1
+fi

@@ -1,0 +1,242 @@
+//! One disk at the agent: its position, what is not durable yet, its mark, its credit and its walk.
+//!
+//! Invariants: `durable ≤ last`; `unacked` holds the batches from `durable + 1` to `last` without a gap, of which the
+//! first `unsent_from` went out in this session; a mark goes exactly behind its last record; work of a walk carries
+//! the walk's epoch. Units: sectors, sequences, bytes of credit cost. Called by [`super::agent`].
+
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
+
+use super::credit::Balance;
+use super::pass::Pass;
+use super::state::AgentDiskPhase;
+use super::{Lane, Outgoing};
+use crate::format::batch::{BatchHeader, CHAIN_START, Chain, Mark, MarkClass, encode_batch};
+use crate::format::extent::Record;
+use crate::format::frame::Frame;
+use crate::format::message::{GrantHead, Message, OfferHead, PassCause, SourceId};
+use crate::units::{DiskId, Generation, LineageId, SectorRange, Sequence, Timestamp};
+
+/// A delta batch that is not yet durable.
+#[derive(Debug)]
+pub(super) struct SentBatch {
+    pub(super) header: BatchHeader,
+    pub(super) records: Vec<Record>,
+    pub(super) chain_after: Chain,
+    pub(super) cost: u64,
+    pub(super) chunk: Option<u64>,
+}
+
+/// A bulk batch that waits for credit.
+#[derive(Debug)]
+pub(super) struct WaitingBulk {
+    pub(super) chunk: u64,
+    pub(super) cost: u64,
+    pub(super) plain_bytes: u64,
+    pub(super) frame: Frame,
+}
+
+/// What was handed to the transport for a disk since the agent started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SentBytes {
+    /// Plain payload; sent again counts again.
+    pub plain: u64,
+    /// Frames as encoded.
+    pub wire: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct AgentDisk {
+    pub(super) phase: AgentDiskPhase,
+    pub(super) source: SourceId,
+    pub(super) size_sectors: u64,
+    pub(super) generation: Generation,
+    pub(super) grant: Bytes,
+    pub(super) lineage: Option<LineageId>,
+    pub(super) durable: Sequence,
+    pub(super) durable_chain: Chain,
+    pub(super) last: Sequence,
+    pub(super) last_chain: Chain,
+    pub(super) unacked: VecDeque<SentBatch>,
+    pub(super) unsent_from: usize,
+    pub(super) mark: Option<Mark>,
+    pub(super) mark_sent: bool,
+    pub(super) balance: Balance,
+    pub(super) bulk: VecDeque<WaitingBulk>,
+    pub(super) pass: Option<Pass>,
+    pub(super) requests: BTreeMap<u64, u64>,
+    pub(super) next_request: u64,
+    pub(super) epoch: u64,
+    pub(super) newest_time: Timestamp,
+    pub(super) sent: SentBytes,
+    /// The pass at the target, as it last said.
+    pub(super) target_pass: u64,
+    pub(super) wanted: Option<WantedPass>,
+}
+
+/// A compare pass that must happen: asked for again in every session until the target says that it began.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WantedPass {
+    pub(super) cause: PassCause,
+    /// The pass that ran when it was asked for; a later one is the wanted one.
+    pub(super) asked_in: Option<u64>,
+}
+
+impl AgentDisk {
+    /// A disk that was just offered for the first time.
+    pub(super) fn new(head: &OfferHead) -> Self {
+        Self {
+            phase: AgentDiskPhase::Closed,
+            source: head.source,
+            size_sectors: head.size_sectors,
+            generation: head.generation,
+            grant: Bytes::new(),
+            lineage: None,
+            durable: Sequence::ZERO,
+            durable_chain: CHAIN_START,
+            last: Sequence::ZERO,
+            last_chain: CHAIN_START,
+            unacked: VecDeque::new(),
+            unsent_from: 0,
+            mark: None,
+            mark_sent: false,
+            balance: Balance::default(),
+            bulk: VecDeque::new(),
+            pass: None,
+            requests: BTreeMap::new(),
+            next_request: 1,
+            epoch: 0,
+            newest_time: Timestamp::ZERO,
+            sent: SentBytes::default(),
+            target_pass: 0,
+            wanted: None,
+        }
+    }
+
+    pub(super) const fn whole(&self) -> SectorRange {
+        SectorRange { start: 0, end: self.size_sectors }
+    }
+
+    /// The chain digest at `sequence`, if it is a batch border we still know.
+    pub(super) fn chain_at(&self, sequence: Sequence) -> Option<Chain> {
+        if sequence == self.durable {
+            return Some(self.durable_chain);
+        }
+        let batch = self.unacked.iter().find(|batch| batch.header.last_sequence() == sequence);
+        batch.map(|batch| batch.chain_after)
+    }
+
+    pub(super) fn forget_durable(&mut self, durable: Sequence) {
+        while let Some(batch) = self.unacked.front()
+            && batch.header.last_sequence() <= durable
+        {
+            self.durable = batch.header.last_sequence();
+            self.durable_chain = batch.chain_after;
+            self.unacked.pop_front();
+            self.unsent_from = self.unsent_from.saturating_sub(1);
+        }
+    }
+
+    /// Takes note of the pass that runs at the target.
+    pub(super) fn set_target_pass(&mut self, pass: u64) {
+        self.target_pass = pass;
+        self.wanted = self.wanted.filter(|wanted| wanted.asked_in.is_none_or(|before| pass <= before));
+    }
+
+    /// Ends the running walk: work handed out for it is ignored when it comes back.
+    pub(super) fn end_walk(&mut self) {
+        self.pass = None;
+        self.bulk.clear();
+        self.requests.clear();
+        self.epoch += 1;
+        for batch in &mut self.unacked {
+            batch.chunk = None; // of the walk that is over, not of the next one
+        }
+    }
+
+    /// Begins a walk under an epoch of its own.
+    pub(super) fn begin_walk(&mut self, pass: Pass) {
+        self.end_walk();
+        self.pass = Some(pass);
+    }
+
+    /// Whether the mark stands before the next batch to be sent, so that it must be sent now.
+    pub(super) fn mark_is_next(&self) -> bool {
+        let next = self.unacked.get(self.unsent_from).map(|batch| batch.header.first_sequence);
+        !self.mark_sent && self.mark.as_ref().is_some_and(|mark| next.is_none_or(|next| next > mark.sequence))
+    }
+
+    /// The stream goes on behind `received`: a mark there or later is still to be sent, one before it cannot be
+    /// placed any more unless it arrived.
+    pub(super) fn resend_mark(&mut self, received: Sequence) {
+        if self.mark.as_ref().is_some_and(|mark| mark.sequence >= received) {
+            self.mark_sent = false;
+        }
+    }
+
+    /// A mark after everything submitted so far.
+    pub(super) fn place_mark(&mut self, disk: DiskId, class: MarkClass, source_time: Timestamp) {
+        self.mark_sent = false;
+        self.mark = self.lineage.map(|lineage| Mark {
+            disk,
+            lineage,
+            generation: self.generation,
+            sequence: self.last,
+            chain: self.last_chain,
+            source_time,
+            class,
+        });
+    }
+
+    /// Takes over the target's position, dropping what is not durable: a pass will carry it.
+    pub(super) fn adopt(&mut self, head: &GrantHead) {
+        self.lineage = Some(head.lineage);
+        self.durable = head.durable;
+        self.durable_chain = head.chain;
+        self.last = head.durable;
+        self.last_chain = head.chain;
+        self.unacked.clear();
+        self.unsent_from = 0;
+        self.mark = None;
+    }
+}
+
+/// The next delta batch or mark of a disk that credit allows; a mark goes exactly behind its last record.
+pub(super) fn next_delta(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
+    if disk.mark_is_next()
+        && let Some(mark) = &disk.mark
+    {
+        disk.mark_sent = true;
+        let mark = Mark { generation: disk.generation, ..*mark };
+        return Some(Outgoing { lane: Lane::Delta(id), frame: Message::Mark(mark).encode() });
+    }
+    let batch = disk.unacked.get_mut(disk.unsent_from)?;
+    if !disk.balance.spend(batch.cost) {
+        return None;
+    }
+    disk.unsent_from += 1;
+    let frame = encode_batch(&batch.header, &batch.records);
+    disk.sent.plain += batch.records.iter().map(Record::plain_bytes).sum::<u64>();
+    disk.sent.wire += frame.encoded_bytes() as u64;
+    if let Some(chunk) = batch.chunk.take()
+        && let Some(pass) = disk.pass.as_mut()
+    {
+        pass.handle_sent(chunk);
+    }
+    Some(Outgoing { lane: Lane::Delta(id), frame })
+}
+
+pub(super) fn next_bulk(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
+    let cost = disk.bulk.front()?.cost;
+    if !disk.balance.spend(cost) {
+        return None;
+    }
+    let bulk = disk.bulk.pop_front()?;
+    disk.sent.plain += bulk.plain_bytes;
+    disk.sent.wire += bulk.frame.encoded_bytes() as u64;
+    if let Some(pass) = disk.pass.as_mut() {
+        pass.handle_sent(bulk.chunk);
+    }
+    Some(Outgoing { lane: Lane::Bulk(id), frame: bulk.frame })
+}

@@ -1,0 +1,256 @@
+//! What an agent keeps, sends, sends again and believes.
+
+use bytes::Bytes;
+use reprotect_engine::format::batch::{CHAIN_START, Chain, MarkClass, Stretch, credit_cost, decode_batch};
+use reprotect_engine::format::frame::FrameKind;
+use reprotect_engine::format::message::{
+    Ack, Credit, Fenced, Message, OfferHead, PassCause, PassMode, PassState, Welcome,
+};
+use reprotect_engine::proto::Lane;
+use reprotect_engine::proto::agent::{Agent, AgentEvent};
+use reprotect_engine::units::{Generation, Sequence, Timestamp};
+
+use super::*;
+
+/// An agent and what it sent and said.
+struct Source {
+    agent: Agent,
+    sent: Vec<(Lane, FrameKind, Bytes)>,
+    events: Vec<AgentEvent>,
+}
+
+impl Source {
+    fn new() -> Self {
+        let mut agent = Agent::new(AGENT, TARGET, Box::new(NoSecret));
+        agent.set_chunk_bytes(64 << 10);
+        Self { agent, sent: Vec::new(), events: Vec::new() }
+    }
+
+    fn pump(&mut self) {
+        loop {
+            if let Some(event) = self.agent.poll_event() {
+                self.events.push(event);
+            } else if let Some(out) = self.agent.poll_transmit() {
+                self.sent.push((out.lane, out.frame.kind(), out.frame.body()));
+            } else {
+                return;
+            }
+        }
+    }
+
+    fn gets(&mut self, message: &Message) {
+        let frame = message.encode();
+        self.agent.handle_frame(frame.kind(), &frame.body()).unwrap();
+        self.pump();
+    }
+
+    /// Connects and opens at the target's position; nothing of it is kept in `sent` and `events`.
+    fn open(&mut self, generation: u64, durable: (u64, Chain), pass: u64, mode: PassMode) {
+        self.agent.handle_connected([0; 16]);
+        self.gets(&Message::HelloAck(hello_ack()));
+        self.gets(&Message::Welcome(Welcome { offers: 1 }));
+        self.offer(generation - 1);
+        self.sent.clear();
+        self.events.clear();
+        self.grant(generation, durable, pass, mode);
+        self.gets(&Message::Credit(Credit {
+            disk: DISK,
+            generation: Generation(generation),
+            limit: 1 << 30,
+        }));
+    }
+
+    fn offer(&mut self, generation: u64) {
+        let head = OfferHead {
+            disk: DISK,
+            source: [9; 16],
+            size_sectors: SECTORS,
+            generation: Generation(generation),
+            grant_bytes: 0,
+        };
+        self.gets(&Message::Offer(head, Bytes::new()));
+        self.agent.open(DISK, SECTORS);
+        self.pump();
+    }
+
+    fn grant(&mut self, generation: u64, durable: (u64, Chain), pass: u64, mode: PassMode) {
+        let mut head = grant_head(generation, pass, mode);
+        (head.durable, head.chain) = (Sequence(durable.0), durable.1);
+        self.gets(&Message::Grant(head, Vec::new(), Bytes::new()));
+    }
+
+    fn submit(&mut self, byte: u8) -> Sequence {
+        let records = vec![data(0, 8, byte)];
+        let last = self.agent.submit_delta(DISK, Stretch::Ordered, Timestamp(1), records);
+        last.unwrap()
+    }
+
+    fn ack(&mut self, generation: u64, durable: u64, marked: u64) {
+        self.gets(&Message::Ack(Ack {
+            disk: DISK,
+            generation: Generation(generation),
+            received: Sequence(durable),
+            durable: Sequence(durable),
+            applied: Sequence(durable),
+            marked: Sequence(marked),
+        }));
+    }
+
+    fn kinds(&self) -> Vec<FrameKind> {
+        self.sent.iter().map(|(_, kind, _)| *kind).collect()
+    }
+
+    /// First sequence and generation of every batch sent.
+    fn batches(&self) -> Vec<(u64, u64)> {
+        let batches = self.sent.iter().filter(|(_, kind, _)| *kind == FrameKind::Batch);
+        batches
+            .map(|(_, _, body)| {
+                let (header, _) = decode_batch(body.clone()).unwrap();
+                (header.first_sequence.0, header.generation.0)
+            })
+            .collect()
+    }
+
+    fn chain_before(&self, batch: usize) -> Chain {
+        let (_, _, body) = &self.sent.iter().filter(|(_, k, _)| *k == FrameKind::Batch).nth(batch).unwrap();
+        decode_batch(body.clone()).unwrap().0.chain
+    }
+}
+
+#[test]
+fn an_agent_forgets_only_what_is_durable_and_sends_the_rest_again() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    for byte in 1..=4 {
+        source.submit(byte);
+    }
+    source.pump();
+    assert_eq!(source.batches(), [(1, 1), (2, 1), (3, 1), (4, 1)]);
+    let chain = source.chain_before(2);
+    source.ack(1, 1, 0);
+    source.agent.handle_disconnected();
+    source.submit(5);
+    source.open(2, (2, chain), 1, PassMode::Done);
+    assert_eq!(source.batches(), [(3, 2), (4, 2), (5, 2)], "the target said 2, whatever was acknowledged");
+    assert_eq!(source.agent.position(DISK), Some((Sequence(2), Sequence(5))));
+}
+
+#[test]
+fn nothing_is_sent_without_credit() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    source.agent.handle_disconnected();
+    source.submit(1);
+    source.agent.handle_connected([0; 16]);
+    assert!(source.batches().is_empty());
+    let ack = hello_ack();
+    source.gets(&Message::HelloAck(ack));
+    source.gets(&Message::Welcome(Welcome { offers: 1 }));
+    source.offer(1);
+    source.grant(2, (0, CHAIN_START), 1, PassMode::Done);
+    assert!(source.batches().is_empty());
+    let cost = credit_cost(&[data(0, 8, 1)]);
+    let credit = |limit| Message::Credit(Credit { disk: DISK, generation: Generation(2), limit });
+    source.gets(&credit(cost - 1));
+    assert!(source.batches().is_empty());
+    source.gets(&credit(cost));
+    assert_eq!(source.batches(), [(1, 2)]);
+}
+
+#[test]
+fn a_mark_travels_exactly_behind_its_last_record() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    source.agent.handle_disconnected();
+    source.submit(1);
+    source.agent.submit_mark(DISK, MarkClass::Crash, Timestamp(1));
+    source.submit(2);
+    source.open(2, (0, CHAIN_START), 1, PassMode::Done);
+    assert_eq!(source.kinds(), [FrameKind::Batch, FrameKind::Mark, FrameKind::Batch]);
+    assert!(source.agent.mark_pending(DISK));
+    source.ack(2, 2, 1);
+    assert!(!source.agent.mark_pending(DISK));
+}
+
+#[test]
+fn a_mark_that_the_target_went_past_is_given_up() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    source.submit(1);
+    source.agent.submit_mark(DISK, MarkClass::Crash, Timestamp(1));
+    source.submit(2);
+    source.submit(3);
+    source.pump();
+    let chain = source.chain_before(2);
+    source.agent.handle_disconnected();
+    source.open(2, (2, chain), 1, PassMode::Done);
+    assert_eq!(source.kinds(), [FrameKind::Batch]);
+    assert!(!source.agent.mark_pending(DISK));
+}
+
+#[test]
+fn a_compare_pass_is_asked_for_until_it_begins() {
+    let asked = |source: &Source| source.kinds().iter().filter(|k| **k == FrameKind::PassBegin).count();
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 5, PassMode::Done);
+    source.agent.begin_pass(DISK, PassCause::TrackingLost);
+    source.pump();
+    assert_eq!(asked(&source), 1);
+    source.agent.handle_disconnected();
+    source.open(2, (0, CHAIN_START), 5, PassMode::Done);
+    assert_eq!(asked(&source), 1, "the target never heard of it");
+    assert!(!source.agent.begin_scan(DISK), "not while it is wanted");
+    source.agent.handle_disconnected();
+    source.open(3, (0, CHAIN_START), 6, PassMode::Compare);
+    assert_eq!(asked(&source), 0, "it runs");
+}
+
+#[test]
+fn a_disk_is_not_synced_while_a_compare_pass_is_wanted() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Compare);
+    source.agent.begin_pass(DISK, PassCause::TrackingLost);
+    let state =
+        |pass, mode| Message::PassState(PassState { disk: DISK, generation: Generation(1), pass, mode });
+    source.gets(&state(1, PassMode::Done));
+    assert!(!source.events.contains(&AgentEvent::Synced { disk: DISK }));
+    source.gets(&state(2, PassMode::Compare));
+    source.gets(&state(2, PassMode::Done));
+    assert!(source.events.contains(&AgentEvent::Synced { disk: DISK }));
+}
+
+#[test]
+fn a_scan_round_begins_only_when_all_older_data_are_durable() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    source.submit(1);
+    source.pump();
+    assert!(!source.agent.begin_scan(DISK));
+    source.ack(1, 1, 0);
+    assert!(source.agent.begin_scan(DISK));
+    assert!(!source.agent.begin_scan(DISK), "one at a time");
+}
+
+#[test]
+fn a_mark_of_somebody_else_does_not_end_a_scan_round() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    assert!(source.agent.begin_scan(DISK));
+    source.agent.submit_mark(DISK, MarkClass::Crash, Timestamp(1));
+    source.pump();
+    source.ack(1, 0, 0);
+    assert!(!source.events.contains(&AgentEvent::ScanDone { disk: DISK }));
+    assert!(source.agent.pass_progress(DISK).is_some());
+}
+
+#[test]
+fn words_about_its_own_past_do_not_stop_an_agent() {
+    let fenced = |generation| Message::Fenced(Fenced { disk: DISK, generation: Generation(generation) });
+    let stopped = |source: &Source| source.events.iter().any(|e| matches!(e, AgentEvent::Stopped { .. }));
+    let mut source = Source::new();
+    source.open(2, (0, CHAIN_START), 1, PassMode::Done);
+    source.gets(&fenced(2));
+    assert!(!stopped(&source));
+    source.gets(&fenced(3));
+    assert!(stopped(&source));
+}

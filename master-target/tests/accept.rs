@@ -1,0 +1,65 @@
+//! The three built daemons as separate processes, through the scripts of `benches/scripts`, in their small forms.
+//!
+//! What must hold: every kind of target ends identical and is accepted by judges that share no code with us; kills of
+//! any daemon lose no progress; an existing target receives only differences. The same scripts, with the same
+//! assertions, run large by `make accept`, `make kill-test` and `make delta-test`. Needs the three binaries in the target
+//! folder, which `cargo test --workspace` builds; a missing one is a failure that says how to build it.
+#![expect(clippy::expect_used, reason = "a test crate: helpers outside test functions expect too")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+/// Daemons and disks of one script at a time: two cores, and timeouts that should mean something.
+static MACHINE: Mutex<()> = Mutex::new(());
+
+/// Where cargo put this crate's program; the other two are built beside it.
+fn binaries() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_reprotect-master-target")).parent().expect("a folder").to_owned()
+}
+
+/// Runs a script with exactly these settings, whatever the caller's environment says.
+fn script(name: &str, settings: &[(&str, &str)]) {
+    let _turn = MACHINE.lock().unwrap_or_else(PoisonError::into_inner);
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+    let mut command = Command::new("python3");
+    command.arg(repository.join("benches/scripts").join(name)).stdin(Stdio::null());
+    for setting in ["SIZE", "FILL", "TARGET", "TARGETS", "RELAY", "KEEP", "SEED", "KILLS", "PERCENT"] {
+        command.env_remove(setting);
+    }
+    let done = command
+        .env("REPROTECT_BIN_DIR", binaries())
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .envs(settings.iter().copied())
+        .output()
+        .expect("python3 is there; `make setup` installs it");
+    let (told, complained) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    println!("{told}{complained}");
+    assert!(done.status.success(), "{name} {settings:?}: {}\n{told}{complained}", done.status);
+    assert!(told.trim_end().ends_with(": OK"), "{name} ended without its verdict:\n{told}");
+}
+
+#[test]
+fn every_kind_of_target_ends_identical_and_satisfies_independent_judges() {
+    script("accept.py", &[("SIZE", "256M")]);
+}
+
+#[test]
+fn a_direct_agent_fills_a_flat_and_a_sparse_target_just_as_well() {
+    script("accept.py", &[("SIZE", "256M"), ("RELAY", "0"), ("TARGETS", "flat sparse")]);
+}
+
+#[test]
+fn five_kills_of_random_daemons_during_the_initial_sync_lose_no_progress() {
+    script("kill_test.py", &[("SIZE", "256M"), ("KILLS", "5")]);
+}
+
+#[test]
+fn only_differences_travel_to_an_existing_target() {
+    script("delta_test.py", &[("SIZE", "256M"), ("SEED", "2")]);
+}
+
+#[test]
+fn the_demonstration_tells_its_story_to_the_end() {
+    script("demo.py", &[("SIZE", "256M"), ("TARGET", "sparse")]);
+}

@@ -1,0 +1,352 @@
+//! A scripted agent for one disk worker: opens the disk, sends batches, waits for acknowledgements.
+//!
+//! Invariant: it speaks through the same channels and the same bytes as a session does; a reply that does not come
+//! within a minute fails the test.
+
+#![expect(clippy::unwrap_used, reason = "test support: a failed step is a failed test")]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use reprotect_engine::format::batch::{
+    BatchHeader, BulkHeader, CHAIN_START, Chain, Stretch, encode_batch, encode_bulk,
+};
+use reprotect_engine::format::disk_state::DiskState;
+use reprotect_engine::format::extent::Record;
+use reprotect_engine::format::message::{ErrorCode, GrantHead, Message, OpenDiskHead, PassEnd, PassMode};
+use reprotect_engine::proto::credit::FlowLimits;
+use reprotect_engine::proto::master_target::DiskInput;
+use reprotect_engine::proto::target_disk::{SessionId, TargetDisk};
+use reprotect_engine::store::target::{
+    CreateOptions, Expectation, TargetKind, TargetSpec, create_target, open_target,
+};
+use reprotect_engine::store::vmdk::ExtentOpener;
+use reprotect_engine::units::{
+    DiskId, Generation, LineageId, PeerId, SECTOR_BYTES, SectorRange, Sequence, Timestamp,
+};
+use reprotect_master_target::disk_worker::{DiskSetup, DiskWorker};
+use reprotect_master_target::guard::Guard;
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+
+pub(crate) const DISK: DiskId = DiskId([1; 16]);
+pub(crate) const LINEAGE: LineageId = LineageId([4; 16]);
+
+pub(crate) fn spec(path: &Path, kind: TargetKind) -> TargetSpec {
+    TargetSpec { path: path.to_owned(), kind }
+}
+
+pub(crate) fn new_state(size_bytes: u64, mode: PassMode) -> DiskState {
+    TargetDisk::new_state(DISK, PeerId([2; 16]), [3; 16], size_bytes / SECTOR_BYTES, LINEAGE, mode)
+}
+
+/// A worker under test with its places.
+pub(crate) struct Bench {
+    pub(crate) runtime: Runtime,
+    pub(crate) opener: Arc<dyn ExtentOpener>,
+    pub(crate) spec: TargetSpec,
+    pub(crate) state_path: PathBuf,
+    pub(crate) size_bytes: u64,
+    pub(crate) worker: Option<DiskWorker>,
+    sessions: u64,
+}
+
+impl Bench {
+    /// Starts a worker on a target that is created, or opened where it is a device.
+    pub(crate) fn start(
+        opener: Arc<dyn ExtentOpener>,
+        spec: TargetSpec,
+        state_path: PathBuf,
+        size_bytes: u64,
+    ) -> Self {
+        let none = BTreeSet::new();
+        let mode = if spec.kind == TargetKind::Device {
+            PassMode::Compare
+        } else {
+            create_target(&opener, &spec, size_bytes, &none, &CreateOptions::default())
+                .unwrap()
+                .close()
+                .unwrap();
+            PassMode::Copy
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut bench = Self { runtime, opener, spec, state_path, size_bytes, worker: None, sessions: 0 };
+        let state = new_state(size_bytes, mode);
+        std::fs::write(&bench.state_path, state.to_bytes()).unwrap();
+        bench.run(state);
+        bench
+    }
+
+    /// As [`Self::start`] on a medium that is too small for the disk, which the check of the space refuses: what it
+    /// would make is made by hand.
+    pub(crate) fn start_unchecked(
+        opener: Arc<dyn ExtentOpener>,
+        spec: TargetSpec,
+        state_path: PathBuf,
+        size_bytes: u64,
+    ) -> Self {
+        let elsewhere = tempfile::tempdir().unwrap();
+        let made =
+            TargetSpec { path: elsewhere.path().join(spec.path.file_name().unwrap()), kind: spec.kind };
+        let none = BTreeSet::new();
+        create_target(&opener, &made, size_bytes, &none, &CreateOptions::default()).unwrap().close().unwrap();
+        std::fs::copy(&made.path, &spec.path).unwrap();
+        let name = |path: &Path| path.with_file_name("web-flat.vmdk");
+        std::fs::File::create(name(&spec.path)).unwrap().set_len(size_bytes).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut bench = Self { runtime, opener, spec, state_path, size_bytes, worker: None, sessions: 0 };
+        bench.run(new_state(size_bytes, PassMode::Copy));
+        bench
+    }
+
+    /// Starts again after [`Self::stop`].
+    pub(crate) fn resume(&mut self) {
+        self.run(self.saved());
+    }
+
+    fn run(&mut self, state: DiskState) {
+        let expect =
+            Expectation { size_bytes: Some(self.size_bytes), writable: true, ..Expectation::default() };
+        let target = open_target(&self.opener, &self.spec, &expect).unwrap();
+        let guard = Guard::new(&*self.opener, &self.spec.path, self.spec.kind);
+        let limits = FlowLimits { flush_nanos: 20_000_000, ..FlowLimits::default() };
+        let setup = DiskSetup { target, guard, state, state_path: self.state_path.clone(), limits };
+        self.worker = Some(DiskWorker::start(setup).unwrap());
+    }
+
+    pub(crate) fn stop(&mut self) {
+        self.worker.take().unwrap().stop();
+    }
+
+    pub(crate) fn saved(&self) -> DiskState {
+        DiskState::decode(&std::fs::read(&self.state_path).unwrap()).unwrap()
+    }
+
+    pub(crate) fn restart(&mut self) {
+        self.stop();
+        self.run(self.saved());
+    }
+
+    pub(crate) fn problem(&self) -> Option<String> {
+        self.worker.as_ref().unwrap().status().snapshot().problem
+    }
+
+    /// Waits until what the status shows fits.
+    pub(crate) fn until_problem(&self, fits: impl Fn(Option<&str>) -> bool) -> Option<String> {
+        for _ in 0..6000 {
+            let problem = self.problem();
+            if fits(problem.as_deref()) {
+                return problem;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("the status shows {:?}", self.problem());
+    }
+
+    /// A session of an agent that was granted `generation`.
+    pub(crate) fn session(&mut self) -> Agent {
+        self.sessions += 1;
+        let (replies, received) = mpsc::unbounded_channel();
+        Agent {
+            id: SessionId(self.sessions),
+            replies,
+            received,
+            generation: Generation::ZERO,
+            pass: 0,
+            sequence: Sequence::ZERO,
+            chain: CHAIN_START,
+            settled: Vec::new(),
+            mode: PassMode::Copy,
+        }
+    }
+
+    /// A session that opened the disk.
+    pub(crate) fn opened(&mut self) -> Agent {
+        let generation = self.worker.as_ref().unwrap().status().snapshot().generation;
+        let mut agent = self.session();
+        agent.open(self, generation);
+        agent
+    }
+}
+
+/// The agent's end.
+pub(crate) struct Agent {
+    pub(crate) id: SessionId,
+    replies: mpsc::UnboundedSender<Message>,
+    received: mpsc::UnboundedReceiver<Message>,
+    pub(crate) generation: Generation,
+    pub(crate) pass: u64,
+    pub(crate) sequence: Sequence,
+    pub(crate) chain: Chain,
+    pub(crate) settled: Vec<SectorRange>,
+    pub(crate) mode: PassMode,
+}
+
+impl Agent {
+    pub(crate) fn send(&self, bench: &Bench, input: DiskInput) {
+        let inputs = bench.worker.as_ref().unwrap().inputs();
+        bench.runtime.block_on(inputs.send(self.id, input, self.replies.clone())).unwrap();
+    }
+
+    /// The next reply that `pick` takes; others are passed over.
+    pub(crate) fn wait<T>(&mut self, bench: &Bench, mut pick: impl FnMut(Message) -> Option<T>) -> T {
+        bench.runtime.block_on(async {
+            loop {
+                let reply = tokio::time::timeout(Duration::from_secs(60), self.received.recv()).await;
+                if let Some(found) = pick(reply.expect("a reply within a minute").expect("the worker lives"))
+                {
+                    return found;
+                }
+            }
+        })
+    }
+
+    pub(crate) fn ask_open(&self, bench: &Bench, generation: Generation) {
+        let head = OpenDiskHead {
+            disk: DISK,
+            size_sectors: bench.size_bytes / SECTOR_BYTES,
+            generation,
+            lineage: LINEAGE,
+            durable: self.sequence,
+            grant_bytes: 0,
+        };
+        self.send(bench, DiskInput::Open(head));
+    }
+
+    pub(crate) fn open(&mut self, bench: &Bench, generation: Generation) -> GrantHead {
+        self.ask_open(bench, generation);
+        let (head, settled) = self.wait(bench, |message| match message {
+            Message::Grant(head, settled, _) => Some((head, settled)),
+            _ => None,
+        });
+        self.generation = head.generation;
+        self.pass = head.pass;
+        self.sequence = head.durable;
+        self.chain = head.chain;
+        self.mode = head.mode;
+        self.settled = settled;
+        head
+    }
+
+    /// Sends a delta batch and takes its sequences.
+    pub(crate) fn delta(&mut self, bench: &Bench, records: &[Record]) -> Sequence {
+        let header = self.delta_header(records);
+        self.send(bench, DiskInput::Batch(encode_batch(&header, records).body()));
+        self.sequence = header.last_sequence();
+        self.chain = header.chain_after(records);
+        self.sequence
+    }
+
+    pub(crate) fn delta_header(&self, records: &[Record]) -> BatchHeader {
+        BatchHeader {
+            disk: DISK,
+            lineage: LINEAGE,
+            generation: self.generation,
+            first_sequence: self.sequence.next(),
+            chain: self.chain,
+            source_time: Timestamp(1),
+            record_count: records.len() as u32,
+            stretch: Stretch::Diff,
+        }
+    }
+
+    pub(crate) fn bulk(&mut self, bench: &Bench, cover: SectorRange, records: &[Record]) {
+        let header = BulkHeader {
+            disk: DISK,
+            lineage: LINEAGE,
+            generation: self.generation,
+            pass: self.pass,
+            as_of: self.sequence,
+            cover,
+            record_count: records.len() as u32,
+        };
+        self.send(bench, DiskInput::Bulk(encode_bulk(&header, records).body()));
+    }
+
+    pub(crate) fn until_durable(&mut self, bench: &Bench, sequence: Sequence) {
+        self.wait(bench, |message| match message {
+            Message::Ack(ack) => (ack.durable >= sequence).then_some(()),
+            Message::Error(head, text) if head.code != ErrorCode::Full => panic!("{:?}: {text}", head.code),
+            _ => None,
+        });
+    }
+
+    /// Waits until bulk acknowledgements cover `cover`.
+    pub(crate) fn until_settled(&mut self, bench: &Bench, cover: SectorRange) {
+        let mut settled = reprotect_engine::range_set::RangeSet::new();
+        self.wait(bench, |message| match message {
+            Message::BulkAck(_, ranges) => {
+                ranges.into_iter().for_each(|range| settled.insert(range));
+                settled.contains(cover).then_some(())
+            }
+            Message::Error(head, text) if head.code != ErrorCode::Full => panic!("{:?}: {text}", head.code),
+            _ => None,
+        });
+    }
+
+    pub(crate) fn end_pass(&mut self, bench: &Bench) {
+        let end = PassEnd { disk: DISK, generation: self.generation, pass: self.pass };
+        self.send(bench, DiskInput::PassEnd(end));
+        let mode = self.wait(bench, |message| match message {
+            Message::PassState(state) => Some(state.mode),
+            Message::Error(_, text) => panic!("{text}"),
+            _ => None,
+        });
+        assert_eq!(mode, PassMode::Done);
+    }
+
+    pub(crate) fn until_error(&mut self, bench: &Bench, code: ErrorCode) -> String {
+        self.wait(bench, |message| match message {
+            Message::Error(head, text) if head.code == code => Some(text),
+            Message::Error(head, text) => panic!("{:?}: {text}", head.code),
+            _ => None,
+        })
+    }
+}
+
+/// Bytes that no other place has: a pattern of seed and position.
+pub(crate) fn pattern(seed: u64, len: usize) -> Bytes {
+    let mut state = seed | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    };
+    (0..len.div_ceil(8)).flat_map(|_| next()).take(len).collect()
+}
+
+/// A loop device over a file, detached on drop.
+pub(crate) struct Loop {
+    pub(crate) path: PathBuf,
+}
+
+impl Loop {
+    pub(crate) fn over(file: &Path) -> Self {
+        let output = std::process::Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file)
+            .output()
+            .expect("losetup runs");
+        assert!(output.status.success(), "losetup: {}", String::from_utf8_lossy(&output.stderr));
+        Self { path: String::from_utf8(output.stdout).unwrap().trim().into() }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup").arg("--detach").arg(&self.path).status();
+    }
+}
+
+/// Whether this test may make loop devices and mounts; says so where it may not.
+pub(crate) fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root() && Path::new("/dev/loop-control").exists();
+    if !root {
+        eprintln!("skipped: needs root and loop devices");
+    }
+    root
+}
