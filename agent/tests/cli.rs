@@ -206,14 +206,14 @@ fn a_real_loop_device_with_a_gpt_is_listed_with_its_mounted_partition() {
 /// A state directory whose agent may protect `image` and nothing else.
 fn state_for(dir: &Path, image: &Path) -> PathBuf {
     let state = dir.join("state");
-    std::fs::create_dir_all(&state).unwrap();
+    std::fs::create_dir_all(&state).expect("a directory");
     let real =
         r#""sd*", "vd*", "nvme*", "xvd*", "loop*", "dm-*", "md*", "zram*", "nbd*", "sr*", "hd*", "mmcblk*""#;
     let text = format!(
         "upstream = [\"127.0.0.1:9\"]\n[disks]\ninclude = [\"{}\"]\nexclude = [{real}]\n",
         image.display()
     );
-    std::fs::write(state.join("agent.toml"), text).unwrap();
+    std::fs::write(state.join("agent.toml"), text).expect("a file");
     state
 }
 
