@@ -41,6 +41,7 @@ struct World {
     held: u64,
     /// Highest credit the target gave, and size at OPEN_DISK, per disk.
     credit: BTreeMap<DiskId, u64>,
+    granted: BTreeMap<DiskId, Generation>,
     sizes: BTreeMap<DiskId, u64>,
     granted: BTreeMap<DiskId, Generation>,
     sequence: u64,
@@ -70,6 +71,7 @@ impl World {
             lanes: BTreeMap::new(),
             held: 0,
             credit: BTreeMap::new(),
+            granted: BTreeMap::new(),
             sizes: BTreeMap::new(),
             granted: BTreeMap::new(),
             sequence: 1,
