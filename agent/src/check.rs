@@ -3,7 +3,7 @@
 //! Invariants: every check ends as PASS, WARN or FAIL with a reason, and with a remedy unless it passed; a check
 //! changes nothing on this machine or on a peer; names are stable, because `run --force` takes them; only what would
 //! make `run` fail or protect nothing is a FAIL there, a peer may come up later.
-//! Called by the `check` command (all checks) and by `run` ([`required`]).
+//! Called by the `check` command ([`all`]) and by `run` ([`before_run`]).
 
 mod boot;
 mod local;
@@ -16,7 +16,7 @@ use crate::config::Settings;
 use crate::disks::SystemRoot;
 
 /// How a check ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Verdict {
     /// Ready.
@@ -87,9 +87,25 @@ fn split(text: &str) -> (String, String) {
     (reason.to_owned(), remedy.to_owned())
 }
 
-/// What `run` insists on. Blocks.
+/// What stands in the way of `run`. Blocks.
 #[must_use]
-pub fn required(settings: &Settings) -> Vec<Finding> {
+pub fn before_run(settings: &Settings) -> Vec<Finding> {
+    soften(required(settings))
+}
+
+/// One disk that is missing or unreadable must not keep the daemon from protecting the others after a reboot: the
+/// daemon names it in its status and looks for it again.
+fn soften(mut findings: Vec<Finding>) -> Vec<Finding> {
+    let some_disk =
+        findings.iter().any(|finding| finding.name == "disks" && finding.verdict == Verdict::Pass);
+    for finding in findings.iter_mut().filter(|finding| some_disk && finding.name == "disks") {
+        finding.verdict = finding.verdict.min(Verdict::Warn);
+    }
+    findings
+}
+
+/// What must be there for this machine to be protected.
+fn required(settings: &Settings) -> Vec<Finding> {
     let mut findings = local::identity(settings);
     findings.extend(local::upstream_named(settings));
     findings.extend(local::disks(settings));
@@ -195,6 +211,18 @@ mod tests {
         assert!(insist(&findings, &["disks".to_owned()]).is_ok());
         let unknown = insist(&findings, &["dsiks".to_owned()]).unwrap_err().to_string();
         assert!(unknown.contains("no such check") && unknown.contains("disks"), "{unknown}");
+    }
+
+    #[test]
+    fn a_missing_disk_does_not_stop_the_daemon_from_protecting_another() {
+        let missing = fail("disks", "sdb is gone", "attach it");
+        let alone = soften(vec![missing.clone(), pass("clock", "fine")]);
+        assert!(insist(&alone, &[]).is_err());
+        let beside = soften(vec![missing, pass("disks", "sda")]);
+        assert_eq!(beside[0].verdict, Verdict::Warn);
+        assert!(insist(&beside, &[]).is_ok());
+        let other = soften(vec![pass("disks", "sda"), fail("enrolled", "no", "enrol")]);
+        assert!(insist(&other, &[]).is_err());
     }
 
     #[test]

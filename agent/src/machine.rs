@@ -235,19 +235,31 @@ impl Machine {
     }
 
     fn handle_offer(&mut self, disk: DiskId, source: SourceId, size_sectors: u64) {
-        if let Some(state) = self.disks.get_mut(&disk)
+        if let Some(state) = self.disks.get(&disk)
             && state.is_readable()
             && state.source == source
         {
-            state.activity = Activity::Offered;
-            if state.size_sectors != size_sectors {
-                tracing::warn!(%disk, got = state.size_sectors, expected = size_sectors, "the sizes differ");
-            }
-            let size = state.size_sectors;
-            return self.core.open(disk, size);
+            return self.open_at_target(disk, size_sectors);
         }
         let known = self.sources.contains_key(&source);
-        self.open(disk, source, Purpose::Offer, !known);
+        self.open(disk, source, Purpose::Offer { size_sectors }, !known);
+    }
+
+    /// Asks the target for a disk that is being read here, unless the two do not fit.
+    fn open_at_target(&mut self, disk: DiskId, target_sectors: u64) {
+        let Some(state) = self.disks.get_mut(&disk) else { return };
+        if state.size_sectors == target_sectors {
+            state.activity = Activity::Offered;
+            return self.core.open(disk, target_sectors);
+        }
+        let text = format!(
+            "the disk has {} ({} sectors) and its target {} ({target_sectors} sectors); grow the smaller one, then reload the agent, or protect the disk anew",
+            output::bytes(state.size_bytes()),
+            state.size_sectors,
+            output::bytes(target_sectors * SECTOR_BYTES),
+        );
+        tracing::error!(%disk, path = state.path, "stopped: {text}");
+        state.stop(text);
     }
 
     /// Opens a disk off this task; `search` looks for its source again.
@@ -263,7 +275,9 @@ impl Machine {
             Ok(budget) => budget,
             Err(error) => {
                 self.opening.remove(&disk);
-                self.missing.insert(disk, Missing::new(source, error.to_string()));
+                if let Purpose::Offer { size_sectors } = purpose {
+                    self.missing.insert(disk, Missing::new(source, size_sectors, error.to_string()));
+                }
                 return;
             }
         };
@@ -295,19 +309,15 @@ impl Machine {
             self.set_sources(sources);
         }
         match (result, purpose) {
-            (Ok((reader, path)), Purpose::Offer) => {
+            (Ok((reader, path)), Purpose::Offer { size_sectors }) => {
                 self.missing.remove(&disk);
-                let size = reader.size_sectors();
                 match self.disks.get_mut(&disk).filter(|state| state.source == source) {
-                    Some(state) => {
-                        state.replace_reader(path, reader);
-                        state.activity = Activity::Offered;
-                    }
+                    Some(state) => state.replace_reader(path, reader),
                     None => {
                         self.disks.insert(disk, Protected::new(source, path, budget, reader));
                     }
                 }
-                self.core.open(disk, size);
+                self.open_at_target(disk, size_sectors);
             }
             (Ok((reader, path)), Purpose::Probe) => {
                 let Some(state) = self.disks.get_mut(&disk) else { return };
@@ -320,9 +330,9 @@ impl Machine {
                     state.read(job);
                 }
             }
-            (Err(problem), Purpose::Offer) => {
+            (Err(problem), Purpose::Offer { size_sectors }) => {
                 tracing::error!(%disk, "{problem}");
-                self.missing.insert(disk, Missing::new(source, problem));
+                self.missing.insert(disk, Missing::new(source, size_sectors, problem));
             }
             (Err(problem), Purpose::Probe) => {
                 tracing::warn!(%disk, "still not readable: {problem}");
@@ -457,7 +467,8 @@ impl Machine {
         }
         for (disk, missing) in &mut self.missing {
             if missing.again_at.take_if(|at| *at <= now).is_some() {
-                wanted.push((*disk, missing.source, Purpose::Offer));
+                let size_sectors = missing.size_sectors;
+                wanted.push((*disk, missing.source, Purpose::Offer { size_sectors }));
             }
         }
         for (disk, source, purpose) in wanted {

@@ -23,8 +23,11 @@ use crate::throttle::Throttle;
 /// Why a disk is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// The target offers it.
-    Offer,
+    /// The target offers it, with this size.
+    Offer {
+        /// The target's size.
+        size_sectors: u64,
+    },
     /// It could not be read.
     Probe,
 }
@@ -46,14 +49,16 @@ pub(crate) struct Opened {
 #[derive(Debug)]
 pub(crate) struct Missing {
     pub(crate) source: SourceId,
+    /// Size at the target.
+    pub(crate) size_sectors: u64,
     pub(crate) problem: String,
     /// When to look again; `None` while that is under way.
     pub(crate) again_at: Option<Instant>,
 }
 
 impl Missing {
-    pub(crate) fn new(source: SourceId, problem: String) -> Self {
-        Self { source, problem, again_at: Some(Instant::now() + PROBE_PAUSE) }
+    pub(crate) fn new(source: SourceId, size_sectors: u64, problem: String) -> Self {
+        Self { source, size_sectors, problem, again_at: Some(Instant::now() + PROBE_PAUSE) }
     }
 }
 

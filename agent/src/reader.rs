@@ -101,14 +101,19 @@ impl DiskReader {
     /// # Errors
     /// When the disk cannot be opened or must not be read this way.
     pub fn start(setup: ReaderSetup) -> Result<Self, ReaderError> {
-        let ReaderSetup { path, is_device, budget, throttle, deliver } = setup;
-        let options =
-            io::OpenOptions { arena: Some(Arc::clone(budget.arena())), ..io::OpenOptions::reading() };
-        let (file, backend) = io::open_reporting(&path, &options)?;
-        if is_device && !backend.is_direct() {
-            return Err(ReaderError::NotDirect { path });
+        let arena = Some(Arc::clone(setup.budget.arena()));
+        let options = io::OpenOptions { arena, ..io::OpenOptions::reading() };
+        let (file, backend) = io::open_reporting(&setup.path, &options)?;
+        if setup.is_device && !backend.is_direct() {
+            return Err(ReaderError::NotDirect { path: setup.path });
         }
-        tracing::info!(path = %path.display(), %backend, bytes = file.size_bytes(), "disk opened for reading");
+        tracing::info!(path = %setup.path.display(), %backend, bytes = file.size_bytes(), "disk opened for reading");
+        Self::spawn(file, setup)
+    }
+
+    /// Starts the thread over an open file.
+    fn spawn(file: Box<dyn BlockFile>, setup: ReaderSetup) -> Result<Self, ReaderError> {
+        let ReaderSetup { path, is_device, budget, throttle, deliver } = setup;
         let size_sectors = file.size_bytes() / SECTOR_BYTES;
         let (jobs, wishes) = mpsc::channel();
         let (read_bytes, stop) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
@@ -300,4 +305,105 @@ fn current_bytes(path: &Path) -> Option<u64> {
     let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
     let text = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size")).ok()?;
     text.trim().parse::<u64>().ok()?.checked_mul(SECTOR_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+    use std::sync::mpsc::Receiver;
+
+    use reprotect_engine::io::memory::MemoryFile;
+    use reprotect_engine::io::{BlockOp, WriteAt};
+
+    use super::*;
+
+    const CHUNKS: u64 = 12;
+
+    fn job(number: u64) -> ReadJob {
+        let sectors = CHUNK_BYTES / SECTOR_BYTES;
+        ReadJob { chunk: SectorRange::new(number * sectors, (number + 1) * sectors), epoch: 1, hash: false }
+    }
+
+    /// A reader over a disk whose every chunk is filled with its number, holes first where it is an image.
+    fn reader(
+        is_device: bool,
+        holes: u64,
+        budget: &Arc<Budget>,
+    ) -> (MemoryFile, DiskReader, Receiver<FromDisk>) {
+        let mut file = MemoryFile::new(CHUNKS * CHUNK_BYTES);
+        for number in holes..CHUNKS {
+            let data = vec![number as u8 + 1; CHUNK_BYTES as usize];
+            file.write(&[WriteAt { offset: number * CHUNK_BYTES, data: &data }]).unwrap();
+        }
+        let (deliver, news) = mpsc::channel();
+        let setup = ReaderSetup {
+            path: PathBuf::from("/nonexistent"),
+            is_device,
+            budget: Arc::clone(budget),
+            throttle: Arc::new(Throttle::new(None)),
+            deliver: Box::new(move |item| drop(deliver.send(item))),
+        };
+        let handle = file.clone_handle();
+        (handle, DiskReader::spawn(Box::new(file), setup).unwrap(), news)
+    }
+
+    fn read(news: &Receiver<FromDisk>) -> (ReadJob, Result<Bytes, String>) {
+        let FromDisk::Read { job, data } = news.recv().unwrap() else { panic!("a size") };
+        (job, data.map(|(data, _)| data))
+    }
+
+    #[test]
+    fn chunks_arrive_whole_although_memory_holds_only_a_few() {
+        let budget = Budget::new(0, 1).unwrap();
+        let (_file, reader, news) = reader(true, 0, &budget);
+        (0..CHUNKS).for_each(|number| reader.read(job(number)));
+        for number in 0..CHUNKS {
+            let (got, data) = read(&news);
+            assert_eq!(got, job(number));
+            assert!(data.unwrap().iter().all(|byte| u64::from(*byte) == number + 1));
+        }
+        assert_eq!(reader.read_bytes(), CHUNKS * CHUNK_BYTES);
+        assert!(budget.held_bytes().1 <= budget.limit_bytes());
+    }
+
+    #[test]
+    fn a_failed_read_costs_only_its_own_chunk() {
+        let budget = Budget::new(256 << 20, 1).unwrap();
+        let (file, reader, news) = reader(true, 0, &budget);
+        // The batch fails, and then one of its chunks read by itself.
+        file.inject(BlockOp::Read, 0, ErrorKind::Other);
+        file.inject(BlockOp::Read, 2, ErrorKind::Other);
+        (0..CHUNKS).for_each(|number| reader.read(job(number)));
+        let results: Vec<bool> = (0..CHUNKS).map(|_| read(&news).1.is_ok()).collect();
+        assert!(results.iter().filter(|ok| !**ok).count() <= 2, "{results:?}");
+        assert!(results.iter().any(|ok| !ok), "{results:?}");
+        (0..CHUNKS).for_each(|number| reader.read(job(number)));
+        assert!((0..CHUNKS).all(|_| read(&news).1.is_ok()), "it goes on");
+    }
+
+    #[test]
+    fn holes_of_an_image_are_zeros_without_being_read() {
+        let budget = Budget::new(256 << 20, 1).unwrap();
+        let (_file, reader, news) = reader(false, 5, &budget);
+        (0..CHUNKS).for_each(|number| reader.read(job(number)));
+        let mut zeros = 0;
+        for _ in 0..CHUNKS {
+            let (job, data) = read(&news);
+            let data = data.unwrap();
+            assert_eq!(data.len() as u64, job.chunk.bytes());
+            zeros += u64::from(data.iter().all(|byte| *byte == 0));
+        }
+        assert_eq!((zeros, reader.read_bytes()), (5, (CHUNKS - 5) * CHUNK_BYTES));
+    }
+
+    #[test]
+    fn a_dropped_reader_ends_although_nobody_gives_memory_back() {
+        let budget = Budget::new(0, 1).unwrap();
+        let (_file, reader, news) = reader(true, 0, &budget);
+        (0..CHUNKS).for_each(|number| reader.read(job(number)));
+        let kept = read(&news).1.unwrap();
+        drop(reader);
+        while news.recv().is_ok() {}
+        drop(kept);
+    }
 }

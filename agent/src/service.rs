@@ -38,7 +38,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// # Errors
 /// When a preflight check fails that is not forced, or something the daemon needs cannot be had.
 pub fn run(settings: Settings, args: &RunArgs) -> anyhow::Result<()> {
-    check::insist(&check::required(&settings), &args.force)?;
+    check::insist(&check::before_run(&settings), &args.force)?;
     let runtime = runtime()?;
     runtime.block_on(async {
         let (trigger, shutdown) = Shutdown::new();

@@ -202,3 +202,91 @@ fn a_real_loop_device_with_a_gpt_is_listed_with_its_mounted_partition() {
     let table = stdout(&agent(&["disks", "--state-dir", text(&state)]));
     assert!(table.contains("excluded by the configuration"), "{table}");
 }
+
+/// A state directory whose agent may protect `image` and nothing else.
+fn state_for(dir: &Path, image: &Path) -> PathBuf {
+    let state = dir.join("state");
+    std::fs::create_dir_all(&state).expect("a directory");
+    let real =
+        r#""sd*", "vd*", "nvme*", "xvd*", "loop*", "dm-*", "md*", "zram*", "nbd*", "sr*", "hd*", "mmcblk*""#;
+    let text = format!(
+        "upstream = [\"127.0.0.1:9\"]\n[disks]\ninclude = [\"{}\"]\nexclude = [{real}]\n",
+        image.display()
+    );
+    std::fs::write(state.join("agent.toml"), text).expect("a file");
+    state
+}
+
+#[test]
+fn without_enrolment_run_and_check_fail_with_the_remedy() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("disk.img");
+    std::fs::write(&image, vec![1; 1 << 20]).unwrap();
+    let state = state_for(dir.path(), &image);
+    let run = agent(&["run", "--state-dir", text(&state)]);
+    assert_eq!(run.status.code(), Some(1));
+    assert!(stderr(&run).contains("enrolled: this agent has not enrolled; make a token"), "{}", stderr(&run));
+    // Forced, it fails where the identity is needed.
+    let forced = agent(&["run", "--force", "enrolled", "--state-dir", text(&state)]);
+    assert_eq!(forced.status.code(), Some(1));
+    assert!(stderr(&forced).contains("has not enrolled"), "{}", stderr(&forced));
+    let unknown = agent(&["run", "--force", "enroled", "--state-dir", text(&state)]);
+    assert_eq!(unknown.status.code(), Some(1));
+    assert!(stderr(&unknown).contains("there is no such check"), "{}", stderr(&unknown));
+
+    let check = agent(&["check", "--json", "--state-dir", text(&state)]);
+    assert_eq!(check.status.code(), Some(1));
+    let json: Value = serde_json::from_slice(&check.stdout).unwrap();
+    assert_eq!(json["ready"], false);
+    let findings = json["findings"].as_array().unwrap();
+    let of = |name: &str| findings.iter().find(|finding| finding["name"] == name).expect("a finding");
+    assert_eq!((&of("enrolled")["verdict"], &of("disks")["verdict"]), (&"FAIL".into(), &"PASS".into()));
+    assert!(of("enrolled")["remedy"].as_str().unwrap().contains("reprotect-agent enroll"));
+    assert!(of("disks")["reason"].as_str().unwrap().contains("1.00 MiB"));
+    for finding in findings {
+        let passed = finding["verdict"] == "PASS";
+        assert_eq!(finding["remedy"].as_str().unwrap().is_empty(), passed, "{finding}");
+        assert!(!finding["reason"].as_str().unwrap().is_empty(), "{finding}");
+    }
+    let table = agent(&["check", "--state-dir", text(&state)]);
+    assert_eq!(table.status.code(), Some(1));
+    assert!(stdout(&table).starts_with("CHECK ") && stdout(&table).contains("FAIL"), "{}", stdout(&table));
+}
+
+#[test]
+fn check_names_a_missing_disk_and_an_empty_selection() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = state_for(dir.path(), &dir.path().join("gone.img"));
+    let disks = |state: &Path| {
+        let check = agent(&["check", "--json", "--state-dir", text(state)]);
+        assert_eq!(check.status.code(), Some(1));
+        let json: Value = serde_json::from_slice(&check.stdout).unwrap();
+        let findings = json["findings"].as_array().unwrap().clone();
+        findings.into_iter().find(|finding| finding["name"] == "disks").unwrap()
+    };
+    let missing = disks(&state);
+    assert_eq!(missing["verdict"], "FAIL");
+    assert!(missing["reason"].as_str().unwrap().contains("gone.img"), "{missing}");
+    let config = state.join("agent.toml");
+    let empty = std::fs::read_to_string(&config).unwrap().replace("include", "# include");
+    std::fs::write(&config, empty).unwrap();
+    let none = disks(&state);
+    assert_eq!((&none["verdict"], &none["reason"]), (&"FAIL".into(), &"no disk is selected".into()));
+}
+
+#[test]
+fn status_without_a_daemon_and_enroll_with_a_wrong_token_exit_with_1_and_say_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let status = agent(&["status", "--state-dir", text(dir.path())]);
+    assert_eq!(status.status.code(), Some(1));
+    assert!(stdout(&status).is_empty());
+    assert!(
+        stderr(&status).contains("reprotect-agent run") || stderr(&status).contains("start"),
+        "{}",
+        stderr(&status)
+    );
+    let enroll = agent(&["enroll", "not-a-token", "--state-dir", text(dir.path())]);
+    assert_eq!(enroll.status.code(), Some(1));
+    assert!(stderr(&enroll).contains("token"), "{}", stderr(&enroll));
+    assert!(!dir.path().join("identity.pem").exists());
+}

@@ -4,6 +4,8 @@
 //! A table stands between `<!-- table:NAME -->` and `<!-- end -->`; NAME is a structure (offset, size, field, meaning)
 //! or an enumeration (value, name, meaning).
 
+#![expect(clippy::unwrap_used, reason = "a failed step is a failed test")]
+
 use std::fmt::Write as _;
 use std::path::PathBuf;
 

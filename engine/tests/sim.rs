@@ -86,6 +86,8 @@ fn seeds_that_once_failed_keep_every_rule() {
         (755, "refused batches used up the credit"),
         (8592, "an opener was replaced and never told"),
         (12_952, "hashes overtook older data of the scan before"),
+        (36_259, "another session's bulk was taken for one's own"),
+        (37_164, "another session ended the pass before this one tracked writes"),
         (2529, "a disk was called synced although a compare pass was wanted"),
     ];
     for (seed, what) in found {

@@ -43,7 +43,6 @@ struct World {
     credit: BTreeMap<DiskId, u64>,
     granted: BTreeMap<DiskId, Generation>,
     sizes: BTreeMap<DiskId, u64>,
-    granted: BTreeMap<DiskId, Generation>,
     sequence: u64,
 }
 
@@ -73,7 +72,6 @@ impl World {
             credit: BTreeMap::new(),
             granted: BTreeMap::new(),
             sizes: BTreeMap::new(),
-            granted: BTreeMap::new(),
             sequence: 1,
         };
         if world.connect(input) && input.byte() < 200 && world.open(input) {

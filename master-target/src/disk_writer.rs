@@ -233,7 +233,7 @@ impl Writer {
 
     /// Sends the replies that stand first in the queue, without executing anything else.
     fn flush_replies(&mut self) {
-        for (session, message) in self.disk.take_replies() {
+        while let Some(DiskAction::Reply { session, message }) = self.disk.poll_reply() {
             if let Some((_, replies)) = self.sessions.iter().find(|(known, _)| *known == session) {
                 let _ = replies.send(message);
             }

@@ -277,6 +277,8 @@ wire_enum! {
         TrackingLost = 4,
         /// The agent continues another history than the target holds.
         OtherLineage = 5,
+        /// Another session had the disk open since this agent had: nobody here knows what it wrote.
+        OtherSession = 6,
     }
 }
 

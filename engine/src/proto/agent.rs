@@ -334,8 +334,7 @@ impl Agent {
             return;
         }
         disk.phase.become_state(AgentDiskPhase::Open);
-        disk.generation = head.generation;
-        disk.grant = grant;
+        let foreign = disk.take_grant(head.generation, grant);
         disk.balance = Balance::default();
         disk.set_target_pass(head.pass);
         let ours = Ours {
@@ -345,7 +344,7 @@ impl Agent {
             chain_there: disk.chain_at(head.durable),
         };
         let theirs = Theirs { lineage: head.lineage, durable: head.durable, chain: head.chain };
-        let mut cause = disk.wanted.map(|wanted| wanted.cause);
+        let mut cause = disk.wanted.map(|wanted| wanted.cause).or(foreign.then_some(PassCause::OtherSession));
         match decide(&ours, &theirs) {
             Decision::Adopt => disk.adopt(head),
             Decision::Continue { .. } => {

@@ -51,7 +51,10 @@ pub(super) struct AgentDisk {
     pub(super) phase: AgentDiskPhase,
     pub(super) source: SourceId,
     pub(super) size_sectors: u64,
+    /// Of the newest offer or grant.
     pub(super) generation: Generation,
+    /// Of the last grant this agent got since it started; zero before the first.
+    pub(super) granted: Generation,
     pub(super) grant: Bytes,
     pub(super) lineage: Option<LineageId>,
     pub(super) durable: Sequence,
@@ -91,6 +94,7 @@ impl AgentDisk {
             source: head.source,
             size_sectors: head.size_sectors,
             generation: head.generation,
+            granted: Generation::ZERO,
             grant: Bytes::new(),
             lineage: None,
             durable: Sequence::ZERO,
@@ -136,6 +140,16 @@ impl AgentDisk {
             self.unacked.pop_front();
             self.unsent_from = self.unsent_from.saturating_sub(1);
         }
+    }
+
+    /// Takes a new grant; answers whether another session had the disk open since the last one. A grant of our own that
+    /// was lost on its way counts as one: a compare too many is better than one too few.
+    pub(super) fn take_grant(&mut self, generation: Generation, grant: Bytes) -> bool {
+        let foreign = self.granted != Generation::ZERO && self.generation != self.granted;
+        self.generation = generation;
+        self.granted = generation;
+        self.grant = grant;
+        foreign
     }
 
     /// Takes note of the pass that runs at the target.

@@ -564,21 +564,6 @@ impl TargetDisk {
         self.checkpoint_if_due(now, self.dirty);
     }
 
-    /// Takes the replies out of the queue, leaving the rest in order: for a driver that is held up by the medium and
-    /// still has something to tell. A reply never depends on an action behind it.
-    pub fn take_replies(&mut self) -> Vec<(SessionId, Message)> {
-        let mut replies = Vec::new();
-        for action in std::mem::take(&mut self.actions) {
-            match action {
-                DiskAction::Reply { session, message } if !matches!(message, Message::Grant(..)) => {
-                    replies.push((session, message));
-                }
-                other => self.actions.push_back(other),
-            }
-        }
-        replies
-    }
-
     /// When [`Self::handle_timeout`] wants to be called.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<MonoTime> {

@@ -180,7 +180,7 @@ impl World {
         self.agent_stops(agent);
         for disk in 0..self.sources.len() {
             if self.plan.disks[disk].0 == agent {
-                self.checker.agent_crashed(disk);
+                self.checker.untracked(disk);
             }
         }
         let delay = self.rng.between(1_000_000, 2_000_000_000);
@@ -355,6 +355,9 @@ impl World {
         let disk = self.disk_index(id);
         self.note(|| format!("agent{agent} opened disk{disk}: {mode:?}"));
         self.count("opens", 1);
+        if self.agents[agent].twin {
+            self.checker.untracked(disk);
+        }
         let first = self.agents[agent].opened.insert(disk);
         self.agents[agent].stopped.remove(&disk);
         self.agents[agent].synced.remove(&disk);

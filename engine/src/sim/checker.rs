@@ -144,8 +144,9 @@ impl Checker {
         }
     }
 
-    /// The agent crashed: writes from now until a new pass are captured by nobody.
-    pub(super) fn agent_crashed(&mut self, disk: usize) {
+    /// The agent crashed, so that nobody captures writes, or another session writes: until a new pass ended, the disk
+    /// need not be a state of the source.
+    pub(super) fn untracked(&mut self, disk: usize) {
         let watch = &mut self.watches[disk];
         watch.taint = Taint::Wants(watch.granted);
     }

@@ -254,3 +254,17 @@ fn words_about_its_own_past_do_not_stop_an_agent() {
     source.gets(&fenced(3));
     assert!(stopped(&source));
 }
+
+#[test]
+fn a_disk_that_another_session_had_open_is_compared() {
+    let asked = |source: &Source| source.kinds().contains(&FrameKind::PassBegin);
+    let mut source = Source::new();
+    source.open(3, (0, CHAIN_START), 1, PassMode::Done);
+    assert!(!asked(&source), "the first this agent knows of");
+    source.agent.handle_disconnected();
+    source.open(4, (0, CHAIN_START), 1, PassMode::Done);
+    assert!(!asked(&source), "nobody else was there");
+    source.agent.handle_disconnected();
+    source.open(6, (0, CHAIN_START), 1, PassMode::Done);
+    assert!(asked(&source), "5 was somebody else's");
+}
