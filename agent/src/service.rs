@@ -64,7 +64,7 @@ pub fn check(settings: &Settings, output: Output) -> anyhow::Result<()> {
 /// # Errors
 /// When the token does not fit or the target refuses.
 pub fn enroll(settings: &Settings, args: &EnrollArgs, output: Output) -> anyhow::Result<()> {
-    let token: Token = args.token.parse()?;
+    let token = Token::from_argument(&args.token)?;
     settings.places.create_state_dir()?;
     let state_dir = &settings.places.state_dir;
     let identity = runtime()?.block_on(enroll_at(&token, Role::Agent, &daemon::host_name(), state_dir))?;

@@ -73,7 +73,7 @@ pub fn message(data: &[u8]) {
 
 /// A delta batch.
 pub fn batch(data: &[u8]) {
-    for input in [data.to_vec(), with_record_crcs(data, BatchHeader::BYTES)] {
+    for input in [data.to_vec(), with_batch_crcs(data, BatchHeader::BYTES)] {
         let input = Bytes::from(input);
         if let Ok((header, records)) = decode_batch(input.clone()) {
             assert!(header.last_sequence().0 <= COUNTER_MAX);
@@ -86,7 +86,7 @@ pub fn batch(data: &[u8]) {
 
 /// A bulk batch.
 pub fn bulk(data: &[u8]) {
-    for input in [data.to_vec(), with_record_crcs(data, BulkHeader::BYTES)] {
+    for input in [data.to_vec(), with_batch_crcs(data, BulkHeader::BYTES)] {
         let input = Bytes::from(input);
         if let Ok((header, records)) = decode_bulk(input.clone()) {
             assert!(records.iter().all(|record| header.cover.contains(record.range())));
@@ -154,6 +154,17 @@ fn with_frame_crc(data: &[u8]) -> Option<Vec<u8>> {
     let crc = crc32(fixed.get(..FrameHeader::BYTES)?);
     put(&mut fixed, FrameHeader::TABLE, "head_crc", 0, &crc.to_le_bytes());
     Some(fixed)
+}
+
+/// The input with the checksum of its batch head and those of its records put right.
+fn with_batch_crcs(data: &[u8], head_bytes: usize) -> Vec<u8> {
+    let mut fixed = with_record_crcs(data, head_bytes + 4);
+    if let Some((head, rest)) = fixed.split_at_mut_checked(head_bytes)
+        && let Some(slot) = rest.first_chunk_mut::<4>()
+    {
+        *slot = crc32(head).to_le_bytes();
+    }
+    fixed
 }
 
 /// The input with the head checksum of every record from byte `at` on put right, and the checksum of its stored

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use reprotect_engine::compress::Compressor;
 use reprotect_engine::format::batch::encode_batch;
 use reprotect_engine::format::extent::Record;
-use reprotect_engine::format::message::{ErrorCode, Message, PassMode};
+use reprotect_engine::format::message::{ErrorCode, Message, NackReason, PassMode};
 use reprotect_engine::io::{self, BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 use reprotect_engine::limits::DELTA_RECORD_BYTES_MAX;
 use reprotect_engine::proto::batch::cut_records;
@@ -171,13 +171,35 @@ fn an_older_session_is_fenced_and_writes_nothing_more() {
 }
 
 #[test]
-fn a_damaged_batch_ends_its_session_and_applies_nothing() {
+fn a_damaged_delta_batch_is_asked_for_again_and_applies_nothing() {
     let (_dir, mut bench) = small("web.vmdk");
     let mut agent = bench.opened();
     let records = [Record::data(0, pattern(1, 4096)), Record::data(64, pattern(2, 64 << 10))];
     let mut body = encode_batch(&agent.delta_header(&records), &records).body().to_vec();
     let last = body.len() - 1;
     body[last] ^= 1;
+    agent.send(&bench, DiskInput::Batch(body.into()));
+    let from = agent.wait(&bench, |message| match message {
+        Message::Nack(nack) if nack.reason == NackReason::Damaged => Some(nack.resume_from),
+        _ => None,
+    });
+    assert_eq!(from, Sequence(1));
+    // What is sent in its place is believed.
+    let sequence = agent.delta(&bench, &records[1..]);
+    agent.until_durable(&bench, sequence);
+    bench.stop();
+    let content = content(&bench);
+    assert!(content[..4096].iter().all(|byte| *byte == 0), "half a damaged batch was applied");
+    assert!(content[64 * 512..64 * 512 + (64 << 10)] == pattern(2, 64 << 10)[..]);
+}
+
+#[test]
+fn a_batch_that_nobody_can_read_ends_its_session_and_applies_nothing() {
+    let (_dir, mut bench) = small("web.vmdk");
+    let mut agent = bench.opened();
+    let records = [Record::data(0, pattern(1, 4096))];
+    let mut body = encode_batch(&agent.delta_header(&records), &records).body().to_vec();
+    body.truncate(100);
     agent.send(&bench, DiskInput::Batch(body.into()));
     let text = agent.wait(&bench, |message| match message {
         // Of no disk: it is the session that ends.
@@ -186,15 +208,11 @@ fn a_damaged_batch_ends_its_session_and_applies_nothing() {
     });
     assert_eq!(text.0, reprotect_engine::units::DiskId::NONE);
     assert!(text.1.contains("failed its checks"), "{}", text.1);
-    // The next session sends it again and is believed.
-    let mut agent = bench.opened();
+    // The next session starts where the target stands.
+    let agent = bench.opened();
     assert_eq!(agent.sequence, Sequence::ZERO);
-    let sequence = agent.delta(&bench, &records[1..]);
-    agent.until_durable(&bench, sequence);
     bench.stop();
-    let content = content(&bench);
-    assert!(content[..4096].iter().all(|byte| *byte == 0), "half a damaged batch was applied");
-    assert!(content[64 * 512..64 * 512 + (64 << 10)] == pattern(2, 64 << 10)[..]);
+    assert!(content(&bench)[..4096].iter().all(|byte| *byte == 0), "half a damaged batch was applied");
 }
 
 /// A mounted tmpfs, unmounted on drop.

@@ -12,7 +12,7 @@ use reprotect_engine::host::config::{ConfigError, Overrides};
 use reprotect_engine::host::config_doc;
 use reprotect_engine::host::output::{self, Align, Output, Table};
 use reprotect_engine::host::places::Program;
-use reprotect_engine::host::shutdown::{Shutdown, on_signals};
+use reprotect_engine::host::shutdown::{Shutdown, on_signals, reloads};
 use reprotect_engine::net::enroll;
 use reprotect_engine::net::identity::{IDENTITY_FILE, Role};
 use reprotect_engine::net::token::{Token, TokenError};
@@ -66,6 +66,12 @@ pub async fn run(settings: Settings, args: &RunArgs) -> anyhow::Result<()> {
     }
     let (trigger, shutdown) = Shutdown::new();
     on_signals(trigger).context("cannot install signal handlers")?;
+    let mut reloads = reloads().context("cannot install signal handlers")?;
+    tokio::spawn(async move {
+        while reloads.changed().await.is_ok() {
+            tracing::warn!("SIGHUP: a changed configuration takes effect at the next start of this program");
+        }
+    });
     daemon::run(settings, shutdown).await?;
     Ok(())
 }
@@ -75,15 +81,7 @@ pub async fn run(settings: Settings, args: &RunArgs) -> anyhow::Result<()> {
 /// # Errors
 /// When the token is damaged or refused, or the state directory cannot be written.
 pub async fn enroll(settings: &Settings, args: &EnrollArgs, output: Output) -> anyhow::Result<()> {
-    let text = if args.token == "-" {
-        let mut text = String::new();
-        let stdin = std::io::stdin().take(TOKEN_BYTES_MAX);
-        { stdin }.read_to_string(&mut text).context("standard input holds no token")?;
-        text
-    } else {
-        args.token.clone()
-    };
-    let token: Token = text.parse()?;
+    let token = Token::from_argument(&args.token)?;
     let state_dir = &settings.places.state_dir;
     settings.places.create_state_dir()?;
     // Before the identity, which is then complete when it is there; not over the addresses of an enrolled machine.

@@ -109,7 +109,7 @@ pub const KEYS: [KeyDoc; 11] = [
 pub struct Settings {
     /// State directory and admin socket.
     pub places: Places,
-    /// The file these came from, read again on SIGHUP.
+    /// The file these came from.
     pub config_path: PathBuf,
     /// Where agents dial in.
     pub listen: SocketAddr,

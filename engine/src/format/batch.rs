@@ -3,14 +3,18 @@
 //! Invariants: at most 4 MiB of plain payload and [`BATCH_RECORDS_MAX`] records; a delta batch's records have the
 //! contiguous sequences `first_sequence ..= last_sequence`; the chain digest covers canonical plaintext fields only,
 //! so a relay may recompress but not reorder, drop or alter. A bulk batch says which sectors it settles
-//! (`cover`), including those that needed no record. Units: sectors, bytes, sequences.
+//! (`cover`), including those that needed no record. The head has a CRC of its own, because nothing else would notice
+//! a wrong `cover`, and a wrong `chain` would look like a fork. Units: sectors, bytes, sequences.
+//!
+//! Layout: [`BatchHeader`] or [`BulkHeader`], CRC-32 of it (4 bytes), then the records.
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 
 use super::FormatError;
 use super::extent::{Record, RecordKind};
 use super::frame::{Frame, FrameKind};
 use super::wire::{COUNTER_MAX, wire, wire_enum};
+use crate::checksum::crc32;
 use crate::limits::{BATCH_PLAIN_BYTES_MAX, BATCH_RECORDS_MAX, DELTA_RECORD_BYTES_MAX};
 use crate::units::{
     BLOCK_BYTES, DiskId, Generation, LineageId, SECTOR_BYTES, SectorRange, Sequence, Timestamp,
@@ -18,6 +22,8 @@ use crate::units::{
 
 /// Digest of a delta stream up to a batch.
 pub type Chain = [u8; 16];
+
+const HEAD_CRC_BYTES: usize = 4;
 
 /// The chain before the first batch of a lineage.
 pub const CHAIN_START: Chain = [0; 16];
@@ -152,6 +158,7 @@ impl BatchHeader {
 fn encode(kind: FrameKind, head: &[u8], records: &[Record]) -> Frame {
     let mut parts = Vec::with_capacity(1 + 2 * records.len());
     let mut pending = BytesMut::from(head);
+    pending.put_u32_le(crc32(head));
     for record in records {
         record.put_head(&mut pending);
         // Small payloads ride with the heads; large ones stay where they are.
@@ -187,7 +194,8 @@ pub fn encode_bulk(header: &BulkHeader, records: &[Record]) -> Frame {
 /// # Errors
 /// When any length, checksum or count is not what the format says.
 pub fn decode_batch(mut body: Bytes) -> Result<(BatchHeader, Vec<Record>), FormatError> {
-    let (header, _) = BatchHeader::read_prefix(&body)?;
+    let (header, rest) = BatchHeader::read_prefix(&body)?;
+    check_head("Batch head", &body, rest)?;
     let records = take_records(&mut body, BatchHeader::BYTES, header.record_count)?;
     if records.is_empty() {
         return Err(FormatError::Field {
@@ -221,7 +229,8 @@ pub fn decode_batch(mut body: Bytes) -> Result<(BatchHeader, Vec<Record>), Forma
 /// # Errors
 /// When any length, checksum or count is not what the format says, or a record lies outside the cover.
 pub fn decode_bulk(mut body: Bytes) -> Result<(BulkHeader, Vec<Record>), FormatError> {
-    let (header, _) = BulkHeader::read_prefix(&body)?;
+    let (header, rest) = BulkHeader::read_prefix(&body)?;
+    check_head("Bulk head", &body, rest)?;
     let records = take_records(&mut body, BulkHeader::BYTES, header.record_count)?;
     let mut at = header.cover.start;
     for record in &records {
@@ -238,6 +247,16 @@ pub fn decode_bulk(mut body: Bytes) -> Result<(BulkHeader, Vec<Record>), FormatE
     Ok((header, records))
 }
 
+/// Checks the CRC that stands between the head of `body` and the `rest`.
+fn check_head(what: &'static str, body: &[u8], rest: &[u8]) -> Result<(), FormatError> {
+    let Some(got) = rest.first_chunk().map(|crc| u32::from_le_bytes(*crc)) else {
+        return Err(FormatError::Short { what, got: rest.len(), expected: HEAD_CRC_BYTES });
+    };
+    let head = body.get(..body.len().saturating_sub(rest.len())).unwrap_or_default();
+    let expected = crc32(head);
+    if got == expected { Ok(()) } else { Err(FormatError::Checksum { what, got, expected }) }
+}
+
 fn take_records(body: &mut Bytes, head_bytes: usize, count: u32) -> Result<Vec<Record>, FormatError> {
     if count > BATCH_RECORDS_MAX {
         return Err(FormatError::Field {
@@ -247,7 +266,7 @@ fn take_records(body: &mut Bytes, head_bytes: usize, count: u32) -> Result<Vec<R
             expected: "at most 8192",
         });
     }
-    let _ = body.split_to(head_bytes.min(body.len()));
+    let _ = body.split_to((head_bytes + HEAD_CRC_BYTES).min(body.len()));
     let mut records = Vec::with_capacity(count.min(64) as usize);
     let mut plain = 0_u64;
     for _ in 0..count {

@@ -76,6 +76,24 @@ impl fmt::Debug for Token {
 }
 
 impl Token {
+    /// The token of a command line's argument; `-` reads it from standard input, so that it stays out of the shell's
+    /// history and the process list.
+    ///
+    /// # Errors
+    /// When it is no token.
+    pub fn from_argument(argument: &str) -> Result<Self, TokenError> {
+        if argument != "-" {
+            return argument.parse();
+        }
+        let mut text = String::new();
+        // What cannot be read is no token, which is what the parser then says.
+        let _ = std::io::Read::read_to_string(
+            &mut std::io::Read::take(std::io::stdin(), TEXT_BYTES_MAX as u64 + 2),
+            &mut text,
+        );
+        text.parse()
+    }
+
     /// The text to give to the invited machine's operator.
     ///
     /// # Errors
