@@ -6,7 +6,7 @@ PATH=$PATH:/usr/sbin:/sbin
 
 # A program each package is known by, and the package.
 declare -A packages=(
-    [mke2fs]=e2fsprogs [mkfs.xfs]=xfsprogs [qemu-img]=qemu-utils [losetup]=mount [mount]=mount [sfdisk]=fdisk
+    [mke2fs]=e2fsprogs [mkfs.xfs]=xfsprogs [mkfs.btrfs]=btrfs-progs [mkfs.vfat]=dosfstools [qemu-img]=qemu-utils [losetup]=mount [mount]=mount [sfdisk]=fdisk
     [blockdev]=util-linux [swapon]=mount [python3]=python3 [cc]=gcc [make]=make [cmp]=diffutils [debugfs]=e2fsprogs
     [pkg-config]=pkg-config
 )

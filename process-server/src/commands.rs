@@ -3,7 +3,7 @@
 //! Invariant: a command prints its result to standard output once (`status --watch` once a second), and says in its
 //! error what to do. Called by `main`.
 
-use std::io::{IsTerminal, Read};
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -24,8 +24,6 @@ use crate::config::{KEYS, RawConfig, Settings};
 use crate::status::{SessionStatus, Status};
 use crate::{daemon, enrolment};
 
-/// Longest token text read from standard input.
-const TOKEN_BYTES_MAX: u64 = 4096;
 /// How often `status --watch` asks.
 const WATCH: Duration = Duration::from_secs(1);
 
