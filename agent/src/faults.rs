@@ -1,6 +1,6 @@
 //! What happens to a chunk that cannot be read: tried again a few times, then the disk is paused and looked at slowly.
 //!
-//! Invariants: a chunk is read again at most [`QUICK_PAUSES`] times quickly; after that the whole walk over the disk
+//! Invariants: a chunk is read again at most `QUICK_PAUSES` times quickly; after that the whole walk over the disk
 //! waits (its jobs are kept here, at most a pass's window of them) and one chunk is probed every [`PROBE_PAUSE`], after
 //! the disk was opened anew; the first probe that succeeds lets everything go on. No spinning, no standing still.
 //! Pure: time is an argument. Owned by `protected`, one per disk.
