@@ -43,7 +43,8 @@ pub(super) fn identity(settings: &Settings) -> Vec<Finding> {
     match load_identity(&settings.credentials) {
         Ok(identity) => {
             findings.push(pass("enrolled", identity.own().uri()));
-            findings.push(certificate(&identity));
+            let enrolled = settings.credentials.renewed_in().is_some();
+            findings.push(certificate(&identity, enrolled));
         }
         Err(error) => {
             let (reason, remedy) = split(&format!("{error:#}"));
@@ -66,21 +67,22 @@ fn state_dir(dir: &Path) -> Finding {
     }
 }
 
-fn certificate(identity: &Identity) -> Finding {
+fn certificate(identity: &Identity, enrolled: bool) -> Finding {
+    const SITE: &str =
+        "have the site's own PKI issue a new one, replace the file named under [pki] and restart the daemon";
     let (own, now) = (identity.own(), wall_clock());
     let days = own.not_after.0.saturating_sub(now.0) / DAY_NANOS;
     if own.not_before > now {
         return fail("certificate", "it is not valid yet", "correct this machine's clock");
     }
     if own.not_after <= now {
-        return fail(
-            "certificate",
-            "it has expired",
-            "enrol again with a new token, `reprotect-agent enroll TOKEN`",
-        );
+        let remedy =
+            if enrolled { "enrol again with a new token, `reprotect-agent enroll TOKEN`" } else { SITE };
+        return fail("certificate", "it has expired", remedy);
     }
     if identity.is_due_for_renewal(now) {
         let remedy = "start the daemon, which renews it at the master target, and see its log; behind a process server enrol again";
+        let remedy = if enrolled { remedy } else { SITE };
         return warn("certificate", format!("it expires in {days} days"), remedy);
     }
     pass("certificate", format!("valid for {days} days"))
