@@ -14,12 +14,12 @@ use std::process::Command;
 use std::sync::Arc;
 
 use reprotect_engine::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
+use reprotect_engine::store::files::Files;
+use reprotect_engine::store::files::fs::FsFiles;
 use reprotect_engine::store::target::{
     CreateOptions, Expectation, Target, TargetError, TargetKind, TargetSpec, VmdkKind, create_target,
     detect_target, open_target,
 };
-use reprotect_engine::store::vmdk::ExtentOpener;
-use reprotect_engine::store::vmdk::fs::FsOpener;
 
 /// Two full 2047 MiB extents would take long; the split kinds are tested at their border by one write there.
 const SIZE: u64 = (37 << 20) + 512 * 5;
@@ -75,8 +75,8 @@ impl BlockFile for PlainFile {
     }
 }
 
-fn opener() -> Arc<dyn ExtentOpener> {
-    Arc::new(FsOpener::new(|path, writable| {
+fn opener() -> Arc<dyn Files> {
+    Arc::new(FsFiles::new(|path, writable| {
         let name = path.display().to_string();
         let opened = OpenOptions::new().read(true).write(writable).open(path);
         let sized = opened.and_then(|file| Ok((file.metadata()?.len(), file)));

@@ -11,10 +11,10 @@ use reprotect_engine::format::vmdk::descriptor::{AdapterType, Descriptor, DiskUu
 use reprotect_engine::format::vmdk::recognise;
 use reprotect_engine::format::vmdk::sparse::{Directory, FILE_SECTORS_MAX, SparseHeader, TABLE_SECTORS};
 use reprotect_engine::io::{BlockError, BlockFile, ByteRange, ReadAt, WriteAt};
+use reprotect_engine::store::files::memory::MemoryFiles;
 use reprotect_engine::store::target::{
-    CreateOptions, Expectation, ExtentOpener, Target, TargetKind, TargetSpec, create_target, open_target,
+    CreateOptions, Expectation, Files, Target, TargetKind, TargetSpec, create_target, open_target,
 };
-use reprotect_engine::store::vmdk::memory::MemoryFiles;
 use reprotect_engine::units::SECTOR_BYTES;
 
 const PATH: &str = "/ds/disk.vmdk";
@@ -123,7 +123,7 @@ pub fn disk(data: &[u8]) {
 }
 
 /// Opens, reads, writes, closes, opens again.
-fn exercise(opener: &Arc<dyn ExtentOpener>) {
+fn exercise(opener: &Arc<dyn Files>) {
     if !reprotect_engine::store::vmdk::open::check_vmdk(&**opener, Path::new(PATH))
         .is_ok_and(|checked| checked.descriptor.sectors() * SECTOR_BYTES <= READ_BYTES_MAX)
     {

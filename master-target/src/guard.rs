@@ -11,8 +11,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use reprotect_engine::store::files::Files;
 use reprotect_engine::store::target::TargetKind;
-use reprotect_engine::store::vmdk::ExtentOpener;
 use reprotect_engine::store::vmdk::open::check_vmdk;
 
 /// Files watched per disk; a disk split into more is recognised by its first ones.
@@ -44,7 +44,7 @@ pub struct Guard {
 impl Guard {
     /// Watches the files of an open target from now on.
     #[must_use]
-    pub fn new(opener: &dyn ExtentOpener, path: &Path, kind: TargetKind) -> Self {
+    pub fn new(opener: &dyn Files, path: &Path, kind: TargetKind) -> Self {
         let paths = if kind == TargetKind::Device { Vec::new() } else { target_files(opener, path) };
         let watched = |path: PathBuf| Watched { times: has_true_times(&path), path, seen: None };
         let mut guard = Self { files: paths.into_iter().take(FILES_MAX).map(watched).collect() };
@@ -70,7 +70,7 @@ impl Guard {
 
 /// The descriptor and the extents of a VMDK, the descriptor first; what cannot be read is left out.
 #[must_use]
-pub fn target_files(opener: &dyn ExtentOpener, path: &Path) -> Vec<PathBuf> {
+pub fn target_files(opener: &dyn Files, path: &Path) -> Vec<PathBuf> {
     let mut paths = vec![path.to_owned()];
     if let Ok(checked) = check_vmdk(opener, path) {
         let extents = checked.descriptor.extents().iter().filter_map(|extent| extent.file.as_ref());

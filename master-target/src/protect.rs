@@ -12,7 +12,8 @@ use anyhow::{Context, anyhow, bail};
 use reprotect_engine::format::message::PassMode;
 use reprotect_engine::proto::target_disk::TargetDisk;
 use reprotect_engine::store::target::{
-    CreateOptions, DiskUuid, Expectation, Target, TargetKind, TargetSpec, create_target, open_target,
+    CreateOptions, DiskUuid, Expectation, Target, TargetError, TargetKind, TargetSpec, create_target,
+    open_target,
 };
 use reprotect_engine::units::{DiskId, LineageId, SECTOR_BYTES};
 use serde::{Deserialize, Serialize};
@@ -158,7 +159,7 @@ fn undo(registry: &Registry, target: Target) {
     } else {
         Ok(())
     };
-    if let Err(error) = closed.and(removed) {
+    if let Err(error) = closed.and(removed.map_err(TargetError::from)) {
         tracing::warn!(path = %facts.path.display(), %error, "a target that was not used could not be put back");
     }
 }

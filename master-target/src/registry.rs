@@ -19,9 +19,9 @@ use reprotect_engine::limits::CHUNK_BYTES;
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::target_disk::SessionId;
 use reprotect_engine::range_set::RangeSet;
+use reprotect_engine::store::files::Files;
+use reprotect_engine::store::files::fs::FsFiles;
 use reprotect_engine::store::target::{Expectation, Target, TargetKind, TargetSpec, open_target};
-use reprotect_engine::store::vmdk::ExtentOpener;
-use reprotect_engine::store::vmdk::fs::FsOpener;
 use reprotect_engine::units::{DiskId, Generation, PeerId, SECTOR_BYTES, SectorRange};
 use tokio::sync::mpsc;
 
@@ -89,7 +89,7 @@ struct Inner {
 /// The registry.
 pub struct Registry {
     catalogue: Catalogue,
-    opener: Arc<dyn ExtentOpener>,
+    opener: Arc<dyn Files>,
     limits: FlowLimits,
     /// Held while the set of disks is planned and changed, so that no two do it at once.
     changes: Mutex<()>,
@@ -118,7 +118,7 @@ impl Registry {
     pub fn open_with(
         catalogue: Catalogue,
         limits: FlowLimits,
-        opener: Arc<dyn ExtentOpener>,
+        opener: Arc<dyn Files>,
     ) -> anyhow::Result<Self> {
         let registry = Self { catalogue, opener, limits, changes: Mutex::default(), inner: Mutex::default() };
         for machine in registry.catalogue.machines()? {
@@ -220,7 +220,7 @@ impl Registry {
 
     /// How targets are opened.
     #[must_use]
-    pub const fn opener(&self) -> &Arc<dyn ExtentOpener> {
+    pub const fn opener(&self) -> &Arc<dyn Files> {
         &self.opener
     }
 
@@ -397,8 +397,8 @@ impl Registry {
 
 /// Targets on this machine's file systems, with the best backend the host allows.
 #[must_use]
-pub fn fs_opener() -> Arc<dyn ExtentOpener> {
-    Arc::new(FsOpener::new(|path, writable| {
+pub fn fs_opener() -> Arc<dyn Files> {
+    Arc::new(FsFiles::new(|path, writable| {
         let options = if writable { io::OpenOptions::writing() } else { io::OpenOptions::reading() };
         io::open(path, &options)
     }))

@@ -18,9 +18,9 @@ use reprotect_engine::io::{self, BlockError, BlockFile, BlockOp, ByteRange, Read
 use reprotect_engine::limits::DELTA_RECORD_BYTES_MAX;
 use reprotect_engine::proto::batch::cut_records;
 use reprotect_engine::proto::master_target::DiskInput;
+use reprotect_engine::store::files::Files;
+use reprotect_engine::store::files::fs::FsFiles;
 use reprotect_engine::store::target::{Expectation, TargetKind, open_target};
-use reprotect_engine::store::vmdk::ExtentOpener;
-use reprotect_engine::store::vmdk::fs::FsOpener;
 use reprotect_engine::units::{Generation, SectorRange, Sequence};
 use reprotect_master_target::registry::fs_opener;
 use support::*;
@@ -352,9 +352,9 @@ impl BlockFile for Faulty {
     }
 }
 
-fn faulty_opener(told: &Arc<AtomicU8>) -> Arc<dyn ExtentOpener> {
+fn faulty_opener(told: &Arc<AtomicU8>) -> Arc<dyn Files> {
     let told = Arc::clone(told);
-    Arc::new(FsOpener::new(move |path, writable| {
+    Arc::new(FsFiles::new(move |path, writable| {
         let options = if writable { io::OpenOptions::writing() } else { io::OpenOptions::reading() };
         Ok(Box::new(Faulty(io::open(path, &options)?, Arc::clone(&told))) as Box<dyn BlockFile>)
     }))

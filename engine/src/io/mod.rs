@@ -50,6 +50,17 @@ impl ByteRange {
     }
 }
 
+/// Adds a range to an ascending list, joining it to the last one where they touch.
+pub(crate) fn push_range(ranges: &mut Vec<ByteRange>, range: ByteRange) {
+    if range.is_empty() {
+        return;
+    }
+    match ranges.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => ranges.push(range),
+    }
+}
+
 /// One read of a batch: fill `data` from `offset`.
 #[derive(Debug)]
 pub struct ReadAt<'a> {

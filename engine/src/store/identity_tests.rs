@@ -6,7 +6,8 @@ use std::process::Command;
 use proptest::prelude::*;
 
 use super::*;
-use crate::store::vmdk::{ExtentOpener as _, memory::MemoryFiles};
+use crate::store::files::Files as _;
+use crate::store::files::memory::MemoryFiles;
 
 const MIB: usize = 1 << 20;
 

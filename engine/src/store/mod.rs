@@ -1,4 +1,5 @@
 //! What a disk is written to.
+pub mod files;
 pub mod fingerprint;
 pub mod identity;
 pub mod target;

@@ -11,8 +11,9 @@ use std::sync::Arc;
 pub use crate::format::vmdk::descriptor::{AdapterType, DiskUuid};
 use crate::io::{BlockError, BlockFile, ByteRange, ReadAt, WriteAt};
 use crate::limits::DISK_BYTES_MAX;
+pub use crate::store::files::Files;
 use crate::store::vmdk::open::check_vmdk;
-pub use crate::store::vmdk::{CreateSpec, ExtentOpener, Repair, TargetError, VmdkKind};
+pub use crate::store::vmdk::{CreateSpec, Repair, TargetError, VmdkKind};
 use crate::store::vmdk::{TargetFile, create_vmdk, open_vmdk};
 use crate::units::SECTOR_BYTES;
 
@@ -162,7 +163,7 @@ impl BlockFile for Target {
 /// # Errors
 /// Existing files, too little space, a UUID that is taken, impossible sizes; devices are not made but attached.
 pub fn create_target(
-    opener: &Arc<dyn ExtentOpener>,
+    opener: &Arc<dyn Files>,
     spec: &TargetSpec,
     size_bytes: u64,
     known_uuids: &BTreeSet<DiskUuid>,
@@ -203,7 +204,7 @@ pub struct CreateOptions {
 /// # Errors
 /// [`TargetError`], which names the file, the reason and the remedy.
 pub fn open_target(
-    opener: &Arc<dyn ExtentOpener>,
+    opener: &Arc<dyn Files>,
     spec: &TargetSpec,
     expect: &Expectation,
 ) -> Result<Target, TargetError> {
@@ -217,7 +218,7 @@ pub fn open_target(
 ///
 /// # Errors
 /// As for [`open_target`], apart from what only opening shows.
-pub fn detect_target(opener: &Arc<dyn ExtentOpener>, path: &Path) -> Result<TargetSpec, TargetError> {
+pub fn detect_target(opener: &Arc<dyn Files>, path: &Path) -> Result<TargetSpec, TargetError> {
     let missing = || TargetError::MissingFile { path: path.into(), by: path.into() };
     let facts = opener.facts(path)?.ok_or_else(missing)?;
     let kind = if facts.is_device { TargetKind::Device } else { check_vmdk(&**opener, path)?.kind.into() };
@@ -241,7 +242,7 @@ fn check_uuid(path: &Path, uuid: Option<DiskUuid>, known: &BTreeSet<DiskUuid>) -
 }
 
 fn open_disk(
-    opener: &Arc<dyn ExtentOpener>,
+    opener: &Arc<dyn Files>,
     path: &Path,
     kind: VmdkKind,
     expect: &Expectation,
@@ -267,11 +268,7 @@ fn open_disk(
     Ok(Target { file: opened.file, facts, repair: opened.repair })
 }
 
-fn open_device(
-    opener: &Arc<dyn ExtentOpener>,
-    path: &Path,
-    expect: &Expectation,
-) -> Result<Target, TargetError> {
+fn open_device(opener: &Arc<dyn Files>, path: &Path, expect: &Expectation) -> Result<Target, TargetError> {
     let missing = || TargetError::MissingFile { path: path.into(), by: path.into() };
     let found = opener.facts(path)?.ok_or_else(missing)?;
     if !found.is_device {
@@ -338,7 +335,7 @@ impl TargetFile for DeviceFile {
 mod tests {
     use super::*;
     use crate::error::{Answer as _, Severity};
-    use crate::store::vmdk::memory::MemoryFiles;
+    use crate::store::files::memory::MemoryFiles;
 
     const PATH: &str = "/ds/vm/web.vmdk";
     const SIZE: u64 = 8 << 20;

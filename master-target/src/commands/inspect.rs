@@ -7,9 +7,9 @@ use std::path::Path;
 
 use reprotect_engine::host::output::{Align, Output, Table, bytes, printable};
 use reprotect_engine::io::{self, BlockFile, ByteRange};
+use reprotect_engine::store::files::Files;
 use reprotect_engine::store::identity::DiskIdentity;
 use reprotect_engine::store::target::{Expectation, TargetKind, TargetSpec, detect_target, open_target};
-use reprotect_engine::store::vmdk::ExtentOpener;
 use reprotect_engine::store::vmdk::open::{check_locks, check_vmdk};
 use serde::Serialize;
 
@@ -102,7 +102,7 @@ pub fn inspect(args: &InspectArgs, output: Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn describe_descriptor(opener: &dyn ExtentOpener, spec: &TargetSpec, found: &mut Inspection) {
+fn describe_descriptor(opener: &dyn Files, spec: &TargetSpec, found: &mut Inspection) {
     found.kind = Some(spec.kind.to_string());
     if spec.kind == TargetKind::Device {
         found.device = device::identity(&spec.path);

@@ -20,10 +20,10 @@ use reprotect_engine::format::message::{ErrorCode, GrantHead, Message, OpenDiskH
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::proto::target_disk::{SessionId, TargetDisk};
+use reprotect_engine::store::files::Files;
 use reprotect_engine::store::target::{
     CreateOptions, Expectation, TargetKind, TargetSpec, create_target, open_target,
 };
-use reprotect_engine::store::vmdk::ExtentOpener;
 use reprotect_engine::units::{
     DiskId, Generation, LineageId, PeerId, SECTOR_BYTES, SectorRange, Sequence, Timestamp,
 };
@@ -46,7 +46,7 @@ pub(crate) fn new_state(size_bytes: u64, mode: PassMode) -> DiskState {
 /// A worker under test with its places.
 pub(crate) struct Bench {
     pub(crate) runtime: Runtime,
-    pub(crate) opener: Arc<dyn ExtentOpener>,
+    pub(crate) opener: Arc<dyn Files>,
     pub(crate) spec: TargetSpec,
     pub(crate) state_path: PathBuf,
     pub(crate) size_bytes: u64,
@@ -57,7 +57,7 @@ pub(crate) struct Bench {
 impl Bench {
     /// Starts a worker on a target that is created, or opened where it is a device.
     pub(crate) fn start(
-        opener: Arc<dyn ExtentOpener>,
+        opener: Arc<dyn Files>,
         spec: TargetSpec,
         state_path: PathBuf,
         size_bytes: u64,
@@ -83,7 +83,7 @@ impl Bench {
     /// As [`Self::start`] on a medium that is too small for the disk, which the check of the space refuses: what it
     /// would make is made by hand.
     pub(crate) fn start_unchecked(
-        opener: Arc<dyn ExtentOpener>,
+        opener: Arc<dyn Files>,
         spec: TargetSpec,
         state_path: PathBuf,
         size_bytes: u64,

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use super::VmdkKind;
 use super::error::TargetError;
 use super::keeper::random_cid;
-use super::opener::ExtentOpener;
 use crate::format::vmdk::descriptor::{
     Access, AdapterType, DESCRIPTOR_BYTES_MAX, Descriptor, DiskUuid, Extent, ExtentKind, NewDescriptor,
     extent_sizes,
@@ -21,6 +20,7 @@ use crate::format::vmdk::sparse::{
 };
 use crate::io::WriteAt;
 use crate::limits::DISK_BYTES_MAX;
+use crate::store::files::Files;
 use crate::units::{SECTOR_BYTES, SectorRange};
 
 /// Sectors kept for an embedded descriptor: 10 KiB, as other writers do.
@@ -54,7 +54,7 @@ impl CreateSpec {
 /// # Errors
 /// [`TargetError::Exists`], [`TargetError::NoSpace`], sizes no such disk can have, and what the system refuses.
 pub fn create_vmdk(
-    opener: &Arc<dyn ExtentOpener>,
+    opener: &Arc<dyn Files>,
     path: &Path,
     spec: &CreateSpec,
 ) -> Result<Descriptor, TargetError> {
@@ -137,7 +137,7 @@ impl Plan {
         self.extents.iter().map(|(file, _)| file.clone()).chain(descriptor)
     }
 
-    fn make(&self, opener: &dyn ExtentOpener, made: &mut Vec<PathBuf>) -> Result<(), TargetError> {
+    fn make(&self, opener: &dyn Files, made: &mut Vec<PathBuf>) -> Result<(), TargetError> {
         for (file, sectors) in &self.extents {
             if self.kind.is_sparse() {
                 let text = self.descriptor.text();
@@ -226,7 +226,7 @@ fn sparse_sectors_max(sectors: u64) -> u64 {
 }
 
 fn make_sparse(
-    opener: &dyn ExtentOpener,
+    opener: &dyn Files,
     file: &Path,
     sectors: u64,
     embedded: Option<&[u8]>,

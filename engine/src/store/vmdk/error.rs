@@ -9,6 +9,7 @@ use crate::error::{Answer, Severity};
 use crate::format::vmdk::descriptor::{DescriptorError, DiskUuid};
 use crate::format::vmdk::sparse::HeaderError;
 use crate::io::BlockError;
+use crate::store::files::FilesError;
 
 /// Why a target cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -164,6 +165,18 @@ impl TargetError {
     /// An operating system's refusal.
     pub fn system(doing: &'static str, path: impl Into<PathBuf>, source: std::io::Error) -> Self {
         Self::System { doing, path: path.into(), source }
+    }
+}
+
+impl From<FilesError> for TargetError {
+    fn from(error: FilesError) -> Self {
+        match error {
+            FilesError::InUse { path, sign } => Self::InUse { path, sign },
+            FilesError::Exists { path } => Self::Exists { path },
+            FilesError::Missing { path } => Self::MissingFile { by: path.clone(), path },
+            FilesError::System { doing, path, source } => Self::System { doing, path, source },
+            FilesError::Block(error) => Self::Block(error),
+        }
     }
 }
 

@@ -7,8 +7,8 @@
 use super::TargetFile;
 use super::error::TargetError;
 use super::keeper::Keeper;
-use super::layout::{Layout, push_range};
-use crate::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
+use super::layout::Layout;
+use crate::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt, push_range};
 
 /// A file that holds one or more extents.
 pub(super) struct Backing {

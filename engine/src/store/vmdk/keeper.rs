@@ -7,10 +7,9 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::error::TargetError;
-use super::opener::ExtentOpener;
 use crate::format::vmdk::descriptor::{CID_NONE, Descriptor};
 use crate::io::{BlockError, BlockOp, WriteAt};
+use crate::store::files::{Files, FilesError};
 use crate::units::{SECTOR_BYTES, SectorRange};
 
 /// Where the descriptor stands.
@@ -24,7 +23,7 @@ pub(super) enum Home {
 
 /// Keeps the descriptor of an open disk.
 pub(super) struct Keeper {
-    opener: Arc<dyn ExtentOpener>,
+    opener: Arc<dyn Files>,
     path: PathBuf,
     descriptor: Descriptor,
     home: Home,
@@ -34,7 +33,7 @@ pub(super) struct Keeper {
 
 impl Keeper {
     pub(super) fn new(
-        opener: Arc<dyn ExtentOpener>,
+        opener: Arc<dyn Files>,
         path: PathBuf,
         descriptor: Descriptor,
         home: Home,
@@ -43,7 +42,7 @@ impl Keeper {
         Self { opener, path, descriptor, home, writable, touched: false }
     }
 
-    pub(super) fn opener(&self) -> &dyn ExtentOpener {
+    pub(super) fn opener(&self) -> &dyn Files {
         &*self.opener
     }
 
@@ -78,8 +77,8 @@ impl Keeper {
         let changes = match self.home {
             Home::File => {
                 self.opener.replace(&self.path, edited.text().as_bytes()).map_err(|error| match error {
-                    TargetError::Block(error) => error,
-                    TargetError::System { source, .. } => fail(source),
+                    FilesError::Block(error) => error,
+                    FilesError::System { source, .. } => fail(source),
                     other => fail(std::io::Error::other(other.to_string())),
                 })?;
                 Vec::new()

@@ -120,17 +120,6 @@ pub(super) fn clip(len: usize, limit: u64) -> usize {
     usize::try_from(limit).map_or(len, |limit| len.min(limit))
 }
 
-/// Adds a range to an ascending list, joining it to the last one where they touch.
-pub(super) fn push_range(ranges: &mut Vec<ByteRange>, range: ByteRange) {
-    if range.is_empty() {
-        return;
-    }
-    match ranges.last_mut() {
-        Some(last) if last.end == range.start => last.end = range.end,
-        _ => ranges.push(range),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

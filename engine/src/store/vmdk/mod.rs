@@ -9,7 +9,6 @@
 //! | `tables` | grain tables: load, repair, pending changes |
 //! | `layout` | splitting operations at extent borders |
 //! | `keeper` | the descriptor of an open disk: new content identity at the first write |
-//! | `opener` | the seam to files; `fs` and `memory` are its two sides |
 //!
 //! Invariants: a disk is written only after its content identity was changed durably; a disk dropped without
 //! [`TargetFile::close`] is as after a crash, which every open repairs. Called by `store::target`.
@@ -17,14 +16,9 @@
 pub mod create;
 pub mod error;
 mod flat;
-#[cfg(feature = "io")]
-pub mod fs;
 mod keeper;
 mod layout;
-#[cfg(any(test, feature = "sim"))]
-pub mod memory;
 pub mod open;
-pub mod opener;
 mod sparse;
 mod tables;
 
@@ -32,7 +26,6 @@ pub use create::{CreateSpec, create_vmdk};
 pub use error::TargetError;
 pub use flat::FlatVmdk;
 pub use open::{OpenedVmdk, open_vmdk};
-pub use opener::{ExtentOpener, FileFacts};
 pub use sparse::SparseVmdk;
 pub use tables::Repair;
 

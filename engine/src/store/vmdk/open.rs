@@ -12,7 +12,6 @@ use super::error::TargetError;
 use super::flat::{FlatVmdk, Part};
 use super::keeper::{Home, Keeper};
 use super::layout::Layout;
-use super::opener::{ExtentOpener, FileFacts};
 use super::sparse::{SparseExtent, SparseVmdk};
 use super::tables::{LoadError, Repair, Tables};
 use super::{TargetFile, VmdkKind};
@@ -22,6 +21,7 @@ use crate::format::vmdk::descriptor::{
 use crate::format::vmdk::sparse::{FILE_SECTORS_MAX, HEADER_BYTES, SparseHeader};
 use crate::format::vmdk::{Recognised, recognise};
 use crate::io::BlockFile;
+use crate::store::files::{FileFacts, Files};
 use crate::units::SECTOR_BYTES;
 
 /// An opened VMDK.
@@ -51,11 +51,7 @@ pub struct CheckedVmdk {
 ///
 /// # Errors
 /// [`TargetError`], which names the file, the reason and the remedy.
-pub fn open_vmdk(
-    opener: &Arc<dyn ExtentOpener>,
-    path: &Path,
-    writable: bool,
-) -> Result<OpenedVmdk, TargetError> {
+pub fn open_vmdk(opener: &Arc<dyn Files>, path: &Path, writable: bool) -> Result<OpenedVmdk, TargetError> {
     let checked = check_vmdk(&**opener, path)?;
     if writable {
         check_locks(&**opener, path, &checked.descriptor)?;
@@ -77,7 +73,7 @@ pub fn open_vmdk(
 ///
 /// # Errors
 /// Snapshots, unsupported kinds, descriptors that cannot be understood.
-pub fn check_vmdk(opener: &dyn ExtentOpener, path: &Path) -> Result<CheckedVmdk, TargetError> {
+pub fn check_vmdk(opener: &dyn Files, path: &Path) -> Result<CheckedVmdk, TargetError> {
     let head = opener.read_head(path, DESCRIPTOR_BYTES_MAX + 1)?;
     let unsupported =
         |what: &str, remedy| TargetError::Unsupported { path: path.into(), what: what.into(), remedy };
@@ -119,7 +115,7 @@ fn snapshot(path: &Path, sign: impl Into<String>) -> TargetError {
 }
 
 /// Every sign of a snapshot: a parent, a delta extent, a delta's name, a delta of this disk beside it.
-fn check_chain(opener: &dyn ExtentOpener, path: &Path, descriptor: &Descriptor) -> Result<(), TargetError> {
+fn check_chain(opener: &dyn Files, path: &Path, descriptor: &Descriptor) -> Result<(), TargetError> {
     if descriptor.parent_cid() != CID_NONE {
         return Err(snapshot(path, format!("parentCID={:08x}", descriptor.parent_cid())));
     }
@@ -225,11 +221,7 @@ fn kind_of(path: &Path, descriptor: &Descriptor) -> Result<VmdkKind, TargetError
 ///
 /// # Errors
 /// [`TargetError::InUse`] names the lock.
-pub fn check_locks(
-    opener: &dyn ExtentOpener,
-    path: &Path,
-    descriptor: &Descriptor,
-) -> Result<(), TargetError> {
+pub fn check_locks(opener: &dyn Files, path: &Path, descriptor: &Descriptor) -> Result<(), TargetError> {
     let mut names = vec![file_name(path)];
     names.extend(descriptor.extents().iter().filter_map(|extent| extent.file.clone()));
     let mut inodes = Vec::new();
@@ -257,7 +249,7 @@ pub fn check_locks(
 
 /// The opening of one disk.
 struct Open<'a> {
-    opener: &'a Arc<dyn ExtentOpener>,
+    opener: &'a Arc<dyn Files>,
     path: &'a Path,
     descriptor: &'a Descriptor,
     writable: bool,

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use proptest::prelude::*;
 
-use super::memory::{Event, MemoryFiles};
 use super::*;
 use crate::io::{ByteRange, ReadAt, WriteAt};
+use crate::store::files::Files;
+use crate::store::files::memory::{Event, MemoryFiles};
 
 const PATH: &str = "/d/disk.vmdk";
 const GRAIN: u64 = 64 << 10;
@@ -455,6 +456,6 @@ fn files_of_many_flat_extents_are_one_disk() {
     assert_eq!(file.size_bytes(), size);
     assert!(file.write(&[WriteAt { offset: size - 512, data: &[1; 1024] }]).is_err());
     assert_eq!(read(&mut *file, size - 512, 512), [0; 512]);
-    let opener: Arc<dyn ExtentOpener> = files.opener();
+    let opener: Arc<dyn Files> = files.opener();
     assert!(matches!(open_vmdk(&opener, Path::new(PATH), true), Err(TargetError::InUse { .. })));
 }

@@ -8,11 +8,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::layout::push_range;
 use crate::format::vmdk::sparse::{
     Directory, FILE_SECTORS_MAX, FLAG_ZEROED_GRAINS, SparseHeader, TABLE_ENTRIES, TABLE_SECTORS,
 };
-use crate::io::{BlockError, BlockFile, ByteRange, ReadAt};
+use crate::io::{BlockError, BlockFile, ByteRange, ReadAt, push_range};
 use crate::range_set::RangeSet;
 use crate::units::{SECTOR_BYTES, SectorRange};
 

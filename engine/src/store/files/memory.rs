@@ -1,4 +1,4 @@
-//! Files in memory that remember every write and flush: the far side of [`ExtentOpener`] in tests and the simulator.
+//! Files in memory that remember every write and flush: the far side of [`Files`] in tests and the simulator.
 //!
 //! Invariants: the trace of all files is one sequence in the order in which calls returned; [`MemoryFiles::crashed`]
 //! builds what a medium may hold after power loss at any point of it: all that a later flush of the same file covered,
@@ -9,8 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::error::TargetError;
-use super::opener::{ExtentOpener, FileFacts};
+use super::{FileFacts, Files, FilesError};
 use crate::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 
 const PAGE: u64 = 512;
@@ -35,6 +34,8 @@ pub enum Event {
     Replace(PathBuf, Vec<u8>),
     /// The file is gone.
     Remove(PathBuf),
+    /// The file has another name.
+    Rename(PathBuf, PathBuf),
 }
 
 #[derive(Clone, Debug, Default)]
@@ -102,7 +103,7 @@ impl MemoryFiles {
 
     /// This directory as an opener.
     #[must_use]
-    pub fn opener(&self) -> Arc<dyn ExtentOpener> {
+    pub fn opener(&self) -> Arc<dyn Files> {
         Arc::new(self.clone())
     }
 
@@ -190,6 +191,11 @@ impl MemoryFiles {
                 Event::Remove(path) => {
                     state.files.remove(path);
                 }
+                Event::Rename(from, to) => {
+                    if let Some(file) = state.files.remove(from) {
+                        state.files.insert(to.clone(), file);
+                    }
+                }
             }
         }
         drop(state);
@@ -197,52 +203,52 @@ impl MemoryFiles {
     }
 }
 
-impl ExtentOpener for MemoryFiles {
-    fn facts(&self, path: &Path) -> Result<Option<FileFacts>, TargetError> {
+impl Files for MemoryFiles {
+    fn facts(&self, path: &Path) -> Result<Option<FileFacts>, FilesError> {
         let facts = |file: &Content| FileFacts { size_bytes: file.len, is_device: false, inode: 0 };
         Ok(self.state().files.get(path).map(facts))
     }
 
-    fn neighbours(&self, path: &Path) -> Result<Vec<String>, TargetError> {
+    fn neighbours(&self, path: &Path) -> Result<Vec<String>, FilesError> {
         let state = self.state();
         let beside = state.files.keys().filter(|other| other.parent() == path.parent());
         Ok(beside.filter_map(|other| Some(other.file_name()?.to_str()?.to_owned())).collect())
     }
 
-    fn free_bytes(&self, _path: &Path) -> Result<Option<u64>, TargetError> {
+    fn free_bytes(&self, _path: &Path) -> Result<Option<u64>, FilesError> {
         Ok(self.state().free_bytes)
     }
 
-    fn read_head(&self, path: &Path, bytes_max: usize) -> Result<Vec<u8>, TargetError> {
+    fn read_head(&self, path: &Path, bytes_max: usize) -> Result<Vec<u8>, FilesError> {
         let state = self.state();
-        let missing = || TargetError::MissingFile { path: path.into(), by: path.into() };
+        let missing = || FilesError::Missing { path: path.into() };
         let file = state.files.get(path).ok_or_else(missing)?;
         let mut bytes = vec![0; usize::try_from(file.len).unwrap_or(usize::MAX).min(bytes_max)];
         file.read(0, &mut bytes);
         Ok(bytes)
     }
 
-    fn open(&self, path: &Path, writable: bool) -> Result<Box<dyn BlockFile>, TargetError> {
+    fn open(&self, path: &Path, writable: bool) -> Result<Box<dyn BlockFile>, FilesError> {
         let mut state = self.state();
-        let missing = || TargetError::MissingFile { path: path.into(), by: path.into() };
+        let missing = || FilesError::Missing { path: path.into() };
         let len = state.files.get(path).ok_or_else(missing)?.len;
         if writable && !state.open_for_writing.insert(path.into()) {
-            return Err(TargetError::InUse { path: path.into(), sign: "it is open already".into() });
+            return Err(FilesError::InUse { path: path.into(), sign: "it is open already".into() });
         }
         Ok(Box::new(MemoryFile { files: self.clone(), path: path.into(), len, writable }))
     }
 
-    fn create(&self, path: &Path, size_bytes: u64) -> Result<(), TargetError> {
+    fn create(&self, path: &Path, size_bytes: u64) -> Result<(), FilesError> {
         let mut state = self.state();
         if state.files.contains_key(path) {
-            return Err(TargetError::Exists { path: path.into() });
+            return Err(FilesError::Exists { path: path.into() });
         }
         state.files.insert(path.into(), Content { len: size_bytes, ..Content::default() });
         state.trace.push(Event::Resize(path.into(), size_bytes));
         Ok(())
     }
 
-    fn resize(&self, path: &Path, size_bytes: u64) -> Result<(), TargetError> {
+    fn resize(&self, path: &Path, size_bytes: u64) -> Result<(), FilesError> {
         let mut state = self.state();
         assert!(!state.open_for_writing.contains(path), "{} is resized while it is open", path.display());
         state.files.entry(path.into()).or_default().resize(size_bytes);
@@ -250,17 +256,26 @@ impl ExtentOpener for MemoryFiles {
         Ok(())
     }
 
-    fn replace(&self, path: &Path, content: &[u8]) -> Result<(), TargetError> {
+    fn replace(&self, path: &Path, content: &[u8]) -> Result<(), FilesError> {
         self.put(path, content);
         self.state().trace.push(Event::Replace(path.into(), content.into()));
         Ok(())
     }
 
-    fn remove(&self, path: &Path) -> Result<(), TargetError> {
+    fn remove(&self, path: &Path) -> Result<(), FilesError> {
         let mut state = self.state();
         state.files.remove(path);
         state.trace.push(Event::Remove(path.into()));
         Ok(())
+    }
+
+    fn set_aside(&self, path: &Path, suffix: &str) -> Result<PathBuf, FilesError> {
+        let aside = super::free_name(self, path, suffix)?;
+        let mut state = self.state();
+        let file = state.files.remove(path).ok_or_else(|| FilesError::Missing { path: path.into() })?;
+        state.files.insert(aside.clone(), file);
+        state.trace.push(Event::Rename(path.into(), aside.clone()));
+        Ok(aside)
     }
 }
 
@@ -350,7 +365,7 @@ impl BlockFile for MemoryFile {
         if let Some(file) = self.files.state().files.get(&self.path) {
             for (page, _) in file.pages.range(range.start / PAGE..range.end.div_ceil(PAGE)) {
                 let (start, end) = ((page * PAGE).max(range.start), ((page + 1) * PAGE).min(range.end));
-                super::layout::push_range(&mut found, ByteRange { start, end });
+                crate::io::push_range(&mut found, ByteRange { start, end });
             }
         }
         Ok(found)
