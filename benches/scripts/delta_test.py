@@ -3,8 +3,7 @@
 
 Environment: SIZE (8G), FILL (50), PERCENT (5) of the 4 KiB blocks with data, RELAY (0), SEED (random, printed), KEEP.
 Asserted: the target ends identical; bytes on the wire, both directions and all headers, are at most the changed blocks
-compressed plus 0.3 % of the disk. The yardstick is zlib at level 1, block by block, so zstd is pinned at its level 1,
-which is as strong. The wire is loopback in a network of our own (root), else the daemons' own counters.
+compressed plus 0.3 % of the disk. The yardstick is zlib at level 1, block by block; LEVEL (adaptive) is ours. The wire is loopback in a network of our own (root), else the daemons' own counters.
 Called by `make delta-test` and by the suite.
 """
 
@@ -61,8 +60,10 @@ def body(lab):
     count, compressed = spoil(image, extents(vmdk)[0][0], percent, seed)
     say(f"  {count} blocks changed in the target, {mib(compressed)} compressed one by one")
     isolated = isolate_network()
-    own = {"compress": "relay"} if relay else {"compress": "source", "compress_level": 1}
-    pipeline = Pipeline(lab, source, relay=relay, agent=own, process_server={"level": 1})
+    level = setting("LEVEL", "adaptive")
+    level = level if level == "adaptive" else int(level)
+    own = {"compress": "relay"} if relay else {"compress": "source", "compress_level": level}
+    pipeline = Pipeline(lab, source, relay=relay, agent=own, process_server={"level": level})
     pipeline.start()
     before = loopback_bytes()
     pipeline.protect(original=vmdk, overwrite=True)

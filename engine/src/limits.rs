@@ -43,6 +43,15 @@ pub const PROGRESS_NANOS: u64 = 1_000_000_000;
 /// Memory a process server may hold in payload, all peers together, by default.
 pub const RELAY_MEMORY_BYTES_DEFAULT: u64 = 256 << 20;
 
+/// Length of a redo log segment by default: long enough that changing segments costs nothing.
+pub const SEGMENT_BYTES_DEFAULT: u64 = 256 << 20;
+/// Shortest redo log segment: a group of the largest size fits.
+pub const SEGMENT_BYTES_MIN: u64 = 32 << 20;
+/// Length a manifest may grow to; it is written anew long before.
+pub const MANIFEST_BYTES_MAX: u64 = 1 << 30;
+/// A manifest is written anew after this many bytes of edits, or its own size if that is more.
+pub const MANIFEST_CHECKPOINT_BYTES: u64 = 4 << 20;
+
 /// Disks one agent may announce or open.
 pub const DISKS_PER_AGENT_MAX: usize = 64;
 /// Largest disk: one sparse VMDK file ends at 2 TiB, VMware disks at 62 TiB; addresses are checked against this.

@@ -11,7 +11,9 @@ pub mod disk_state;
 pub mod extent;
 pub mod frame;
 pub mod handshake;
+pub mod manifest;
 pub mod message;
+pub mod segment;
 pub mod vmdk;
 pub mod wire;
 

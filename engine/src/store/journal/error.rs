@@ -1,0 +1,129 @@
+//! Why a journal cannot be opened, written or read, each with what to do about it.
+//!
+//! Invariant: every message names the file, the reason and the remedy; only a full medium is tried again.
+//! Called by everything in `store::journal`.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Answer, Severity};
+use crate::format::FormatError;
+use crate::io::BlockError;
+use crate::store::files::FilesError;
+
+/// Why a journal cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum JournalError {
+    /// The folder holds no journal.
+    #[error("{} holds no journal: name the retention folder, or an empty one to make a new journal", path.display())]
+    NoJournal {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The folder holds something else.
+    #[error("{} is not empty and holds no journal ({found}): choose an empty folder", path.display())]
+    NotEmpty {
+        /// The folder.
+        path: PathBuf,
+        /// The first thing found.
+        found: String,
+    },
+    /// A file belongs to another journal.
+    #[error("{} belongs to another journal: somebody mixed two retention folders; take it away", path.display())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The bytes of a file are not what the format says.
+    #[error("{} at byte {offset}: {source}; {remedy}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// Where.
+        offset: u64,
+        /// Why.
+        #[source]
+        source: FormatError,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// The files contradict one another.
+    #[error("{} is damaged: {what}; {remedy}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// There is no room for what is to be written.
+    #[error("{} is full: {what}; free some space or shorten the retention", path.display())]
+    Full {
+        /// The folder.
+        path: PathBuf,
+        /// What does not fit.
+        what: String,
+    },
+    /// A write or flush failed before.
+    #[error("{} has failed before ({why}): repair the medium, then restart", path.display())]
+    Failed {
+        /// The file or folder.
+        path: PathBuf,
+        /// How.
+        why: String,
+    },
+    /// There were no random numbers for a salt or an identity.
+    #[error("cannot get random numbers for {}: {reason}", path.display())]
+    NoRandomness {
+        /// What they were for.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The files cannot be reached.
+    #[error(transparent)]
+    Files(#[from] FilesError),
+    /// Reading or writing failed.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+}
+
+impl JournalError {
+    /// Whether the medium is full.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        match self {
+            Self::Full { .. } => true,
+            Self::Files(error) => error.is_full(),
+            Self::Block(error) => error.is_full(),
+            _ => false,
+        }
+    }
+
+    pub(super) fn format(path: &Path, offset: u64, remedy: &'static str) -> impl FnOnce(FormatError) -> Self {
+        move |source| Self::Format { path: path.into(), offset, source, remedy }
+    }
+
+    pub(super) fn damaged(path: &Path, what: impl Into<String>) -> Self {
+        let remedy = "keep the folder as it is and run `journal verify` on it";
+        Self::Damaged { path: path.into(), what: what.into(), remedy }
+    }
+}
+
+impl Answer for JournalError {
+    fn severity(&self) -> Severity {
+        if self.is_full() { Severity::Retry } else { Severity::Stop }
+    }
+}
+
+/// A random number for `path`; never zero.
+pub(super) fn random_u64(path: &Path) -> Result<u64, JournalError> {
+    let mut bytes = [0_u8; 8];
+    let refused = |error: getrandom::Error| JournalError::NoRandomness {
+        path: path.into(),
+        reason: error.to_string(),
+    };
+    getrandom::fill(&mut bytes).map_err(refused)?;
+    Ok(u64::from_le_bytes(bytes).max(1))
+}

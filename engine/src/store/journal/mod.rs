@@ -1,0 +1,426 @@
+//! The retention journal: every change before it is applied, and what it overwrote, so that any point can be had back.
+//!
+//! | file | what |
+//! |---|---|
+//! | `log` | the redo log: groups, segments, commit |
+//! | `manifest` | what the journal consists of, durably; `shape` is that as a value |
+//! | `recovery` | reading the redo log after a stop or a crash |
+//! | `undo_run` | first before-images of one undo epoch |
+//!
+//! Invariants: what [`Journal::commit`] answered for survives a crash; numbers of a disk's entries are contiguous;
+//! a segment is released only when every disk has applied past it, durably (I3), its states are kept elsewhere, and
+//! its marks are points or given up. One program has a journal open at a time. A file that is not the journal's is
+//! moved aside, never deleted. Units: bytes, group and entry numbers. Called by the master target's threads.
+
+pub mod error;
+pub mod log;
+pub mod manifest;
+pub mod recovery;
+pub mod shape;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use error::JournalError;
+pub use log::{Place, Room};
+pub use recovery::{Damage, DiskLog, LogEntry};
+pub use shape::{DiskShape, Epoch, Run, RunFile, Shape};
+
+use crate::format::disk_state::DiskState;
+use crate::format::manifest::{DiskAdded, DiskRemoved, Edit};
+use crate::format::segment::{Applied, EntryHead, EntryKind, JournalId};
+use crate::limits::{SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MIN};
+use crate::store::files::Files;
+use crate::units::{DiskId, Timestamp};
+use log::{Log, NewEntry};
+use manifest::Manifest;
+
+/// How a journal is laid out.
+#[derive(Clone, Copy, Debug)]
+pub struct JournalSettings {
+    /// Length of a new segment; at least [`SEGMENT_BYTES_MIN`] outside of tests.
+    pub segment_bytes: u64,
+}
+
+impl Default for JournalSettings {
+    fn default() -> Self {
+        const { assert!(SEGMENT_BYTES_DEFAULT >= SEGMENT_BYTES_MIN) };
+        Self { segment_bytes: SEGMENT_BYTES_DEFAULT }
+    }
+}
+
+/// An open journal.
+pub struct Journal {
+    files: Arc<dyn Files>,
+    folder: PathBuf,
+    manifest: Manifest,
+    log: Log,
+    disks: BTreeMap<DiskId, DiskNumbers>,
+    /// For each segment, the disks with entries in it and their highest number there.
+    segments: BTreeMap<u64, BTreeMap<DiskId, u64>>,
+}
+
+/// How far a disk is.
+#[derive(Clone, Copy, Debug, Default)]
+struct DiskNumbers {
+    /// Number of its newest entry.
+    newest: u64,
+    /// What the newest APPLIED says, and in which commit it became durable.
+    applied: u64,
+    /// The newest APPLIED that is durable.
+    applied_durable: u64,
+    /// Where its newest state lies.
+    state_place: Option<Place>,
+    /// Where the newest APPLIED lies.
+    applied_place: Option<Place>,
+}
+
+/// What opening a journal found.
+#[derive(Debug, Default)]
+pub struct Recovered {
+    /// What the log says of each disk of the journal.
+    pub disks: BTreeMap<DiskId, DiskLog>,
+    /// Durable things that cannot be read.
+    pub damage: Vec<Damage>,
+    /// Where the log's end was torn and is cut.
+    pub torn: Option<(PathBuf, u64)>,
+    /// Files that belong to nothing, under their new names.
+    pub set_aside: Vec<PathBuf>,
+    /// The journal was closed in order.
+    pub clean: bool,
+}
+
+/// Suffix of files that were moved aside.
+const ASIDE: &str = ".aside";
+
+impl Journal {
+    /// Makes a journal in an empty folder.
+    ///
+    /// # Errors
+    /// When the folder is not empty, holds a journal already, or cannot be written.
+    pub fn create(
+        files: Arc<dyn Files>,
+        folder: &Path,
+        settings: JournalSettings,
+        now: Timestamp,
+    ) -> Result<Self, JournalError> {
+        for name in files.neighbours(&folder.join("any"))? {
+            // What an interrupted making left behind is ours, and so is what lies beside any journal.
+            if is_ours(&name) {
+                files.set_aside(&folder.join(&name), ASIDE)?;
+            } else if name != "lost+found" && !name.contains(ASIDE) {
+                return Err(JournalError::NotEmpty { path: folder.into(), found: name });
+            }
+        }
+        let mut journal = JournalId::default();
+        let refused = |error: getrandom::Error| JournalError::NoRandomness {
+            path: folder.into(),
+            reason: error.to_string(),
+        };
+        getrandom::fill(&mut journal).map_err(refused)?;
+        let manifest = Manifest::create(Arc::clone(&files), folder, journal, now)?;
+        let log = Log::new(Arc::clone(&files), folder, settings.segment_bytes, &[], &manifest, 0, 0);
+        let (disks, segments) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Self { files, folder: folder.into(), manifest, log, disks, segments })
+    }
+
+    /// Opens an existing journal; the log goes on in a new segment.
+    ///
+    /// # Errors
+    /// When there is none, somebody else has it open, a newer version wrote it, its manifest is damaged, or files of
+    /// another journal are among its own. Damage to the log is not an error but part of the answer.
+    pub fn open(
+        files: Arc<dyn Files>,
+        folder: &Path,
+        settings: JournalSettings,
+        now: Timestamp,
+    ) -> Result<(Self, Recovered), JournalError> {
+        let (manifest, opened) = Manifest::open(Arc::clone(&files), folder, now)?;
+        let (slots, set_aside) = sort_files(&*files, folder, &manifest)?;
+        let scan =
+            recovery::scan(&*files, folder, manifest.journal(), manifest.shape(), opened.durable_group)?;
+        let log = Log::new(
+            Arc::clone(&files),
+            folder,
+            settings.segment_bytes,
+            &slots,
+            &manifest,
+            scan.last_group,
+            scan.previous,
+        );
+        let mut logs = scan.disks;
+        logs.retain(|disk, _| manifest.shape().disks.contains_key(disk));
+        for disk in manifest.shape().disks.keys() {
+            logs.entry(*disk).or_default();
+        }
+        let disks = logs.iter().map(|(disk, log)| (*disk, DiskNumbers::recovered(log))).collect();
+        let journal = Self { files, folder: folder.into(), manifest, log, disks, segments: scan.segments };
+        let recovered =
+            Recovered { disks: logs, damage: scan.damage, torn: scan.torn, set_aside, clean: opened.clean };
+        Ok((journal, recovered))
+    }
+
+    /// What the journal consists of.
+    #[must_use]
+    pub const fn shape(&self) -> &Shape {
+        self.manifest.shape()
+    }
+
+    /// The journal's identity.
+    #[must_use]
+    pub const fn id(&self) -> JournalId {
+        self.manifest.journal()
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The seam to its files.
+    #[must_use]
+    pub fn files(&self) -> &Arc<dyn Files> {
+        &self.files
+    }
+
+    /// Takes a disk in.
+    ///
+    /// # Errors
+    /// When it is in already, or the manifest cannot be written.
+    pub fn add_disk(&mut self, added: DiskAdded, now: Timestamp) -> Result<(), JournalError> {
+        self.edit(&[Edit::DiskAdded(added)], now)?;
+        self.disks.insert(added.disk, DiskNumbers::default());
+        Ok(())
+    }
+
+    /// Forgets a disk; its undo runs must have been removed by then or are set aside at the next opening.
+    ///
+    /// # Errors
+    /// When it is not in the journal, or the manifest cannot be written.
+    pub fn remove_disk(&mut self, disk: DiskId, now: Timestamp) -> Result<(), JournalError> {
+        self.edit(&[Edit::DiskRemoved(DiskRemoved { disk })], now)?;
+        self.disks.remove(&disk);
+        Ok(())
+    }
+
+    /// Makes changes to the journal's shape durable.
+    ///
+    /// # Errors
+    /// As for [`Manifest::append`].
+    pub fn edit(&mut self, edits: &[Edit], now: Timestamp) -> Result<(), JournalError> {
+        self.manifest.append(edits, now, self.log.durable_group())
+    }
+
+    /// Adds what is to be applied: a batch, a bulk batch or a mark, its body as received, in parts. Answers its number
+    /// and place; it is durable after [`Self::commit`].
+    ///
+    /// # Errors
+    /// When the medium is full (try again when segments were released), or the log failed.
+    pub fn append(
+        &mut self,
+        disk: DiskId,
+        kind: EntryKind,
+        body: &[&[u8]],
+        now: Timestamp,
+    ) -> Result<(u64, Place), JournalError> {
+        let number = self.disks.get(&disk).map_or(0, |disk| disk.newest) + 1;
+        let entry = NewEntry { kind, disk, number, body, room: Room::Data };
+        let place = self.log.append(&mut self.manifest, now, &entry)?;
+        self.disks.entry(disk).or_default().newest = number;
+        self.segments.entry(place.segment).or_default().insert(disk, number);
+        Ok((number, place))
+    }
+
+    /// Adds the state of a disk with everything added before.
+    ///
+    /// # Errors
+    /// As for [`Self::append`]; it may use the segment that is kept back.
+    pub fn append_state(&mut self, state: &DiskState, now: Timestamp) -> Result<(), JournalError> {
+        let body = state.to_bytes();
+        let entry = NewEntry {
+            kind: EntryKind::State,
+            disk: state.disk,
+            number: 0,
+            body: &[&body],
+            room: Room::Control,
+        };
+        let place = self.log.append(&mut self.manifest, now, &entry)?;
+        self.segments.entry(place.segment).or_default().entry(state.disk).or_default();
+        self.disks.entry(state.disk).or_default().state_place = Some(place);
+        Ok(())
+    }
+
+    /// Adds that entries are on the target.
+    ///
+    /// # Errors
+    /// As for [`Self::append_state`].
+    pub fn append_applied(&mut self, disk: DiskId, applied: Applied, now: Timestamp) -> Result<(), JournalError> {
+        let body = applied.to_bytes();
+        let entry =
+            NewEntry { kind: EntryKind::Applied, disk, number: 0, body: &[&body], room: Room::Control };
+        let place = self.log.append(&mut self.manifest, now, &entry)?;
+        self.segments.entry(place.segment).or_default().entry(disk).or_default();
+        let numbers = self.disks.entry(disk).or_default();
+        numbers.applied = applied.number;
+        numbers.applied_place = Some(place);
+        Ok(())
+    }
+
+    /// Makes everything added so far durable.
+    ///
+    /// # Errors
+    /// When it cannot be written: the log has failed then, and nothing more is acknowledged.
+    pub fn commit(&mut self, now: Timestamp) -> Result<(), JournalError> {
+        self.log.commit(&mut self.manifest, now)?;
+        self.applied_is_durable();
+        Ok(())
+    }
+
+    /// After a pause: an empty group says that the last one is durable.
+    ///
+    /// # Errors
+    /// As for [`Self::commit`].
+    pub fn seal(&mut self, now: Timestamp) -> Result<(), JournalError> {
+        self.log.seal(&mut self.manifest, now)?;
+        self.applied_is_durable();
+        Ok(())
+    }
+
+    fn applied_is_durable(&mut self) {
+        for disk in self.disks.values_mut() {
+            disk.applied_durable = disk.applied;
+        }
+    }
+
+    /// Reads an entry back, checked.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is not what it was.
+    pub fn read(&mut self, place: Place) -> Result<(EntryHead, Vec<u8>), JournalError> {
+        self.log.read(&self.manifest, place)
+    }
+
+    /// The redo log's own figures and its free segments.
+    #[must_use]
+    pub const fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// Makes free segments ahead of need.
+    ///
+    /// # Errors
+    /// When the medium is full.
+    pub fn prepare(&mut self, segments: usize) -> Result<(), JournalError> {
+        while self.log.free_segments() < segments {
+            self.log.prepare()?;
+        }
+        Ok(())
+    }
+
+    /// Segments that hold nothing to be applied any more, oldest first, each with the disks whose entries are in it.
+    /// The caller releases what its retention does not need.
+    #[must_use]
+    pub fn releasable(&self) -> Vec<u64> {
+        let current = self.log.current_segment();
+        let applied = |(disk, number): (&DiskId, &u64)| {
+            self.disks.get(disk).is_none_or(|disk| disk.applied_durable >= *number)
+        };
+        self.manifest
+            .shape()
+            .segments
+            .keys()
+            .copied()
+            .take_while(|number| Some(*number) != current)
+            .take_while(|number| self.segments.get(number).is_none_or(|disks| disks.iter().all(applied)))
+            .collect()
+    }
+
+    /// Releases a segment that [`Self::releasable`] named. The newest state and APPLIED of a disk that stand in it are
+    /// written again first, so that there always is one in the log.
+    ///
+    /// # Errors
+    /// When log or manifest cannot be written, or what must be kept cannot be read.
+    pub fn release(&mut self, number: u64, now: Timestamp) -> Result<(), JournalError> {
+        let kept: Vec<Place> = self
+            .disks
+            .values()
+            .flat_map(|disk| [disk.state_place, disk.applied_place])
+            .flatten()
+            .filter(|place| place.segment == number)
+            .collect();
+        for place in &kept {
+            let (head, body) = self.read(*place)?;
+            match head.kind {
+                EntryKind::State => {
+                    let path = self.folder.clone();
+                    let remedy = "the disk is compared with its source";
+                    let state = DiskState::decode(&body)
+                        .map_err(JournalError::format(&path, place.offset, remedy))?;
+                    self.append_state(&state, now)?;
+                }
+                _ => {
+                    let remedy = "the disk is compared with its source";
+                    let applied = Applied::read_exact(&body)
+                        .map_err(JournalError::format(&self.folder, place.offset, remedy))?;
+                    self.append_applied(head.disk, applied, now)?;
+                }
+            }
+        }
+        if !kept.is_empty() {
+            self.commit(now)?;
+        }
+        self.log.release(&mut self.manifest, now, number)?;
+        self.segments.remove(&number);
+        Ok(())
+    }
+
+    /// Closes the journal in order.
+    ///
+    /// # Errors
+    /// When the last writes fail; the next opening then treats it as after a crash.
+    pub fn close(mut self, now: Timestamp) -> Result<(), JournalError> {
+        self.commit(now)?;
+        self.seal(now)?;
+        let durable = self.log.durable_group();
+        self.manifest.close(now, durable)
+    }
+}
+
+impl DiskNumbers {
+    fn recovered(log: &DiskLog) -> Self {
+        let applied = log.applied.map_or(0, |(applied, _)| applied.number);
+        Self {
+            newest: log.newest(),
+            applied,
+            applied_durable: applied,
+            state_place: log.state.as_ref().map(|(_, place)| *place),
+            applied_place: log.applied.map(|(_, place)| place),
+        }
+    }
+}
+
+/// Whether a file's name is one that a journal gives.
+fn is_ours(name: &str) -> bool {
+    name == manifest::SUPERBLOCK_NAME || name.starts_with("manifest-") || log::segment_slot(name).is_some()
+}
+
+/// Sorts the files of the folder: segment files by number; names of ours that belong to nothing are moved aside.
+fn sort_files(
+    files: &dyn Files,
+    folder: &Path,
+    manifest: &Manifest,
+) -> Result<(Vec<u64>, Vec<PathBuf>), JournalError> {
+    let (mut slots, mut aside) = (Vec::new(), Vec::new());
+    let known = manifest.names();
+    for name in files.neighbours(&folder.join(manifest::SUPERBLOCK_NAME))? {
+        if let Some(slot) = log::segment_slot(&name) {
+            slots.push(slot);
+        } else if is_ours(&name) && !known.contains(&name) {
+            aside.push(files.set_aside(&folder.join(&name), ASIDE)?);
+        }
+    }
+    slots.sort_unstable();
+    Ok((slots, aside))
+}

@@ -1,0 +1,387 @@
+//! Opening the redo log: what is in it, where it ends, and whether that end is a torn write or damage.
+//!
+//! The tail rule. Groups are written one at a time, each flushed before the next. So the first invalid group is the
+//! torn end of the log only if nothing says otherwise; it is *damage* when (1) a valid group with the segment's salt
+//! and a higher number follows it, (2) superblock or manifest knew it durable, or a later segment was opened behind
+//! it. (The third guard, the peer's own durable position, belongs to the protocol.) A torn end is cut; damage is never
+//! cut: what can still be read behind it is kept, and each disk whose entries do not number on without gap is named.
+//! Either way the log goes on in a new segment with a fresh salt.
+//!
+//! Invariants: nothing is written here; what is reported intact was checked by a CRC over every byte of it.
+//! Units: bytes, group and entry numbers. Called by `store::journal` and by the offline tools.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use super::error::JournalError;
+use super::log::{Place, segment_path};
+use super::shape::Shape;
+use crate::format::disk_state::DiskState;
+use crate::format::manifest::SegmentOpened;
+use crate::format::segment::{Applied, EntryHead, EntryKind, GroupHeader, JournalId, SegmentHeader, entries};
+use crate::io::{BlockFile, ReadAt};
+use crate::store::files::Files;
+use crate::units::{BLOCK_BYTES, DiskId, Timestamp};
+
+/// An entry that is applied in the order of its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogEntry {
+    /// Its place among the disk's.
+    pub number: u64,
+    /// What it is.
+    pub kind: EntryKind,
+    /// Where it lies.
+    pub place: Place,
+    /// When its group was closed, by the target's clock.
+    pub time: Timestamp,
+}
+
+/// What the log says of one disk.
+#[derive(Clone, Debug, Default)]
+pub struct DiskLog {
+    /// Its newest state, and where it lies.
+    pub state: Option<(DiskState, Place)>,
+    /// What was last said to be on the target, and where.
+    pub applied: Option<(Applied, Place)>,
+    /// Every numbered entry still in the log, ascending.
+    pub entries: Vec<LogEntry>,
+    /// Numbers that should be there and are not, as half-open runs.
+    pub missing: Vec<(u64, u64)>,
+}
+
+/// Something that was durable and cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    /// The file.
+    pub path: PathBuf,
+    /// Where.
+    pub offset: u64,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// What the log holds.
+#[derive(Debug, Default)]
+pub struct Scan {
+    /// By disk.
+    pub disks: BTreeMap<DiskId, DiskLog>,
+    /// Newest valid group.
+    pub last_group: u64,
+    /// Its header's checksum.
+    pub previous: u32,
+    /// The end was torn and is cut: file and place.
+    pub torn: Option<(PathBuf, u64)>,
+    /// What was durable and is damaged.
+    pub damage: Vec<Damage>,
+    /// For each segment, the disks with entries in it and their highest number there.
+    pub segments: BTreeMap<u64, BTreeMap<DiskId, u64>>,
+}
+
+struct Scanner<'a> {
+    files: &'a dyn Files,
+    folder: &'a Path,
+    journal: JournalId,
+    /// Newest group that superblock or manifest knew durable.
+    known_durable: u64,
+    scan: Scan,
+    next_group: u64,
+}
+
+/// Reads the whole log.
+///
+/// # Errors
+/// When a file cannot be read or belongs to another journal; damage is not an error but part of the answer.
+pub(super) fn scan(
+    files: &dyn Files,
+    folder: &Path,
+    journal: JournalId,
+    shape: &Shape,
+    known_durable: u64,
+) -> Result<Scan, JournalError> {
+    let mut scanner = Scanner { files, folder, journal, known_durable, scan: Scan::default(), next_group: 0 };
+    let newest = shape.segments.keys().last().copied();
+    for (number, segment) in &shape.segments {
+        scanner.segment(segment, Some(*number) == newest)?;
+    }
+    // Segments release from the oldest on, so a group the manifest knew durable is in one of those that are left.
+    if scanner.scan.last_group < known_durable && !shape.segments.is_empty() {
+        let reason = format!("the log ends at group {}, and group {known_durable} was durable", scanner.scan.last_group);
+        scanner.damaged(folder.into(), 0, reason);
+        scanner.scan.last_group = known_durable;
+        scanner.scan.torn = None;
+    }
+    scanner.scan.last_group = scanner.scan.last_group.max(known_durable);
+    for disk in scanner.scan.disks.values_mut() {
+        disk.find_missing();
+    }
+    Ok(scanner.scan)
+}
+
+impl Scanner<'_> {
+    fn damaged(&mut self, path: PathBuf, offset: u64, reason: String) {
+        self.scan.damage.push(Damage { path, offset, reason });
+    }
+
+    fn segment(&mut self, segment: &SegmentOpened, newest: bool) -> Result<(), JournalError> {
+        self.scan.segments.entry(segment.number).or_default();
+        let path = segment_path(self.folder, segment.slot);
+        if self.files.facts(&path)?.is_none() {
+            self.damaged(path, 0, format!("segment {} is missing", segment.number));
+            self.next_group = 0;
+            return Ok(());
+        }
+        let mut file = self.files.open(&path, false)?;
+        let mut block = vec![0; BLOCK_BYTES as usize];
+        file.read(&mut [ReadAt { offset: 0, data: &mut block }])?;
+        match SegmentHeader::open(&block) {
+            Ok(header) if header.journal != self.journal => return Err(JournalError::Foreign { path }),
+            Ok(header) if header.number == segment.number && header.salt == segment.salt => {}
+            // The manifest names a use before the file's header does: a crash came between, nothing was in it yet.
+            Ok(_) | Err(_) if newest && self.is_empty(&mut *file, segment)? => return Ok(()),
+            Ok(header) => {
+                let reason = format!("its header is of segment {}, not {}", header.number, segment.number);
+                self.damaged(path.clone(), 0, reason);
+            }
+            // Salt and first group stand in the manifest, too: the groups can be read all the same.
+            Err(error) => self.damaged(path.clone(), 0, error.to_string()),
+        }
+        self.groups(&path, &mut *file, segment, newest)
+    }
+
+    fn is_empty(&self, file: &mut dyn BlockFile, segment: &SegmentOpened) -> Result<bool, JournalError> {
+        Ok(self.find_group(file, segment, BLOCK_BYTES, 0)?.is_none())
+    }
+
+    /// The first valid group of the segment at or behind `from` whose number is at least `group`.
+    fn find_group(
+        &self,
+        file: &mut dyn BlockFile,
+        segment: &SegmentOpened,
+        from: u64,
+        group: u64,
+    ) -> Result<Option<(u64, GroupHeader)>, JournalError> {
+        const WINDOW: u64 = 1 << 20;
+        let end = segment.bytes.min(file.size_bytes());
+        let mut window = vec![0; WINDOW as usize];
+        let mut at = from;
+        while at < end {
+            let len = (end - at).min(WINDOW);
+            let data = window.get_mut(..len as usize).unwrap_or_default();
+            file.read(&mut [ReadAt { offset: at, data }])?;
+            for (block, bytes) in data.chunks(BLOCK_BYTES as usize).enumerate() {
+                if let Ok(header) = GroupHeader::open(bytes)
+                    && header.salt == segment.salt
+                    && header.group >= group
+                {
+                    return Ok(Some((at + block as u64 * BLOCK_BYTES, header)));
+                }
+            }
+            at += len;
+        }
+        Ok(None)
+    }
+
+    fn groups(
+        &mut self,
+        path: &Path,
+        file: &mut dyn BlockFile,
+        segment: &SegmentOpened,
+        newest: bool,
+    ) -> Result<(), JournalError> {
+        if self.next_group != 0 && segment.first_group > self.next_group {
+            let reason = format!("groups {} to {} are missing", self.next_group, segment.first_group - 1);
+            self.damaged(path.into(), BLOCK_BYTES, reason);
+        }
+        self.next_group = segment.first_group;
+        let end = segment.bytes.min(file.size_bytes());
+        let mut at = BLOCK_BYTES;
+        while at + BLOCK_BYTES <= end {
+            match self.group(path, file, segment, at)? {
+                Ok(stored) => at += stored,
+                Err(reason) => match self.find_group(file, segment, at + BLOCK_BYTES, self.next_group + 1)? {
+                    Some((next, header)) => {
+                        self.damaged(path.into(), at, format!("group {}: {reason}", self.next_group));
+                        self.salvage(path, file, segment, at, next)?;
+                        self.next_group = header.group;
+                        at = next;
+                    }
+                    None => return self.end(path, file, segment, at, &reason, newest),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing valid follows: the end of a segment that was left for the next, a torn write, or damage.
+    fn end(
+        &mut self,
+        path: &Path,
+        file: &mut dyn BlockFile,
+        segment: &SegmentOpened,
+        at: u64,
+        reason: &str,
+        newest: bool,
+    ) -> Result<(), JournalError> {
+        if self.next_group <= self.known_durable && newest {
+            self.damaged(path.into(), at, format!("group {}, known durable: {reason}", self.next_group));
+            let end = segment.bytes.min(file.size_bytes());
+            self.salvage(path, file, segment, at, end)?;
+        } else if newest {
+            self.scan.torn = Some((path.into(), at));
+        }
+        // In an older segment the next one's first group tells whether something is missing here.
+        Ok(())
+    }
+
+    /// The group at `at`, if it is the one that belongs there; answers the bytes it takes.
+    fn group(
+        &mut self,
+        path: &Path,
+        file: &mut dyn BlockFile,
+        segment: &SegmentOpened,
+        at: u64,
+    ) -> Result<Result<u64, String>, JournalError> {
+        let mut block = vec![0; BLOCK_BYTES as usize];
+        file.read(&mut [ReadAt { offset: at, data: &mut block }])?;
+        let header = match GroupHeader::open(&block) {
+            Ok(header) => header,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        if header.salt != segment.salt || header.group != self.next_group {
+            return Ok(Err(format!("group {} of another use of the file", header.group)));
+        }
+        let chained = self.scan.previous == header.previous || self.scan.previous == 0;
+        if !chained && self.scan.last_group + 1 == header.group {
+            return Ok(Err("it does not follow the group before it".to_owned()));
+        }
+        if at + header.stored_bytes() > segment.bytes.min(file.size_bytes()) {
+            return Ok(Err("it ends behind the segment".to_owned()));
+        }
+        let mut bytes = vec![0; header.stored_bytes() as usize];
+        file.read(&mut [ReadAt { offset: at, data: &mut bytes }])?;
+        let (payload, padding) = bytes
+            .get(GroupHeader::BYTES..)
+            .and_then(|rest| rest.split_at_checked(header.payload_bytes as usize))
+            .unwrap_or_default();
+        if let Err(error) = header.check_payload(payload) {
+            return Ok(Err(error.to_string()));
+        }
+        if padding.iter().any(|byte| *byte != 0) {
+            return Ok(Err("its padding is not zero".to_owned()));
+        }
+        let mut count = 0;
+        for entry in entries(payload) {
+            match entry {
+                Ok((offset, head, body)) => {
+                    let offset = at + (GroupHeader::BYTES + offset) as u64;
+                    if let Err(reason) = self.entry(segment.number, offset, header.time, &head, body) {
+                        self.damaged(path.into(), offset, reason);
+                    }
+                    count += 1;
+                }
+                Err(error) => return Ok(Err(error.to_string())),
+            }
+        }
+        if count != header.entry_count {
+            return Ok(Err(format!("it has {count} entries, not {}", header.entry_count)));
+        }
+        self.scan.last_group = header.group;
+        self.scan.previous = header.crc;
+        self.next_group = header.group + 1;
+        Ok(Ok(header.stored_bytes()))
+    }
+
+    /// Takes the entries out of a damaged group that can be read one by one. Which disks lost one is seen from the
+    /// numbers.
+    fn salvage(
+        &mut self,
+        path: &Path,
+        file: &mut dyn BlockFile,
+        segment: &SegmentOpened,
+        at: u64,
+        end: u64,
+    ) -> Result<(), JournalError> {
+        let len = (end - at).min(crate::format::segment::GROUP_PAYLOAD_BYTES_MAX + BLOCK_BYTES);
+        let mut bytes = vec![0; len as usize];
+        file.read(&mut [ReadAt { offset: at, data: &mut bytes }])?;
+        // Only a group of this use: its head must be whole, or what follows may be years old.
+        let Ok(header) = GroupHeader::open(&bytes) else { return Ok(()) };
+        if header.salt != segment.salt || header.group != self.next_group {
+            return Ok(());
+        }
+        let payload = bytes.get(GroupHeader::BYTES..GroupHeader::BYTES + header.payload_bytes as usize);
+        let mut from = 0;
+        let payload = payload.unwrap_or_default();
+        while let Some(rest) = payload.get(from..).filter(|rest| rest.len() >= EntryHead::BYTES) {
+            // An entry whose head is whole says where the next one begins, even if its body is damaged.
+            let Ok(head) = EntryHead::open(rest) else { break };
+            let body = rest.get(EntryHead::BYTES..EntryHead::BYTES + head.body_bytes as usize).unwrap_or_default();
+            let offset = at + (GroupHeader::BYTES + from) as u64;
+            if head.check_body(body).is_ok()
+                && let Err(reason) = self.entry(segment.number, offset, header.time, &head, body)
+            {
+                self.damaged(path.into(), offset, reason);
+            }
+            from += EntryHead::BYTES + head.body_bytes as usize;
+        }
+        self.scan.last_group = header.group;
+        self.scan.previous = header.crc;
+        Ok(())
+    }
+
+    fn entry(
+        &mut self,
+        segment: u64,
+        offset: u64,
+        time: Timestamp,
+        head: &EntryHead,
+        body: &[u8],
+    ) -> Result<(), String> {
+        let disk = self.scan.disks.entry(head.disk).or_default();
+        let newest = self.scan.segments.entry(segment).or_default().entry(head.disk).or_default();
+        let place = Place { segment, offset, bytes: (EntryHead::BYTES + body.len()) as u64 };
+        match head.kind {
+            EntryKind::State => {
+                let state = DiskState::decode(body).map_err(|error| error.to_string())?;
+                disk.state = Some((state, place));
+            }
+            EntryKind::Applied => {
+                let applied = Applied::read_exact(body).map_err(|error| error.to_string())?;
+                disk.applied = Some((applied, place));
+            }
+            EntryKind::Batch | EntryKind::Bulk | EntryKind::Mark => {
+                if disk.entries.last().is_some_and(|last| last.number >= head.number) {
+                    return Err(format!("entry {} of disk {} comes twice", head.number, head.disk));
+                }
+                *newest = head.number;
+                disk.entries.push(LogEntry { number: head.number, kind: head.kind, place, time });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl DiskLog {
+    /// The number of the newest entry, or what was applied before the log began.
+    #[must_use]
+    pub fn newest(&self) -> u64 {
+        let applied = self.applied.map_or(0, |(applied, _)| applied.number);
+        self.entries.last().map_or(0, |entry| entry.number).max(applied)
+    }
+
+    fn find_missing(&mut self) {
+        for pair in self.entries.windows(2) {
+            if let [one, two] = pair
+                && one.number + 1 < two.number
+            {
+                self.missing.push((one.number + 1, two.number));
+            }
+        }
+        let applied = self.applied.map_or(0, |(applied, _)| applied.number);
+        let newest = self.entries.last().map_or(0, |entry| entry.number);
+        // Something was applied that should still be here.
+        if applied > newest && newest > 0 {
+            self.missing.push((newest + 1, applied + 1));
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! What a journal consists of: the sum of its manifest's edits.
+//!
+//! Invariants: the same edits in the same order make the same shape; an edit that contradicts what is there is refused
+//! and changes nothing; [`Shape::edits`] makes an equal shape from nothing. Epochs and runs of a disk ascend and do not
+//! overlap. Pure: no files, no clocks. Called by `manifest` and whoever asks what the journal holds.
+
+use std::collections::BTreeMap;
+
+use crate::format::manifest::{
+    DiskAdded, Edit, EpochClosed, EpochOpened, EpochsExpired, PointKept, RunsMerged, SegmentOpened,
+};
+use crate::units::DiskId;
+
+/// An undo epoch of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Epoch {
+    /// How it began.
+    pub opened: EpochOpened,
+    /// How it ended; `None` while it goes on.
+    pub closed: Option<EpochClosed>,
+}
+
+/// Which file an undo run is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RunFile {
+    /// The run of one epoch.
+    Epoch(u64),
+    /// A merged run.
+    Merged(u64),
+}
+
+/// A sealed undo run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The oldest epoch whose before-images it holds.
+    pub first: u64,
+    /// The newest one.
+    pub last: u64,
+    /// Its file.
+    pub file: RunFile,
+    /// Its bytes.
+    pub bytes: u64,
+}
+
+/// What a journal holds of a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskShape {
+    /// How it was added.
+    pub added: DiskAdded,
+    /// Its undo epochs, ascending; only the last may be open.
+    pub epochs: Vec<Epoch>,
+    /// Its sealed runs, ascending.
+    pub runs: Vec<Run>,
+    /// The newest epoch whose before-images are gone.
+    pub expired: u64,
+    /// Its points, by identity.
+    pub points: BTreeMap<[u8; 16], PointKept>,
+}
+
+impl DiskShape {
+    /// The epoch that goes on.
+    #[must_use]
+    pub fn open_epoch(&self) -> Option<&Epoch> {
+        self.epochs.last().filter(|epoch| epoch.closed.is_none())
+    }
+
+    /// The epoch an entry belongs to; `None` before the first.
+    #[must_use]
+    pub fn epoch_of(&self, number: u64) -> Option<&Epoch> {
+        self.epochs.iter().rev().find(|epoch| number > epoch.opened.after)
+    }
+}
+
+/// Everything a journal consists of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Shape {
+    /// Segments in use, by number.
+    pub segments: BTreeMap<u64, SegmentOpened>,
+    /// The highest segment number ever used.
+    pub segment_newest: u64,
+    /// Disks.
+    pub disks: BTreeMap<DiskId, DiskShape>,
+}
+
+impl Shape {
+    /// Makes a change.
+    ///
+    /// # Errors
+    /// Says what the edit contradicts; the shape is then as before.
+    pub fn apply(&mut self, edit: &Edit) -> Result<(), String> {
+        match edit {
+            Edit::SegmentOpened(opened) => self.open_segment(opened),
+            Edit::SegmentReleased(released) => match self.segments.remove(&released.number) {
+                Some(_) => Ok(()),
+                None => Err(format!("segment {} is released and was not in use", released.number)),
+            },
+            Edit::DiskAdded(added) => self.add_disk(added),
+            Edit::DiskRemoved(removed) => match self.disks.remove(&removed.disk) {
+                Some(_) => Ok(()),
+                None => Err(format!("disk {} is removed and was not there", removed.disk)),
+            },
+            Edit::EpochOpened(opened) => self.disk(opened.disk)?.open(opened),
+            Edit::EpochClosed(closed) => self.disk(closed.disk)?.close(closed),
+            Edit::RunsMerged(merged) => self.disk(merged.disk)?.merge(merged),
+            Edit::EpochsExpired(expired) => self.disk(expired.disk)?.expire(expired),
+            Edit::PointKept(point) | Edit::PointChanged(point) => {
+                let known = self.disk(point.disk)?.points.insert(point.point, *point).is_some();
+                // A point kept twice is the same point: the edit may be repeated after a crash.
+                if matches!(edit, Edit::PointChanged(_)) && !known {
+                    return Err("a point is changed and was not there".to_owned());
+                }
+                Ok(())
+            }
+            Edit::PointDropped(dropped) => {
+                let known = self.disk(dropped.disk)?.points.remove(&dropped.point);
+                known.map(|_| ()).ok_or_else(|| "a point is dropped and was not there".to_owned())
+            }
+        }
+    }
+
+    fn disk(&mut self, disk: DiskId) -> Result<&mut DiskShape, String> {
+        self.disks.get_mut(&disk).ok_or_else(|| format!("disk {disk} is not in the journal"))
+    }
+
+    fn open_segment(&mut self, opened: &SegmentOpened) -> Result<(), String> {
+        if opened.number <= self.segment_newest {
+            return Err(format!("segment {} is opened after {}", opened.number, self.segment_newest));
+        }
+        if self.segments.values().any(|used| used.slot == opened.slot) {
+            return Err(format!("segment file {} is used twice", opened.slot));
+        }
+        self.segment_newest = opened.number;
+        self.segments.insert(opened.number, *opened);
+        Ok(())
+    }
+
+    fn add_disk(&mut self, added: &DiskAdded) -> Result<(), String> {
+        if self.disks.contains_key(&added.disk) {
+            return Err(format!("disk {} is added twice", added.disk));
+        }
+        let shape = DiskShape {
+            added: *added,
+            epochs: Vec::new(),
+            runs: Vec::new(),
+            expired: 0,
+            points: BTreeMap::new(),
+        };
+        self.disks.insert(added.disk, shape);
+        Ok(())
+    }
+
+    /// Edits that make this shape from nothing.
+    #[must_use]
+    pub fn edits(&self) -> Vec<Edit> {
+        let mut edits: Vec<Edit> = self.segments.values().map(|segment| Edit::SegmentOpened(*segment)).collect();
+        for shape in self.disks.values() {
+            shape.edits(&mut edits);
+        }
+        edits
+    }
+}
+
+impl DiskShape {
+    fn open(&mut self, opened: &EpochOpened) -> Result<(), String> {
+        if self.open_epoch().is_some() {
+            return Err(format!("epoch {} is opened while another goes on", opened.epoch));
+        }
+        let newest = self.epochs.last().map_or(self.expired, |epoch| epoch.opened.epoch);
+        if opened.epoch <= newest {
+            return Err(format!("epoch {} is opened after {newest}", opened.epoch));
+        }
+        self.epochs.push(Epoch { opened: *opened, closed: None });
+        Ok(())
+    }
+
+    fn close(&mut self, closed: &EpochClosed) -> Result<(), String> {
+        let open = self.epochs.last_mut().filter(|epoch| epoch.closed.is_none());
+        let Some(epoch) = open.filter(|epoch| epoch.opened.epoch == closed.epoch) else {
+            return Err(format!("epoch {} is closed and was not open", closed.epoch));
+        };
+        epoch.closed = Some(*closed);
+        if closed.run_bytes > 0 {
+            let file = RunFile::Epoch(closed.epoch);
+            self.runs.push(Run { first: closed.epoch, last: closed.epoch, file, bytes: closed.run_bytes });
+        }
+        Ok(())
+    }
+
+    fn merge(&mut self, merged: &RunsMerged) -> Result<(), String> {
+        let inside = |run: &Run| run.first >= merged.first && run.last <= merged.last;
+        let touched = |run: &Run| run.last >= merged.first && run.first <= merged.last;
+        if merged.first > merged.last || !self.runs.iter().any(inside) {
+            return Err(format!("epochs {} to {} are merged and have no run", merged.first, merged.last));
+        }
+        if self.runs.iter().any(|run| touched(run) && !inside(run)) {
+            return Err(format!("epochs {} to {} are merged across a run", merged.first, merged.last));
+        }
+        let at = self.runs.iter().position(inside).unwrap_or(0);
+        self.runs.retain(|run| !inside(run));
+        let file = RunFile::Merged(merged.run);
+        self.runs.insert(at, Run { first: merged.first, last: merged.last, file, bytes: merged.run_bytes });
+        Ok(())
+    }
+
+    fn expire(&mut self, expired: &EpochsExpired) -> Result<(), String> {
+        if self.runs.iter().any(|run| run.first <= expired.through && run.last > expired.through) {
+            return Err(format!("epochs through {} expire inside a merged run", expired.through));
+        }
+        self.runs.retain(|run| run.last > expired.through);
+        self.epochs.retain(|epoch| epoch.opened.epoch > expired.through || epoch.closed.is_none());
+        self.expired = self.expired.max(expired.through);
+        Ok(())
+    }
+
+    fn edits(&self, edits: &mut Vec<Edit>) {
+        let disk = self.added.disk;
+        edits.push(Edit::DiskAdded(self.added));
+        if self.expired > 0 {
+            edits.push(Edit::EpochsExpired(EpochsExpired { disk, through: self.expired }));
+        }
+        for epoch in &self.epochs {
+            edits.push(Edit::EpochOpened(epoch.opened));
+            edits.extend(epoch.closed.map(Edit::EpochClosed));
+        }
+        for run in &self.runs {
+            if let RunFile::Merged(number) = run.file {
+                let (first, last) = (run.first, run.last);
+                let merged = RunsMerged { disk, first, last, run: number, run_bytes: run.bytes };
+                edits.push(Edit::RunsMerged(merged));
+            }
+        }
+        edits.extend(self.points.values().map(|point| Edit::PointKept(*point)));
+    }
+}
