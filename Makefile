@@ -3,7 +3,7 @@
 
 SCRIPTS := benches/scripts
 CARGO ?= cargo
-export SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS PERCENT ROUNDS CASES
+export SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS PERCENT ROUNDS CASES LEVEL
 # Python writes no caches beside the scripts.
 export PYTHONDONTWRITEBYTECODE := 1
 
@@ -34,7 +34,7 @@ accept: build readers ## every kind of target judged by others: [SIZE=8G] [FILL=
 kill-test: build ## kill -9 during the initial sync: [KILLS=20] [SIZE=8G] [TARGET=flat] [SEED=n]
 	@$(SCRIPTS)/kill_test.py
 
-delta-test: build ## an existing target, a share of its blocks changed: [SIZE=8G] [PERCENT=5] [RELAY=1] [SEED=n]
+delta-test: build ## an existing target, a share of its blocks changed: [SIZE=8G] [PERCENT=5] [LEVEL=adaptive] [RELAY=1] [SEED=n]
 	@$(SCRIPTS)/delta_test.py
 
 bench-sync: setup ## speed and cost of the initial sync, release build: [SIZE=8G] [FILL=50] [ROUNDS=3] [CASES="direct, -1;relayed, -1"]

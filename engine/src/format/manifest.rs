@@ -347,7 +347,8 @@ macro_rules! checked_block {
             /// When it is of another kind or version, is damaged, or needs a feature this program does not have.
             pub fn open(bytes: &[u8]) -> Result<Self, FormatError> {
                 let (value, _) = Self::read_prefix(bytes)?;
-                let field = |field, got, expected| Err(FormatError::Field { what: $what, field, got, expected });
+                let field =
+                    |field, got, expected| Err(FormatError::Field { what: $what, field, got, expected });
                 if value.magic != $magic {
                     let version = value.magic.last().copied().unwrap_or(0);
                     return field("magic", version.into(), concat!("a ", $what, " of version 1"));
@@ -500,7 +501,8 @@ mod tests {
         assert_eq!(bytes.len() as u64, BLOCK_BYTES);
         let read = |bytes: &[u8]| {
             let head = EditHead::open(bytes)?;
-            let body = bytes.get(EditHead::BYTES..EditHead::BYTES + head.body_bytes as usize).unwrap_or_default();
+            let body =
+                bytes.get(EditHead::BYTES..EditHead::BYTES + head.body_bytes as usize).unwrap_or_default();
             Edit::decode(&head, body).map(|edit| (head.index, edit))
         };
         assert_eq!(read(&bytes).unwrap(), (4, edit));

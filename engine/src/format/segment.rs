@@ -145,7 +145,11 @@ impl SegmentHeader {
         let (header, _) = Self::read_prefix(bytes)?;
         let field = |field, got, expected| Err(FormatError::Field { what: WHAT, field, got, expected });
         if header.magic != SEGMENT_MAGIC {
-            return field("magic", header.magic.last().copied().unwrap_or(0).into(), "a segment of version 1");
+            return field(
+                "magic",
+                header.magic.last().copied().unwrap_or(0).into(),
+                "a segment of version 1",
+            );
         }
         let expected = header.expected_crc();
         if header.crc != expected {
@@ -372,7 +376,9 @@ mod tests {
         let (head, group) = (head().to_bytes(), group.to_bytes());
         assert!(SegmentHeader::open(&block).is_ok() && EntryHead::open(&head).is_ok());
         assert!(GroupHeader::open(&group).is_ok());
-        assert!(bits(&block[..SegmentHeader::BYTES]).all(|bit| SegmentHeader::open(&flip(&block, bit)).is_err()));
+        assert!(
+            bits(&block[..SegmentHeader::BYTES]).all(|bit| SegmentHeader::open(&flip(&block, bit)).is_err())
+        );
         assert!(bits(&group).all(|bit| GroupHeader::open(&flip(&group, bit)).is_err()));
         assert!(bits(&head).all(|bit| EntryHead::open(&flip(&head, bit)).is_err()));
     }

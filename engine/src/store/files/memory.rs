@@ -124,6 +124,30 @@ impl MemoryFiles {
         bytes
     }
 
+    /// The runs of a file that were ever written, ascending: byte position and content.
+    #[must_use]
+    pub fn bytes_sparse(&self, path: impl AsRef<Path>) -> Vec<(u64, Vec<u8>)> {
+        let state = self.state();
+        let Some(file) = state.files.get(path.as_ref()) else { return Vec::new() };
+        let mut runs: Vec<(u64, Vec<u8>)> = Vec::new();
+        for (page, content) in &file.pages {
+            match runs.last_mut() {
+                Some((start, bytes)) if *start + bytes.len() as u64 == page * PAGE => {
+                    bytes.extend(&**content)
+                }
+                _ => runs.push((page * PAGE, content.to_vec())),
+            }
+        }
+        runs
+    }
+
+    /// Changes bytes of a file behind its owner's back.
+    pub fn poke(&self, path: impl AsRef<Path>, offset: u64, content: &[u8]) {
+        if let Some(file) = self.state().files.get_mut(path.as_ref()) {
+            file.write(offset, content);
+        }
+    }
+
     /// What happened so far.
     #[must_use]
     pub fn trace(&self) -> Vec<Event> {

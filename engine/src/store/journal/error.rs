@@ -120,10 +120,8 @@ impl Answer for JournalError {
 /// A random number for `path`; never zero.
 pub(super) fn random_u64(path: &Path) -> Result<u64, JournalError> {
     let mut bytes = [0_u8; 8];
-    let refused = |error: getrandom::Error| JournalError::NoRandomness {
-        path: path.into(),
-        reason: error.to_string(),
-    };
+    let refused =
+        |error: getrandom::Error| JournalError::NoRandomness { path: path.into(), reason: error.to_string() };
     getrandom::fill(&mut bytes).map_err(refused)?;
     Ok(u64::from_le_bytes(bytes).max(1))
 }

@@ -157,7 +157,8 @@ impl Log {
             self.commit(manifest, now)?;
         }
         let fits = |current: &Current, pending: u64| {
-            let end = current.at + (GroupHeader::BYTES as u64 + pending + bytes).next_multiple_of(BLOCK_BYTES);
+            let end =
+                current.at + (GroupHeader::BYTES as u64 + pending + bytes).next_multiple_of(BLOCK_BYTES);
             end <= current.opened.bytes
         };
         if self.current.as_ref().is_none_or(|current| !fits(current, self.group.payload_bytes())) {
@@ -166,8 +167,10 @@ impl Log {
                 self.next_segment(manifest, now, entry.room)?;
             }
         }
-        let Some(current) = &self.current else {
-            return Err(JournalError::damaged(&self.folder, "no segment is open"));
+        let Some(current) = self.current.as_ref().filter(|current| fits(current, self.group.payload_bytes()))
+        else {
+            let what = format!("an entry of {bytes} bytes fits no segment of {} bytes", self.segment_bytes);
+            return Err(JournalError::Full { path: self.folder.clone(), what });
         };
         let offset = current.at + GroupHeader::BYTES as u64 + self.group.payload_bytes();
         self.group.push(entry);
@@ -190,7 +193,9 @@ impl Log {
     /// As for [`Self::commit`].
     pub fn seal(&mut self, manifest: &mut Manifest, now: Timestamp) -> Result<u64, JournalError> {
         match &self.current {
-            Some(current) if current.at + BLOCK_BYTES <= current.opened.bytes => self.write_group(manifest, now),
+            Some(current) if current.at + BLOCK_BYTES <= current.opened.bytes => {
+                self.write_group(manifest, now)
+            }
             _ => self.commit(manifest, now),
         }
     }
@@ -218,7 +223,12 @@ impl Log {
     }
 
     /// Uses the next segment; the manifest learns of it before its header is written.
-    fn next_segment(&mut self, manifest: &mut Manifest, now: Timestamp, room: Room) -> Result<(), JournalError> {
+    fn next_segment(
+        &mut self,
+        manifest: &mut Manifest,
+        now: Timestamp,
+        room: Room,
+    ) -> Result<(), JournalError> {
         let kept_back = usize::from(room == Room::Data);
         while self.free.len() <= kept_back {
             self.prepare()?;
@@ -247,7 +257,8 @@ impl Log {
             bytes: opened.bytes,
             created: now,
         };
-        let written = file.write(&[WriteAt { offset: 0, data: &header.to_block() }]).and_then(|()| file.flush());
+        let written =
+            file.write(&[WriteAt { offset: 0, data: &header.to_block() }]).and_then(|()| file.flush());
         if let Err(error) = written {
             self.failed = Some(error.to_string());
             return Err(error.into());

@@ -116,7 +116,11 @@ pub(super) fn read_manifest(
     while read.at < size {
         let edit = match read_edit(&mut *file, read.at, size, &header, read.index)? {
             Ok(edit) => edit,
-            Err(FormatError::Field { field: "magic", got: 0, .. }) if rest_is_zero(&mut *file, read.at, size)? => break,
+            Err(FormatError::Field { field: "magic", got: 0, .. })
+                if rest_is_zero(&mut *file, read.at, size)? =>
+            {
+                break;
+            }
             Err(error) => {
                 if knows_durable(&mut *file, read.at, size, &header, read.index)? {
                     return Err(JournalError::format(&path, read.at, REMEDY)(error));
@@ -357,10 +361,8 @@ impl Manifest {
         if self.at + bytes.len() as u64 > self.file.size_bytes() {
             return self.checkpoint(now, durable_group); // it holds these edits, too
         }
-        let written = self
-            .file
-            .write(&[WriteAt { offset: self.at, data: &bytes }])
-            .and_then(|()| self.file.flush());
+        let written =
+            self.file.write(&[WriteAt { offset: self.at, data: &bytes }]).and_then(|()| self.file.flush());
         self.note(written)?;
         self.at += bytes.len() as u64;
         self.index += edits.len() as u64;

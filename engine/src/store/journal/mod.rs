@@ -105,6 +105,13 @@ impl Journal {
         settings: JournalSettings,
         now: Timestamp,
     ) -> Result<Self, JournalError> {
+        // A superblock that cannot be read is a journal, too: it is repaired or taken away, never written over.
+        if !matches!(manifest::read_superblock(&*files, folder), Err(JournalError::NoJournal { .. })) {
+            return Err(crate::store::files::FilesError::Exists {
+                path: folder.join(manifest::SUPERBLOCK_NAME),
+            }
+            .into());
+        }
         for name in files.neighbours(&folder.join("any"))? {
             // What an interrupted making left behind is ours, and so is what lies beside any journal.
             if is_ours(&name) {
@@ -256,7 +263,12 @@ impl Journal {
     ///
     /// # Errors
     /// As for [`Self::append_state`].
-    pub fn append_applied(&mut self, disk: DiskId, applied: Applied, now: Timestamp) -> Result<(), JournalError> {
+    pub fn append_applied(
+        &mut self,
+        disk: DiskId,
+        applied: Applied,
+        now: Timestamp,
+    ) -> Result<(), JournalError> {
         let body = applied.to_bytes();
         let entry =
             NewEntry { kind: EntryKind::Applied, disk, number: 0, body: &[&body], room: Room::Control };
@@ -356,14 +368,20 @@ impl Journal {
                 EntryKind::State => {
                     let path = self.folder.clone();
                     let remedy = "the disk is compared with its source";
-                    let state = DiskState::decode(&body)
-                        .map_err(JournalError::format(&path, place.offset, remedy))?;
+                    let state = DiskState::decode(&body).map_err(JournalError::format(
+                        &path,
+                        place.offset,
+                        remedy,
+                    ))?;
                     self.append_state(&state, now)?;
                 }
                 _ => {
                     let remedy = "the disk is compared with its source";
-                    let applied = Applied::read_exact(&body)
-                        .map_err(JournalError::format(&self.folder, place.offset, remedy))?;
+                    let applied = Applied::read_exact(&body).map_err(JournalError::format(
+                        &self.folder,
+                        place.offset,
+                        remedy,
+                    ))?;
                     self.append_applied(head.disk, applied, now)?;
                 }
             }

@@ -105,7 +105,10 @@ pub(super) fn scan(
     }
     // Segments release from the oldest on, so a group the manifest knew durable is in one of those that are left.
     if scanner.scan.last_group < known_durable && !shape.segments.is_empty() {
-        let reason = format!("the log ends at group {}, and group {known_durable} was durable", scanner.scan.last_group);
+        let reason = format!(
+            "the log ends at group {}, and group {known_durable} was durable",
+            scanner.scan.last_group
+        );
         scanner.damaged(folder.into(), 0, reason);
         scanner.scan.last_group = known_durable;
         scanner.scan.torn = None;
@@ -315,7 +318,8 @@ impl Scanner<'_> {
         while let Some(rest) = payload.get(from..).filter(|rest| rest.len() >= EntryHead::BYTES) {
             // An entry whose head is whole says where the next one begins, even if its body is damaged.
             let Ok(head) = EntryHead::open(rest) else { break };
-            let body = rest.get(EntryHead::BYTES..EntryHead::BYTES + head.body_bytes as usize).unwrap_or_default();
+            let body =
+                rest.get(EntryHead::BYTES..EntryHead::BYTES + head.body_bytes as usize).unwrap_or_default();
             let offset = at + (GroupHeader::BYTES + from) as u64;
             if head.check_body(body).is_ok()
                 && let Err(reason) = self.entry(segment.number, offset, header.time, &head, body)

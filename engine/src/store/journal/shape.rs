@@ -152,7 +152,8 @@ impl Shape {
     /// Edits that make this shape from nothing.
     #[must_use]
     pub fn edits(&self) -> Vec<Edit> {
-        let mut edits: Vec<Edit> = self.segments.values().map(|segment| Edit::SegmentOpened(*segment)).collect();
+        let mut edits: Vec<Edit> =
+            self.segments.values().map(|segment| Edit::SegmentOpened(*segment)).collect();
         for shape in self.disks.values() {
             shape.edits(&mut edits);
         }

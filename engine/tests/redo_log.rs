@@ -1,0 +1,290 @@
+//! The redo log against power loss and damage, on memory files: what was committed is there after any crash, what is
+//! damaged is named, and nothing is made up.
+//!
+//! A run is a list of steps with a seed. Every prefix of the writes it made is a crash point; of the sectors no flush
+//! covered, a seeded choice lands.
+#![cfg(feature = "sim")]
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use reprotect_engine::format::manifest::DiskAdded;
+use reprotect_engine::format::segment::{Applied, EntryKind};
+use reprotect_engine::store::files::memory::MemoryFiles;
+use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings, Recovered};
+use reprotect_engine::units::{DiskId, Timestamp};
+
+const FOLDER: &str = "/retention";
+const SETTINGS: JournalSettings = JournalSettings { segment_bytes: 48 << 10 };
+const NOW: Timestamp = Timestamp(1);
+
+fn disk(number: u8) -> DiskId {
+    DiskId([number; 16])
+}
+
+fn added(number: u8) -> DiskAdded {
+    DiskAdded { disk: disk(number), machine: [7; 16], size_sectors: 800, time: NOW }
+}
+
+/// A body that says whose it is, and is long enough to cross sectors.
+fn body(disk: u8, number: u64) -> Vec<u8> {
+    let len = 40 + (number * 977 % 6000) as usize;
+    (0..len).map(|at| (at as u64 * 31 + number * 7 + u64::from(disk)) as u8).collect()
+}
+
+fn open(files: &MemoryFiles) -> Result<(Journal, Recovered), JournalError> {
+    Journal::open(files.opener(), Path::new(FOLDER), SETTINGS, NOW)
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Append(u8),
+    Applied(u8),
+    Commit,
+    Seal,
+    Release,
+    Reopen,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        8 => (1..=2_u8).prop_map(Step::Append),
+        2 => (1..=2_u8).prop_map(Step::Applied),
+        4 => Just(Step::Commit),
+        1 => Just(Step::Seal),
+        1 => Just(Step::Release),
+        1 => Just(Step::Reopen),
+    ];
+    proptest::collection::vec(step, 1..40)
+}
+
+/// What must be there after a crash at some point: numbers committed, and released, by disk.
+#[derive(Clone, Debug, Default)]
+struct Promise {
+    committed: BTreeMap<u8, u64>,
+    applied: BTreeMap<u8, u64>,
+    released: BTreeMap<u8, u64>,
+}
+
+struct Played {
+    files: MemoryFiles,
+    empty: MemoryFiles,
+    /// After how many events of the trace which promise holds.
+    promises: Vec<(usize, Promise)>,
+}
+
+/// Plays the steps; the trace of the files remembers every write and flush.
+fn play(steps: &[Step]) -> Played {
+    let files = MemoryFiles::default();
+    let empty = files.snapshot();
+    let mut journal = Some(Journal::create(files.opener(), Path::new(FOLDER), SETTINGS, NOW).unwrap());
+    let mut promise = Promise::default();
+    let (mut appended, mut applied) = (BTreeMap::new(), BTreeMap::new());
+    for number in 1..=2 {
+        journal.as_mut().unwrap().add_disk(added(number), NOW).unwrap();
+    }
+    let mut promises = vec![(files.trace().len(), promise.clone())];
+    for step in steps {
+        let open_journal = journal.as_mut().unwrap();
+        match step {
+            Step::Append(number) => {
+                let next = appended.get(number).copied().unwrap_or(0) + 1;
+                let bytes = body(*number, next);
+                let (head, tail) = bytes.split_at(bytes.len() / 3);
+                let got = open_journal.append(disk(*number), EntryKind::Batch, &[head, tail], NOW).unwrap();
+                assert_eq!(got.0, next);
+                appended.insert(*number, next);
+            }
+            Step::Applied(number) => {
+                let through = promise.committed.get(number).copied().unwrap_or(0);
+                let said = Applied { number: through, epoch: 1, undo_bytes: 0 };
+                open_journal.append_applied(disk(*number), said, NOW).unwrap();
+                applied.insert(*number, through);
+            }
+            Step::Commit | Step::Seal => {
+                match step {
+                    Step::Commit => open_journal.commit(NOW).unwrap(),
+                    _ => open_journal.seal(NOW).unwrap(),
+                }
+                promise.committed.clone_from(&appended);
+                promise.applied.clone_from(&applied);
+            }
+            Step::Release => {
+                promise.released.clone_from(&promise.applied);
+                promises.push((files.trace().len(), promise.clone())); // from here on they may be gone
+                for segment in open_journal.releasable() {
+                    open_journal.release(segment, NOW).unwrap();
+                }
+            }
+            Step::Reopen => {
+                drop(journal.take());
+                let (reopened, found) = open(&files).unwrap();
+                check(&found, &promise, "reopened");
+                for number in 1..=2 {
+                    appended.insert(number, found.disks[&disk(number)].newest());
+                    let said = found.disks[&disk(number)].applied.map_or(0, |(applied, _)| applied.number);
+                    applied.insert(number, said);
+                }
+                journal = Some(reopened);
+            }
+        }
+        promises.push((files.trace().len(), promise.clone()));
+    }
+    Played { files, empty, promises }
+}
+
+/// Everything promised is there, in order and without gap; nothing else is wrong.
+fn check(found: &Recovered, promise: &Promise, when: &str) {
+    assert_eq!(found.damage, [], "{when}");
+    for number in 1..=2_u8 {
+        let log = &found.disks[&disk(number)];
+        assert_eq!(log.missing, [], "{when}: disk {number}");
+        let committed = promise.committed.get(&number).copied().unwrap_or(0);
+        assert!(log.newest() >= committed, "{when}: disk {number} has {} of {committed}", log.newest());
+        let released = promise.released.get(&number).copied().unwrap_or(0);
+        let first = log.entries.first().map_or(committed + 1, |entry| entry.number);
+        assert!(first <= released + 1, "{when}: disk {number} begins at {first}, {released} was released");
+        let applied = promise.applied.get(&number).copied().unwrap_or(0);
+        let said = log.applied.map_or(0, |(applied, _)| applied.number);
+        assert!(said >= applied, "{when}: applied {said} of {applied}");
+    }
+}
+
+/// Every entry reads back as it was given.
+fn check_bodies(journal: &mut Journal, found: &Recovered) {
+    for number in 1..=2_u8 {
+        for entry in &found.disks[&disk(number)].entries {
+            let (head, bytes) = journal.read(entry.place).unwrap();
+            assert_eq!((head.disk, head.number), (disk(number), entry.number));
+            assert_eq!(bytes, body(number, entry.number));
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #[test]
+    fn what_was_committed_survives_a_crash_at_any_write_and_a_crash_of_the_recovery(
+        steps in steps(), seed in any::<u64>(),
+    ) {
+        let played = play(&steps);
+        let trace = played.files.trace();
+        let mut random = seed;
+        let mut lands = move || {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            random >> 63 == 1
+        };
+        for events in played.promises[0].0..=trace.len() {
+            let promise = &played.promises.iter().rev().find(|(at, _)| *at <= events).unwrap().1;
+            let crashed = played.empty.crashed(&trace, events, &mut lands);
+            let after = crashed.snapshot();
+            let (mut journal, found) = open(&crashed).unwrap();
+            check(&found, promise, &format!("after {events} events"));
+            check_bodies(&mut journal, &found);
+            // The recovery itself is interrupted, and what it left is recovered.
+            drop(journal);
+            let again = crashed.trace();
+            let at = again.len() / 2;
+            let (mut journal, found) = open(&after.crashed(&again, at, &mut lands)).unwrap();
+            check(&found, promise, &format!("after {events} events and {at} of its recovery"));
+            check_bodies(&mut journal, &found);
+        }
+    }
+}
+
+/// A journal with entries of two disks over several segments, closed in order.
+fn sample() -> MemoryFiles {
+    let files = MemoryFiles::default();
+    let mut journal = Journal::create(files.opener(), Path::new(FOLDER), SETTINGS, NOW).unwrap();
+    for number in 1..=2 {
+        journal.add_disk(added(number), NOW).unwrap();
+    }
+    for number in 1..=14 {
+        for disk_number in 1..=2 {
+            let bytes = body(disk_number, number);
+            journal.append(disk(disk_number), EntryKind::Batch, &[&bytes], NOW).unwrap();
+        }
+        journal.commit(NOW).unwrap();
+    }
+    journal.close(NOW).unwrap();
+    files
+}
+
+/// Opening damaged files either refuses, or names the damage, or finds everything as it was.
+fn judge(files: &MemoryFiles, what: &str) {
+    let Ok((mut journal, found)) = open(files) else { return };
+    let whole = (1..=2).all(|number| found.disks[&disk(number)].newest() == 14);
+    let missing = found.disks.values().any(|log| !log.missing.is_empty() || log.newest() < 14);
+    assert!(whole && !missing || !found.damage.is_empty(), "{what}: lost silently: {found:?}");
+    check_bodies(&mut journal, &found);
+}
+
+#[test]
+fn every_flipped_bit_of_a_closed_journal_is_named_or_lies_in_padding() {
+    let files = sample();
+    let names = files.opener().neighbours(&Path::new(FOLDER).join("x")).unwrap();
+    // The full form flips every bit; the suite takes every 61st, which visits every byte position of a sector.
+    let step = std::env::var("FLIPS").map_or(61, |_| 1);
+    for name in names {
+        let path = Path::new(FOLDER).join(&name);
+        let bytes = files.bytes_sparse(&path);
+        for (offset, content) in bytes {
+            for bit in (0..content.len() * 8).step_by(step) {
+                let damaged = files.snapshot();
+                let mut flipped = content.clone();
+                flipped[bit / 8] ^= 1 << (bit % 8);
+                damaged.poke(&path, offset, &flipped);
+                judge(&damaged, &format!("{name}, byte {}, bit {}", offset + bit as u64 / 8, bit % 8));
+            }
+        }
+    }
+}
+
+#[test]
+fn every_truncation_of_a_segment_is_named() {
+    let files = sample();
+    for name in files.opener().neighbours(&Path::new(FOLDER).join("x")).unwrap() {
+        let path = Path::new(FOLDER).join(&name);
+        if !name.starts_with("redo-") {
+            continue;
+        }
+        for len in (0..SETTINGS.segment_bytes).step_by(512) {
+            let damaged = files.snapshot();
+            let opener: Arc<dyn reprotect_engine::store::files::Files> = damaged.opener();
+            opener.resize(&path, len).unwrap();
+            judge(&damaged, &format!("{name} cut to {len} bytes"));
+        }
+    }
+}
+
+#[test]
+fn a_second_program_a_foreign_folder_and_a_missing_journal_are_refused_by_name() {
+    let files = sample();
+    let (journal, _) = open(&files).unwrap();
+    let error = open(&files).err().unwrap().to_string();
+    assert!(error.contains("superblock") && error.contains("in use"), "{error}");
+    drop(journal);
+    let empty = MemoryFiles::default();
+    assert!(matches!(open(&empty), Err(JournalError::NoJournal { .. })));
+    empty.put("/retention/photos.zip", b"mine");
+    let create = |files: &MemoryFiles| Journal::create(files.opener(), Path::new(FOLDER), SETTINGS, NOW);
+    assert!(matches!(create(&empty), Err(JournalError::NotEmpty { found, .. }) if found == "photos.zip"));
+    assert!(create(&files).is_err(), "a journal is not made over another");
+    // A segment of another journal in the place of one of ours.
+    let other = sample();
+    let mixed = sample();
+    mixed.put("/retention/redo-000001", &other.bytes("/retention/redo-000001"));
+    assert!(matches!(open(&mixed), Err(JournalError::Foreign { .. })));
+}
+
+#[test]
+fn files_of_nobody_are_moved_aside_and_kept() {
+    let files = sample();
+    files.put("/retention/manifest-00000099", b"left by a crash");
+    let (_, found) = open(&files).unwrap();
+    assert_eq!(found.set_aside, [Path::new("/retention/manifest-00000099.aside")]);
+    assert_eq!(files.bytes("/retention/manifest-00000099.aside"), b"left by a crash");
+}
