@@ -276,7 +276,7 @@ fn a_second_program_a_foreign_folder_and_a_missing_journal_are_refused_by_name()
     // A segment of another journal in the place of one of ours.
     let other = sample();
     let mixed = sample();
-    mixed.put("/retention/redo-000001", &other.bytes("/retention/redo-000001"));
+    mixed.put("/retention/redo-000002", &other.bytes("/retention/redo-000002"));
     assert!(matches!(open(&mixed), Err(JournalError::Foreign { .. })));
 }
 
