@@ -15,7 +15,7 @@ use super::batch::MarkClass;
 use super::segment::JournalId;
 use super::wire::{Text, wire, wire_enum};
 use crate::checksum::crc32;
-use crate::units::{BLOCK_BYTES, DiskId, LineageId, Sequence, Timestamp};
+use crate::units::{BLOCK_BYTES, DiskId, Generation, LineageId, Sequence, Timestamp};
 
 /// First eight bytes of a superblock copy; the last one is the version.
 pub const SUPERBLOCK_MAGIC: [u8; 8] = *b"RPSUPR\x00\x01";
@@ -194,11 +194,13 @@ wire_enum! {
 
 wire! {
     /// Body of [`EditKind::EpochOpened`].
-    pub struct EpochOpened / EpochOpenedWire = 96 {
+    pub struct EpochOpened / EpochOpenedWire = 112 {
         /// The disk.
         disk: DiskId,
         /// The history its entries belong to.
         lineage: LineageId,
+        /// The generation in force.
+        generation: Generation,
         /// Its number, per disk, never reused.
         epoch: u64,
         /// The last entry before it.
@@ -209,9 +211,13 @@ wire! {
         salt: u64,
         /// When.
         time: Timestamp,
+        /// For a rollback: the undo epoch it goes back into …
+        to_epoch: u64,
+        /// … and the last entry of that epoch that counts.
+        to_number: u64,
         /// Why.
         cause: EpochCause,
-        ; reserved: [u8; 23],
+        ; reserved: [u8; 15],
     }
 }
 

@@ -5,10 +5,12 @@
 
 use std::path::{Path, PathBuf};
 
+use super::undo::UndoError;
 use crate::error::{Answer, Severity};
 use crate::format::FormatError;
 use crate::io::BlockError;
 use crate::store::files::FilesError;
+use crate::units::DiskId;
 
 /// Why a journal cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +75,23 @@ pub enum JournalError {
         /// How.
         why: String,
     },
+    /// A point is not kept any more.
+    #[error("disk {disk}: {what}; `points` lists what is kept")]
+    Gone {
+        /// The disk.
+        disk: DiskId,
+        /// What is not there.
+        what: String,
+    },
+    /// zstd cannot be used.
+    #[error("zstd cannot be used: {reason}; free some memory, then try again")]
+    Zstd {
+        /// Why.
+        reason: String,
+    },
+    /// An undo run cannot be written or read.
+    #[error(transparent)]
+    Undo(#[from] UndoError),
     /// There were no random numbers for a salt or an identity.
     #[error("cannot get random numbers for {}: {reason}", path.display())]
     NoRandomness {
@@ -97,6 +116,7 @@ impl JournalError {
             Self::Full { .. } => true,
             Self::Files(error) => error.is_full(),
             Self::Block(error) => error.is_full(),
+            Self::Undo(error) => error.is_full(),
             _ => false,
         }
     }

@@ -12,11 +12,13 @@
 //! its marks are points or given up. One program has a journal open at a time. A file that is not the journal's is
 //! moved aside, never deleted. Units: bytes, group and entry numbers. Called by the master target's threads.
 
+pub mod entry;
 pub mod error;
 pub mod log;
 pub mod manifest;
 pub mod recovery;
 pub mod shape;
+pub mod window;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

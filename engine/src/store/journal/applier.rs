@@ -1,0 +1,425 @@
+//! One disk of a journal: its target, its undo runs, and the order in which they are written.
+//!
+//! The order of a window, and why it is safe to crash anywhere in it:
+//!
+//! | step | what | if it ends here |
+//! |---:|---|---|
+//! | 1 | the entries are durable in the redo log | they are applied again |
+//! | 2 | before-images of blocks not yet saved in this undo epoch go into its run | they are saved once, the first wins |
+//! | 3 | the run is flushed (barrier 1) | nothing on the target has changed yet (I1) |
+//! | 4 | the target is written, in address order | what it held is in the run |
+//! | 5 | the target is flushed (barrier 2) | applying again writes the same |
+//! | 6 | APPLIED goes into the redo log | |
+//!
+//! Invariants: I1 to I4. An undo epoch is closed when all its entries are applied and durably said to be. A failed write
+//! or flush stops the disk (I6). Units: sectors, bytes, entry numbers. Called by the thread that owns the target.
+
+use std::path::PathBuf;
+
+use super::entry::{Content, Write};
+use super::error::{JournalError, random_u64};
+use super::shape::{Epoch, Run, RunFile};
+use super::undo::{ActiveRun, BlockRange, Hole, Image, ImageData, RunHeader, SealedRun, run_bytes_max};
+use super::window::Window;
+use super::{DiskShape, Journal};
+use crate::format::manifest::{Edit, EpochCause, EpochClosed, EpochOpened};
+use crate::format::segment::Applied;
+use crate::io::{BlockFile, ByteRange, ReadAt, WriteAt};
+use crate::units::{
+    BLOCK_BYTES, BLOCK_SECTORS, BlockIndex, DiskId, Generation, LineageId, SECTOR_BYTES, SectorRange, Sequence,
+    Timestamp,
+};
+
+/// Blocks whose before-images are read and saved in one go: bounds the memory of a window.
+const CAPTURE_BLOCKS: u64 = 1024;
+/// Bytes written to the target in one call.
+const WRITE_BYTES: usize = 8 << 20;
+
+/// Which history an undo epoch belongs to.
+#[derive(Clone, Copy, Debug)]
+pub struct Position {
+    /// The history.
+    pub lineage: LineageId,
+    /// The generation in force.
+    pub generation: Generation,
+    /// The last sequence before.
+    pub sequence: Sequence,
+}
+
+/// One disk of a journal.
+pub struct Applier<T> {
+    disk: DiskId,
+    size_sectors: u64,
+    target: T,
+    active: Option<ActiveRun>,
+    /// Sealed runs that were opened, by their first epoch.
+    sealed: Vec<(Run, SealedRun)>,
+    applied: Applied,
+    /// Counts windows that changed the target: a reader of a view looks whether it moved under its feet.
+    version: u64,
+}
+
+/// Path of an undo run.
+#[must_use]
+pub fn run_path(journal: &Journal, disk: DiskId, file: RunFile) -> PathBuf {
+    journal.folder().join(match file {
+        RunFile::Epoch(epoch) => format!("undo-{disk}-{epoch:08}"),
+        RunFile::Merged(number) => format!("undo-{disk}-m{number:08}"),
+    })
+}
+
+impl<T: BlockFile> Applier<T> {
+    /// A disk of the journal with its target. `applied` is what the redo log says last. What is damaged in the open
+    /// undo run is answered.
+    ///
+    /// # Errors
+    /// When the disk is not in the journal, or its open run cannot be used.
+    pub fn open(
+        journal: &Journal,
+        disk: DiskId,
+        target: T,
+        applied: Option<Applied>,
+    ) -> Result<(Self, Vec<Hole>), JournalError> {
+        let shape = shape(journal, disk)?;
+        let size_sectors = shape.added.size_sectors;
+        let applied = applied.unwrap_or(Applied { number: 0, epoch: 0, undo_bytes: 0 });
+        let (active, holes) = match shape.open_epoch() {
+            Some(epoch) => {
+                let (run, holes) = reopen(journal, &epoch.opened, size_sectors, &applied)?;
+                (Some(run), holes)
+            }
+            None => (None, Vec::new()),
+        };
+        Ok((Self { disk, size_sectors, target, active, sealed: Vec::new(), applied, version: 0 }, holes))
+    }
+
+    /// What is on the target, flushed.
+    #[must_use]
+    pub const fn applied(&self) -> &Applied {
+        &self.applied
+    }
+
+    /// The target.
+    pub const fn target(&mut self) -> &mut T {
+        &mut self.target
+    }
+
+    /// Gives the target back.
+    pub fn into_target(self) -> T {
+        self.target
+    }
+
+    /// Counts the windows that changed the target.
+    #[must_use]
+    pub const fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// The number of the undo epoch that goes on.
+    #[must_use]
+    pub fn open_epoch(&self) -> Option<u64> {
+        self.active.as_ref().map(|run| run.header().undo_epoch)
+    }
+
+    /// Begins an undo epoch: from here on, what is overwritten is saved first.
+    ///
+    /// # Errors
+    /// When one goes on, or manifest or run cannot be written.
+    pub fn begin_epoch(
+        &mut self,
+        journal: &mut Journal,
+        cause: EpochCause,
+        position: Position,
+        to: (u64, u64),
+        now: Timestamp,
+    ) -> Result<u64, JournalError> {
+        let shape = shape(journal, self.disk)?;
+        let newest = shape.epochs.last().map_or(shape.expired, |epoch| epoch.opened.epoch);
+        let opened = EpochOpened {
+            disk: self.disk,
+            lineage: position.lineage,
+            generation: position.generation,
+            epoch: newest + 1,
+            after: self.applied.number,
+            sequence: position.sequence,
+            salt: random_u64(journal.folder())?,
+            time: now,
+            to_epoch: to.0,
+            to_number: to.1,
+            cause,
+        };
+        // The manifest comes first: so a run file without an epoch cannot exist, and an epoch without one is empty.
+        journal.edit(&[Edit::EpochOpened(opened)], now)?;
+        self.active = Some(create_run(journal, &opened, self.size_sectors)?);
+        self.applied = Applied { epoch: opened.epoch, undo_bytes: 0, ..self.applied };
+        Ok(opened.epoch)
+    }
+
+    /// Ends the undo epoch. Everything applied in it was durably said to be (the caller committed).
+    ///
+    /// # Errors
+    /// When run or manifest cannot be written.
+    pub fn close_epoch(&mut self, journal: &mut Journal, now: Timestamp) -> Result<(), JournalError> {
+        let Some(run) = self.active.take() else { return Ok(()) };
+        let epoch = run.header().undo_epoch;
+        let path = run.path().to_owned();
+        let run_bytes = if run.counts().0 == 0 {
+            drop(run);
+            0
+        } else {
+            let sealed = run.seal(&**journal.files(), now)?;
+            let bytes = journal.files().facts(&path)?.map_or(0, |facts| facts.size_bytes);
+            let entry = Run { first: epoch, last: epoch, file: RunFile::Epoch(epoch), bytes };
+            self.sealed.push((entry, sealed));
+            bytes
+        };
+        let closed = EpochClosed { disk: self.disk, epoch, last: self.applied.number, run_bytes, time: now };
+        journal.edit(&[Edit::EpochClosed(closed)], now)?;
+        if run_bytes == 0 {
+            journal.files().remove(&path)?; // ours, empty, and no longer named
+        }
+        Ok(())
+    }
+
+    /// Applies a window: writes of consecutive entries up to `number`, all of them durable in the redo log, none of
+    /// them beyond the undo epoch. Adds APPLIED to the log, which the caller commits.
+    ///
+    /// # Errors
+    /// When run, target or log cannot be written; the disk must then be opened anew.
+    pub fn apply(
+        &mut self,
+        journal: &mut Journal,
+        number: u64,
+        window: &Window,
+        now: Timestamp,
+    ) -> Result<(), JournalError> {
+        self.write_window(window)?;
+        self.applied.number = number;
+        if let Some(run) = &self.active {
+            self.applied.undo_bytes = run.len_bytes();
+        }
+        journal.append_applied(self.disk, self.applied, now)
+    }
+
+    /// Steps 2 to 5.
+    pub(super) fn write_window(&mut self, window: &Window) -> Result<(), JournalError> {
+        if self.active.is_some() {
+            for blocks in window.blocks() {
+                self.capture(blocks)?;
+            }
+            if let Some(run) = &mut self.active {
+                run.flush()?; // barrier 1
+            }
+        }
+        self.version += 1;
+        self.write_target(window)?;
+        self.target.flush()?; // barrier 2
+        Ok(())
+    }
+
+    /// Saves what blocks hold, where the undo epoch has not saved it yet.
+    fn capture(&mut self, blocks: SectorRange) -> Result<(), JournalError> {
+        let Some(run) = &mut self.active else { return Ok(()) };
+        let range = BlockRange::new(blocks.start / BLOCK_SECTORS, blocks.end / BLOCK_SECTORS);
+        for missing in run.missing(range) {
+            let mut first = missing.start;
+            while first < missing.end {
+                let end = missing.end.min(first + CAPTURE_BLOCKS);
+                capture_piece(&mut self.target, run, self.size_sectors, BlockRange::new(first, end))?;
+                first = end;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_target(&mut self, window: &Window) -> Result<(), JournalError> {
+        let mut writes: Vec<WriteAt<'_>> = Vec::new();
+        let mut bytes = 0;
+        for Write { range, content } in window.runs() {
+            match content {
+                Content::Data(data) => {
+                    writes.push(WriteAt { offset: range.byte_start(), data });
+                    bytes += data.len();
+                }
+                Content::Zeros => {
+                    let start = range.byte_start();
+                    self.target.zero(ByteRange { start, end: start + range.bytes() })?;
+                }
+            }
+            if bytes >= WRITE_BYTES {
+                self.target.write(&writes)?;
+                (writes, bytes) = (Vec::new(), 0);
+            }
+        }
+        if !writes.is_empty() {
+            self.target.write(&writes)?;
+        }
+        Ok(())
+    }
+
+    /// The sealed run of the disk that begins with this epoch, opened once.
+    pub(super) fn sealed_run(&mut self, journal: &Journal, run: Run) -> Result<&mut SealedRun, JournalError> {
+        let known = self.sealed.iter().position(|(known, _)| *known == run);
+        let at = match known {
+            Some(at) => at,
+            None => {
+                // A run of the same epochs under another name was merged away.
+                self.sealed.retain(|(known, _)| known.last < run.first || known.first > run.last);
+                let path = run_path(journal, self.disk, run.file);
+                let identity = identity(journal, self.disk, &run)?;
+                self.sealed.push((run, SealedRun::open(&**journal.files(), &path, &identity)?));
+                self.sealed.len() - 1
+            }
+        };
+        match self.sealed.get_mut(at) {
+            Some((_, sealed)) => Ok(sealed),
+            None => Err(JournalError::damaged(journal.folder(), "an undo run cannot be found")),
+        }
+    }
+
+    pub(super) const fn active_run(&mut self) -> Option<&mut ActiveRun> {
+        self.active.as_mut()
+    }
+
+    pub(super) const fn disk(&self) -> DiskId {
+        self.disk
+    }
+
+    pub(super) const fn size_sectors(&self) -> u64 {
+        self.size_sectors
+    }
+}
+
+/// Saves up to [`CAPTURE_BLOCKS`] blocks: holes of the target without reading them.
+fn capture_piece(
+    target: &mut impl BlockFile,
+    run: &mut ActiveRun,
+    size_sectors: u64,
+    blocks: BlockRange,
+) -> Result<(), JournalError> {
+    let start = blocks.start * BLOCK_BYTES;
+    let end = (blocks.end * BLOCK_BYTES).min(size_sectors * SECTOR_BYTES);
+    let mut plain = vec![0; ((blocks.end - blocks.start) * BLOCK_BYTES) as usize];
+    let allocated = target.allocated(ByteRange { start, end })?;
+    let mut reads = Vec::new();
+    let mut rest = plain.as_mut_slice();
+    let mut at = start;
+    for part in &allocated {
+        let (_, tail) = std::mem::take(&mut rest).split_at_mut((part.start - at) as usize);
+        let (data, tail) = tail.split_at_mut(part.len() as usize);
+        reads.push(ReadAt { offset: part.start, data });
+        (rest, at) = (tail, part.end);
+    }
+    if !reads.is_empty() {
+        target.read(&mut reads)?;
+    }
+    let holes = hole_blocks(blocks, &allocated);
+    let mut images = Vec::new();
+    let mut first = blocks.start;
+    for (hole, zeros) in holes {
+        let from = ((first - blocks.start) * BLOCK_BYTES) as usize;
+        let to = ((hole.end - blocks.start) * BLOCK_BYTES) as usize;
+        let data = if zeros {
+            ImageData::Zeros(hole.end - hole.start)
+        } else {
+            ImageData::Bytes(plain.get(from..to).unwrap_or_default())
+        };
+        images.push(Image { first: BlockIndex(hole.start), data });
+        first = hole.end;
+    }
+    run.append(&images)?;
+    Ok(())
+}
+
+/// Cuts blocks into runs that lie wholly in a hole (true) and the rest (false).
+fn hole_blocks(blocks: BlockRange, allocated: &[ByteRange]) -> Vec<(BlockRange, bool)> {
+    let mut runs: Vec<(BlockRange, bool)> = Vec::new();
+    let mut push = |start: u64, end: u64, zeros: bool| match runs.last_mut() {
+        Some((last, same)) if *same == zeros => last.end = end,
+        _ if start < end => runs.push((BlockRange::new(start, end), zeros)),
+        _ => {}
+    };
+    let mut at = blocks.start;
+    for part in allocated {
+        let start = (part.start / BLOCK_BYTES).max(at);
+        let end = part.end.div_ceil(BLOCK_BYTES).clamp(start, blocks.end);
+        if at < start {
+            push(at, start, true);
+        }
+        if start < end {
+            push(start, end, false);
+        }
+        at = at.max(end);
+    }
+    if at < blocks.end {
+        push(at, blocks.end, true);
+    }
+    runs
+}
+
+pub(super) fn shape(journal: &Journal, disk: DiskId) -> Result<&DiskShape, JournalError> {
+    journal
+        .shape()
+        .disks
+        .get(&disk)
+        .ok_or_else(|| JournalError::damaged(journal.folder(), format!("disk {disk} is not in the journal")))
+}
+
+fn header(journal: &Journal, opened: &EpochOpened, size_sectors: u64) -> RunHeader {
+    RunHeader::new(journal.id(), opened, size_sectors)
+}
+
+fn create_run(journal: &Journal, opened: &EpochOpened, size_sectors: u64) -> Result<ActiveRun, JournalError> {
+    let path = run_path(journal, opened.disk, RunFile::Epoch(opened.epoch));
+    let header = header(journal, opened, size_sectors);
+    Ok(ActiveRun::create(&**journal.files(), &path, header, run_bytes_max(size_sectors))?)
+}
+
+/// Opens the run of the epoch that goes on, or makes it where the crash came before it was there.
+fn reopen(
+    journal: &Journal,
+    opened: &EpochOpened,
+    size_sectors: u64,
+    applied: &Applied,
+) -> Result<(ActiveRun, Vec<Hole>), JournalError> {
+    let files = &**journal.files();
+    let path = run_path(journal, opened.disk, RunFile::Epoch(opened.epoch));
+    // Its header is durable before the first image is saved: a run that is a hole behind a torn header is empty.
+    let begun = match files.facts(&path)? {
+        None => false,
+        Some(_) => !is_blank(journal, &path)?,
+    };
+    if !begun {
+        files.remove(&path)?;
+        return Ok((create_run(journal, opened, size_sectors)?, Vec::new()));
+    }
+    let certain = if applied.epoch == opened.epoch { applied.undo_bytes } else { 0 };
+    let identity = header(journal, opened, size_sectors).identity();
+    Ok(ActiveRun::reopen(files, &path, &identity, certain, run_bytes_max(size_sectors))?)
+}
+
+/// Whether nothing but (perhaps) a part of its header was ever written to a run.
+fn is_blank(journal: &Journal, path: &std::path::Path) -> Result<bool, JournalError> {
+    let mut file = journal.files().open(path, false)?;
+    let size = file.size_bytes();
+    let head = super::undo::FRAMES_START.min(size);
+    let mut bytes = vec![0; head as usize];
+    file.read(&mut [ReadAt { offset: 0, data: &mut bytes }])?;
+    if bytes.chunks(BLOCK_BYTES as usize).any(|block| RunHeader::open(block).is_ok()) {
+        return Ok(false);
+    }
+    Ok(file.allocated(ByteRange { start: head, end: size })?.is_empty())
+}
+
+fn identity(journal: &Journal, disk: DiskId, run: &Run) -> Result<super::undo::RunIdentity, JournalError> {
+    let shape = shape(journal, disk)?;
+    let epoch = |number| shape.epochs.iter().find(|epoch: &&Epoch| epoch.opened.epoch == number);
+    match epoch(run.first) {
+        Some(first) => {
+            let mut identity = header(journal, &first.opened, shape.added.size_sectors).identity();
+            identity.undo_epoch_last = run.last;
+            Ok(identity)
+        }
+        None => Err(JournalError::damaged(journal.folder(), format!("undo epoch {} is not known", run.first))),
+    }
+}

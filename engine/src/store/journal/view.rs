@@ -1,0 +1,289 @@
+//! A disk as it was at a point.
+//!
+//! A block's content at a point is its image in the earliest undo run from the point's first epoch on; where no run has
+//! it, the block was not overwritten since and stands on the target. Over that come the redo entries of the point's
+//! own epoch up to the point, where the point lies inside an epoch and not at its end.
+//!
+//! Invariants: nothing is copied ahead and nothing is changed; each byte was checked by a CRC, or stands on the live
+//! target; what is damaged is an error, never guessed. A view reads while new windows are applied, on the thread that
+//! applies them, so the target never changes under its feet. Units: bytes, sectors, entry numbers.
+//! Called by the thread that owns the target, for mounts, exports, rollbacks and verification.
+
+use bytes::Bytes;
+
+use super::applier::{Applier, shape};
+use super::entry::{Content, entry_writes};
+use super::error::JournalError;
+use super::recovery::LogEntry;
+use super::undo::BlockRange;
+use super::window::Window;
+use super::{Journal, Run};
+use crate::compress::Decompressor;
+use crate::io::{BlockFile, ByteRange, ReadAt};
+use crate::units::{BLOCK_BYTES, BlockIndex, DiskId, SECTOR_BYTES, SectorRange};
+
+/// A point of a disk: an entry of an undo epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct At {
+    /// The undo epoch.
+    pub epoch: u64,
+    /// The last entry that counts; the epoch's last one or any before.
+    pub number: u64,
+}
+
+/// A disk as it was.
+#[derive(Debug)]
+pub struct View {
+    disk: DiskId,
+    /// Undo runs from this epoch on count.
+    from_epoch: u64,
+    /// Redo entries of the epoch, up to the point.
+    over: Window,
+}
+
+impl View {
+    /// The disk as it was at a point. `entries` are the disk's entries in the redo log, ascending.
+    ///
+    /// # Errors
+    /// When the point is not in the journal any more (it says what is), or an entry it needs is damaged.
+    pub fn open(
+        journal: &mut Journal,
+        disk: DiskId,
+        at: At,
+        entries: &[LogEntry],
+    ) -> Result<Self, JournalError> {
+        let known = shape(journal, disk)?;
+        let expired = known.expired;
+        let epoch = known.epochs.iter().find(|epoch| epoch.opened.epoch == at.epoch).copied();
+        let gone = |what: String| JournalError::Gone { disk, what };
+        let Some(epoch) = epoch else {
+            return Err(gone(format!("undo epoch {} is not kept; the oldest kept is {}", at.epoch, expired + 1)));
+        };
+        let merged = known.runs.iter().any(|run| run.first <= at.epoch && run.last > at.epoch);
+        let last = epoch.closed.map_or(u64::MAX, |closed| closed.last);
+        if at.number < epoch.opened.after || at.number > last {
+            return Err(gone(format!("entry {} is not in undo epoch {}", at.number, at.epoch)));
+        }
+        if merged {
+            return Err(gone(format!("undo epoch {} was merged with later ones", at.epoch)));
+        }
+        if at.number == last {
+            return Ok(Self { disk, from_epoch: at.epoch + 1, over: Window::default() });
+        }
+        let over = redo(journal, &epoch.opened, at.number, entries, &gone)?;
+        Ok(Self { disk, from_epoch: at.epoch, over })
+    }
+
+    /// Fills `out` with what stood at byte `offset`.
+    ///
+    /// # Errors
+    /// When an image is damaged, or the target cannot be read.
+    pub fn read<T: BlockFile>(
+        &self,
+        journal: &Journal,
+        applier: &mut Applier<T>,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<(), JournalError> {
+        debug_assert_eq!(self.disk, applier.disk());
+        let end = offset + out.len() as u64;
+        let first = offset / BLOCK_BYTES;
+        let blocks = BlockRange::new(first, end.div_ceil(BLOCK_BYTES));
+        let mut plain = vec![0; ((blocks.end - blocks.start) * BLOCK_BYTES) as usize];
+        self.read_blocks(journal, applier, blocks, &mut plain)?;
+        let from = (offset - first * BLOCK_BYTES) as usize;
+        out.copy_from_slice(plain.get(from..from + out.len()).unwrap_or_default());
+        Ok(())
+    }
+
+    fn read_blocks<T: BlockFile>(
+        &self,
+        journal: &Journal,
+        applier: &mut Applier<T>,
+        blocks: BlockRange,
+        plain: &mut [u8],
+    ) -> Result<(), JournalError> {
+        let runs: Vec<Run> = runs_from(journal, self.disk, self.from_epoch)?;
+        let mut missing = vec![blocks];
+        for run in runs {
+            let sealed = applier.sealed_run(journal, run)?;
+            let mut left = Vec::new();
+            for part in missing {
+                let mut at = part.start;
+                for found in sealed.lookup(part)? {
+                    let range = found.range;
+                    sealed.read(BlockIndex(range.start), slice(plain, blocks, range))?;
+                    if at < range.start {
+                        left.push(BlockRange::new(at, range.start));
+                    }
+                    at = range.end;
+                }
+                if at < part.end {
+                    left.push(BlockRange::new(at, part.end));
+                }
+            }
+            missing = left;
+        }
+        for part in missing {
+            self.read_newest(applier, blocks, part, plain)?;
+        }
+        self.put_redo(blocks, plain);
+        Ok(())
+    }
+
+    /// Blocks that no sealed run has: from the run that is being written, or from the target.
+    fn read_newest<T: BlockFile>(
+        &self,
+        applier: &mut Applier<T>,
+        blocks: BlockRange,
+        part: BlockRange,
+        plain: &mut [u8],
+    ) -> Result<(), JournalError> {
+        let mut at = part.start;
+        let captured: Vec<BlockRange> = match applier.active_run() {
+            Some(run) if run.header().undo_epoch >= self.from_epoch => {
+                let found: Vec<BlockRange> = run.lookup(part).iter().map(|found| found.range).collect();
+                for range in &found {
+                    run.read_blocks(BlockIndex(range.start), slice(plain, blocks, *range))?;
+                }
+                found
+            }
+            _ => Vec::new(),
+        };
+        let size = applier.size_sectors() * SECTOR_BYTES;
+        let last = BlockRange::new(part.end, part.end);
+        for range in captured.into_iter().chain([last]) {
+            if at < range.start {
+                let live = BlockRange::new(at, range.start);
+                let bytes = slice(plain, blocks, live);
+                let start = live.start * BLOCK_BYTES;
+                let len = ((live.end * BLOCK_BYTES).min(size) - start) as usize;
+                let data = bytes.get_mut(..len).unwrap_or_default();
+                applier.target().read(&mut [ReadAt { offset: start, data }])?;
+            }
+            at = at.max(range.end);
+        }
+        Ok(())
+    }
+
+    /// Lays the redo entries over what was read.
+    fn put_redo(&self, blocks: BlockRange, plain: &mut [u8]) {
+        let sectors_per_block = BLOCK_BYTES / SECTOR_BYTES;
+        let range = SectorRange::new(blocks.start * sectors_per_block, blocks.end * sectors_per_block);
+        for write in self.over.overlap(range) {
+            let from = ((write.range.start - range.start) * SECTOR_BYTES) as usize;
+            let Some(place) = plain.get_mut(from..from + write.range.bytes() as usize) else { continue };
+            match &write.content {
+                Content::Data(data) => place.copy_from_slice(data),
+                Content::Zeros => place.fill(0),
+            }
+        }
+    }
+
+    /// Blocks that may differ from the live target: what any run from the point on holds, and the redo entries.
+    ///
+    /// # Errors
+    /// When a run cannot be read.
+    pub fn differing<T: BlockFile>(
+        &self,
+        journal: &Journal,
+        applier: &mut Applier<T>,
+    ) -> Result<Vec<BlockRange>, JournalError> {
+        let whole = BlockRange::new(0, (applier.size_sectors() * SECTOR_BYTES).div_ceil(BLOCK_BYTES));
+        let mut ranges: Vec<BlockRange> = Vec::new();
+        for run in runs_from(journal, self.disk, self.from_epoch)? {
+            ranges.extend(applier.sealed_run(journal, run)?.lookup(whole)?.iter().map(|found| found.range));
+        }
+        if let Some(run) = applier.active_run().filter(|run| run.header().undo_epoch >= self.from_epoch) {
+            ranges.extend(run.lookup(whole).iter().map(|found| found.range));
+        }
+        let sectors_per_block = BLOCK_BYTES / SECTOR_BYTES;
+        let over = self.over.blocks();
+        ranges.extend(
+            over.iter().map(|run| BlockRange::new(run.start / sectors_per_block, run.end / sectors_per_block)),
+        );
+        ranges.sort_unstable_by_key(|range| range.start);
+        Ok(joined(ranges))
+    }
+
+    /// The parts of a byte range that may hold something else than zeros.
+    ///
+    /// # Errors
+    /// When the target cannot be asked, or a run cannot be read.
+    pub fn allocated<T: BlockFile>(
+        &self,
+        journal: &Journal,
+        applier: &mut Applier<T>,
+        range: ByteRange,
+    ) -> Result<Vec<ByteRange>, JournalError> {
+        let live = applier.target().allocated(range)?;
+        let changed = self.differing(journal, applier)?;
+        let changed = changed.into_iter().map(|blocks| ByteRange {
+            start: (blocks.start * BLOCK_BYTES).clamp(range.start, range.end),
+            end: (blocks.end * BLOCK_BYTES).clamp(range.start, range.end),
+        });
+        let mut all: Vec<ByteRange> = live.into_iter().chain(changed.filter(|part| !part.is_empty())).collect();
+        all.sort_unstable();
+        let mut found: Vec<ByteRange> = Vec::new();
+        for part in all {
+            match found.last_mut() {
+                Some(last) if last.end >= part.start => last.end = last.end.max(part.end),
+                _ => found.push(part),
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The sealed runs of a disk from an epoch on, oldest first.
+fn runs_from(journal: &Journal, disk: DiskId, epoch: u64) -> Result<Vec<Run>, JournalError> {
+    Ok(shape(journal, disk)?.runs.iter().filter(|run| run.first >= epoch).copied().collect())
+}
+
+fn slice(plain: &mut [u8], blocks: BlockRange, part: BlockRange) -> &mut [u8] {
+    let from = ((part.start - blocks.start) * BLOCK_BYTES) as usize;
+    let to = ((part.end - blocks.start) * BLOCK_BYTES) as usize;
+    plain.get_mut(from..to).unwrap_or_default()
+}
+
+fn joined(ranges: Vec<BlockRange>) -> Vec<BlockRange> {
+    let mut joined: Vec<BlockRange> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// The writes of an epoch's entries up to `number`, read from the redo log.
+fn redo(
+    journal: &mut Journal,
+    epoch: &crate::format::manifest::EpochOpened,
+    number: u64,
+    entries: &[LogEntry],
+    gone: &dyn Fn(String) -> JournalError,
+) -> Result<Window, JournalError> {
+    let mut over = Window::default();
+    let mut decompressor = Decompressor::new().map_err(|error| JournalError::Zstd { reason: error.to_string() })?;
+    let wanted = entries.iter().filter(|entry| entry.number > epoch.after && entry.number <= number);
+    let mut next = epoch.after + 1;
+    for entry in wanted {
+        if entry.number != next {
+            break;
+        }
+        let (head, body) = journal.read(entry.place)?;
+        let writes = entry_writes(head.kind, Bytes::from(body), &mut decompressor).map_err(
+            JournalError::format(journal.folder(), entry.place.offset, "choose another point"),
+        )?;
+        for write in writes {
+            over.put(write);
+        }
+        next += 1;
+    }
+    if next <= number {
+        return Err(gone(format!("entry {next} of the redo log is not kept; choose the end of an undo epoch")));
+    }
+    Ok(over)
+}
