@@ -14,6 +14,7 @@ pub mod handshake;
 pub mod manifest;
 pub mod message;
 pub mod segment;
+pub mod undo;
 pub mod vmdk;
 pub mod wire;
 

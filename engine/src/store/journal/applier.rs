@@ -19,15 +19,18 @@ use std::path::PathBuf;
 use super::entry::{Content, Write};
 use super::error::{JournalError, random_u64};
 use super::shape::{Epoch, Run, RunFile};
-use super::undo::{ActiveRun, BlockRange, Hole, Image, ImageData, RunHeader, SealedRun, run_bytes_max};
+use super::undo::{
+    ActiveRun, BlockRange, FRAMES_START, Hole, Image, ImageData, RunHeader, RunIdentity, SealedRun,
+    run_bytes_max,
+};
 use super::window::Window;
 use super::{DiskShape, Journal};
 use crate::format::manifest::{Edit, EpochCause, EpochClosed, EpochOpened};
 use crate::format::segment::Applied;
 use crate::io::{BlockFile, ByteRange, ReadAt, WriteAt};
 use crate::units::{
-    BLOCK_BYTES, BLOCK_SECTORS, BlockIndex, DiskId, Generation, LineageId, SECTOR_BYTES, SectorRange, Sequence,
-    Timestamp,
+    BLOCK_BYTES, BLOCK_SECTORS, BlockIndex, DiskId, Generation, LineageId, SECTOR_BYTES, SectorRange,
+    Sequence, Timestamp,
 };
 
 /// Blocks whose before-images are read and saved in one go: bounds the memory of a window.
@@ -62,10 +65,15 @@ pub struct Applier<T> {
 /// Path of an undo run.
 #[must_use]
 pub fn run_path(journal: &Journal, disk: DiskId, file: RunFile) -> PathBuf {
-    journal.folder().join(match file {
+    journal.folder().join(run_name(disk, file))
+}
+
+/// Name of an undo run's file.
+pub(super) fn run_name(disk: DiskId, file: RunFile) -> String {
+    match file {
         RunFile::Epoch(epoch) => format!("undo-{disk}-{epoch:08}"),
         RunFile::Merged(number) => format!("undo-{disk}-m{number:08}"),
-    })
+    }
 }
 
 impl<T: BlockFile> Applier<T> {
@@ -365,13 +373,21 @@ pub(super) fn shape(journal: &Journal, disk: DiskId) -> Result<&DiskShape, Journ
         .ok_or_else(|| JournalError::damaged(journal.folder(), format!("disk {disk} is not in the journal")))
 }
 
-fn header(journal: &Journal, opened: &EpochOpened, size_sectors: u64) -> RunHeader {
-    RunHeader::new(journal.id(), opened, size_sectors)
+fn run_header(journal: &Journal, opened: &EpochOpened, size_sectors: u64) -> RunHeader {
+    let identity = RunIdentity {
+        journal: journal.id(),
+        disk: opened.disk,
+        lineage: opened.lineage,
+        generation: opened.generation,
+        undo_epoch: opened.epoch,
+        undo_epoch_last: opened.epoch,
+    };
+    RunHeader::new(identity, opened.salt, size_sectors, opened.time)
 }
 
 fn create_run(journal: &Journal, opened: &EpochOpened, size_sectors: u64) -> Result<ActiveRun, JournalError> {
     let path = run_path(journal, opened.disk, RunFile::Epoch(opened.epoch));
-    let header = header(journal, opened, size_sectors);
+    let header = run_header(journal, opened, size_sectors);
     Ok(ActiveRun::create(&**journal.files(), &path, header, run_bytes_max(size_sectors))?)
 }
 
@@ -384,42 +400,35 @@ fn reopen(
 ) -> Result<(ActiveRun, Vec<Hole>), JournalError> {
     let files = &**journal.files();
     let path = run_path(journal, opened.disk, RunFile::Epoch(opened.epoch));
-    // Its header is durable before the first image is saved: a run that is a hole behind a torn header is empty.
-    let begun = match files.facts(&path)? {
-        None => false,
-        Some(_) => !is_blank(journal, &path)?,
-    };
+    let certain = if applied.epoch == opened.epoch { applied.undo_bytes } else { 0 };
+    // Its header is durable before the first image is saved: where there is none, the header may be torn.
+    let begun = files.facts(&path)?.is_some() && (certain > FRAMES_START || !is_blank(journal, &path)?);
     if !begun {
         files.remove(&path)?;
         return Ok((create_run(journal, opened, size_sectors)?, Vec::new()));
     }
-    let certain = if applied.epoch == opened.epoch { applied.undo_bytes } else { 0 };
-    let identity = header(journal, opened, size_sectors).identity();
+    let identity = run_header(journal, opened, size_sectors).identity();
     Ok(ActiveRun::reopen(files, &path, &identity, certain, run_bytes_max(size_sectors))?)
 }
 
-/// Whether nothing but (perhaps) a part of its header was ever written to a run.
+/// Whether no image was ever saved in a run.
 fn is_blank(journal: &Journal, path: &std::path::Path) -> Result<bool, JournalError> {
     let mut file = journal.files().open(path, false)?;
-    let size = file.size_bytes();
-    let head = super::undo::FRAMES_START.min(size);
-    let mut bytes = vec![0; head as usize];
-    file.read(&mut [ReadAt { offset: 0, data: &mut bytes }])?;
-    if bytes.chunks(BLOCK_BYTES as usize).any(|block| RunHeader::open(block).is_ok()) {
-        return Ok(false);
-    }
-    Ok(file.allocated(ByteRange { start: head, end: size })?.is_empty())
+    let end = file.size_bytes();
+    Ok(end <= FRAMES_START || file.allocated(ByteRange { start: FRAMES_START, end })?.is_empty())
 }
 
-fn identity(journal: &Journal, disk: DiskId, run: &Run) -> Result<super::undo::RunIdentity, JournalError> {
+fn identity(journal: &Journal, disk: DiskId, run: &Run) -> Result<RunIdentity, JournalError> {
     let shape = shape(journal, disk)?;
     let epoch = |number| shape.epochs.iter().find(|epoch: &&Epoch| epoch.opened.epoch == number);
     match epoch(run.first) {
         Some(first) => {
-            let mut identity = header(journal, &first.opened, shape.added.size_sectors).identity();
+            let mut identity = run_header(journal, &first.opened, shape.added.size_sectors).identity();
             identity.undo_epoch_last = run.last;
             Ok(identity)
         }
-        None => Err(JournalError::damaged(journal.folder(), format!("undo epoch {} is not known", run.first))),
+        None => {
+            Err(JournalError::damaged(journal.folder(), format!("undo epoch {} is not known", run.first)))
+        }
     }
 }

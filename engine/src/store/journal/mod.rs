@@ -5,20 +5,44 @@
 //! | `log` | the redo log: groups, segments, commit |
 //! | `manifest` | what the journal consists of, durably; `shape` is that as a value |
 //! | `recovery` | reading the redo log after a stop or a crash |
-//! | `undo_run` | first before-images of one undo epoch |
+//! | `applier` | one disk: undo run, target, and the order in which they are written |
+//! | `view` | a disk as it was at a point |
+//! | `rollback` | a disk goes back to a point, and forward again |
+//! | `entry`, `window` | what an entry writes; many of them coalesced |
+//! | `undo_*` | the first before-images of one undo epoch |
 //!
 //! Invariants: what [`Journal::commit`] answered for survives a crash; numbers of a disk's entries are contiguous;
 //! a segment is released only when every disk has applied past it, durably (I3), its states are kept elsewhere, and
 //! its marks are points or given up. One program has a journal open at a time. A file that is not the journal's is
 //! moved aside, never deleted. Units: bytes, group and entry numbers. Called by the master target's threads.
 
+pub mod applier;
 pub mod entry;
 pub mod error;
 pub mod log;
 pub mod manifest;
 pub mod recovery;
+pub mod rollback;
 pub mod shape;
+mod undo_error;
+mod undo_file;
+mod undo_index;
+mod undo_run;
+mod undo_scan;
+mod undo_seal;
+mod undo_sealed;
+mod undo_write;
+pub mod view;
 pub mod window;
+
+/// Undo runs: the first before-images of one undo epoch of one disk.
+pub mod undo {
+    pub use super::undo_error::{Hole, UndoError};
+    pub use super::undo_index::RunIndex;
+    pub use super::undo_run::{ActiveRun, Image, ImageData, run_bytes_max};
+    pub use super::undo_sealed::{Found, Place, SealedRun};
+    pub use crate::format::undo::{BlockRange, FRAMES_START, RunHeader, RunIdentity};
+}
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -59,6 +83,8 @@ pub struct Journal {
     manifest: Manifest,
     log: Log,
     disks: BTreeMap<DiskId, DiskNumbers>,
+    /// Numbered entries in the log, by disk, ascending.
+    entries: BTreeMap<DiskId, Vec<LogEntry>>,
     /// For each segment, the disks with entries in it and their highest number there.
     segments: BTreeMap<u64, BTreeMap<DiskId, u64>>,
 }
@@ -130,8 +156,8 @@ impl Journal {
         getrandom::fill(&mut journal).map_err(refused)?;
         let manifest = Manifest::create(Arc::clone(&files), folder, journal, now)?;
         let log = Log::new(Arc::clone(&files), folder, settings.segment_bytes, &[], &manifest, 0, 0);
-        let (disks, segments) = (BTreeMap::new(), BTreeMap::new());
-        Ok(Self { files, folder: folder.into(), manifest, log, disks, segments })
+        let (disks, entries, segments) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Ok(Self { files, folder: folder.into(), manifest, log, disks, entries, segments })
     }
 
     /// Opens an existing journal; the log goes on in a new segment.
@@ -164,7 +190,9 @@ impl Journal {
             logs.entry(*disk).or_default();
         }
         let disks = logs.iter().map(|(disk, log)| (*disk, DiskNumbers::recovered(log))).collect();
-        let journal = Self { files, folder: folder.into(), manifest, log, disks, segments: scan.segments };
+        let entries = logs.iter().map(|(disk, log)| (*disk, log.entries.clone())).collect();
+        let segments = scan.segments;
+        let journal = Self { files, folder: folder.into(), manifest, log, disks, entries, segments };
         let recovered =
             Recovered { disks: logs, damage: scan.damage, torn: scan.torn, set_aside, clean: opened.clean };
         Ok((journal, recovered))
@@ -211,6 +239,7 @@ impl Journal {
     pub fn remove_disk(&mut self, disk: DiskId, now: Timestamp) -> Result<(), JournalError> {
         self.edit(&[Edit::DiskRemoved(DiskRemoved { disk })], now)?;
         self.disks.remove(&disk);
+        self.entries.remove(&disk);
         Ok(())
     }
 
@@ -238,8 +267,15 @@ impl Journal {
         let entry = NewEntry { kind, disk, number, body, room: Room::Data };
         let place = self.log.append(&mut self.manifest, now, &entry)?;
         self.disks.entry(disk).or_default().newest = number;
+        self.entries.entry(disk).or_default().push(LogEntry { number, kind, place, time: now });
         self.segments.entry(place.segment).or_default().insert(disk, number);
         Ok((number, place))
+    }
+
+    /// The numbered entries of a disk that the log holds, ascending.
+    #[must_use]
+    pub fn entries(&self, disk: DiskId) -> &[LogEntry] {
+        self.entries.get(&disk).map_or(&[], Vec::as_slice)
     }
 
     /// Adds the state of a disk with everything added before.
@@ -393,6 +429,10 @@ impl Journal {
         }
         self.log.release(&mut self.manifest, now, number)?;
         self.segments.remove(&number);
+        for entries in self.entries.values_mut() {
+            let gone = entries.partition_point(|entry| entry.place.segment <= number);
+            entries.drain(..gone);
+        }
         Ok(())
     }
 
@@ -423,7 +463,9 @@ impl DiskNumbers {
 
 /// Whether a file's name is one that a journal gives.
 fn is_ours(name: &str) -> bool {
-    name == manifest::SUPERBLOCK_NAME || name.starts_with("manifest-") || log::segment_slot(name).is_some()
+    name == manifest::SUPERBLOCK_NAME
+        || log::segment_slot(name).is_some()
+        || (["manifest-", "undo-"].iter().any(|ours| name.starts_with(ours)) && !name.contains(ASIDE))
 }
 
 /// Sorts the files of the folder: segment files by number; names of ours that belong to nothing are moved aside.
@@ -433,7 +475,12 @@ fn sort_files(
     manifest: &Manifest,
 ) -> Result<(Vec<u64>, Vec<PathBuf>), JournalError> {
     let (mut slots, mut aside) = (Vec::new(), Vec::new());
-    let known = manifest.names();
+    let mut known = manifest.names().to_vec();
+    for (disk, shape) in &manifest.shape().disks {
+        let open = shape.open_epoch().map(|epoch| RunFile::Epoch(epoch.opened.epoch));
+        let files = shape.runs.iter().map(|run| run.file).chain(open);
+        known.extend(files.map(|file| applier::run_name(*disk, file)));
+    }
     for name in files.neighbours(&folder.join(manifest::SUPERBLOCK_NAME))? {
         if let Some(slot) = log::segment_slot(&name) {
             slots.push(slot);

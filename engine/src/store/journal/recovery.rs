@@ -99,9 +99,10 @@ pub(super) fn scan(
     known_durable: u64,
 ) -> Result<Scan, JournalError> {
     let mut scanner = Scanner { files, folder, journal, known_durable, scan: Scan::default(), next_group: 0 };
-    let newest = shape.segments.keys().last().copied();
-    for (number, segment) in &shape.segments {
-        scanner.segment(segment, Some(*number) == newest)?;
+    let segments: Vec<&SegmentOpened> = shape.segments.values().collect();
+    for (at, segment) in segments.iter().enumerate() {
+        let next = segments.get(at + 1).map(|next| next.first_group);
+        scanner.segment(segment, next)?;
     }
     // Segments release from the oldest on, so a group the manifest knew durable is in one of those that are left.
     if scanner.scan.last_group < known_durable && !shape.segments.is_empty() {
@@ -125,7 +126,9 @@ impl Scanner<'_> {
         self.scan.damage.push(Damage { path, offset, reason });
     }
 
-    fn segment(&mut self, segment: &SegmentOpened, newest: bool) -> Result<(), JournalError> {
+    /// One segment; `next` is the first group of the one behind it.
+    fn segment(&mut self, segment: &SegmentOpened, next: Option<u64>) -> Result<(), JournalError> {
+        let newest = next.is_none();
         self.scan.segments.entry(segment.number).or_default();
         let path = segment_path(self.folder, segment.slot);
         if self.files.facts(&path)?.is_none() {
@@ -139,8 +142,13 @@ impl Scanner<'_> {
         match SegmentHeader::open(&block) {
             Ok(header) if header.journal != self.journal => return Err(JournalError::Foreign { path }),
             Ok(header) if header.number == segment.number && header.salt == segment.salt => {}
-            // The manifest names a use before the file's header does: a crash came between, nothing was in it yet.
-            Ok(_) | Err(_) if newest && self.is_empty(&mut *file, segment)? => return Ok(()),
+            // The manifest names a use before the file's header does: a crash came between, nothing was ever in it.
+            Ok(_) | Err(_)
+                if next.is_none_or(|next| next == segment.first_group)
+                    && self.is_empty(&mut *file, segment)? =>
+            {
+                return Ok(());
+            }
             Ok(header) => {
                 let reason = format!("its header is of segment {}, not {}", header.number, segment.number);
                 self.damaged(path.clone(), 0, reason);

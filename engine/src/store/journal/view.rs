@@ -42,22 +42,21 @@ pub struct View {
 }
 
 impl View {
-    /// The disk as it was at a point. `entries` are the disk's entries in the redo log, ascending.
+    /// The disk as it was at a point.
     ///
     /// # Errors
     /// When the point is not in the journal any more (it says what is), or an entry it needs is damaged.
-    pub fn open(
-        journal: &mut Journal,
-        disk: DiskId,
-        at: At,
-        entries: &[LogEntry],
-    ) -> Result<Self, JournalError> {
+    pub fn open(journal: &mut Journal, disk: DiskId, at: At) -> Result<Self, JournalError> {
         let known = shape(journal, disk)?;
         let expired = known.expired;
         let epoch = known.epochs.iter().find(|epoch| epoch.opened.epoch == at.epoch).copied();
         let gone = |what: String| JournalError::Gone { disk, what };
         let Some(epoch) = epoch else {
-            return Err(gone(format!("undo epoch {} is not kept; the oldest kept is {}", at.epoch, expired + 1)));
+            return Err(gone(format!(
+                "undo epoch {} is not kept; the oldest kept is {}",
+                at.epoch,
+                expired + 1
+            )));
         };
         let merged = known.runs.iter().any(|run| run.first <= at.epoch && run.last > at.epoch);
         let last = epoch.closed.map_or(u64::MAX, |closed| closed.last);
@@ -70,7 +69,7 @@ impl View {
         if at.number == last {
             return Ok(Self { disk, from_epoch: at.epoch + 1, over: Window::default() });
         }
-        let over = redo(journal, &epoch.opened, at.number, entries, &gone)?;
+        let over = redo(journal, &epoch.opened, at.number, &gone)?;
         Ok(Self { disk, from_epoch: at.epoch, over })
     }
 
@@ -111,7 +110,7 @@ impl View {
             for part in missing {
                 let mut at = part.start;
                 for found in sealed.lookup(part)? {
-                    let range = found.range;
+                    let range = found.blocks;
                     sealed.read(BlockIndex(range.start), slice(plain, blocks, range))?;
                     if at < range.start {
                         left.push(BlockRange::new(at, range.start));
@@ -142,7 +141,7 @@ impl View {
         let mut at = part.start;
         let captured: Vec<BlockRange> = match applier.active_run() {
             Some(run) if run.header().undo_epoch >= self.from_epoch => {
-                let found: Vec<BlockRange> = run.lookup(part).iter().map(|found| found.range).collect();
+                let found: Vec<BlockRange> = run.lookup(part).iter().map(|found| found.blocks).collect();
                 for range in &found {
                     run.read_blocks(BlockIndex(range.start), slice(plain, blocks, *range))?;
                 }
@@ -192,15 +191,16 @@ impl View {
         let whole = BlockRange::new(0, (applier.size_sectors() * SECTOR_BYTES).div_ceil(BLOCK_BYTES));
         let mut ranges: Vec<BlockRange> = Vec::new();
         for run in runs_from(journal, self.disk, self.from_epoch)? {
-            ranges.extend(applier.sealed_run(journal, run)?.lookup(whole)?.iter().map(|found| found.range));
+            ranges.extend(applier.sealed_run(journal, run)?.lookup(whole)?.iter().map(|found| found.blocks));
         }
         if let Some(run) = applier.active_run().filter(|run| run.header().undo_epoch >= self.from_epoch) {
-            ranges.extend(run.lookup(whole).iter().map(|found| found.range));
+            ranges.extend(run.lookup(whole).iter().map(|found| found.blocks));
         }
         let sectors_per_block = BLOCK_BYTES / SECTOR_BYTES;
         let over = self.over.blocks();
         ranges.extend(
-            over.iter().map(|run| BlockRange::new(run.start / sectors_per_block, run.end / sectors_per_block)),
+            over.iter()
+                .map(|run| BlockRange::new(run.start / sectors_per_block, run.end / sectors_per_block)),
         );
         ranges.sort_unstable_by_key(|range| range.start);
         Ok(joined(ranges))
@@ -222,7 +222,8 @@ impl View {
             start: (blocks.start * BLOCK_BYTES).clamp(range.start, range.end),
             end: (blocks.end * BLOCK_BYTES).clamp(range.start, range.end),
         });
-        let mut all: Vec<ByteRange> = live.into_iter().chain(changed.filter(|part| !part.is_empty())).collect();
+        let mut all: Vec<ByteRange> =
+            live.into_iter().chain(changed.filter(|part| !part.is_empty())).collect();
         all.sort_unstable();
         let mut found: Vec<ByteRange> = Vec::new();
         for part in all {
@@ -262,28 +263,34 @@ fn redo(
     journal: &mut Journal,
     epoch: &crate::format::manifest::EpochOpened,
     number: u64,
-    entries: &[LogEntry],
     gone: &dyn Fn(String) -> JournalError,
 ) -> Result<Window, JournalError> {
     let mut over = Window::default();
-    let mut decompressor = Decompressor::new().map_err(|error| JournalError::Zstd { reason: error.to_string() })?;
-    let wanted = entries.iter().filter(|entry| entry.number > epoch.after && entry.number <= number);
+    let mut decompressor =
+        Decompressor::new().map_err(|error| JournalError::Zstd { reason: error.to_string() })?;
+    let wanted: Vec<LogEntry> = journal
+        .entries(epoch.disk)
+        .iter()
+        .filter(|entry| entry.number > epoch.after && entry.number <= number)
+        .copied()
+        .collect();
     let mut next = epoch.after + 1;
     for entry in wanted {
         if entry.number != next {
             break;
         }
         let (head, body) = journal.read(entry.place)?;
-        let writes = entry_writes(head.kind, Bytes::from(body), &mut decompressor).map_err(
-            JournalError::format(journal.folder(), entry.place.offset, "choose another point"),
-        )?;
+        let writes = entry_writes(head.kind, Bytes::from(body), &mut decompressor)
+            .map_err(JournalError::format(journal.folder(), entry.place.offset, "choose another point"))?;
         for write in writes {
             over.put(write);
         }
         next += 1;
     }
     if next <= number {
-        return Err(gone(format!("entry {next} of the redo log is not kept; choose the end of an undo epoch")));
+        return Err(gone(format!(
+            "entry {next} of the redo log is not kept; choose the end of an undo epoch"
+        )));
     }
     Ok(over)
 }

@@ -1,0 +1,121 @@
+//! A disk goes back to a point, in place, and can go forward again.
+//!
+//! A rollback is an undo epoch of its own whose writes are the disk as it was: what stands on the target now is saved
+//! first, like anything that is overwritten. So the end of the epoch before it stays a point, and going forward is a
+//! rollback to that. The epoch names where it goes, so that one that was interrupted is finished before anything else
+//! is applied; writing the same again is harmless.
+//!
+//! Invariants: I1, I2; the view it writes does not change while it is written, for blocks it overwrites were in an older
+//! run already. Units: blocks, entry numbers. Called by the thread that owns the target.
+
+use bytes::Bytes;
+
+use super::Journal;
+use super::applier::{Applier, Position, shape};
+use super::entry::{Content, Write};
+use super::error::JournalError;
+use super::undo::BlockRange;
+use super::view::{At, View};
+use super::window::Window;
+use crate::format::manifest::EpochCause;
+use crate::io::{BlockFile, ReadAt};
+use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, SECTOR_BYTES, SectorRange, Timestamp};
+
+/// Blocks compared and written in one go.
+const STEP_BLOCKS: u64 = 1024;
+
+/// What a rollback did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RolledBack {
+    /// Bytes that could differ and were compared.
+    pub compared_bytes: u64,
+    /// Bytes that did differ and were written.
+    pub written_bytes: u64,
+}
+
+/// Takes the disk back to a point. Every entry of the log was applied; the undo epoch that goes on is ended first.
+///
+/// # Errors
+/// When the point is not kept or damaged (nothing has changed then), or something cannot be written: opened anew, the
+/// disk goes on with [`resume`].
+pub fn rollback<T: BlockFile>(
+    journal: &mut Journal,
+    applier: &mut Applier<T>,
+    at: At,
+    position: Position,
+    now: Timestamp,
+) -> Result<RolledBack, JournalError> {
+    View::open(journal, applier.disk(), at)?; // refused before anything is changed
+    journal.commit(now)?;
+    applier.close_epoch(journal, now)?;
+    applier.begin_epoch(journal, EpochCause::Rollback, position, (at.epoch, at.number), now)?;
+    resume(journal, applier, now)
+}
+
+/// Finishes a rollback that was interrupted; does nothing where there is none.
+///
+/// # Errors
+/// As for [`rollback`].
+pub fn resume<T: BlockFile>(
+    journal: &mut Journal,
+    applier: &mut Applier<T>,
+    now: Timestamp,
+) -> Result<RolledBack, JournalError> {
+    let open = shape(journal, applier.disk())?.open_epoch().map(|epoch| epoch.opened);
+    let Some(epoch) = open.filter(|epoch| epoch.cause == EpochCause::Rollback) else {
+        return Ok(RolledBack::default());
+    };
+    let at = At { epoch: epoch.to_epoch, number: epoch.to_number };
+    let view = View::open(journal, applier.disk(), at)?;
+    let mut done = RolledBack::default();
+    for range in view.differing(journal, applier)? {
+        let mut first = range.start;
+        while first < range.end {
+            let end = range.end.min(first + STEP_BLOCKS);
+            step(journal, applier, &view, BlockRange::new(first, end), &mut done)?;
+            first = end;
+        }
+    }
+    let number = applier.applied().number;
+    applier.apply(journal, number, &Window::default(), now)?;
+    journal.commit(now)?;
+    applier.close_epoch(journal, now)?;
+    Ok(done)
+}
+
+fn step<T: BlockFile>(
+    journal: &Journal,
+    applier: &mut Applier<T>,
+    view: &View,
+    blocks: BlockRange,
+    done: &mut RolledBack,
+) -> Result<(), JournalError> {
+    let start = blocks.start * BLOCK_BYTES;
+    let end = (blocks.end * BLOCK_BYTES).min(applier.size_sectors() * SECTOR_BYTES);
+    let mut then = vec![0; (end - start) as usize];
+    view.read(journal, applier, start, &mut then)?;
+    let mut now = vec![0; then.len()];
+    applier.target().read(&mut [ReadAt { offset: start, data: &mut now }])?;
+    let then = Bytes::from(then);
+    let mut window = Window::default();
+    let mut from = 0;
+    for (block, (old, new)) in
+        (blocks.start..).zip(then.chunks(BLOCK_BYTES as usize).zip(now.chunks(BLOCK_BYTES as usize)))
+    {
+        if old != new {
+            let sector = block * BLOCK_SECTORS;
+            let range = SectorRange::new(sector, sector + old.len() as u64 / SECTOR_BYTES);
+            let zeros = old.iter().all(|byte| *byte == 0);
+            let content =
+                if zeros { Content::Zeros } else { Content::Data(then.slice(from..from + old.len())) };
+            window.put(Write { range, content });
+        }
+        from += old.len();
+    }
+    done.compared_bytes += then.len() as u64;
+    done.written_bytes += window.bytes();
+    if window.bytes() > 0 {
+        applier.write_window(&window)?;
+    }
+    Ok(())
+}
