@@ -369,13 +369,15 @@ impl Journal {
         Ok(())
     }
 
-    /// Segments that hold nothing to be applied any more, oldest first, each with the disks whose entries are in it.
-    /// The caller releases what its retention does not need.
+    /// Segments that hold nothing to be applied any more, and nothing of an undo epoch that goes on (its points are
+    /// had by laying its entries over its images), oldest first. The caller releases what its retention does not need.
     #[must_use]
     pub fn releasable(&self) -> Vec<u64> {
         let current = self.log.current_segment();
         let applied = |(disk, number): (&DiskId, &u64)| {
-            self.disks.get(disk).is_none_or(|disk| disk.applied_durable >= *number)
+            let shape = self.manifest.shape().disks.get(disk);
+            let needed_from = shape.and_then(DiskShape::open_epoch).map_or(u64::MAX, |epoch| epoch.opened.after);
+            self.disks.get(disk).is_none_or(|disk| disk.applied_durable.min(needed_from) >= *number)
         };
         self.manifest
             .shape()
