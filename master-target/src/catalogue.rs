@@ -98,6 +98,9 @@ pub struct ProtectedDisk {
     /// Who the device is (see `device`); none for VMDKs and for devices that do not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
+    /// The retention journal its writes go through, 32 hexadecimal digits; none where they go straight to the target.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub journal: Option<String>,
 }
 
 /// The folder.

@@ -13,10 +13,14 @@ use reprotect_engine::host::logging::{self, LOG_KEYS, LogConfig};
 use reprotect_engine::host::pki::{self, PKI_KEYS, PkiConfig};
 use reprotect_engine::host::places::{MASTER_TARGET_PORT, Places, Program};
 use reprotect_engine::host::values::{AddressText, ByteSize, DurationText, HostPort, ListenText};
-use reprotect_engine::limits::{PROGRESS_BYTES, PROGRESS_NANOS, UNDURABLE_BYTES_MAX};
+use reprotect_engine::limits::{
+    PROGRESS_BYTES, PROGRESS_NANOS, SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MIN, UNDURABLE_BYTES_MAX,
+};
 use reprotect_engine::net::credentials::Credentials;
 use reprotect_engine::net::identity::is_site_name;
 use serde::{Deserialize, Serialize};
+
+use crate::retention::RetentionSettings;
 
 /// The file as written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,12 +38,43 @@ pub struct RawConfig {
     pub flush_bytes: ByteSize,
     /// Flush this long after the first unflushed write.
     pub flush_interval: DurationText,
+    /// Recovery points.
+    pub retention: RetentionConfig,
     /// Name of this site for people.
     pub site: Option<String>,
     /// The site's own certificates.
     pub pki: PkiConfig,
     /// Logs.
     pub log: LogConfig,
+}
+
+/// The table `retention` as written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RetentionConfig {
+    /// The retention folder.
+    pub path: Option<PathBuf>,
+    /// Length of an undo epoch.
+    pub undo_epoch: DurationText,
+    /// How long the redo log is kept.
+    pub any_write: DurationText,
+    /// How long points are kept.
+    pub keep: DurationText,
+    /// Length of a segment of the redo log.
+    pub segment_bytes: ByteSize,
+}
+
+impl Default for RetentionConfig {
+    fn default() -> Self {
+        const HOUR: u64 = 3600;
+        Self {
+            path: None,
+            undo_epoch: DurationText(Duration::from_secs(300)),
+            any_write: DurationText(Duration::from_secs(2 * HOUR)),
+            keep: DurationText(Duration::from_secs(24 * HOUR)),
+            segment_bytes: ByteSize(SEGMENT_BYTES_DEFAULT),
+        }
+    }
 }
 
 impl Default for RawConfig {
@@ -51,6 +86,7 @@ impl Default for RawConfig {
             datastores: Vec::new(),
             flush_bytes: ByteSize(PROGRESS_BYTES),
             flush_interval: DurationText(Duration::from_nanos(PROGRESS_NANOS)),
+            retention: RetentionConfig::default(),
             site: None,
             pki: PkiConfig::default(),
             log: LogConfig::default(),
@@ -59,7 +95,7 @@ impl Default for RawConfig {
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 12] = [
+pub const KEYS: [KeyDoc; 17] = [
     KeyDoc {
         key: "state_dir",
         about: "Where the certificate authority, the machines and their progress are kept; setting it moves the admin socket there too.",
@@ -109,6 +145,41 @@ pub const KEYS: [KeyDoc; 12] = [
         cost: "none",
         example: "\"lyon\"",
     },
+    KeyDoc {
+        key: "retention.path",
+        about: "The retention folder: redo log and before-images. Without it a disk can be had at its newest state only.",
+        unit: "absolute path of a folder on a drive of its own",
+        cost: "disk space for the changes of the whole retention",
+        example: "\"/retention\"",
+    },
+    KeyDoc {
+        key: "retention.undo_epoch",
+        about: "A point that outlives the redo log is made at the first mark after this long.",
+        unit: "duration from 1s to 24h; below 1m only for trials",
+        cost: "shorter keeps more before-images",
+        example: "",
+    },
+    KeyDoc {
+        key: "retention.any_write",
+        about: "The redo log is kept this long; within it every mark can be had.",
+        unit: "duration from 0s to 30d",
+        cost: "disk space for every change of that time, as it was sent",
+        example: "",
+    },
+    KeyDoc {
+        key: "retention.keep",
+        about: "Points older than this are forgotten, unless they are pinned.",
+        unit: "duration from 1m to 365d",
+        cost: "disk space for what was overwritten in that time",
+        example: "",
+    },
+    KeyDoc {
+        key: "retention.segment_bytes",
+        about: "Length of a file of the redo log; each is written once as a whole before it is used.",
+        unit: "size from 32 MiB to 4 GiB",
+        cost: "at least three of them are there from the start",
+        example: "",
+    },
     PKI_KEYS[0],
     PKI_KEYS[1],
     PKI_KEYS[2],
@@ -133,6 +204,8 @@ pub struct Settings {
     pub flush_bytes: u64,
     /// Flush this long after the first unflushed write.
     pub flush_interval: Duration,
+    /// The retention folder and how long it keeps what; `None`: newest state only.
+    pub retention: Option<(PathBuf, RetentionSettings)>,
     /// Name of this site.
     pub site: Option<String>,
     /// Identity and roots.
@@ -178,10 +251,32 @@ impl Settings {
             datastores: raw.datastores.clone(),
             flush_bytes: loaded.in_range("flush_bytes", raw.flush_bytes, &flush_range)?.0,
             flush_interval: loaded.in_range("flush_interval", raw.flush_interval, &interval_range)?.0,
+            retention: resolve_retention(loaded)?,
             site: raw.site.clone(),
             log: logging::resolve(loaded, &raw.log, overrides.log_level.as_deref())?,
         })
     }
+}
+
+fn resolve_retention(
+    loaded: &Loaded<RawConfig>,
+) -> Result<Option<(PathBuf, RetentionSettings)>, ConfigError> {
+    let raw = &loaded.raw.retention;
+    let seconds = |from, to| DurationText(Duration::from_secs(from))..=DurationText(Duration::from_secs(to));
+    const DAY: u64 = 24 * 3600;
+    let sizes = ByteSize(SEGMENT_BYTES_MIN)..=ByteSize(4 << 30);
+    let settings = RetentionSettings {
+        undo_epoch: loaded.in_range("retention.undo_epoch", raw.undo_epoch, &seconds(1, DAY))?.0,
+        any_write: loaded.in_range("retention.any_write", raw.any_write, &seconds(0, 30 * DAY))?.0,
+        keep: loaded.in_range("retention.keep", raw.keep, &seconds(60, 365 * DAY))?.0,
+        segment_bytes: loaded.in_range("retention.segment_bytes", raw.segment_bytes, &sizes)?.0,
+    };
+    let Some(path) = &raw.path else { return Ok(None) };
+    if path.is_relative() {
+        let what = format!("{} is a relative path", path.display());
+        return Err(loaded.invalid("retention.path", what, "write an absolute one"));
+    }
+    Ok(Some((path.clone(), settings)))
 }
 
 #[cfg(test)]

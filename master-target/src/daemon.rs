@@ -32,11 +32,14 @@ use crate::admin::{AdminState, LiveSettings, router};
 use crate::authority::SiteAuthority;
 use crate::catalogue::Catalogue;
 use crate::config::Settings;
-use crate::registry::Registry;
+use crate::registry::{Registry, fs_opener};
+use crate::retention::{Retention, RetentionSettings};
 use crate::session;
 
 /// The site's name where none is configured.
 const SITE_DEFAULT: &str = "default";
+/// Longest time from a change to its commit in the redo log.
+const JOURNAL_FLUSH_NANOS: u64 = 20_000_000;
 /// How often the own certificate's age is looked at.
 const RENEWAL_CHECK: Duration = Duration::from_secs(3600);
 
@@ -85,7 +88,9 @@ pub async fn run_reloading(
         ..FlowLimits::default()
     };
     let catalogue = Catalogue::open(&settings.places.state_dir)?;
-    let registry = tokio::task::spawn_blocking(move || Registry::open(catalogue, limits)).await??;
+    let chosen = settings.retention.clone();
+    let (registry, retention) =
+        tokio::task::spawn_blocking(move || open_disks(catalogue, limits, chosen)).await??;
     let registry = Arc::new(registry);
     let authority: Arc<dyn Authority> =
         Arc::new(SiteAuthority::new(Arc::clone(&keys.identity), Arc::clone(&keys.trust))?);
@@ -125,9 +130,41 @@ pub async fn run_reloading(
     // Best effort: systemd learns of the end by the exit as well.
     let _ = notifier.send("STOPPING=1");
     server.close().await;
-    tokio::task::spawn_blocking(move || registry.stop()).await?;
+    tokio::task::spawn_blocking(move || {
+        registry.stop();
+        if let Some((retention, committer)) = retention {
+            retention.close(committer);
+        }
+    })
+    .await?;
     admin_task.await??;
     Ok(())
+}
+
+/// The journal and the thread that commits it.
+type OpenRetention = (Arc<Retention>, std::thread::JoinHandle<()>);
+
+/// Opens the journal, where there is one, then every disk.
+fn open_disks(
+    catalogue: Catalogue,
+    limits: FlowLimits,
+    chosen: Option<(std::path::PathBuf, RetentionSettings)>,
+) -> anyhow::Result<(Registry, Option<OpenRetention>)> {
+    let Some((folder, settings)) = chosen else {
+        tracing::warn!("no `retention.path`: disks can be had at their newest state only");
+        return Ok((Registry::open(catalogue, limits)?, None));
+    };
+    let (retention, recovered) = Retention::open(fs_opener(), &folder, settings)?;
+    let committer = retention.start().context("no thread for the retention journal")?;
+    // In the log a flush is one for all disks, so the state follows each batch closely.
+    let limits = FlowLimits { flush_nanos: limits.flush_nanos.min(JOURNAL_FLUSH_NANOS), ..limits };
+    match Registry::open_with(catalogue, limits, fs_opener(), Some((Arc::clone(&retention), recovered))) {
+        Ok(registry) => Ok((registry, Some((retention, committer)))),
+        Err(error) => {
+            retention.close(committer);
+            Err(error)
+        }
+    }
 }
 
 fn open_keys(settings: &Settings) -> anyhow::Result<Keys> {

@@ -1,15 +1,14 @@
 //! One disk at work: two threads that check, decompress, write, hash and make durable what sessions send for it.
 //!
 //! ```text
-//! sessions ─▶ opener thread: decode, decompress, check every fragment CRC ─▶ writer thread: TargetDisk core, target file, state file
+//! sessions ─▶ opener thread: decode, decompress, check every fragment CRC ─▶ writer thread: TargetDisk core, store
 //! ```
 //! Invariants: the writer executes the core's actions strictly in order, one after another; a record reaches the core
-//! only after every fragment's CRC held (I8); the state file is replaced only after the target was flushed; a failed
+//! only after every fragment's CRC held (I8); a failed
 //! write or flush stops this disk and no other (I6); a full medium pauses it until there is space; a panic of either thread stops this disk and is shown.
 //! Memory per disk: at most [`BATCH_SLOTS`] batches of 4 MiB plain, and 64 MiB of frames not yet opened. Started by `registry`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc as sync_mpsc;
@@ -26,13 +25,13 @@ use reprotect_engine::limits::{BATCH_PLAIN_BYTES_MAX, UNWRITTEN_BYTES_MAX};
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::proto::target_disk::{SessionId, TargetDisk};
-use reprotect_engine::store::target::Target;
 use reprotect_engine::units::{BLOCK_BYTES, Generation};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::disk_status::DiskStatus;
+use crate::disk_store::DiskStore;
 use crate::disk_writer::Writer;
-use crate::guard::Guard;
+use crate::journaled::Journaled;
 
 /// Messages waiting for one disk. As many as credit allows at the smallest cost of a batch, and then some: an honest
 /// agent never fills it, so a disk that waits for space does not hold up the others of its session.
@@ -45,8 +44,10 @@ pub const BATCH_SLOTS: usize = 10;
 /// Where a session's replies go.
 pub type Replies = mpsc::UnboundedSender<Message>;
 
+/// Something to be done with a disk's journal on the thread that owns it; `None` where the disk has none, or stands.
+pub type Ask = Box<dyn FnOnce(Option<&mut Journaled>) + Send>;
+
 /// What a session tells a disk.
-#[derive(Debug)]
 pub enum WorkerMessage {
     /// A frame.
     Input {
@@ -61,6 +62,8 @@ pub enum WorkerMessage {
     },
     /// A session ended.
     Lost(SessionId),
+    /// A command or an NBD client wants something.
+    Ask(Ask),
     /// The disk is no longer protected: its sessions are told, then as [`Self::Stop`].
     Retire,
     /// Flush, record, close the target and end.
@@ -69,8 +72,10 @@ pub enum WorkerMessage {
 
 /// A checked frame on its way to the writer.
 pub(crate) enum Opened {
-    Batch(SessionId, BatchHeader, Vec<Record>),
-    Bulk(SessionId, BulkHeader, Vec<Record>),
+    /// With the body as it was received.
+    Batch(SessionId, BatchHeader, Vec<Record>, Bytes),
+    Bulk(SessionId, BulkHeader, Vec<Record>, Bytes),
+    Ask(Ask),
     /// Nobody can tell what it was, or it was bulk, which has no sequence to ask for: the session ends.
     Damaged(SessionId, String),
     /// A delta batch whose head is sound and whose payload is not, with its credit cost.
@@ -111,6 +116,22 @@ impl DiskInputs {
         self.sender.send(message).await.map_err(|_| DiskGone)
     }
 
+    /// Has something done with the disk's journal, and waits for the answer. Blocks.
+    ///
+    /// # Errors
+    /// [`DiskGone`].
+    pub fn ask<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(Option<&mut Journaled>) -> T + Send + 'static,
+    ) -> Result<T, DiskGone> {
+        let (answer, answered) = sync_mpsc::sync_channel(1);
+        let ask: Ask = Box::new(move |store| {
+            let _ = answer.send(work(store)); // who asked may have given up
+        });
+        self.sender.blocking_send(WorkerMessage::Ask(ask)).map_err(|_| DiskGone)?;
+        answered.recv().map_err(|_| DiskGone)
+    }
+
     /// Tells the disk that a session ended.
     pub async fn lost(&self, session: SessionId) {
         // A disk that is gone needs not know.
@@ -129,14 +150,10 @@ pub struct DiskWorker {
 
 /// What a disk is started with.
 pub struct DiskSetup {
-    /// What to write to.
-    pub target: Target,
-    /// Who watches over its files.
-    pub guard: Guard,
+    /// Where its writes go.
+    pub store: DiskStore,
     /// Its state as read back, or new.
     pub state: DiskState,
-    /// Where the state is kept.
-    pub state_path: PathBuf,
     /// Windows and flush intervals.
     pub limits: FlowLimits,
 }
@@ -154,13 +171,14 @@ impl DiskWorker {
         let (to_writer, opened) = sync_mpsc::sync_channel(BATCH_SLOTS);
         let arena = BufferArena::new(BATCH_SLOTS, BATCH_PLAIN_BYTES_MAX as usize)?;
         let mut opener = Opener { decompressor: Decompressor::new()?, arena, status: Arc::clone(&status) };
+        let mut core = TargetDisk::new(setup.state, setup.limits);
+        if matches!(setup.store, DiskStore::Journaled(_)) {
+            core.set_applied(core.durable()); // everything in the log was applied before the disk is started
+        }
         let mut writer = Writer {
-            disk: TargetDisk::new(setup.state, setup.limits),
+            disk: core,
             id: disk,
-            target: setup.target,
-            guard: setup.guard,
-            unguarded: false,
-            state_path: setup.state_path,
+            store: setup.store,
             status: Arc::clone(&status),
             stopping: Arc::clone(&stopping),
             waiting: false,
@@ -256,12 +274,12 @@ impl Opener {
         match message {
             WorkerMessage::Input { session, input: DiskInput::Batch(body), .. } => {
                 let bytes = body.len() as u64;
-                let (header, records) = match decode_batch(body) {
+                let (header, records) = match decode_batch(body.clone()) {
                     Ok(batch) => batch,
                     Err(error) => return Opened::Damaged(session, error.to_string()),
                 };
                 match self.open_records(&records, bytes) {
-                    Ok(records) => Opened::Batch(session, header, records),
+                    Ok(records) => Opened::Batch(session, header, records, body),
                     Err(error) => {
                         tracing::warn!(disk = %header.disk, %error, "a delta batch is damaged and is asked for again");
                         Opened::DamagedDelta(session, header.generation, credit_cost(&records))
@@ -270,17 +288,18 @@ impl Opener {
             }
             WorkerMessage::Input { session, input: DiskInput::Bulk(body), .. } => {
                 let bytes = body.len() as u64;
-                let (header, records) = match decode_bulk(body) {
+                let (header, records) = match decode_bulk(body.clone()) {
                     Ok(batch) => batch,
                     Err(error) => return Opened::Damaged(session, error.to_string()),
                 };
                 match self.open_records(&records, bytes) {
-                    Ok(records) => Opened::Bulk(session, header, records),
+                    Ok(records) => Opened::Bulk(session, header, records, body),
                     Err(error) => Opened::Damaged(session, error.to_string()),
                 }
             }
             WorkerMessage::Input { session, input, replies, .. } => Opened::Other(session, input, replies),
             WorkerMessage::Lost(session) => Opened::Lost(session),
+            WorkerMessage::Ask(ask) => Opened::Ask(ask),
             WorkerMessage::Retire => Opened::Retire,
             WorkerMessage::Stop => Opened::Stop,
         }

@@ -1,37 +1,33 @@
-//! The second thread of a disk: the core, the target file and the state file.
+//! The second thread of a disk: the core and the store behind it.
 //!
 //! Invariants: the core's actions are executed strictly in order, one after another; while the medium is full the
 //! action in hand waits and nothing behind it is executed, but inputs are still taken (their actions queue up behind,
-//! bounded by credit), so that nobody else is held up; the state file is replaced only after the target was flushed; a
-//! failed write or flush stops this disk and no other (I6), and a target somebody else wrote to is not written again.
+//! bounded by credit), so that nobody else is held up; a failed write or flush stops this disk and no other (I6). What
+//! durable means is the store's business.
 //! Units: bytes and sectors. Started by `disk_worker`.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc as sync_mpsc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use reprotect_engine::checksum::{UnitHash, unit_hash};
-use reprotect_engine::error::{Answer as _, Severity};
+use reprotect_engine::format::batch::Mark;
 use reprotect_engine::format::disk_state::DiskState;
-use reprotect_engine::format::extent::RecordKind;
 use reprotect_engine::format::message::{CompareRequestHead, ErrorCode, Message};
-use reprotect_engine::io::durable::{Access, replace_file};
-use reprotect_engine::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
+use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::limits::CHUNK_BYTES;
 use reprotect_engine::net::mono_clock;
 use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::proto::pass::hash_spans;
 use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::proto::target_disk::{DiskAction, DiskNotice, Piece, SessionId, TargetDisk};
-use reprotect_engine::range_set::RangeSet;
-use reprotect_engine::store::target::Target;
-use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange};
+use reprotect_engine::units::DiskId;
 
 use crate::disk_status::DiskStatus;
+use crate::disk_store::{DiskStore, NotDone, byte_range};
 use crate::disk_worker::{Opened, Replies};
-use crate::guard::Guard;
 
 /// How often a full medium is tried again, and a stop noticed meanwhile.
 const FULL_RETRY: Duration = Duration::from_millis(500);
@@ -42,11 +38,7 @@ const IDLE: Duration = Duration::from_millis(500);
 pub(crate) struct Writer {
     pub(crate) disk: TargetDisk,
     pub(crate) id: DiskId,
-    pub(crate) target: Target,
-    pub(crate) guard: Guard,
-    /// Something of ours was written since the guard last looked.
-    pub(crate) unguarded: bool,
-    pub(crate) state_path: PathBuf,
+    pub(crate) store: DiskStore,
     pub(crate) status: Arc<DiskStatus>,
     /// The daemon stops, or this disk does.
     pub(crate) stopping: Arc<AtomicBool>,
@@ -71,14 +63,23 @@ impl Writer {
             }
             self.disk.handle_timeout(mono_clock());
             self.execute(inputs);
+            self.apply(inputs);
         }
     }
 
     fn handle(&mut self, input: Opened) {
         let now = mono_clock();
         match input {
-            Opened::Batch(session, header, records) => self.disk.handle_batch(now, session, &header, records),
-            Opened::Bulk(session, header, records) => self.disk.handle_bulk(now, session, &header, records),
+            Opened::Batch(session, header, records, body) => self.accept(EntryKind::Batch, body, |disk| {
+                disk.handle_batch(now, session, &header, records);
+            }),
+            Opened::Bulk(session, header, records, body) => self.accept(EntryKind::Bulk, body, |disk| {
+                disk.handle_bulk(now, session, &header, records);
+            }),
+            Opened::Ask(ask) => ask(match &mut self.store {
+                DiskStore::Journaled(store) if self.disk.phase() != TargetDiskPhase::Failed => Some(store),
+                _ => None,
+            }),
             Opened::Damaged(session, reason) => self.end_session(session, &reason),
             Opened::DamagedDelta(session, generation, cost) => {
                 self.disk.handle_damaged(session, generation, cost);
@@ -102,7 +103,7 @@ impl Writer {
                 self.sessions.push((session, replies));
                 self.disk.handle_open(now, session, &head);
             }
-            DiskInput::Mark(mark) => self.disk.handle_mark(now, session, &mark),
+            DiskInput::Mark(mark) => self.accept_mark(session, &mark),
             DiskInput::Compare(request, units) => self.disk.handle_compare(session, request, units),
             DiskInput::PassBegin(begin) => self.disk.handle_pass_begin(now, session, &begin),
             DiskInput::PassEnd(end) => self.disk.handle_pass_end(now, session, &end),
@@ -134,7 +135,7 @@ impl Writer {
                 }
                 DiskAction::Hash { session, request, units } => match self.hash(&request, &units) {
                     Ok(hashes) => self.disk.handle_hashed(session, &request, hashes),
-                    Err(error) => self.fail(&error.to_string()),
+                    Err(NotDone::Full(text) | NotDone::Failed(text)) => self.fail(&text),
                 },
                 DiskAction::Checkpoint { state } => self.checkpoint(&state, Some(inputs)),
                 DiskAction::Reply { session, message } => {
@@ -168,26 +169,19 @@ impl Writer {
 
     /// Writes the pieces; waits while the medium is full. Answers whether it succeeded; if not, the disk is stopped.
     fn write(&mut self, pieces: &[Piece], inputs: &sync_mpsc::Receiver<Opened>) -> bool {
-        if !self.unguarded
-            && let Err(reason) = self.guard.check()
-        {
-            self.fail(&reason);
-            return false;
-        }
-        self.unguarded = true;
         loop {
-            match self.try_write(pieces) {
+            match self.store.write(pieces) {
                 Ok(()) => {
                     self.there_is_space();
                     return true;
                 }
-                Err(error) if is_full(&error) => {
-                    if !self.wait_for_space(&error.to_string(), Some(inputs)) {
+                Err(NotDone::Full(text)) => {
+                    if !self.wait_for_space(&text, Some(inputs)) {
                         return false;
                     }
                 }
-                Err(error) => {
-                    self.fail(&error.to_string());
+                Err(NotDone::Failed(text)) => {
+                    self.fail(&text);
                     return false;
                 }
             }
@@ -240,77 +234,69 @@ impl Writer {
         }
     }
 
-    fn try_write(&mut self, pieces: &[Piece]) -> Result<(), BlockError> {
-        let mut writes: Vec<WriteAt<'_>> = Vec::with_capacity(pieces.len());
-        let mut gathered = RangeSet::new();
-        for piece in pieces {
-            for keep in &piece.keep {
-                let zero = piece.record.kind() != RecordKind::Data;
-                // Operations of one call have no order among themselves, so what overlaps goes into the next call.
-                if !writes.is_empty() && (zero || gathered.overlap(*keep).next().is_some()) {
-                    self.target.write(&writes)?;
-                    writes.clear();
-                    gathered.clear();
-                }
-                if zero {
-                    self.target.zero(byte_range(*keep))?;
-                    continue;
-                }
-                let from = ((keep.start - piece.record.range().start) * SECTOR_BYTES) as usize;
-                let data = piece.record.payload().get(from..from + keep.bytes() as usize).unwrap_or_default();
-                writes.push(WriteAt { offset: keep.byte_start(), data });
-                gathered.insert(*keep);
-            }
-        }
-        if writes.is_empty() { Ok(()) } else { self.target.write(&writes) }
-    }
-
     fn checkpoint(&mut self, state: &DiskState, inputs: Option<&sync_mpsc::Receiver<Opened>>) {
         loop {
-            match self.try_checkpoint(state) {
+            match self.store.checkpoint(state) {
                 Ok(()) => {
                     self.there_is_space();
                     return self.disk.handle_checkpointed(mono_clock());
                 }
-                Err(NoCheckpoint::Full(text)) => {
+                Err(NotDone::Full(text)) => {
                     if !self.wait_for_space(&text, inputs) {
                         return;
                     }
                 }
-                Err(NoCheckpoint::Failed(text)) => return self.fail(&text),
+                Err(NotDone::Failed(text)) => return self.fail(&text),
             }
         }
     }
 
-    fn try_checkpoint(&mut self, state: &DiskState) -> Result<(), NoCheckpoint> {
-        // A sparse target may want space for its tables before it flushes; that may be tried again, a flush may not.
-        self.target.flush().map_err(|error| match is_full(&error) {
-            true => NoCheckpoint::Full(error.to_string()),
-            false => NoCheckpoint::Failed(error.to_string()),
-        })?;
-        if self.unguarded {
-            self.guard.flushed();
-            self.unguarded = false;
-        }
-        replace_file(&self.state_path, &state.to_bytes(), Access::Private).map_err(|error| {
-            match error.severity() {
-                Severity::Retry => NoCheckpoint::Full(error.to_string()),
-                _ => NoCheckpoint::Failed(error.to_string()),
-            }
-        })
-    }
-
-    fn hash(&mut self, request: &CompareRequestHead, units: &[u16]) -> Result<Vec<UnitHash>, BlockError> {
+    fn hash(&mut self, request: &CompareRequestHead, units: &[u16]) -> Result<Vec<UnitHash>, NotDone> {
         let spans = hash_spans(request.range, request.unit_bytes.into(), units);
         let range = byte_range(request.range);
-        if self.target.allocated(range)?.is_empty() {
-            return Ok(vec![UnitHash::ZEROS; spans.len()]);
-        }
         self.chunk.resize(CHUNK_BYTES as usize, 0);
         let data = self.chunk.get_mut(..range.len() as usize).unwrap_or_default();
-        self.target.read(&mut [ReadAt { offset: range.start, data }])?;
+        if !self.store.read(range, data)? {
+            return Ok(vec![UnitHash::ZEROS; spans.len()]);
+        }
         let data = self.chunk.get(..range.len() as usize).unwrap_or_default();
         Ok(spans.into_iter().map(|span| unit_hash(data.get(span).unwrap_or_default())).collect())
+    }
+
+    /// A batch, and its bytes as they were received.
+    fn accept(&mut self, kind: EntryKind, body: Bytes, hand_in: impl FnOnce(&mut TargetDisk)) {
+        let before = self.disk.writes_ordered();
+        hand_in(&mut self.disk);
+        if self.disk.writes_ordered() > before {
+            self.store.accepted(kind, body);
+        }
+    }
+
+    fn accept_mark(&mut self, session: SessionId, mark: &Mark) {
+        let before = self.disk.state().marked;
+        self.disk.handle_mark(mono_clock(), session, mark);
+        if self.disk.state().marked != before {
+            self.store.marked(mark);
+        }
+    }
+
+    /// Nothing is under way: what waits in the journal is applied.
+    fn apply(&mut self, inputs: &sync_mpsc::Receiver<Opened>) {
+        while self.disk.phase() != TargetDiskPhase::Failed {
+            match self.store.apply() {
+                Ok(None) => return,
+                Ok(Some(applied)) => {
+                    self.there_is_space();
+                    return self.disk.handle_applied(applied);
+                }
+                Err(NotDone::Full(text)) => {
+                    if !self.wait_for_space(&text, Some(inputs)) {
+                        return;
+                    }
+                }
+                Err(NotDone::Failed(text)) => return self.fail(&text),
+            }
+        }
     }
 
     fn fail(&mut self, reason: &str) {
@@ -344,32 +330,21 @@ impl Writer {
                 self.checkpoint(&state, None);
             }
         }
-        if let Err(error) = self.target.close() {
+        // What waits was acknowledged as durable and is in the log; it is applied now so that the target is complete.
+        let applied =
+            if self.disk.phase() == TargetDiskPhase::Failed { Ok(None) } else { self.store.apply() };
+        if let Err(NotDone::Full(text) | NotDone::Failed(text)) = applied {
+            tracing::error!(disk = %self.id, "{text}; it is applied at the next start");
+        }
+        if let Err(error) = self.store.close() {
             tracing::error!(disk = %self.id, %error, "the target could not be closed cleanly");
         }
         self.status.set_closed();
     }
 }
 
-/// Why a checkpoint was not made.
-enum NoCheckpoint {
-    /// Something is full: it may be tried again.
-    Full(String),
-    /// Something broke.
-    Failed(String),
-}
-
-/// Whether an operation may be tried again once there is space; a failed flush never may.
-fn is_full(error: &BlockError) -> bool {
-    error.is_full() && error.op != BlockOp::Flush
-}
-
 fn broken(panic: &str) -> String {
     format!(
         "a defect of the master target stopped this disk: {panic}; restart it and report this with its log"
     )
-}
-
-const fn byte_range(range: SectorRange) -> ByteRange {
-    ByteRange { start: range.byte_start(), end: range.byte_start() + range.bytes() }
 }

@@ -1,6 +1,7 @@
 //! The master-target program as a library; `main.rs` is a thin shell around it.
 //!
-//! A write's way: `session` (frames of a connection) → `disk_worker` (check) → `disk_writer` (core, write, flush) → the target; what is
+//! A write's way: `session` (frames of a connection) → `disk_worker` (check) → `disk_writer` (core) → `disk_store` →
+//! the target, or `journaled` → the journal, then the target; what is
 //! known is in `registry` and, on disk, in `catalogue`; operators come in through `admin` and `commands`.
 
 pub mod admin;
@@ -14,11 +15,14 @@ pub mod config;
 pub mod daemon;
 pub mod device;
 pub mod disk_status;
+pub mod disk_store;
 pub mod disk_worker;
 mod disk_writer;
 pub mod explain;
 pub mod guard;
+pub mod journaled;
 mod plan;
 pub mod protect;
 pub mod registry;
+pub mod retention;
 pub mod session;

@@ -219,6 +219,7 @@ fn begin(
         size_bytes: source.size_bytes,
         existing: planned.existing,
         device: if is_device { device::identity(&planned.path) } else { None },
+        journal: None,
     };
     registry.add_disk(record, target, state)?;
     tracing::info!(%disk, machine = machine.host_name, source = source.name, path = %planned.path.display(), "protected");

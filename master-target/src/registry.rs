@@ -21,16 +21,20 @@ use reprotect_engine::proto::target_disk::SessionId;
 use reprotect_engine::range_set::RangeSet;
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::files::fs::FsFiles;
+use reprotect_engine::store::journal::{DiskLog, Recovered};
 use reprotect_engine::store::target::{Expectation, Target, TargetKind, TargetSpec, open_target};
 use reprotect_engine::units::{DiskId, Generation, PeerId, SECTOR_BYTES, SectorRange};
 use tokio::sync::mpsc;
 
-use crate::catalogue::{Catalogue, Machine, ProtectedDisk, SourceDisk, kind_from_text, peer, unhex};
+use crate::catalogue::{Catalogue, Machine, ProtectedDisk, SourceDisk, hex, kind_from_text, peer, unhex};
 use crate::device;
 use crate::disk_status::{DiskStatus, sector_bytes};
+use crate::disk_store::DiskStore;
 use crate::disk_worker::{DiskInputs, DiskSetup, DiskWorker};
 use crate::explain::explain;
 use crate::guard::Guard;
+use crate::journaled::{Journaled, newest_state};
+use crate::retention::Retention;
 
 /// What a session needs to know to offer a disk.
 #[derive(Clone, Debug)]
@@ -91,6 +95,9 @@ pub struct Registry {
     catalogue: Catalogue,
     opener: Arc<dyn Files>,
     limits: FlowLimits,
+    retention: Option<Arc<Retention>>,
+    /// What the redo log said of disks that are not started yet.
+    recovered: Mutex<BTreeMap<DiskId, DiskLog>>,
     /// Held while the set of disks is planned and changed, so that no two do it at once.
     changes: Mutex<()>,
     inner: Mutex<Inner>,
@@ -108,10 +115,10 @@ impl Registry {
     /// # Errors
     /// When the catalogue's folder cannot be used; a single disk's trouble is shown, not returned.
     pub fn open(catalogue: Catalogue, limits: FlowLimits) -> anyhow::Result<Self> {
-        Self::open_with(catalogue, limits, fs_opener())
+        Self::open_with(catalogue, limits, fs_opener(), None)
     }
 
-    /// As [`Self::open`], with another way to open targets.
+    /// As [`Self::open`], with another way to open targets, and a retention journal.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -119,8 +126,12 @@ impl Registry {
         catalogue: Catalogue,
         limits: FlowLimits,
         opener: Arc<dyn Files>,
+        retention: Option<(Arc<Retention>, Recovered)>,
     ) -> anyhow::Result<Self> {
-        let registry = Self { catalogue, opener, limits, changes: Mutex::default(), inner: Mutex::default() };
+        let (retention, recovered) = retention.unzip();
+        let recovered = Mutex::new(recovered.map(|found| found.disks).unwrap_or_default());
+        let (changes, inner) = (Mutex::default(), Mutex::default());
+        let registry = Self { catalogue, opener, limits, retention, recovered, changes, inner };
         for machine in registry.catalogue.machines()? {
             if let Some(agent) = peer(&machine.agent) {
                 registry.lock().machines.insert(agent, machine);
@@ -133,15 +144,16 @@ impl Registry {
         Ok(registry)
     }
 
-    fn start_known(&self, record: ProtectedDisk, state: anyhow::Result<DiskState>) {
+    fn start_known(&self, mut record: ProtectedDisk, state: anyhow::Result<DiskState>) {
         let Ok(disk) = DiskId::parse(&record.disk) else {
             tracing::error!(disk = record.disk, "a disk record without a valid UUID is left out");
             return;
         };
         let started = state.and_then(|state| {
+            self.adopt(&mut record, &state)?;
             let target = self.open_existing(&record)?;
             let uuid = target.facts().uuid;
-            Ok((self.start_worker(target, state)?, uuid))
+            Ok((self.start_worker(target, state, &record)?, uuid))
         });
         let known = match started {
             Ok((worker, uuid)) => KnownDisk { record, worker: Some(worker), uuid, problem: None },
@@ -173,28 +185,75 @@ impl Registry {
         Ok(target)
     }
 
-    fn start_worker(&self, target: Target, mut state: DiskState) -> anyhow::Result<DiskWorker> {
-        let state_path = self.catalogue.state_path(state.disk);
-        if compare_again(&mut state, &target.repair().dropped) {
-            tracing::warn!(
-                disk = %state.disk, bytes = sector_bytes(target.repair().dropped.sector_count()), pass = state.pass,
-                "a compare pass begins: the target lost data in a crash of its medium; only the chunks concerned are compared"
-            );
-            // Before the target is written or closed: both put the tables in order, and the loss shows no more.
-            replace_file(&state_path, &state.to_bytes(), Access::Private)?;
+    /// The journal of a disk's record must be ours: what it holds is not on the target yet. A disk without one gets ours.
+    fn adopt(&self, record: &mut ProtectedDisk, state: &DiskState) -> anyhow::Result<()> {
+        let ours = self.retention.as_ref().map(|retention| hex(&retention.id()));
+        match (&record.journal, &ours) {
+            (Some(theirs), ours) if ours.as_ref() != Some(theirs) => Err(anyhow!(
+                "its newest writes are in the retention journal {theirs}; set `retention.path` to its folder, then restart"
+            )),
+            (None, Some(_)) => {
+                record.journal = ours;
+                self.catalogue.save_disk(record, state)
+            }
+            _ => Ok(()),
         }
+    }
+
+    fn start_worker(
+        &self,
+        target: Target,
+        mut state: DiskState,
+        record: &ProtectedDisk,
+    ) -> anyhow::Result<DiskWorker> {
+        let dropped = target.repair().dropped.clone();
         let guard = Guard::new(&*self.opener, &target.facts().path, target.facts().kind);
-        DiskWorker::start(DiskSetup { target, guard, state, state_path, limits: self.limits })
+        let store = match &self.retention {
+            None => {
+                let state_path = self.catalogue.state_path(state.disk);
+                if begin_repair(&mut state, &dropped) {
+                    // Before the target is written or closed: both put the tables in order, and the loss shows no more.
+                    replace_file(&state_path, &state.to_bytes(), Access::Private)?;
+                }
+                DiskStore::direct(target, guard, state_path)
+            }
+            Some(retention) => {
+                let log = self.recovered.lock().unwrap_or_else(PoisonError::into_inner).remove(&state.disk);
+                if let Some(log) = &log {
+                    state = newest_state(retention.lock().get()?, log)?.unwrap_or(state);
+                    if !log.missing.is_empty() {
+                        tracing::error!(disk = %state.disk, missing = ?log.missing, "the redo log lost entries of this disk");
+                        let everything = [whole(&state)].into_iter().collect();
+                        begin_repair(&mut state, &everything);
+                    }
+                }
+                begin_repair(&mut state, &dropped);
+                let machine = state.agent.0;
+                let mut store =
+                    Journaled::open(retention, target, guard, state.clone(), machine, log.as_ref())?;
+                if record.existing {
+                    store.keep_as_found()?;
+                }
+                DiskStore::Journaled(Box::new(store))
+            }
+        };
+        DiskWorker::start(DiskSetup { store, state, limits: self.limits })
     }
 
     /// Records a new disk, starts it and offers it to its agent's live sessions. Blocks.
     ///
     /// # Errors
     /// When a file cannot be written or a thread not started.
-    pub fn add_disk(&self, record: ProtectedDisk, target: Target, state: DiskState) -> anyhow::Result<()> {
+    pub fn add_disk(
+        &self,
+        mut record: ProtectedDisk,
+        target: Target,
+        state: DiskState,
+    ) -> anyhow::Result<()> {
         let (disk, agent, uuid) = (state.disk, state.agent, target.facts().uuid);
+        record.journal = self.retention.as_ref().map(|retention| hex(&retention.id()));
         self.catalogue.save_disk(&record, &state)?;
-        let worker = self.start_worker(target, state)?;
+        let worker = self.start_worker(target, state, &record)?;
         let known = KnownDisk { record, worker: Some(worker), uuid, problem: None };
         let mut inner = self.lock();
         inner.disks.insert(disk, known);
@@ -383,7 +442,16 @@ impl Registry {
         if let Some(worker) = known.and_then(|known| known.worker) {
             worker.retire();
         }
+        if let Some(retention) = &self.retention {
+            retention.forget(disk)?;
+        }
         self.catalogue.remove_disk(disk)
+    }
+
+    /// The retention journal, if there is one.
+    #[must_use]
+    pub const fn retention(&self) -> Option<&Arc<Retention>> {
+        self.retention.as_ref()
     }
 
     /// Flushes and closes every target. Blocks.
@@ -418,6 +486,22 @@ fn offer_of(disk: DiskId, known: &KnownDisk) -> Option<Offer> {
         size_sectors: known.record.size_bytes / SECTOR_BYTES,
         generation: worker.status().snapshot().generation,
     })
+}
+
+/// Makes a disk compare what was lost, and says so; answers whether there was anything.
+fn begin_repair(state: &mut DiskState, lost: &RangeSet) -> bool {
+    let begins = compare_again(state, lost);
+    if begins {
+        tracing::warn!(
+            disk = %state.disk, bytes = sector_bytes(lost.sector_count()), pass = state.pass,
+            "a compare pass begins: data were lost in a crash of their medium; only the chunks concerned are compared"
+        );
+    }
+    begins
+}
+
+const fn whole(state: &DiskState) -> SectorRange {
+    SectorRange { start: 0, end: state.size_sectors }
 }
 
 /// Makes a disk whose target lost `dropped` sectors compare and repair them; answers whether there was anything to do.

@@ -128,6 +128,10 @@ pub struct TargetDisk {
     opening: Option<SessionId>,
     running: Option<Checkpoint>,
     durable: Sequence,
+    /// What is on the target, flushed; `None` where that is the same as durable.
+    applied: Option<Sequence>,
+    /// How many writes were ever ordered.
+    writes_ordered: u64,
     /// Sequence of the last mark that a finished checkpoint recorded.
     durable_marked: Sequence,
     ever_opened: bool,
@@ -174,6 +178,8 @@ impl TargetDisk {
             phase: TargetDiskPhase::Closed,
             received: state.sequence,
             durable: state.sequence,
+            applied: None,
+            writes_ordered: 0,
             durable_marked: state.marked,
             ever_opened: state.generation > Generation::ZERO,
             state,
@@ -212,6 +218,24 @@ impl TargetDisk {
     #[must_use]
     pub const fn durable(&self) -> Sequence {
         self.durable
+    }
+
+    /// From now on what is durable is not on the target yet: the driver says what is with [`Self::handle_applied`].
+    pub fn set_applied(&mut self, applied: Sequence) {
+        debug_assert!(applied <= self.durable);
+        self.applied = Some(applied);
+    }
+
+    /// Everything up to a sequence is on the target and flushed (I5).
+    pub fn handle_applied(&mut self, applied: Sequence) {
+        debug_assert!(self.applied.is_none_or(|before| before <= applied));
+        self.applied = Some(applied.min(self.durable));
+    }
+
+    /// How many writes were ever ordered: tells a driver whether what it handed in was accepted.
+    #[must_use]
+    pub const fn writes_ordered(&self) -> u64 {
+        self.writes_ordered
     }
 
     /// OPEN_DISK by a session whose grant was checked.
@@ -602,6 +626,7 @@ impl TargetDisk {
     fn order_write(&mut self, now: MonoTime, pieces: Vec<Piece>, cost: u64) {
         self.unflushed_bytes += cost;
         self.touch(now);
+        self.writes_ordered += 1;
         self.actions.push_back(DiskAction::Write { pieces, cost });
         self.checkpoint_if_due(now, false);
     }
@@ -670,7 +695,7 @@ impl TargetDisk {
             generation: self.state.generation,
             received: self.received,
             durable: self.durable,
-            applied: self.durable,
+            applied: self.applied.unwrap_or(self.durable),
             marked: self.durable_marked,
         };
         self.reply(session, Message::Ack(ack));

@@ -27,6 +27,7 @@ use reprotect_engine::store::target::{
 use reprotect_engine::units::{
     DiskId, Generation, LineageId, PeerId, SECTOR_BYTES, SectorRange, Sequence, Timestamp,
 };
+use reprotect_master_target::disk_store::DiskStore;
 use reprotect_master_target::disk_worker::{DiskSetup, DiskWorker};
 use reprotect_master_target::guard::Guard;
 use tokio::runtime::Runtime;
@@ -113,7 +114,8 @@ impl Bench {
         let target = open_target(&self.opener, &self.spec, &expect).unwrap();
         let guard = Guard::new(&*self.opener, &self.spec.path, self.spec.kind);
         let limits = FlowLimits { flush_nanos: 20_000_000, ..FlowLimits::default() };
-        let setup = DiskSetup { target, guard, state, state_path: self.state_path.clone(), limits };
+        let store = DiskStore::direct(target, guard, self.state_path.clone());
+        let setup = DiskSetup { store, state, limits };
         self.worker = Some(DiskWorker::start(setup).unwrap());
     }
 

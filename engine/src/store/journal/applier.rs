@@ -202,15 +202,24 @@ impl<T: BlockFile> Applier<T> {
         now: Timestamp,
     ) -> Result<(), JournalError> {
         self.write_window(window)?;
+        let applied = self.applied_through(number);
+        journal.append_applied(self.disk, applied, now)
+    }
+
+    /// Notes that a window up to `number` was written; answers what is to go into the log, step 6.
+    pub fn applied_through(&mut self, number: u64) -> Applied {
         self.applied.number = number;
         if let Some(run) = &self.active {
             self.applied.undo_bytes = run.len_bytes();
         }
-        journal.append_applied(self.disk, self.applied, now)
+        self.applied
     }
 
-    /// Steps 2 to 5.
-    pub(super) fn write_window(&mut self, window: &Window) -> Result<(), JournalError> {
+    /// Steps 2 to 5, for who does not hold the journal meanwhile.
+    ///
+    /// # Errors
+    /// As for [`Self::apply`].
+    pub fn write_window(&mut self, window: &Window) -> Result<(), JournalError> {
         if self.active.is_some() {
             for blocks in window.blocks() {
                 self.capture(blocks)?;
@@ -289,11 +298,15 @@ impl<T: BlockFile> Applier<T> {
         self.active.as_mut()
     }
 
-    pub(super) const fn disk(&self) -> DiskId {
+    /// The disk.
+    #[must_use]
+    pub const fn disk(&self) -> DiskId {
         self.disk
     }
 
-    pub(super) const fn size_sectors(&self) -> u64 {
+    /// Its size.
+    #[must_use]
+    pub const fn size_sectors(&self) -> u64 {
         self.size_sectors
     }
 }

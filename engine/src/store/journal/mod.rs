@@ -376,7 +376,8 @@ impl Journal {
         let current = self.log.current_segment();
         let applied = |(disk, number): (&DiskId, &u64)| {
             let shape = self.manifest.shape().disks.get(disk);
-            let needed_from = shape.and_then(DiskShape::open_epoch).map_or(u64::MAX, |epoch| epoch.opened.after);
+            let needed_from =
+                shape.and_then(DiskShape::open_epoch).map_or(u64::MAX, |epoch| epoch.opened.after);
             self.disks.get(disk).is_none_or(|disk| disk.applied_durable.min(needed_from) >= *number)
         };
         self.manifest
@@ -387,6 +388,13 @@ impl Journal {
             .take_while(|number| Some(*number) != current)
             .take_while(|number| self.segments.get(number).is_none_or(|disks| disks.iter().all(applied)))
             .collect()
+    }
+
+    /// When the newest numbered entry of a segment was added; `None` where it has none.
+    #[must_use]
+    pub fn newest_in(&self, number: u64) -> Option<Timestamp> {
+        let inside = self.entries.values().flatten().filter(|entry| entry.place.segment == number);
+        inside.map(|entry| entry.time).max()
     }
 
     /// Releases a segment that [`Self::releasable`] named. The newest state and APPLIED of a disk that stand in it are

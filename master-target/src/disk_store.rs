@@ -1,0 +1,201 @@
+//! Where a disk's writes go: straight to its target, or through the retention journal.
+//!
+//! | | straight | through the journal |
+//! |---|---|---|
+//! | a batch | is written to the target | goes into the redo log as it was received, and waits |
+//! | durable | target flushed, then the state file replaced | the log was committed, the state in it |
+//! | applied | the same | the batches that wait were written, what they overwrite saved first |
+//!
+//! Invariants: whoever reads the target sees every write that returned; a target somebody else wrote to is not written
+//! again; a failed write or flush is the caller's to stop the disk (I6). Bulk of a target that we created and that has
+//! no point yet passes the journal by. Units: bytes, sectors, entry numbers. Used by `disk_writer`.
+
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use reprotect_engine::error::{Answer as _, Severity};
+use reprotect_engine::format::batch::Mark;
+use reprotect_engine::format::disk_state::DiskState;
+use reprotect_engine::format::extent::RecordKind;
+use reprotect_engine::format::segment::EntryKind;
+use reprotect_engine::io::durable::{Access, replace_file};
+use reprotect_engine::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
+use reprotect_engine::proto::target_disk::Piece;
+use reprotect_engine::range_set::RangeSet;
+use reprotect_engine::store::journal::JournalError;
+use reprotect_engine::store::target::Target;
+use reprotect_engine::units::{SECTOR_BYTES, SectorRange, Sequence};
+
+use crate::guard::Guard;
+use crate::journaled::Journaled;
+
+/// Why something was not done.
+pub(crate) enum NotDone {
+    /// A medium is full: it may be tried again.
+    Full(String),
+    /// Something broke: the disk stops.
+    Failed(String),
+}
+
+impl From<BlockError> for NotDone {
+    fn from(error: BlockError) -> Self {
+        // A failed flush may never be tried again, whatever the reason.
+        match error.is_full() && error.op != BlockOp::Flush {
+            true => Self::Full(error.to_string()),
+            false => Self::Failed(error.to_string()),
+        }
+    }
+}
+
+impl From<JournalError> for NotDone {
+    fn from(error: JournalError) -> Self {
+        match error.severity() {
+            Severity::Retry => Self::Full(error.to_string()),
+            _ => Self::Failed(error.to_string()),
+        }
+    }
+}
+
+/// Where a disk's writes go.
+pub enum DiskStore {
+    /// To the target.
+    Direct(Direct),
+    /// Through the journal.
+    Journaled(Box<Journaled>),
+}
+
+impl DiskStore {
+    /// Straight to the target, with the state in a file.
+    #[must_use]
+    pub fn direct(target: Target, guard: Guard, state_path: PathBuf) -> Self {
+        Self::Direct(Direct { target, guard, unguarded: false, state_path })
+    }
+
+    /// A batch was accepted; its write follows.
+    pub(crate) fn accepted(&mut self, kind: EntryKind, body: Bytes) {
+        if let Self::Journaled(store) = self {
+            store.accepted(kind, body);
+        }
+    }
+
+    /// A mark was accepted; it stands behind every write that was.
+    pub(crate) fn marked(&mut self, mark: &Mark) {
+        if let Self::Journaled(store) = self {
+            store.marked(mark);
+        }
+    }
+
+    /// Takes the pieces of the next batch.
+    pub(crate) fn write(&mut self, pieces: &[Piece]) -> Result<(), NotDone> {
+        match self {
+            Self::Direct(store) => store.write(pieces),
+            Self::Journaled(store) => store.write(pieces),
+        }
+    }
+
+    /// Makes a state durable, and everything written before it.
+    pub(crate) fn checkpoint(&mut self, state: &DiskState) -> Result<(), NotDone> {
+        match self {
+            Self::Direct(store) => store.checkpoint(state),
+            Self::Journaled(store) => store.checkpoint(state),
+        }
+    }
+
+    /// What can be done now that nobody waits: a window is applied. Answers the newest applied sequence where that is
+    /// not the durable one.
+    pub(crate) fn apply(&mut self) -> Result<Option<Sequence>, NotDone> {
+        match self {
+            Self::Direct(_) => Ok(None),
+            Self::Journaled(store) => store.apply().map(Some),
+        }
+    }
+
+    /// Reads the target as it is with every write that returned; `None` where it is a hole.
+    pub(crate) fn read(&mut self, range: ByteRange, data: &mut [u8]) -> Result<bool, NotDone> {
+        if let Self::Journaled(store) = self {
+            store.apply()?;
+        }
+        let target: &mut Target = match self {
+            Self::Direct(store) => &mut store.target,
+            Self::Journaled(store) => store.target(),
+        };
+        if target.allocated(range)?.is_empty() {
+            return Ok(false);
+        }
+        target.read(&mut [ReadAt { offset: range.start, data }])?;
+        Ok(true)
+    }
+
+    /// Leaves the target as any reader expects it.
+    pub(crate) fn close(self) -> Result<(), String> {
+        let target = match self {
+            Self::Direct(store) => store.target,
+            Self::Journaled(store) => store.into_target(),
+        };
+        target.close().map_err(|error| error.to_string())
+    }
+}
+
+/// A target that is written at once.
+pub struct Direct {
+    target: Target,
+    guard: Guard,
+    /// Something of ours was written since the guard last looked.
+    unguarded: bool,
+    state_path: PathBuf,
+}
+
+impl Direct {
+    fn write(&mut self, pieces: &[Piece]) -> Result<(), NotDone> {
+        if !self.unguarded {
+            self.guard.check().map_err(NotDone::Failed)?;
+        }
+        self.unguarded = true;
+        Ok(write_pieces(&mut self.target, pieces)?)
+    }
+
+    fn checkpoint(&mut self, state: &DiskState) -> Result<(), NotDone> {
+        // A sparse target may want space for its tables before it flushes; that may be tried again, a flush may not.
+        self.target.flush()?;
+        if self.unguarded {
+            self.guard.flushed();
+            self.unguarded = false;
+        }
+        replace_file(&self.state_path, &state.to_bytes(), Access::Private).map_err(|error| {
+            match error.severity() {
+                Severity::Retry => NotDone::Full(error.to_string()),
+                _ => NotDone::Failed(error.to_string()),
+            }
+        })
+    }
+}
+
+/// Writes pieces to a target, in their order where they overlap.
+pub(crate) fn write_pieces(target: &mut Target, pieces: &[Piece]) -> Result<(), BlockError> {
+    let mut writes: Vec<WriteAt<'_>> = Vec::with_capacity(pieces.len());
+    let mut gathered = RangeSet::new();
+    for piece in pieces {
+        for keep in &piece.keep {
+            let zero = piece.record.kind() != RecordKind::Data;
+            // Operations of one call have no order among themselves, so what overlaps goes into the next call.
+            if !writes.is_empty() && (zero || gathered.overlap(*keep).next().is_some()) {
+                target.write(&writes)?;
+                writes.clear();
+                gathered.clear();
+            }
+            if zero {
+                target.zero(byte_range(*keep))?;
+                continue;
+            }
+            let from = ((keep.start - piece.record.range().start) * SECTOR_BYTES) as usize;
+            let data = piece.record.payload().get(from..from + keep.bytes() as usize).unwrap_or_default();
+            writes.push(WriteAt { offset: keep.byte_start(), data });
+            gathered.insert(*keep);
+        }
+    }
+    if writes.is_empty() { Ok(()) } else { target.write(&writes) }
+}
+
+pub(crate) const fn byte_range(range: SectorRange) -> ByteRange {
+    ByteRange { start: range.byte_start(), end: range.byte_start() + range.bytes() }
+}
