@@ -6,13 +6,16 @@
 mod undo_error;
 mod undo_file;
 mod undo_index;
+mod undo_merge;
 mod undo_run;
 mod undo_scan;
 mod undo_seal;
 mod undo_sealed;
+mod undo_verify;
 mod undo_write;
 
 pub use self::undo_error::{Hole, UndoError};
 pub use self::undo_index::RunIndex;
+pub use self::undo_merge::{merge, merged_header};
 pub use self::undo_run::{ActiveRun, Image, ImageData, run_bytes_max};
 pub use self::undo_sealed::{Found, Place, SealedRun};

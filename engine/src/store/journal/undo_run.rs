@@ -358,7 +358,7 @@ impl ActiveRun {
     }
 }
 
-fn write_header(file: &mut dyn BlockFile, header: &RunHeader) -> Result<(), UndoError> {
+pub(super) fn write_header(file: &mut dyn BlockFile, header: &RunHeader) -> Result<(), UndoError> {
     let block = header.to_block();
     file.write(&[WriteAt { offset: 0, data: &block }, WriteAt { offset: UNDO_ALIGN_BYTES, data: &block }])?;
     Ok(())
@@ -444,12 +444,8 @@ impl Rebuilt {
             return;
         }
         self.index.insert(&entry);
-        match wrong {
-            Some(Wrong::Payload(reason)) => {
-                self.holes.push(Hole { file, lost: vec![entry.blocks()], reason })
-            }
-            Some(Wrong::Padding(reason)) => self.holes.push(Hole { file, lost: Vec::new(), reason }),
-            None => {}
+        if let Some(Wrong { lost, reason }) = wrong {
+            self.holes.push(Hole { file, lost, reason });
         }
     }
 }

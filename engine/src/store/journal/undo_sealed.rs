@@ -142,6 +142,32 @@ impl SealedRun {
         &self.damage
     }
 
+    /// Notes damage, once.
+    pub(super) fn note(&mut self, hole: Hole) {
+        note(&mut self.damage, hole);
+    }
+
+    /// Frames, and blocks with a payload.
+    pub(super) fn totals(&self) -> (u64, u64) {
+        match &self.index {
+            Index::Pages { trailer, .. } => (trailer.frames, trailer.data_blocks),
+            Index::Walked(index) => (index.len(), index.block_counts().1),
+        }
+    }
+
+    /// Lets the next lookups read the pages from the file.
+    pub(super) fn forget_pages(&mut self) {
+        if let Index::Pages { kept, remade, .. } = &mut self.index {
+            kept.clear();
+            remade.clear();
+        }
+    }
+
+    /// What is wrong with the trailer and the fences in the file now.
+    pub(super) fn reread_trailer(&mut self) -> Result<Option<Hole>, UndoError> {
+        Ok(read_trailer(&mut self.run, &mut self.page)?.err())
+    }
+
     /// The parts of `range` that the run holds images of (or lost), ascending.
     ///
     /// # Errors
@@ -185,7 +211,6 @@ impl SealedRun {
     /// none only when there is none.
     pub(super) fn entries_from(&mut self, first: u64, end: u64) -> Result<Vec<IndexEntry>, UndoError> {
         const AT_ONCE: usize = 1024;
-        let wanted = |entry: &&IndexEntry| entry.blocks().end > first && entry.first_block < end;
         let (fences, pages) = match &self.index {
             Index::Walked(index) => {
                 return Ok(index.overlap(BlockRange { start: first, end }).take(AT_ONCE).collect());
@@ -197,8 +222,10 @@ impl SealedRun {
             if self.fence(number) >= end {
                 break;
             }
-            let entries: Vec<IndexEntry> =
-                self.page_entries(number)?.iter().filter(wanted).copied().collect();
+            let page = self.page_entries(number)?;
+            let from = page.partition_point(|entry| entry.blocks().end <= first);
+            let to = page.partition_point(|entry| entry.first_block < end);
+            let entries = page.get(from..to).unwrap_or_default().to_vec();
             if !entries.is_empty() {
                 return Ok(entries);
             }
@@ -234,7 +261,7 @@ impl SealedRun {
                     }
                     Err(reason) => {
                         let file = ByteRange { start: place.offset, end: place.offset + place.bytes as u64 };
-                        self.damage.push(Hole { file, lost: Vec::new(), reason });
+                        note(&mut self.damage, Hole { file, lost: Vec::new(), reason });
                         let entries = walk_page(&mut self.run, trailer, span, place.items, &mut self.damage)?;
                         remade.insert(number, entries);
                     }
@@ -245,6 +272,13 @@ impl SealedRun {
             Some(entries) => entries,
             None => kept.last().map_or(&[], |(_, entries)| entries.as_slice()),
         })
+    }
+}
+
+/// Notes damage, once.
+fn note(damage: &mut Vec<Hole>, hole: Hole) {
+    if !damage.contains(&hole) {
+        damage.push(hole);
     }
 }
 
@@ -345,8 +379,8 @@ fn walk_all(run: &mut RunFile, damage: &mut Vec<Hole>) -> Result<RunIndex, UndoE
             Step::Gap { file, blocks, reason } => gaps.push((file, blocks, reason)),
             Step::End { complete: true } => break,
             Step::End { complete: false } => {
-                let reason =
-                    FormatError::Short { what: "undo run", got: size as usize, expected: size as usize + 1 };
+                let (what, field, expected) = ("undo run", "end", "an index behind the frames");
+                let reason = FormatError::Field { what, field, got: size, expected };
                 gaps.push((ByteRange { start: size, end: size }, run.header.disk_blocks(), reason));
                 break;
             }
@@ -357,7 +391,7 @@ fn walk_all(run: &mut RunFile, damage: &mut Vec<Hole>) -> Result<RunIndex, UndoE
         for entry in lost.iter().flat_map(|blocks| lost_entries(*blocks)) {
             index.insert(&entry);
         }
-        damage.push(Hole { file, lost, reason });
+        note(damage, Hole { file, lost, reason });
     }
     Ok(index)
 }
@@ -384,16 +418,18 @@ fn walk_page(
             Step::End { .. } => break,
         }
     }
-    if found.len() as u64 == items {
-        return Ok(found.into_values().collect());
-    }
+    let complete = found.len() as u64 == items;
     let mut index = RunIndex::new();
-    found.values().for_each(|entry| index.insert(entry));
-    let lost = index.missing(span);
+    for entry in found.values() {
+        if index.is_free(entry.blocks()) {
+            index.insert(entry);
+        }
+    }
+    let lost = if complete { Vec::new() } else { index.missing(span) };
     lost.iter().flat_map(|blocks| lost_entries(*blocks)).for_each(|entry| index.insert(&entry));
     for (at, (file, reason)) in gaps.into_iter().enumerate() {
         let lost = if at == 0 { lost.clone() } else { Vec::new() };
-        damage.push(Hole { file, lost, reason });
+        note(damage, Hole { file, lost, reason });
     }
     Ok(index.from(0).collect())
 }
