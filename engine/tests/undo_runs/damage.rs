@@ -221,7 +221,7 @@ fn damage_behind_the_certain_length_is_cut() {
         })
         .collect();
     assert_eq!(groups.len(), 3);
-    for byte in FRAMES_START as usize..len as usize {
+    for byte in (FRAMES_START as usize..len as usize).step_by(11) {
         let files = files.snapshot();
         poke(&files, byte, &[bytes[byte] ^ (1 << (byte % 8))]);
         let (mut run, holes) = reopen(&files, 0);

@@ -166,7 +166,7 @@ fn runs_that_do_not_belong_together_are_refused_and_leave_no_file() {
     let (mut older, _) = sealed(&files, OLDER, 5, &wanted);
     let (mut newer, _) = sealed(&files, NEWER, 6, &wanted);
     let right = merged_header(older.header(), newer.header(), 1);
-    let mut refused = |older: &mut SealedRun, newer: &mut SealedRun, header: RunHeader| {
+    let refused = |older: &mut SealedRun, newer: &mut SealedRun, header: RunHeader| {
         let error = merge(older, newer, &files, Path::new(MERGED), header).unwrap_err();
         assert!(files.facts(Path::new(MERGED)).unwrap().is_none());
         match error {
