@@ -177,12 +177,12 @@ fn reopen(files: &MemoryFiles, certain: u64) -> (ActiveRun, Vec<reprotect_engine
 #[test]
 fn damage_before_the_certain_length_is_a_hole_and_stays_one() {
     let (files, certain, bytes, model) = active_small();
-    for byte in FRAMES_START as usize..bytes.len() {
-        if bytes[byte] == 0 && byte % 64 != 0 || bytes[byte] != 0 && byte % 3 != 0 && byte % 4096 > 200 {
+    for (byte, was) in bytes.iter().enumerate().skip(FRAMES_START as usize) {
+        if *was == 0 && byte % 64 != 0 || *was != 0 && byte % 3 != 0 && byte % 4096 > 200 {
             continue;
         }
         let files = files.snapshot();
-        poke(&files, byte, &[bytes[byte] ^ (1 << (byte % 8))]);
+        poke(&files, byte, &[was ^ (1 << (byte % 8))]);
         let (mut run, holes) = reopen(&files, certain);
         assert!(!holes.is_empty(), "byte {byte} is not seen");
         assert!(run.len_bytes() >= certain, "nothing certain is cut");

@@ -7,6 +7,8 @@ mod undo_error;
 mod undo_file;
 mod undo_index;
 mod undo_merge;
+mod undo_pages;
+mod undo_rebuild;
 mod undo_run;
 mod undo_scan;
 mod undo_seal;
