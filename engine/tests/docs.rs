@@ -9,8 +9,9 @@
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
+use reprotect_engine::format::undo::{frame as undo_frame, index as undo_index};
 use reprotect_engine::format::wire::{Row, ValueRow};
-use reprotect_engine::format::{batch, disk_state, extent, frame, handshake, message};
+use reprotect_engine::format::{batch, disk_state, extent, frame, handshake, message, undo};
 
 enum Table {
     Structure(usize, &'static [Row]),
@@ -37,6 +38,9 @@ fn tables() -> Vec<(&'static str, Table)> {
         batch: BatchHeader BulkHeader Mark | Stretch MarkClass;
         extent: RecordHeader | RecordKind Codec;
         disk_state: DiskStateHead |;
+        undo: RunHeader |;
+        undo_frame: FrameHead | UndoCodec;
+        undo_index: PageHead IndexEntry Trailer | PageKind;
     }
 }
 

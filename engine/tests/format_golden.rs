@@ -6,6 +6,8 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod samples;
+#[path = "samples/undo.rs"]
+mod undo_samples;
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -18,6 +20,11 @@ use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::frame::{Frame, FrameHeader, FrameKind};
 use reprotect_engine::format::handshake::{Hello, HelloAck};
 use reprotect_engine::format::message::Message;
+use reprotect_engine::format::undo::frame::{Frame as UndoFrame, FrameHead, UndoCodec};
+use reprotect_engine::format::undo::index::{
+    Trailer, put_fence_page, put_index_page, read_fence_page, read_index_page,
+};
+use reprotect_engine::format::undo::{BlockRange, RunHeader};
 use reprotect_engine::units::SectorRange;
 use samples::{DISK, batch_header, bulk_header};
 
@@ -205,4 +212,58 @@ fn the_state_file_has_the_bytes_it_always_had() {
     let read = DiskState::decode(&golden[0].1).unwrap();
     assert_eq!(read, state);
     assert_eq!(read.disk, DISK);
+}
+
+/// The bytes of a 4 KiB block up to its last that is not zero, so that the golden file stays readable.
+fn without_padding(block: &[u8]) -> Vec<u8> {
+    let used = block.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    block[..used].to_vec()
+}
+
+#[test]
+fn undo_runs_have_the_bytes_they_always_had() {
+    let (header, frames, entries, trailer) = (
+        undo_samples::run_header(),
+        undo_samples::undo_frames(),
+        undo_samples::index_entries(),
+        undo_samples::trailer(),
+    );
+    let mut index = vec![0; 4096];
+    put_index_page(&mut index, header.salt, 0, &entries);
+    let mut fences = vec![0; 4096];
+    put_fence_page(&mut fences, header.salt, 0, &[7, 4096]);
+    let mut sections = vec![("RunHeader".to_owned(), without_padding(&header.to_block()))];
+    sections.extend(frames.iter().map(|(name, bytes)| (format!("frame, {name}"), without_padding(bytes))));
+    sections.extend([
+        ("index page".to_owned(), without_padding(&index)),
+        ("fence page".to_owned(), without_padding(&fences)),
+        ("Trailer".to_owned(), without_padding(&trailer.to_block())),
+    ]);
+    let golden = check("undo_run.txt", &sections, false);
+    let padded = |at: usize| {
+        let mut bytes = golden[at].1.clone();
+        bytes.resize(4096, 0);
+        bytes
+    };
+    let read = RunHeader::from_block(&padded(0)).unwrap();
+    assert_eq!((read.identity(), read.salt), (header.identity(), header.salt));
+    let codecs = [UndoCodec::Zeros, UndoCodec::Zstd, UndoCodec::Lost];
+    for (at, codec) in (1..).zip(codecs) {
+        let bytes = padded(at);
+        let frame = UndoFrame::read(&bytes, header.salt, 8192).unwrap();
+        assert_eq!((frame.head.codec, frame.head.blocks()), (codec, BlockRange::new(7, 7 + at as u64)));
+        assert_eq!(frame.head.whole_bytes(), 4096);
+        assert!(frame.check_stored().is_ok());
+    }
+    let mut plain = vec![0; 2 * 4096];
+    let bytes = padded(2);
+    let zstd = UndoFrame::read(&bytes, header.salt, 8192).unwrap();
+    assert_eq!(zstd.open_into(&mut Decompressor::new().unwrap(), &mut plain).unwrap(), (3, None));
+    assert_eq!(plain, [b'A'; 2 * 4096]);
+    assert_eq!(FrameHead::BYTES, 64);
+    assert_eq!(read_index_page(&padded(4), header.salt, 0, trailer.frames_end).unwrap(), entries);
+    assert_eq!(read_fence_page(&padded(5), header.salt, 0).unwrap(), [7, 4096]);
+    let read = Trailer::from_block(&padded(6), header.salt, trailer.places().file_bytes()).unwrap();
+    assert_eq!(read.places(), trailer.places());
+    assert_eq!((read.blocks, read.span(), read.closed), (trailer.blocks, trailer.span(), trailer.closed));
 }

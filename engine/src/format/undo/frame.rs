@@ -29,7 +29,7 @@ pub const FRAME_BYTES_MAX: u64 = FrameHead::BYTES as u64 + FRAME_BLOCKS_MAX * (4
 const _: () = {
     assert!(FRAME_BYTES_MAX.is_multiple_of(FRAME_ALIGN_BYTES));
     assert!(EMPTY_FRAME_BLOCKS_MAX * BLOCK_BYTES <= crate::limits::ZERO_RECORD_BYTES_MAX);
-    assert!(FrameHead::BYTES as u64 % FRAME_ALIGN_BYTES == 0);
+    assert!((FrameHead::BYTES as u64).is_multiple_of(FRAME_ALIGN_BYTES));
 };
 
 wire_enum! {

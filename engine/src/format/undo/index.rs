@@ -343,7 +343,7 @@ impl Trailer {
             return refuse("salt", trailer.salt, "the run's");
         }
         let (end, frames) = (trailer.frames_end, trailer.frames);
-        if end > RUN_BYTES_MAX || end < FRAMES_START || !end.is_multiple_of(UNDO_ALIGN_BYTES) {
+        if !(FRAMES_START..=RUN_BYTES_MAX).contains(&end) || !end.is_multiple_of(UNDO_ALIGN_BYTES) {
             return refuse("frames_end", end, "a multiple of 4096 in the file");
         }
         if frames > DISK_BLOCKS_MAX {

@@ -9,7 +9,7 @@
 //! | `view` | a disk as it was at a point |
 //! | `rollback` | a disk goes back to a point, and forward again |
 //! | `entry`, `window` | what an entry writes; many of them coalesced |
-//! | `undo_*` | the first before-images of one undo epoch |
+//! | `undo` | the first before-images of one undo epoch |
 //!
 //! Invariants: what [`Journal::commit`] answered for survives a crash; numbers of a disk's entries are contiguous;
 //! a segment is released only when every disk has applied past it, durably (I3), its states are kept elsewhere, and
@@ -24,25 +24,11 @@ pub mod manifest;
 pub mod recovery;
 pub mod rollback;
 pub mod shape;
-mod undo_error;
-mod undo_file;
-mod undo_index;
-mod undo_run;
-mod undo_scan;
-mod undo_seal;
-mod undo_sealed;
-mod undo_write;
+pub mod undo;
+mod undo_rebuild;
+mod undo_verify;
 pub mod view;
 pub mod window;
-
-/// Undo runs: the first before-images of one undo epoch of one disk.
-pub mod undo {
-    pub use super::undo_error::{Hole, UndoError};
-    pub use super::undo_index::RunIndex;
-    pub use super::undo_run::{ActiveRun, Image, ImageData, run_bytes_max};
-    pub use super::undo_sealed::{Found, Place, SealedRun};
-    pub use crate::format::undo::{BlockRange, FRAMES_START, RunHeader, RunIdentity};
-}
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

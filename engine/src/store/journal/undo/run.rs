@@ -10,20 +10,19 @@
 
 use std::path::Path;
 
-use super::undo_error::{Hole, UndoError};
-use super::undo_file::{FrameReader, RunFile};
-use super::undo_index::RunIndex;
-use super::undo_scan::{Extent, Scanner, Step, Wrong};
-use super::undo_seal::IndexWriter;
-use super::undo_sealed::{Found, SealedRun};
-use super::undo_write::{FrameWriter, frames_bytes_max};
-use crate::format::FormatError;
+use super::error::{Hole, UndoError};
+use super::file::{FrameReader, RunFile};
+use super::index::RunIndex;
+use super::rebuild::{Gap, Rebuilt};
+use super::seal::IndexWriter;
+use super::sealed::{Found, SealedRun};
+use super::write::{FrameWriter, frames_bytes_max};
 use crate::format::undo::frame::{EMPTY_FRAME_BLOCKS_MAX, UndoCodec};
 use crate::format::undo::index::{IndexEntry, IndexPlaces};
 use crate::format::undo::{
     BlockRange, FRAMES_START, RUN_BYTES_MAX, RunHeader, RunIdentity, UNDO_ALIGN_BYTES,
 };
-use crate::io::{BlockFile, ByteRange, WriteAt};
+use crate::io::{BlockFile, WriteAt};
 use crate::store::files::Files;
 use crate::units::{BLOCK_BYTES, BlockIndex, Timestamp};
 
@@ -358,7 +357,7 @@ impl ActiveRun {
     }
 }
 
-fn write_header(file: &mut dyn BlockFile, header: &RunHeader) -> Result<(), UndoError> {
+pub(super) fn write_header(file: &mut dyn BlockFile, header: &RunHeader) -> Result<(), UndoError> {
     let block = header.to_block();
     file.write(&[WriteAt { offset: 0, data: &block }, WriteAt { offset: UNDO_ALIGN_BYTES, data: &block }])?;
     Ok(())
@@ -375,81 +374,4 @@ pub fn run_bytes_max(size_sectors: u64) -> u64 {
     IndexPlaces { frames_end: end.next_multiple_of(UNDO_ALIGN_BYTES), frames: blocks }
         .file_bytes()
         .min(RUN_BYTES_MAX)
-}
-
-/// Something before the certain length that is no frame.
-struct Gap {
-    file: ByteRange,
-    blocks: BlockRange,
-    reason: FormatError,
-}
-
-/// What a scan of an active run found.
-struct Rebuilt {
-    index: RunIndex,
-    end: u64,
-    next_number: u64,
-    holes: Vec<Hole>,
-    gaps: Vec<Gap>,
-}
-
-impl Rebuilt {
-    fn scan(run: &mut RunFile, certain: u64) -> Result<Self, UndoError> {
-        let extent = Extent { end: run.file.size_bytes().max(certain), certain, until_index: false };
-        let mut scanner = Scanner::new(extent)?;
-        let mut found = Self {
-            index: RunIndex::new(),
-            end: certain,
-            next_number: 0,
-            holes: Vec::new(),
-            gaps: Vec::new(),
-        };
-        let mut group: Vec<IndexEntry> = Vec::new(); // behind `certain`, until it is whole
-        loop {
-            let before = scanner.next_number();
-            match scanner.step(run)? {
-                Step::Frame { entry, wrong, .. } if entry.offset < certain => {
-                    found.take_certain(entry, wrong)
-                }
-                Step::Frame { entry, wrong, group_left, end } => {
-                    let ascends = group.last().is_none_or(|last| last.blocks().end <= entry.first_block);
-                    if wrong.is_some() || !ascends || !found.index.is_free(entry.blocks()) {
-                        found.next_number = before;
-                        break;
-                    }
-                    group.push(entry);
-                    if group_left == 0 {
-                        group.drain(..).for_each(|entry| found.index.insert(&entry));
-                        found.end = end;
-                    }
-                }
-                Step::Gap { file, blocks, reason } => found.gaps.push(Gap { file, blocks, reason }),
-                Step::End { .. } => {
-                    found.next_number = before;
-                    break;
-                }
-            }
-        }
-        found.next_number -= group.len() as u64; // their numbers are used again
-        Ok(found)
-    }
-
-    /// A frame before the certain length: kept whatever is wrong with its payload, so that its blocks stay captured.
-    fn take_certain(&mut self, entry: IndexEntry, wrong: Option<Wrong>) {
-        let file = ByteRange { start: entry.offset, end: entry.offset + entry.frame_bytes() };
-        if !self.index.is_free(entry.blocks()) {
-            let (field, got) = ("first_block", entry.first_block);
-            let reason = FormatError::Field { what: "Frame", field, got, expected: "blocks captured once" };
-            self.holes.push(Hole { file, lost: Vec::new(), reason });
-            return;
-        }
-        self.index.insert(&entry);
-        match wrong {
-            Some(Wrong::Payload(reason)) => {
-                self.holes.push(Hole { file, lost: vec![entry.blocks()], reason })
-            }
-            Some(Wrong::Padding(reason)) => self.holes.push(Hole { file, lost: Vec::new(), reason }),
-            None => {}
-        }
-    }
 }

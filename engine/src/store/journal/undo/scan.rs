@@ -6,14 +6,19 @@
 //! behind `certain` nothing is skipped: the first thing that does not follow ends the walk there. Units: bytes, blocks.
 //! Called by the runs of this folder.
 
-use super::undo_error::UndoError;
-use super::undo_file::RunFile;
+use super::error::UndoError;
+use super::file::RunFile;
+use crate::checksum::is_zero;
+use crate::compress::Decompressor;
 use crate::format::FormatError;
-use crate::format::undo::frame::{FRAME_ALIGN_BYTES, FRAME_BYTES_MAX, FRAME_MAGIC, Frame, FrameHead};
+use crate::format::undo::frame::{
+    FRAME_ALIGN_BYTES, FRAME_BLOCKS_MAX, FRAME_BYTES_MAX, FRAME_MAGIC, Frame, FrameHead,
+};
 use crate::format::undo::index::{IndexEntry, IndexPlaces, PAGE_BYTES_MAX, PageHead, read_index_page};
 use crate::format::undo::{BlockRange, FRAMES_START, UNDO_ALIGN_BYTES};
 use crate::io::buffer::PoolBuf;
 use crate::io::{BlockFile, ByteRange, ReadAt};
+use crate::units::BLOCK_BYTES;
 
 const WINDOW_BYTES: usize = 1 << 20;
 /// Most bytes one look at the file needs: a frame and the padding behind it, or a page.
@@ -99,16 +104,59 @@ pub(super) enum Step {
 
 /// What is wrong with a frame whose head is sound.
 #[derive(Debug)]
-pub(super) enum Wrong {
-    /// The payload.
-    Payload(FormatError),
-    /// The padding only: nothing is lost.
-    Padding(FormatError),
+pub(super) struct Wrong {
+    /// The blocks that cannot be had; none where only padding is damaged.
+    pub(super) lost: Vec<BlockRange>,
+    /// What is wrong with the first of them.
+    pub(super) reason: FormatError,
+}
+
+/// Judges payloads.
+struct Judge {
+    decompressor: Decompressor,
+    plain: PoolBuf,
+    /// Compressed payloads are decompressed too, which finds what was wrong before it was compressed.
+    deep: bool,
+}
+
+impl Judge {
+    /// What is wrong with a frame's payload or padding.
+    fn judge(&mut self, frame: &Frame<'_>) -> Option<Wrong> {
+        let head = &frame.head;
+        let stored = frame.check_stored();
+        if head.codec.has_payload() && (stored.is_err() || self.deep) {
+            match frame.open_into(&mut self.decompressor, &mut self.plain) {
+                Ok((_, None)) => {}
+                Ok((sound, Some(reason))) => return Some(Wrong { lost: unsound(head, sound), reason }),
+                Err(reason) => return Some(Wrong { lost: vec![head.blocks()], reason }),
+            }
+        }
+        let padding = frame.padding;
+        if padding.len() == usize::from(head.pad_bytes) && is_zero(padding) {
+            return None;
+        }
+        let reason = FormatError::Field { what: "Frame", field: "padding", got: 1, expected: "zeros" };
+        Some(Wrong { lost: Vec::new(), reason })
+    }
+}
+
+/// The runs of blocks whose bit is not set.
+fn unsound(head: &FrameHead, sound: u32) -> Vec<BlockRange> {
+    let blocks = head.blocks();
+    let mut runs: Vec<BlockRange> = Vec::new();
+    for block in (blocks.start..blocks.end).filter(|block| sound & (1 << (block - blocks.start)) == 0) {
+        match runs.last_mut() {
+            Some(last) if last.end == block => last.end += 1,
+            _ => runs.push(BlockRange::new(block, block + 1)),
+        }
+    }
+    runs
 }
 
 /// A walk over the frames of a run.
 pub(super) struct Scanner {
     window: Window,
+    judge: Judge,
     extent: Extent,
     at: u64,
     last: Option<FrameHead>,
@@ -118,7 +166,15 @@ pub(super) struct Scanner {
 
 impl Scanner {
     pub(super) fn new(extent: Extent) -> Result<Self, UndoError> {
-        Ok(Self { window: Window::new()?, extent, at: FRAMES_START, last: None, after_gap: false })
+        let plain = PoolBuf::alone((FRAME_BLOCKS_MAX * BLOCK_BYTES) as usize)?;
+        let judge = Judge { decompressor: Decompressor::new()?, plain, deep: false };
+        Ok(Self { window: Window::new()?, judge, extent, at: FRAMES_START, last: None, after_gap: false })
+    }
+
+    /// The same walk, with every payload decompressed.
+    pub(super) fn deep(mut self) -> Self {
+        self.judge.deep = true;
+        self
     }
 
     /// A number above that of every frame there was.
@@ -150,7 +206,6 @@ impl Scanner {
     }
 
     /// The frame at `at`, where it follows the last one.
-    #[expect(clippy::type_complexity, reason = "an I/O error and a frame that is none are different things")]
     fn frame_at(
         &mut self,
         run: &mut RunFile,
@@ -182,7 +237,7 @@ impl Scanner {
             let (field, got) = ("number", head.number);
             return Ok(Err(FormatError::Field { what: "Frame", field, got, expected: "the next frame" }));
         }
-        let wrong = frame.check_stored().map_err(Wrong::Payload).and_then(|()| check_padding(&frame));
+        let wrong = self.judge.judge(&frame);
         let entry = IndexEntry {
             first_block: head.first_block,
             offset: at,
@@ -191,7 +246,7 @@ impl Scanner {
             codec: head.codec,
         };
         let end = at + head.whole_bytes();
-        Ok(Ok((Step::Frame { entry, group_left: head.group_left, end, wrong: wrong.err() }, head)))
+        Ok(Ok((Step::Frame { entry, group_left: head.group_left, end, wrong }, head)))
     }
 
     /// Looks for the next frame (or the index) behind something that is none.
@@ -235,14 +290,6 @@ impl Scanner {
         let page = bytes.get(..page.bytes).unwrap_or_default();
         Ok(read_index_page(page, run.header.salt, 0, at).is_ok())
     }
-}
-
-fn check_padding(frame: &Frame<'_>) -> Result<(), Wrong> {
-    if frame.padding.len() == usize::from(frame.head.pad_bytes) && crate::checksum::is_zero(frame.padding) {
-        return Ok(());
-    }
-    let (what, field) = ("Frame", "padding");
-    Err(Wrong::Padding(FormatError::Field { what, field, got: 1, expected: "zeros" }))
 }
 
 /// Whether `next` is the frame that was written after `last`.
@@ -301,22 +348,20 @@ mod tests {
     #[test]
     fn a_gap_is_as_narrow_as_its_neighbours_prove() {
         let disk = BlockRange::new(0, 1000);
-        let gap = |before: Option<FrameHead>, after| gap_blocks(before.as_ref(), after, disk);
+        let gap = |before: Option<FrameHead>, after: Option<FrameHead>| {
+            gap_blocks(before.as_ref(), after.as_ref(), disk)
+        };
         let before = Some(head(4, 50, 1, 3)); // numbers 3 to 7 are one group
-        assert_eq!(gap(before, Some(&head(6, 90, 3, 1))), BlockRange::new(52, 90), "inside one group");
-        assert_eq!(gap(before, Some(&head(8, 7, 0, 2))), BlockRange::new(52, 1000), "the end of a group");
-        assert_eq!(gap(before, Some(&head(9, 7, 1, 2))), disk, "the end of one and the front of another");
-        assert_eq!(gap(before, Some(&head(20, 7, 0, 2))), disk, "whole groups");
+        assert_eq!(gap(before, Some(head(6, 90, 3, 1))), BlockRange::new(52, 90), "inside one group");
+        assert_eq!(gap(before, Some(head(8, 7, 0, 2))), BlockRange::new(52, 1000), "the end of a group");
+        assert_eq!(gap(before, Some(head(9, 7, 1, 2))), disk, "the end of one and the front of another");
+        assert_eq!(gap(before, Some(head(20, 7, 0, 2))), disk, "whole groups");
         assert_eq!(gap(before, None), disk);
         let whole = Some(head(7, 80, 4, 0));
-        assert_eq!(gap(whole, Some(&head(9, 33, 1, 2))), BlockRange::new(0, 33), "the front of a group");
-        assert_eq!(gap(whole, Some(&head(30, 33, 1, 2))), disk);
-        assert_eq!(
-            gap(None, Some(&head(2, 33, 2, 2))),
-            BlockRange::new(0, 33),
-            "the first frames of the run"
-        );
-        assert_eq!(gap(None, Some(&head(2, 33, 1, 2))), disk);
+        assert_eq!(gap(whole, Some(head(9, 33, 1, 2))), BlockRange::new(0, 33), "the front of a group");
+        assert_eq!(gap(whole, Some(head(30, 33, 1, 2))), disk);
+        assert_eq!(gap(None, Some(head(2, 33, 2, 2))), BlockRange::new(0, 33), "the first frames of the run");
+        assert_eq!(gap(None, Some(head(2, 33, 1, 2))), disk);
     }
 
     #[test]

@@ -40,8 +40,8 @@ impl Packed {
     fn new(entry: &IndexEntry) -> Self {
         let count = u64::from(entry.block_count);
         Self {
-            key: entry.first_block << FIRST_SHIFT | count << COUNT_SHIFT | entry.codec as u64,
-            place: entry.offset / FRAME_ALIGN_BYTES << 16 | u64::from(entry.frame_units),
+            key: (entry.first_block << FIRST_SHIFT) | (count << COUNT_SHIFT) | entry.codec as u64,
+            place: ((entry.offset / FRAME_ALIGN_BYTES) << 16) | u64::from(entry.frame_units),
         }
     }
 
@@ -50,7 +50,7 @@ impl Packed {
     }
 
     const fn end(self) -> u64 {
-        self.start() + (self.key >> COUNT_SHIFT & COUNT_MASK)
+        self.start() + ((self.key >> COUNT_SHIFT) & COUNT_MASK)
     }
 
     fn entry(self) -> IndexEntry {
@@ -63,7 +63,7 @@ impl Packed {
         IndexEntry {
             first_block: self.start(),
             offset: (self.place >> 16) * FRAME_ALIGN_BYTES,
-            block_count: (self.key >> COUNT_SHIFT & COUNT_MASK) as u32,
+            block_count: ((self.key >> COUNT_SHIFT) & COUNT_MASK) as u32,
             frame_units: self.place as u16,
             codec,
         }

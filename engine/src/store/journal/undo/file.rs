@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::undo_error::{Hole, UndoError};
+use super::error::{Hole, UndoError};
 use crate::compress::Decompressor;
 use crate::format::FormatError;
 use crate::format::undo::frame::{FRAME_BLOCKS_MAX, FRAME_BYTES_MAX, Frame, UndoCodec};
@@ -53,7 +53,10 @@ impl RunFile {
     }
 }
 
-fn read_header(file: &mut dyn BlockFile, path: &Path) -> Result<(RunHeader, Vec<Hole>), UndoError> {
+pub(super) fn read_header(
+    file: &mut dyn BlockFile,
+    path: &Path,
+) -> Result<(RunHeader, Vec<Hole>), UndoError> {
     let mut bytes = PoolBuf::alone(FRAMES_START as usize)?;
     let there = file.size_bytes().min(FRAMES_START) as usize; // a file of three bytes is no run, and no I/O error
     bytes.set_len(there);

@@ -5,7 +5,7 @@
 //! because nobody refers to the file before it is finished. Nothing is durable before the owner flushes. Units: bytes.
 //! Called when a run is sealed or merged.
 
-use super::undo_error::UndoError;
+use super::error::UndoError;
 use crate::format::undo::frame::UndoCodec;
 use crate::format::undo::index::{
     IndexEntry, IndexPlaces, PAGE_BYTES_MAX, PAGE_ENTRIES, PAGE_FENCES, TRAILER_MAGIC, Trailer,

@@ -5,7 +5,7 @@
 //! knows nothing of durability: its owner flushes. After an error it must not be used again, since what reached the
 //! medium is unknown. Units: bytes and blocks. Called by the runs of this folder.
 
-use super::undo_error::UndoError;
+use super::error::UndoError;
 use crate::checksum::{crc32, is_zero};
 use crate::compress::{Compressor, LEVEL_DEFAULT};
 use crate::format::undo::frame::{
