@@ -12,6 +12,7 @@ pub mod extent;
 pub mod frame;
 pub mod handshake;
 pub mod message;
+pub mod nbd;
 pub mod vmdk;
 pub mod wire;
 

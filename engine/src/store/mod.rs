@@ -2,5 +2,6 @@
 pub mod files;
 pub mod fingerprint;
 pub mod identity;
+pub mod overlay;
 pub mod target;
 pub mod vmdk;
