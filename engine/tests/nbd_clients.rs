@@ -12,7 +12,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use nbd::{Running, SIZE, certificates, disk, export, overlay};
+use nbd::{Running, SIZE, certificates, disk, export, file_overlay, overlay};
 use reprotect_engine::io::memory::MemoryFile;
 use reprotect_engine::io::{BlockFile, ReadAt};
 use reprotect_engine::net::nbd::Settings;
@@ -239,6 +239,45 @@ fn an_overlay_takes_what_qemu_writes_and_the_base_stays() {
     run("nbdcopy", &[&"--connections=4", &uri, &copy]);
     assert!(std::fs::read(copy).unwrap() == other);
     assert!(content(&base) == before, "the base was written");
+    assert_eq!(running.stop(), 0);
+}
+
+#[test]
+fn an_overlay_of_real_files_is_read_and_written_over_four_connections() {
+    if !installed(&["qemu-io", "qemu-img", "nbdcopy"]) {
+        return;
+    }
+    let lab = Lab::new();
+    let ((_, mut plain), (_, other)) = (disk(SIZE, 20), disk(SIZE, 21));
+    let base = lab.file("base.raw", &plain);
+    let scratch = lab.file("scratch.raw", &[]);
+    std::fs::File::options().write(true).open(&scratch).unwrap().set_len(SIZE).unwrap();
+    let running = Running::start(&lab.address, vec![file_overlay("", &base, &scratch)], Settings::default());
+    let uri = lab.uri("");
+    let commands: Vec<String> = (0..40_usize)
+        .map(|step| {
+            let (at, len) = (step * 1_200_007 % (SIZE as usize - 90_000), 1 + step * 7919 % 80_000);
+            plain[at..at + len].fill(step as u8);
+            format!("write -P {step} {at} {len}")
+        })
+        .collect();
+    let mut args: Vec<&dyn AsRef<OsStr>> = vec![&"-f", &"raw"];
+    for command in &commands {
+        args.push(&"-c");
+        args.push(command);
+    }
+    args.push(&uri);
+    run("qemu-io", &args);
+    let expected = lab.file("expected.raw", &plain);
+    let compare = run("qemu-img", &[&"compare", &"-f", &"raw", &"-F", &"raw", &uri, &expected]);
+    assert!(compare.contains("identical"), "{compare}");
+    let source = lab.file("other.raw", &other);
+    run("nbdcopy", &[&"--connections=4", &"--flush", &source, &uri]);
+    let copy = lab.dir.path().join("copy.raw");
+    run("nbdcopy", &[&"--connections=4", &uri, &copy]);
+    assert!(std::fs::read(copy).unwrap() == other);
+    let (_, before) = disk(SIZE, 20);
+    assert!(std::fs::read(base).unwrap() == before, "the base was written");
     assert_eq!(running.stop(), 0);
 }
 

@@ -151,7 +151,7 @@ fn the_old_way_to_choose_an_export_works_with_and_without_zeros() {
     }
     let mut client = lab.client();
     client.write(&OptionRequest::ExportName("nothing".to_owned()).encode());
-    assert!(client.is_hung_up());
+    client.expect_hang_up();
     assert_eq!(lab.stop(), 0);
 }
 
@@ -178,7 +178,7 @@ fn with_tls_nothing_is_told_before_it() {
         assert!(!String::from_utf8_lossy(&replies[0].data).contains("secret"));
     }
     client.write(&OptionRequest::ExportName("secret".to_owned()).encode());
-    assert!(client.is_hung_up());
+    client.expect_hang_up();
     // Whoever puts plain requests behind STARTTLS gets no answer to them.
     let mut client = lab.client();
     let list = OptionRequest::List.encode();
@@ -217,6 +217,34 @@ fn reads_come_in_chunks_of_data_and_holes_unless_asked_otherwise() {
 }
 
 #[test]
+fn an_allocation_map_covers_its_request_or_stops_at_the_first_extent() {
+    let (file, _) = disk(SIZE, 16);
+    let lab = Lab::serving(&file, false);
+    let mut client = lab.client();
+    client.enter("disk");
+    let all = ByteRange { start: 0, end: SIZE };
+    let expected = file.clone_handle().allocated(all).unwrap();
+    client.send(&request(Command::BlockStatus, 1, 0, SIZE as u32), &[]);
+    let Chunk::Status(map) = client.chunk() else { panic!("a map") };
+    let (mut at, mut data) = (0, Vec::new());
+    for (length, flags) in &map {
+        let end = at + u64::from(*length);
+        if *flags == 0 {
+            data.push(ByteRange { start: at, end });
+        }
+        at = end;
+    }
+    assert_eq!((at, data), (SIZE, expected));
+    let first_data = map.iter().position(|(_, flags)| *flags == 0).unwrap();
+    let place: u64 = map[..first_data].iter().map(|(length, _)| u64::from(*length)).sum();
+    let mut one = request(Command::BlockStatus, 2, place, (SIZE - place) as u32);
+    one.flags = command_flags::REQ_ONE;
+    client.send(&one, &[]);
+    assert_eq!(client.chunk(), Chunk::Status(vec![map[first_data]]));
+    assert_eq!(lab.stop(), 0);
+}
+
+#[test]
 fn a_refused_request_leaves_the_stream_in_step() {
     let (file, _) = disk(SIZE, 6);
     let lab = Lab::serving(&file, false);
@@ -246,7 +274,7 @@ fn a_refused_request_leaves_the_stream_in_step() {
         let done = if structured { client.chunks() == [Chunk::Done] } else { client.simple().error == 0 };
         assert!(done, "a flush of nothing succeeds");
         client.send(&request(Command::Disconnect, 9, 0, 0), &[]);
-        assert!(client.is_hung_up());
+        client.expect_hang_up();
     }
     assert_eq!(lab.stop(), 0);
 }
@@ -459,7 +487,7 @@ fn a_client_that_takes_no_answers_is_held_to_its_bound() {
     assert!(begun <= bound + 1, "{begun} reads of 8 MiB began");
     drop(client);
     other.send(&request(Command::Disconnect, 0, 0, 0), &[]);
-    assert!(other.is_hung_up());
+    other.expect_hang_up();
     lab.stop();
 }
 
@@ -483,14 +511,14 @@ fn garbage_half_open_and_surplus_clients_harm_nobody() {
     ] {
         let mut client = Client::silent(lab.running.address());
         let _ = client.stream.write_all(&garbage);
-        assert!(client.is_hung_up(), "{garbage:?}");
+        client.expect_hang_up();
         check("garbage in the handshake");
     }
     for bad in [vec![0x55; 28], request(Command::Write, 1, 0, PAYLOAD_BYTES_MAX + 1).to_bytes().to_vec()] {
         let mut client = lab.client();
         client.enter("disk");
         client.write(&bad);
-        assert!(client.is_hung_up());
+        client.expect_hang_up();
         check("garbage in a request");
     }
     // Half-open: nothing said, half an option, half a write; the first two are dropped in time.
@@ -498,7 +526,7 @@ fn garbage_half_open_and_surplus_clients_harm_nobody() {
     let mut stuck = lab.client();
     stuck.write(b"IHAVE");
     for mut slow in [silent, stuck] {
-        assert!(slow.is_hung_up());
+        slow.expect_hang_up();
     }
     let mut half = lab.client();
     half.enter("disk");
@@ -510,8 +538,8 @@ fn garbage_half_open_and_surplus_clients_harm_nobody() {
     lab.wait_for_connections(1);
     let crowd: Vec<Client> = (0..3).map(|_| lab.client()).collect();
     let mut surplus = Client::silent(lab.running.address());
-    assert!(surplus.is_hung_up());
-    assert_eq!(surplus.greeting_seen(), 0, "hung up on before a word");
+    surplus.expect_hang_up();
+    assert_eq!(surplus.heard, 0, "hung up on before a word");
     drop(crowd);
     lab.wait_for_connections(1);
     lab.client().enter("disk");
@@ -552,13 +580,15 @@ fn a_stop_answers_what_is_under_way_and_refuses_what_comes_later() {
     assert_eq!(starts.recv().unwrap(), 0);
     let address = lab.running.address().clone();
     let stopping = std::thread::spawn(move || lab.stop());
-    assert!(idle.is_hung_up() && negotiating.is_hung_up(), "nothing is owed to them");
+    // Nothing is owed to these.
+    idle.expect_hang_up();
+    negotiating.expect_hang_up();
     client.send(&request(Command::Write, 2, 0, 512), &[1; 512]);
     let refused = client.chunk();
     assert_eq!(refused.error(), Some(ESHUTDOWN));
     drop(hold);
     assert_eq!(client.chunk(), Chunk::Data(0, plain[..512].to_vec()));
-    assert!(client.is_hung_up());
+    client.expect_hang_up();
     assert_eq!(stopping.join().unwrap(), 0);
     assert_eq!(gate.open_files.load(Ordering::SeqCst), 0);
     let Address::Unix(path) = address else { panic!("a Unix socket") };
@@ -578,7 +608,7 @@ fn a_stop_that_waits_in_vain_cuts_the_connection_and_says_so() {
     client.send(&request(Command::Read, 1, 0, 512), &[]);
     assert_eq!(starts.recv().unwrap(), 0);
     assert_eq!(lab.stop(), 1, "its disk is still at work");
-    assert!(client.is_hung_up());
+    client.expect_hang_up();
     drop(hold);
 }
 

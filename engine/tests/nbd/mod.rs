@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use reprotect_engine::io::memory::MemoryFile;
-use reprotect_engine::io::{BlockFile, WriteAt};
+use reprotect_engine::io::{BlockFile, OpenOptions, WriteAt, open};
 use reprotect_engine::net::nbd::listen::Address;
 use reprotect_engine::net::nbd::{Export, ExportBy, Server, Settings};
 use reprotect_engine::store::overlay::{Overlay, OverlayState};
@@ -67,6 +67,18 @@ pub(crate) fn overlay(name: &str, base: &MemoryFile, scratch: &MemoryFile) -> Ar
     Arc::new(ExportBy::new(name, size, true, move || {
         let (base, scratch) = (Box::new(base.clone_handle()), Box::new(scratch.clone_handle()));
         Ok(Box::new(Overlay::new(&state, base, scratch)?))
+    }))
+}
+
+/// As [`overlay`], over files, with the backend this host has for them.
+pub(crate) fn file_overlay(name: &str, base: &Path, scratch: &Path) -> Arc<dyn Export> {
+    let (base, scratch) = (base.to_owned(), scratch.to_owned());
+    let shared = OpenOptions { write: true, ..OpenOptions::default() };
+    let size = std::fs::metadata(&base).unwrap().len();
+    let state = OverlayState::new("overlay", size, open(&scratch, &shared).unwrap()).unwrap();
+    Arc::new(ExportBy::new(name, size, true, move || {
+        let of_base = open(&base, &OpenOptions::reading())?;
+        Ok(Box::new(Overlay::new(&state, of_base, open(&scratch, &OpenOptions::reading())?)?))
     }))
 }
 

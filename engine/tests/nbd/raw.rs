@@ -34,6 +34,8 @@ pub(crate) enum Chunk {
     Data(u64, Vec<u8>),
     /// Place and length.
     Hole((u64, u32)),
+    /// Lengths and flags.
+    Status(Vec<(u32, u32)>),
     Error(u32),
     Other(u16),
 }
@@ -44,6 +46,7 @@ impl std::fmt::Debug for Chunk {
             Self::Done => f.write_str("Done"),
             Self::Data(at, data) => write!(f, "Data({at}, {} bytes)", data.len()),
             Self::Hole(hole) => write!(f, "Hole({hole:?})"),
+            Self::Status(map) => write!(f, "Status({map:?})"),
             Self::Error(code) => write!(f, "Error({code})"),
             Self::Other(kind) => write!(f, "Other({kind})"),
         }
@@ -81,7 +84,8 @@ pub(crate) struct Client {
     pub(crate) stream: UnixStream,
     /// Flags of the export, once it was chosen by `go`.
     pub(crate) option_flags: u16,
-    heard: usize,
+    /// Bytes heard so far.
+    pub(crate) heard: usize,
 }
 
 impl Client {
@@ -141,15 +145,9 @@ impl Client {
         rest
     }
 
-    /// Reads away what comes until the server hangs up, which it must.
-    pub(crate) fn is_hung_up(&mut self) -> bool {
+    /// Reads away what comes until the server hangs up; fails when it does not.
+    pub(crate) fn expect_hang_up(&mut self) {
         self.read_to_end();
-        true
-    }
-
-    /// Bytes heard so far.
-    pub(crate) fn greeting_seen(&self) -> usize {
-        self.heard
     }
 
     /// Sends an option; its answers, the final one last.
@@ -222,6 +220,15 @@ impl Client {
             0 => Chunk::Done,
             1 => Chunk::Data(place(), payload[8..].to_vec()),
             2 => Chunk::Hole((place(), u32::from_be_bytes(payload[8..].try_into().unwrap()))),
+            5 => Chunk::Status(
+                payload[4..]
+                    .chunks_exact(8)
+                    .map(|pair| {
+                        let number = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().unwrap());
+                        (number(&pair[..4]), number(&pair[4..]))
+                    })
+                    .collect(),
+            ),
             0x8001 => Chunk::Error(u32::from_be_bytes(payload[..4].try_into().unwrap())),
             other => Chunk::Other(other),
         };

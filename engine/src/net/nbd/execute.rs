@@ -14,7 +14,7 @@ use crate::io::{BlockError, BlockFile, ByteRange, ReadAt, WriteAt, push_range};
 /// Shorter reads are not looked up in the allocation map: the look-up costs as much as it could save.
 const HOLE_SEARCH_BYTES_MIN: u64 = 64 << 10;
 /// Extents in one allocation map; the client asks again from where it ends.
-pub(super) const EXTENTS_MAX: usize = 4096;
+const EXTENTS_MAX: usize = 4096;
 /// The file is asked for its map in windows of this length, so that a fragmented disk costs no more memory.
 const MAP_WINDOW_BYTES: u64 = 64 << 20;
 /// Zeros that must take their space are written in pieces of this length.
@@ -208,4 +208,151 @@ pub(super) fn explain(error: &BlockError) -> (ErrorCode, String) {
         _ => ErrorCode::Io,
     };
     (code, error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::format::nbd::ALLOCATION_CONTEXT_ID;
+    use crate::io::BlockOp;
+
+    /// A disk whose map says whatever the test likes. Byte `at` of it is `pattern(at)` where the map admits data.
+    struct Odd {
+        size: u64,
+        map: Option<Vec<ByteRange>>,
+        /// Longest range it was asked to map.
+        asked: u64,
+    }
+
+    fn pattern(at: u64) -> u8 {
+        (at % 255) as u8 + 1
+    }
+
+    impl BlockFile for Odd {
+        fn size_bytes(&self) -> u64 {
+            self.size
+        }
+        fn read(&mut self, reads: &mut [ReadAt<'_>]) -> Result<(), BlockError> {
+            for read in reads {
+                for (at, byte) in (read.offset..).zip(read.data.iter_mut()) {
+                    *byte = pattern(at);
+                }
+            }
+            Ok(())
+        }
+        fn write(&mut self, _: &[WriteAt<'_>]) -> Result<(), BlockError> {
+            Ok(())
+        }
+        fn zero(&mut self, _: ByteRange) -> Result<(), BlockError> {
+            Ok(())
+        }
+        fn flush(&mut self) -> Result<(), BlockError> {
+            Ok(())
+        }
+        fn allocated(&mut self, range: ByteRange) -> Result<Vec<ByteRange>, BlockError> {
+            self.asked = self.asked.max(range.len());
+            let source = std::io::Error::other("no map");
+            let none = || BlockError { name: "odd".into(), op: BlockOp::Map, offset: 0, len: 0, source };
+            let map = self.map.as_ref().ok_or_else(none)?;
+            // Coarse: pieces are not cut to the range.
+            Ok(map
+                .iter()
+                .copied()
+                .filter(|piece| piece.start < range.end && piece.end > range.start)
+                .collect())
+        }
+    }
+
+    fn be32(bytes: &[u8]) -> u32 {
+        u32::from_be_bytes(bytes.try_into().expect("four bytes"))
+    }
+
+    /// Length and flags of every extent of a reply.
+    fn extents(frames: &[Bytes]) -> Vec<(u64, u32)> {
+        let payload = &frames.concat()[reply::CHUNK_BYTES..];
+        assert_eq!(be32(&payload[..4]), ALLOCATION_CONTEXT_ID);
+        payload[4..].chunks_exact(8).map(|pair| (be32(&pair[..4]).into(), be32(&pair[4..]))).collect()
+    }
+
+    const SIZE: u64 = 200 << 20;
+
+    proptest! {
+        #[test]
+        fn a_map_covers_its_request_whatever_the_file_says(
+            cuts in proptest::collection::btree_set(0..SIZE, 0..20), start in 0..SIZE, length in 1..SIZE,
+        ) {
+            let cuts: Vec<u64> = cuts.into_iter().collect();
+            let map: Vec<ByteRange> = cuts
+                .as_chunks::<2>().0.iter().map(|[start, end]| ByteRange { start: *start, end: *end }).collect();
+            let range = ByteRange { start, end: (start + length).min(SIZE) };
+            let mut file = Odd { size: SIZE, map: Some(map.clone()), asked: 0 };
+            let said = extents(&status(&mut file, 1, range, false).expect("no fault"));
+            prop_assert!(said.windows(2).all(|pair| pair[0].1 != pair[1].1), "neighbours differ: {said:?}");
+            let mut at = range.start;
+            for (length, flags) in &said {
+                let extent = ByteRange { start: at, end: at + length };
+                let is_data = |place: u64| map.iter().any(|piece| piece.start <= place && place < piece.end);
+                prop_assert!(!extent.is_empty());
+                for place in [extent.start, extent.start.midpoint(extent.end), extent.end - 1] {
+                    prop_assert_eq!(is_data(place), *flags == 0, "{} of {:?}", place, &said);
+                }
+                at = extent.end;
+            }
+            prop_assert_eq!(at, range.end);
+            prop_assert!(file.asked <= MAP_WINDOW_BYTES);
+            let first = extents(&status(&mut file, 1, range, true).expect("no fault"));
+            prop_assert_eq!(first, [said[0]]);
+        }
+
+        #[test]
+        fn a_read_tells_each_byte_once_whatever_the_file_says(
+            cuts in proptest::collection::btree_set(0..400_000_u64, 0..20), start in 0..300_000_u64,
+            length in 1..300_000_u64, whole in any::<bool>(), has_map in any::<bool>(),
+        ) {
+            let cuts: Vec<u64> = cuts.into_iter().collect();
+            let map: Vec<ByteRange> = cuts
+                .as_chunks::<2>().0.iter().map(|[start, end]| ByteRange { start: *start, end: *end }).collect();
+            let range = ByteRange { start, end: start + length };
+            let mut file = Odd { size: SIZE, map: has_map.then(|| map.clone()), asked: 0 };
+            let looked_up = has_map && length >= HOLE_SEARCH_BYTES_MIN;
+            let expected: Vec<u8> = (range.start..range.end)
+                .map(|at| {
+                    let hole = looked_up && !map.iter().any(|piece| piece.start <= at && at < piece.end);
+                    if hole { 0 } else { pattern(at) }
+                })
+                .collect();
+            let simple = read(&mut file, 1, range, false, false).expect("no fault").concat();
+            prop_assert!(simple[reply::SIMPLE_BYTES..] == expected);
+            let frames = read(&mut file, 1, range, whole, true).expect("no fault").concat();
+            let (mut told, mut rest, mut chunks) = (Vec::new(), frames.as_slice(), 0);
+            while !rest.is_empty() {
+                let payload_bytes = be32(&rest[16..20]) as usize;
+                let (chunk, after) = rest.split_at(reply::CHUNK_BYTES + payload_bytes);
+                let last = chunk[5] == 1;
+                prop_assert_eq!(last, after.is_empty());
+                let place = u64::from_be_bytes(chunk[20..28].try_into().expect("eight bytes"));
+                prop_assert_eq!(place, range.start + told.len() as u64);
+                match chunk[7] {
+                    1 => told.extend_from_slice(&chunk[28..]),
+                    2 => told.resize(told.len() + be32(&chunk[28..32]) as usize, 0),
+                    other => prop_assert!(false, "chunk of kind {other}"),
+                }
+                (rest, chunks) = (after, chunks + 1);
+            }
+            prop_assert!(told == expected);
+            prop_assert!(!whole || chunks == 1);
+        }
+    }
+
+    #[test]
+    fn a_fragmented_disk_is_mapped_as_far_as_one_reply_goes() {
+        let map = (0..10_000_u64).map(|at| ByteRange { start: at * 8192, end: at * 8192 + 4096 }).collect();
+        let mut file = Odd { size: SIZE, map: Some(map), asked: 0 };
+        let range = ByteRange { start: 0, end: SIZE };
+        let said = extents(&status(&mut file, 1, range, false).expect("no fault"));
+        assert_eq!(said.len(), EXTENTS_MAX);
+        assert!(said.iter().all(|(length, _)| *length == 4096), "also the last one is whole");
+    }
 }
