@@ -494,8 +494,7 @@ fn a_client_that_takes_no_answers_is_held_to_its_bound() {
 #[test]
 fn garbage_half_open_and_surplus_clients_harm_nobody() {
     let (file, plain) = disk(SIZE, 11);
-    let settings =
-        Settings { connections_max: 4, handshake: Duration::from_millis(300), ..Settings::default() };
+    let settings = Settings { connections_max: 4, ..Settings::default() };
     let lab = Lab::new(vec![export("disk", &file, true)], settings);
     let mut honest = lab.client();
     honest.enter("disk");
@@ -521,13 +520,6 @@ fn garbage_half_open_and_surplus_clients_harm_nobody() {
         client.expect_hang_up();
         check("garbage in a request");
     }
-    // Half-open: nothing said, half an option, half a write; the first two are dropped in time.
-    let silent = Client::silent(lab.running.address());
-    let mut stuck = lab.client();
-    stuck.write(b"IHAVE");
-    for mut slow in [silent, stuck] {
-        slow.expect_hang_up();
-    }
     let mut half = lab.client();
     half.enter("disk");
     half.write(&request(Command::Write, 1, 0, 4096).to_bytes());
@@ -547,6 +539,23 @@ fn garbage_half_open_and_surplus_clients_harm_nobody() {
     let mut first = vec![0; 4096];
     file.clone_handle().read(&mut [ReadAt { offset: 0, data: &mut first }]).unwrap();
     assert!(first == plain[..4096], "half a write changed nothing");
+    assert_eq!(lab.stop(), 0);
+}
+
+#[test]
+fn a_client_that_does_not_finish_its_handshake_is_dropped_in_time() {
+    let (file, _) = disk(1 << 20, 17);
+    let settings = Settings { handshake: Duration::from_millis(100), ..Settings::default() };
+    let lab = Lab::new(vec![export("disk", &file, false)], settings);
+    let flags = 3_u32.to_be_bytes();
+    let half_an_option = [flags.as_slice(), b"IHAVE"].concat();
+    let without_its_data = [flags.as_slice(), &OptionRequest::Go(query("disk")).encode()[..20]].concat();
+    for said in [b"".as_slice(), &flags[..2], &half_an_option, &without_its_data] {
+        let mut client = Client::silent(lab.running.address());
+        let _ = client.stream.write_all(said); // it may be dropped already
+        client.expect_hang_up();
+    }
+    lab.wait_for_connections(0);
     assert_eq!(lab.stop(), 0);
 }
 
