@@ -328,6 +328,11 @@ fn tls_lets_certified_clients_in_and_nobody_else() {
     let told = String::from_utf8_lossy(&list.stdout).into_owned();
     assert!(!list.status.success() && !told.contains("disk"), "names without TLS: {told}");
     assert_eq!(running.stop(), 0);
+    // A configuration that asks for no certificate lets nobody in.
+    let careless = Settings { tls: Some(certificates.careless.clone()), ..Settings::default() };
+    let running = Running::start(&lab.address, vec![export("disk", &file, false)], careless);
+    assert!(!try_run("nbdinfo", &[&"--json", &with(&certificates.dir)]).status.success());
+    assert_eq!(running.stop(), 0);
     // The same over TCP, where the name in the certificate counts.
     let running = Running::start(&Address::loopback(0), vec![export("disk", &file, false)], settings());
     let Address::Tcp(address) = running.address() else { panic!("a TCP address") };

@@ -115,6 +115,8 @@ impl Running {
 pub(crate) struct Certificates {
     pub(crate) dir: PathBuf,
     pub(crate) server: Arc<rustls::ServerConfig>,
+    /// The same server, careless: it asks nobody for a certificate.
+    pub(crate) careless: Arc<rustls::ServerConfig>,
 }
 
 /// Makes a CA, a server called `localhost` and a client under `dir`; and `dir/stranger`, a client of another CA.
@@ -133,13 +135,15 @@ pub(crate) fn certificates(dir: &Path) -> Certificates {
             .unwrap();
     let chain = vec![CertificateDer::from(server.der().to_vec())];
     let key = PrivatePkcs8KeyDer::from(server_key.serialize_der());
-    let config = rustls::ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(chain, key.into())
-        .unwrap();
-    Certificates { dir: dir.to_owned(), server: Arc::new(config) }
+    let builder = || {
+        rustls::ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+    };
+    let careless =
+        builder().with_no_client_auth().with_single_cert(chain.clone(), key.clone_key().into()).unwrap();
+    let server = builder().with_client_cert_verifier(verifier).with_single_cert(chain, key.into()).unwrap();
+    Certificates { dir: dir.to_owned(), server: Arc::new(server), careless: Arc::new(careless) }
 }
 
 fn authority() -> (rcgen::Certificate, Issuer<'static, KeyPair>) {

@@ -42,6 +42,8 @@ enum Ended {
     Garbage(#[from] FormatError),
     #[error("the client sent a write of {0} bytes, more than it was told is possible")]
     TooLong(u32),
+    #[error("the client showed no certificate; make the TLS configuration demand one")]
+    Nameless,
     #[error("the handshake took too long")]
     Slow,
     #[error("its answers were not taken in time")]
@@ -75,6 +77,9 @@ where
             let acceptor = TlsAcceptor::from(Arc::clone(tls));
             let (mut stream, outcome) = timeout_at(deadline, async {
                 let mut stream = acceptor.accept(stream).await?;
+                if stream.get_ref().1.peer_certificates().is_none_or(<[_]>::is_empty) {
+                    return Err(Ended::Nameless);
+                }
                 let negotiation = Negotiation::new(&context.exports, Tls::Established, flags.no_zeroes);
                 let outcome = negotiate(&mut stream, context, negotiation).await?;
                 Ok::<_, Ended>((stream, outcome))
@@ -214,8 +219,12 @@ where
             drop(sending);
             return Ok(());
         }
-        timeout(grace, sending).await.map_err(|_| Ended::NotRead)??;
-        Ok(())
+        match timeout(grace, sending).await {
+            Err(_) => Err(Ended::NotRead),
+            // A client may leave without waiting for what it is owed.
+            Ok(Err(error)) => Ok(tracing::debug!(%error, "NBD client left before its answers")),
+            Ok(Ok(())) => Ok(()),
+        }
     };
     let (sent, finished) = tokio::join!(sent, pool.finish(grace));
     received.and(sent).and(if finished { Ok(()) } else { Err(Ended::DiskBusy) })

@@ -90,7 +90,7 @@ impl<F: Fn() -> Result<Box<dyn BlockFile>, BlockError> + Send + Sync> Export for
     }
 }
 
-/// Bounds of a server. Memory is at most `connections_max × (bytes_in_flight_max + requests_max × 32 KiB)`.
+/// Bounds of a server. Each connection costs at most `bytes_in_flight_max` and some 1 MiB per worker.
 #[derive(Clone)]
 pub struct Settings {
     /// Clients at a time; one more is hung up on.
@@ -106,7 +106,8 @@ pub struct Settings {
     pub handshake: Duration,
     /// Answers still owed to a client that said good-bye, or when the server stops, get this long.
     pub grace: Duration,
-    /// TLS, which clients must then use; who may connect is decided by its verifier of client certificates.
+    /// TLS, which clients must then use; who may connect is decided by its verifier of client certificates. A client
+    /// that shows none is hung up on, whatever the configuration says: a disk is served.
     pub tls: Option<Arc<rustls::ServerConfig>>,
 }
 
