@@ -14,6 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
+use super::execute::HoleSearch;
 use super::{Export, execute};
 use crate::format::nbd::request::{Allowed, Work};
 use crate::format::nbd::{ErrorCode, reply};
@@ -173,11 +174,12 @@ fn open(export: &dyn Export) -> Result<Box<dyn BlockFile>, BlockError> {
 
 /// Takes jobs until there will be no more.
 fn run(file: &mut dyn BlockFile, queue: &Mutex<Receiver<Job>>, allowed: &Allowed) {
+    let mut search = HoleSearch::default();
     loop {
         // Only the waiting is done under the lock.
         let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(Job { work, payload, owed }) = next else { return };
-        match execute::carry_out(file, owed.cookie, work, &payload, allowed) {
+        match execute::carry_out(file, owed.cookie, work, &payload, allowed, &mut search) {
             Ok(frames) => owed.answer(frames),
             Err(error) => {
                 tracing::warn!(%error, "an NBD request failed");
