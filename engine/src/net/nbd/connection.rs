@@ -222,8 +222,7 @@ where
         match timeout(grace, sending).await {
             Err(_) => Err(Ended::NotRead),
             // A client may leave without waiting for what it is owed.
-            Ok(Err(error)) => Ok(tracing::debug!(%error, "NBD client left before its answers")),
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(()) | Err(_)) => Ok(()),
         }
     };
     let (sent, finished) = tokio::join!(sent, pool.finish(grace));
