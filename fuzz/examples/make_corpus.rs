@@ -4,6 +4,8 @@
 use std::path::Path;
 
 use reprotect_engine::format::frame::{FrameHeader, FrameKind};
+use reprotect_engine::format::nbd::option::{ClientFlags, ContextQuery, ExportQuery, OptionRequest};
+use reprotect_engine::format::nbd::request::{Command, Request, command_flags};
 use reprotect_engine::format::vmdk::sparse::{Directory, FLAG_NEWLINES, FLAG_REDUNDANT, SparseHeader};
 use reprotect_engine::units::SectorRange;
 use reprotect_fuzz::mutate::Random;
@@ -79,7 +81,50 @@ fn main() {
         write("disk_state", &name, &bytes);
     }
     vmdk();
+    nbd();
     sessions();
+}
+
+/// What a client says: flags, options, requests (see `src/nbd.rs`).
+fn nbd() {
+    let export = |name: &str| ExportQuery { name: name.to_owned(), wanted: vec![0, 1, 3] };
+    let contexts = |queries: &[&str]| ContextQuery {
+        name: "disk".to_owned(),
+        queries: queries.iter().map(|query| (*query).to_owned()).collect(),
+    };
+    let request = |command, flags, offset, length| {
+        Request { flags, command, cookie: 7, offset, length }.to_bytes().to_vec()
+    };
+    let flags = ClientFlags { no_zeroes: true }.to_bytes().to_vec();
+    let usual = [
+        OptionRequest::StructuredReply.encode(),
+        OptionRequest::SetContexts(contexts(&["base:allocation"])).encode(),
+        OptionRequest::Go(export("disk")).encode(),
+    ]
+    .concat();
+    let requests = [
+        request(Command::Read, command_flags::DF, 4096, 65536),
+        [request(Command::Write, command_flags::FUA, 512, 16), vec![0xA5; 16]].concat(),
+        request(Command::Flush, 0, 0, 0),
+        request(Command::Trim, 0, 0, 1 << 20),
+        request(Command::WriteZeroes, command_flags::NO_HOLE, 1 << 20, 1 << 20),
+        request(Command::BlockStatus, command_flags::REQ_ONE, 0, u32::MAX),
+        request(Command::Cache, 0, 0, 512),
+        request(Command::Disconnect, 0, 0, 0),
+    ]
+    .concat();
+    write("nbd", "usual", &[flags.as_slice(), &usual, &requests].concat());
+    let old = OptionRequest::ExportName("disk".to_owned()).encode();
+    write("nbd", "old", &[flags.as_slice(), &old, &requests].concat());
+    let others = [
+        OptionRequest::StartTls.encode(),
+        OptionRequest::List.encode(),
+        OptionRequest::Info(export("")).encode(),
+        OptionRequest::ListContexts(contexts(&["base:", "qemu:dirty-bitmap:x"])).encode(),
+        OptionRequest::Other(11).encode(),
+        OptionRequest::Abort.encode(),
+    ];
+    write("nbd", "others", &[flags.as_slice(), &others.concat()].concat());
 }
 
 /// Descriptors as VMware's products write them and with what is rare; headers of plain and stream-optimised extents;

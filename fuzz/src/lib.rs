@@ -9,6 +9,7 @@ pub mod agent_session;
 pub mod decoders;
 pub mod input;
 pub mod mutate;
+pub mod nbd;
 pub mod relay_session;
 pub mod script;
 pub mod target_session;
@@ -37,6 +38,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "vmdk_descriptor", run: vmdk::descriptor, input_bytes_max: 4096 },
     Target { name: "vmdk_header", run: vmdk::header, input_bytes_max: 1024 },
     Target { name: "vmdk_disk", run: vmdk::disk, input_bytes_max: 1024 },
+    Target { name: "nbd", run: nbd::run, input_bytes_max: 2048 },
     Target { name: "agent_session", run: agent_session::run, input_bytes_max: 4096 },
     Target { name: "target_session", run: target_session::run, input_bytes_max: 4096 },
     Target { name: "relay_session", run: relay_session::run, input_bytes_max: 4096 },

@@ -81,6 +81,7 @@ hammered! {
     vmdk_descriptor: 100_000,
     vmdk_header: 200_000,
     vmdk_disk: 5_000,
+    nbd: 200_000,
     agent_session: 10_000,
     target_session: 10_000,
     relay_session: 10_000,

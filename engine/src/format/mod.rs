@@ -13,6 +13,7 @@ pub mod frame;
 pub mod handshake;
 pub mod manifest;
 pub mod message;
+pub mod nbd;
 pub mod segment;
 pub mod undo;
 pub mod vmdk;

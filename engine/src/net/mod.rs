@@ -14,6 +14,7 @@
 //! | [`ca`] | the master target's certificate authority |
 //! | [`tls`] | rustls configurations |
 //! | [`lanes`] | the frames of a session over a connection |
+//! | [`nbd`] | disks served to NBD clients |
 //! | [`endpoint`], `socket` | transport limits, accepting and dialling; UDP |
 //! | [`token`], [`invitations`], [`enroll`], [`enroll_wire`] | how a new machine gets its certificate |
 //! | [`grant`] | what a master target allows an agent, signed |
@@ -28,6 +29,7 @@ pub mod grant;
 pub mod identity;
 pub mod invitations;
 pub mod lanes;
+pub mod nbd;
 pub mod revocations;
 mod socket;
 pub mod tls;

@@ -3,5 +3,6 @@ pub mod files;
 pub mod fingerprint;
 pub mod identity;
 pub mod journal;
+pub mod overlay;
 pub mod target;
 pub mod vmdk;

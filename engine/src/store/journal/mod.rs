@@ -25,8 +25,6 @@ pub mod recovery;
 pub mod rollback;
 pub mod shape;
 pub mod undo;
-mod undo_rebuild;
-mod undo_verify;
 pub mod view;
 pub mod window;
 

@@ -8,10 +8,12 @@ mod file;
 mod index;
 mod merge;
 mod pages;
+mod rebuild;
 mod run;
 mod scan;
 mod seal;
 mod sealed;
+mod verify;
 mod write;
 
 pub use self::error::{Hole, UndoError};
