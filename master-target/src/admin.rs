@@ -23,13 +23,15 @@ use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::units::{DiskId, PeerId};
 
 use crate::api::{
-    DiskInfo, InviteAnswer, InviteRequest, MachineDisk, MachineInfo, RevokeAnswer, RevokeRequest,
-    SessionInfo, StatusInfo, UnprotectAnswer, UnprotectRequest,
+    DiskInfo, InviteAnswer, InviteRequest, MachineDisk, MachineInfo, MountInfo, MountRequest, PointsAnswer,
+    PointsRequest, RevokeAnswer, RevokeRequest, RollbackAnswer, RollbackRequest, SessionInfo, StatusInfo,
+    UnmountRequest, UnprotectAnswer, UnprotectRequest,
 };
 use crate::catalogue::{Machine, ProtectedDisk, SourceDisk};
 use crate::config::Settings;
 use crate::disk_status::sector_bytes;
 use crate::explain::reason_and_remedy;
+use crate::points::{self, Mounts};
 use crate::protect::{ProtectAnswer, ProtectRequest, protect};
 use crate::registry::{DiskView, Registry};
 
@@ -48,6 +50,8 @@ pub struct AdminState {
     pub revocations: Arc<Revocations>,
     /// What a reload may change.
     pub live: Mutex<LiveSettings>,
+    /// Points that are served over NBD, and where their sockets are.
+    pub mounts: (Mounts, PathBuf),
     /// Where it listens.
     pub listen: std::net::SocketAddr,
     /// When it started.
@@ -95,6 +99,10 @@ pub fn router(state: Arc<AdminState>) -> Router {
         .route("/v1/revoke", post(revoke))
         .route("/v1/protect", post(protect_machine))
         .route("/v1/unprotect", post(unprotect))
+        .route("/v1/points", post(list_points))
+        .route("/v1/mount", post(mount))
+        .route("/v1/unmount", post(unmount))
+        .route("/v1/rollback", post(rollback))
         .with_state(state)
 }
 
@@ -295,16 +303,58 @@ async fn unprotect(
     .await
 }
 
+async fn list_points(
+    State(state): Shared,
+    Json(request): Json<PointsRequest>,
+) -> Result<Json<PointsAnswer>, Refusal> {
+    blocking(move || {
+        let record = state.registry.protected(&request.disk)?;
+        let points = points::list(&state.registry, DiskId::parse(&record.disk)?)?;
+        Ok(PointsAnswer { disk: record.disk, points, mounts: state.mounts.0.list() })
+    })
+    .await
+}
+
+async fn mount(State(state): Shared, Json(request): Json<MountRequest>) -> Result<Json<MountInfo>, Refusal> {
+    let work = async {
+        let disk = DiskId::parse(&state.registry.protected(&request.disk)?.disk)?;
+        let (mounts, folder) = &state.mounts;
+        mounts.mount(&state.registry, folder, disk, &request.point, request.writable).await
+    };
+    work.await.map(Json).map_err(|error| refused(&error))
+}
+
+async fn unmount(
+    State(state): Shared,
+    Json(request): Json<UnmountRequest>,
+) -> Result<Json<MountInfo>, Refusal> {
+    state.mounts.0.unmount(&request.id).await.map(Json).map_err(|error| refused(&error))
+}
+
+async fn rollback(
+    State(state): Shared,
+    Json(request): Json<RollbackRequest>,
+) -> Result<Json<RollbackAnswer>, Refusal> {
+    blocking(move || {
+        let _alone = state.registry.changing();
+        let disk = DiskId::parse(&state.registry.protected(&request.disk)?.disk)?;
+        points::rollback(&state.registry, disk, &request.point)
+    })
+    .await
+}
+
+fn refused(error: &anyhow::Error) -> Refusal {
+    let (reason, remedy) = reason_and_remedy(error);
+    Refusal::conflict("refused", reason, remedy)
+}
+
 /// Runs what touches files on a thread of its own; its error becomes a refusal whose text carries the remedy.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
 ) -> Result<Json<T>, Refusal> {
     match tokio::task::spawn_blocking(work).await {
         Ok(Ok(value)) => Ok(Json(value)),
-        Ok(Err(error)) => {
-            let (reason, remedy) = reason_and_remedy(&error);
-            Err(Refusal::conflict("refused", reason, remedy))
-        }
+        Ok(Err(error)) => Err(refused(&error)),
         Err(error) => Err(Refusal::conflict(
             "failed",
             error.to_string(),

@@ -160,3 +160,93 @@ pub struct MachineInfo {
     /// Its disks, from its last inventory.
     pub disks: Vec<MachineDisk>,
 }
+
+/// A recovery point of a disk in `GET /v1/points`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PointInfo {
+    /// `EPOCH.NUMBER`.
+    pub point: String,
+    /// Its name; empty without one.
+    pub name: String,
+    /// What it promises: `crash-consistent`, `frozen`, `application-consistent`, or `fuzzy` (nothing).
+    pub class: String,
+    /// Its time by the source's clock.
+    pub source_time_ms: u64,
+    /// Kept until somebody says otherwise.
+    pub pinned: bool,
+    /// It promised more once.
+    pub degraded: bool,
+}
+
+/// `POST /v1/points`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PointsRequest {
+    /// UUID of a protected disk, path of its target, or `MACHINE:DISK`.
+    pub disk: String,
+}
+
+/// The answer to [`PointsRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PointsAnswer {
+    /// The disk's UUID.
+    pub disk: String,
+    /// Its points, newest first.
+    pub points: Vec<PointInfo>,
+    /// What is mounted, of all disks.
+    pub mounts: Vec<MountInfo>,
+}
+
+/// `POST /v1/mount`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MountRequest {
+    /// As in [`PointsRequest`].
+    pub disk: String,
+    /// `EPOCH.NUMBER`, a name, or `newest`.
+    pub point: String,
+    /// On a throw-away overlay.
+    pub writable: bool,
+}
+
+/// A mounted point; the answer to [`MountRequest`] and [`UnmountRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MountInfo {
+    /// Its name.
+    pub id: String,
+    /// The disk's UUID.
+    pub disk: String,
+    /// `EPOCH.NUMBER`.
+    pub point: String,
+    /// On a throw-away overlay.
+    pub writable: bool,
+    /// Where NBD clients find it.
+    pub uri: String,
+}
+
+/// `POST /v1/unmount`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UnmountRequest {
+    /// The mount's name.
+    pub id: String,
+}
+
+/// `POST /v1/rollback`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RollbackRequest {
+    /// As in [`PointsRequest`].
+    pub disk: String,
+    /// `EPOCH.NUMBER` or a name.
+    pub point: String,
+}
+
+/// The answer to [`RollbackRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RollbackAnswer {
+    /// The disk's UUID.
+    pub disk: String,
+    /// `EPOCH.NUMBER`.
+    pub point: String,
+    /// Bytes that could differ and were compared.
+    pub compared_bytes: u64,
+    /// Bytes that did differ and were written.
+    pub written_bytes: u64,
+}

@@ -81,6 +81,14 @@ pub enum Command {
     Protect(ProtectArgs),
     /// Stop replicating a disk; its target stays as it is.
     Unprotect(UnprotectArgs),
+    /// List the recovery points of a disk, and what is mounted.
+    Points(PointsArgs),
+    /// Serve a disk as it was at a point over NBD, while replication goes on.
+    Mount(MountArgs),
+    /// End a mount.
+    Unmount(UnmountArgs),
+    /// Take a target back to a point, in place; what it held stays a point.
+    Rollback(RollbackArgs),
     /// Show machines, progress and health.
     Status(StatusArgs),
     /// Describe a VMDK or attached disk: format, size, extents, locks, what is on it.
@@ -228,6 +236,60 @@ pub struct UnprotectArgs {
     /// MACHINE:DISK, the disk's UUID, or the path of its target.
     #[arg(value_name = "DISK")]
     pub disk: String,
+    /// Do not ask.
+    #[arg(long)]
+    pub yes: bool,
+}
+
+/// Arguments of `points`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "A fuzzy point holds blocks of different times: it is no consistent state.\n\n\
+    Example:\n  reprotect-master-target points web1:sda")]
+pub struct PointsArgs {
+    /// MACHINE:DISK, the disk's UUID, or the path of its target.
+    #[arg(value_name = "DISK")]
+    pub disk: String,
+}
+
+/// Arguments of `mount`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Prints the address; `nbdinfo`, `nbdcopy`, `qemu-img` and `nbdfuse` take it.\n\n\
+    Examples:\n  reprotect-master-target mount web1:sda newest\n  \
+    qemu-img convert \"$(reprotect-master-target mount web1:sda 3.152)\" point.raw")]
+pub struct MountArgs {
+    /// MACHINE:DISK, the disk's UUID, or the path of its target.
+    #[arg(value_name = "DISK")]
+    pub disk: String,
+    /// A point as `points` shows it, its name, or `newest`.
+    #[arg(value_name = "POINT")]
+    pub point: String,
+    /// Let clients write; what they write is thrown away with the mount.
+    #[arg(long)]
+    pub writable: bool,
+}
+
+/// Arguments of `unmount`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Example:\n  reprotect-master-target unmount 1f04a9c2")]
+pub struct UnmountArgs {
+    /// The mount's name as `points` shows it.
+    #[arg(value_name = "MOUNT")]
+    pub id: String,
+}
+
+/// Arguments of `rollback`.
+#[derive(Clone, Debug, Args)]
+#[command(
+    after_help = "The agent must not be connected. Afterwards the disk is held: roll it forward (its newest point is called\n\
+    before-rollback-N), or power the machine on from it.\n\nExample:\n  reprotect-master-target rollback web1:sda 3.152"
+)]
+pub struct RollbackArgs {
+    /// MACHINE:DISK, the disk's UUID, or the path of its target.
+    #[arg(value_name = "DISK")]
+    pub disk: String,
+    /// A point as `points` shows it, or its name.
+    #[arg(value_name = "POINT")]
+    pub point: String,
     /// Do not ask.
     #[arg(long)]
     pub yes: bool,

@@ -32,6 +32,7 @@ use crate::admin::{AdminState, LiveSettings, router};
 use crate::authority::SiteAuthority;
 use crate::catalogue::Catalogue;
 use crate::config::Settings;
+use crate::points::Mounts;
 use crate::registry::{Registry, fs_opener};
 use crate::retention::{Retention, RetentionSettings};
 use crate::session;
@@ -112,6 +113,7 @@ pub async fn run_reloading(
         identity: Arc::clone(&keys.identity),
         revocations: Arc::clone(&keys.revocations),
         live: Mutex::new(LiveSettings::of(&settings)),
+        mounts: (Mounts::default(), settings.places.state_dir.join("mounts")),
         listen,
         started: Instant::now(),
     });
@@ -130,6 +132,7 @@ pub async fn run_reloading(
     // Best effort: systemd learns of the end by the exit as well.
     let _ = notifier.send("STOPPING=1");
     server.close().await;
+    state.mounts.0.stop().await;
     tokio::task::spawn_blocking(move || {
         registry.stop();
         if let Some((retention, committer)) = retention {

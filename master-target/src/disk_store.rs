@@ -101,6 +101,14 @@ impl DiskStore {
         }
     }
 
+    /// Why nobody may write to the disk now.
+    pub(crate) fn held(&self) -> Option<String> {
+        match self {
+            Self::Direct(_) => None,
+            Self::Journaled(store) => store.held(),
+        }
+    }
+
     /// What can be done now that nobody waits: a window is applied. Answers the newest applied sequence where that is
     /// not the durable one.
     pub(crate) fn apply(&mut self) -> Result<Option<Sequence>, NotDone> {

@@ -100,6 +100,11 @@ impl Writer {
         match input {
             DiskInput::Open(head) => {
                 self.sessions.retain(|(known, _)| *known != session);
+                if let Some(why) = self.store.held() {
+                    // A closed channel means that the session ended already.
+                    let _ = replies.send(Message::error(self.id, ErrorCode::Target, &why));
+                    return;
+                }
                 self.sessions.push((session, replies));
                 self.disk.handle_open(now, session, &head);
             }

@@ -355,18 +355,35 @@ impl Journaled {
     pub fn rollback(&mut self, at: At) -> Result<RolledBack, JournalError> {
         self.retention.commit()?;
         let position = self.position();
+        let before = self.applier.open_epoch().unwrap_or(0);
         let mut locked = self.retention.lock();
         let done = rollback(locked.get()?, &mut self.applier, at, position, wall_clock())?;
         drop(locked);
         self.guard.flushed();
+        let number = self.applier.applied().number;
+        let name = format!("before-rollback-{before}");
+        self.keep_point(At { epoch: before, number }, wall_clock(), MarkClass::Fuzzy, &name)?;
         self.begin_epoch(EpochCause::Time)?;
         Ok(done)
     }
 
-    /// Whether something waits to be applied.
-    #[must_use]
-    pub fn is_waiting(&self) -> bool {
-        self.waiting > 0 || !self.marks.is_empty()
+    /// Why nobody may write: the target was taken back, and the newest state is a point.
+    pub(crate) fn held(&self) -> Option<String> {
+        let mut locked = self.retention.lock();
+        let shape = locked.get().ok()?.shape().disks.get(&self.id)?;
+        let last = shape.epochs.iter().rev().find(|epoch| epoch.closed.is_some())?.opened;
+        if last.cause != EpochCause::Rollback || last.after != self.newest.0 {
+            return None;
+        }
+        // Back at the end of an epoch of writes, at the newest entry: that is forward again.
+        let to = shape.epochs.iter().find(|epoch| epoch.opened.epoch == last.to_epoch);
+        if last.to_number == last.after && to.is_some_and(|to| to.opened.cause != EpochCause::Rollback) {
+            return None;
+        }
+        Some(format!(
+            "the disk was rolled back to point {}.{} and is held; roll it forward (`points` shows the newest state as before-rollback-N), or stop replicating it with `unprotect`",
+            last.to_epoch, last.to_number
+        ))
     }
 }
 

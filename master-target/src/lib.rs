@@ -22,6 +22,7 @@ pub mod explain;
 pub mod guard;
 pub mod journaled;
 mod plan;
+pub mod points;
 pub mod protect;
 pub mod registry;
 pub mod retention;

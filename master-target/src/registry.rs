@@ -17,6 +17,7 @@ use reprotect_engine::io;
 use reprotect_engine::io::durable::{Access, replace_file};
 use reprotect_engine::limits::CHUNK_BYTES;
 use reprotect_engine::proto::credit::FlowLimits;
+use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::proto::target_disk::SessionId;
 use reprotect_engine::range_set::RangeSet;
 use reprotect_engine::store::files::Files;
@@ -446,6 +447,14 @@ impl Registry {
             retention.forget(disk)?;
         }
         self.catalogue.remove_disk(disk)
+    }
+
+    /// Whether an agent has the disk open.
+    #[must_use]
+    pub fn is_connected(&self, disk: DiskId) -> bool {
+        let inner = self.lock();
+        let worker = inner.disks.get(&disk).and_then(|known| known.worker.as_ref());
+        worker.is_some_and(|worker| worker.status().snapshot().phase == TargetDiskPhase::Open)
     }
 
     /// The retention journal, if there is one.

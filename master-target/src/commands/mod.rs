@@ -9,6 +9,7 @@ pub mod check;
 pub mod config;
 pub mod inspect;
 pub mod peers;
+pub mod points;
 pub mod protect;
 pub mod run;
 pub mod status;
@@ -75,6 +76,10 @@ fn carry_out(cli: Cli) -> anyhow::Result<u8> {
         Command::Machines(_) => wait(peers::machines(&context))?,
         Command::Protect(args) => wait(protect::protect(&context, &args))?,
         Command::Unprotect(args) => wait(peers::unprotect(&context, &args))?,
+        Command::Points(args) => wait(points::points(&context, &args))?,
+        Command::Mount(args) => wait(points::mount(&context, &args))?,
+        Command::Unmount(args) => wait(points::unmount(&context, &args))?,
+        Command::Rollback(args) => wait(points::rollback(&context, &args))?,
         Command::Status(args) => wait(status::status(&context, &args))?,
         Command::CheckConfig(_) => {} // above: it must work when the configuration does not
         Command::Inspect(args) => inspect::inspect(&args, context.output)?,
