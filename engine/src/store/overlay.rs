@@ -443,6 +443,7 @@ mod tests {
         let error = put(&mut one, 0, &[2; 100]).unwrap_err();
         assert!(error.is_full(), "{error}");
         assert!(put(&mut other, 40_000, &[2; 5000]).unwrap_err().is_full());
+        assert!(put(&mut other, 20_480, &[2; 8192]).unwrap_err().is_full(), "whole blocks");
         let mut expected = before;
         expected[4096..12288].fill(1);
         assert!(all(&mut one) == expected, "what failed left something behind");
@@ -477,6 +478,10 @@ mod tests {
         lab.scratch.inject(BlockOp::Write, 0, ErrorKind::Other);
         assert!(put(&mut overlay, 100, &[9; 3000]).is_err());
         assert!(all(&mut overlay) == before);
+        let lab = Lab::new();
+        lab.scratch.inject(BlockOp::Write, 0, ErrorKind::Other);
+        assert!(put(&mut lab.handle(), 8192, &[9; 8192]).is_err());
+        assert!(all(&mut lab.handle()) == before, "whole blocks");
     }
 
     #[test]
