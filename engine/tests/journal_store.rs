@@ -150,10 +150,11 @@ impl Store {
     fn view(&mut self, at: At) -> Result<Disk, JournalError> {
         let view = View::open(&mut self.journal, DISK, at)?;
         let mut disk = vec![0; (SECTORS * SECTOR_BYTES) as usize];
-        view.read(&self.journal, &mut self.applier, 0, &mut disk)?;
+        let runs = view.open_runs(&self.journal, &mut self.applier)?;
+        view.read(&runs, &mut self.applier, 0, &mut disk)?;
         // In pieces that are not aligned to anything it is the same.
         let mut piece = vec![0; 1234];
-        view.read(&self.journal, &mut self.applier, 5000, &mut piece)?;
+        view.read(&runs, &mut self.applier, 5000, &mut piece)?;
         assert_eq!(piece, disk[5000..6234]);
         Ok(disk)
     }

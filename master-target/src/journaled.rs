@@ -331,8 +331,8 @@ impl Journaled {
     /// # Errors
     /// When it is damaged, or the target cannot be read.
     pub fn read_view(&mut self, view: &View, offset: u64, out: &mut [u8]) -> Result<(), JournalError> {
-        let mut locked = self.retention.lock();
-        view.read(locked.get()?, &mut self.applier, offset, out)
+        let runs = view.open_runs(self.retention.lock().get()?, &mut self.applier)?;
+        view.read(&runs, &mut self.applier, offset, out)
     }
 
     /// The parts of a view that may hold something.
@@ -344,8 +344,8 @@ impl Journaled {
         view: &View,
         range: reprotect_engine::io::ByteRange,
     ) -> Result<Vec<reprotect_engine::io::ByteRange>, JournalError> {
-        let mut locked = self.retention.lock();
-        view.allocated(locked.get()?, &mut self.applier, range)
+        let runs = view.open_runs(self.retention.lock().get()?, &mut self.applier)?;
+        view.allocated(&runs, &mut self.applier, range)
     }
 
     /// Takes the target back to a point; what it held stays a point.

@@ -274,24 +274,26 @@ impl<T: BlockFile> Applier<T> {
         Ok(())
     }
 
-    /// The sealed run of the disk that begins with this epoch, opened once.
-    pub(super) fn sealed_run(&mut self, journal: &Journal, run: Run) -> Result<&mut SealedRun, JournalError> {
-        let known = self.sealed.iter().position(|(known, _)| *known == run);
-        let at = match known {
-            Some(at) => at,
-            None => {
-                // A run of the same epochs under another name was merged away.
-                self.sealed.retain(|(known, _)| known.last < run.first || known.first > run.last);
-                let path = run_path(journal, self.disk, run.file);
-                let identity = identity(journal, self.disk, &run)?;
-                self.sealed.push((run, SealedRun::open(&**journal.files(), &path, &identity)?));
-                self.sealed.len() - 1
-            }
-        };
-        match self.sealed.get_mut(at) {
-            Some((_, sealed)) => Ok(sealed),
-            None => Err(JournalError::damaged(journal.folder(), "an undo run cannot be found")),
+    /// Opens a sealed run of the disk, once.
+    pub(super) fn open_run(&mut self, journal: &Journal, run: Run) -> Result<(), JournalError> {
+        if self.sealed.iter().any(|(known, _)| *known == run) {
+            return Ok(());
         }
+        // A run of the same epochs under another name was merged away.
+        self.sealed.retain(|(known, _)| known.last < run.first || known.first > run.last);
+        let path = run_path(journal, self.disk, run.file);
+        let identity = identity(journal, self.disk, &run)?;
+        self.sealed.push((run, SealedRun::open(&**journal.files(), &path, &identity)?));
+        Ok(())
+    }
+
+    /// A run that [`Self::open_run`] opened.
+    pub(super) fn sealed_run(&mut self, run: Run) -> Result<&mut SealedRun, JournalError> {
+        let known = self.sealed.iter_mut().find(|(known, _)| *known == run).map(|(_, sealed)| sealed);
+        known.ok_or_else(|| JournalError::Gone {
+            disk: self.disk,
+            what: format!("the undo run of epochs {} to {} is not open", run.first, run.last),
+        })
     }
 
     pub(super) const fn active_run(&mut self) -> Option<&mut ActiveRun> {

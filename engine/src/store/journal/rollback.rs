@@ -10,13 +10,13 @@
 
 use bytes::Bytes;
 
-use super::Journal;
 use super::applier::{Applier, Position, shape};
 use super::entry::{Content, Write};
 use super::error::JournalError;
 use super::undo::BlockRange;
 use super::view::{At, View};
 use super::window::Window;
+use super::{Journal, Run};
 use crate::format::manifest::EpochCause;
 use crate::io::{BlockFile, ReadAt};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, SECTOR_BYTES, SectorRange, Timestamp};
@@ -68,11 +68,13 @@ pub fn resume<T: BlockFile>(
     let at = At { epoch: epoch.to_epoch, number: epoch.to_number };
     let view = View::open(journal, applier.disk(), at)?;
     let mut done = RolledBack::default();
-    for range in view.differing(journal, applier)? {
+    let whole = BlockRange::new(0, applier.size_sectors().div_ceil(BLOCK_SECTORS));
+    let runs = view.open_runs(journal, applier)?;
+    for range in view.differing(&runs, applier, whole)? {
         let mut first = range.start;
         while first < range.end {
             let end = range.end.min(first + STEP_BLOCKS);
-            step(journal, applier, &view, BlockRange::new(first, end), &mut done)?;
+            step(&runs, applier, &view, BlockRange::new(first, end), &mut done)?;
             first = end;
         }
     }
@@ -84,7 +86,7 @@ pub fn resume<T: BlockFile>(
 }
 
 fn step<T: BlockFile>(
-    journal: &Journal,
+    runs: &[Run],
     applier: &mut Applier<T>,
     view: &View,
     blocks: BlockRange,
@@ -93,7 +95,7 @@ fn step<T: BlockFile>(
     let start = blocks.start * BLOCK_BYTES;
     let end = (blocks.end * BLOCK_BYTES).min(applier.size_sectors() * SECTOR_BYTES);
     let mut then = vec![0; (end - start) as usize];
-    view.read(journal, applier, start, &mut then)?;
+    view.read(runs, applier, start, &mut then)?;
     let mut now = vec![0; then.len()];
     applier.target().read(&mut [ReadAt { offset: start, data: &mut now }])?;
     let then = Bytes::from(then);

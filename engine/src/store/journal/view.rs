@@ -20,7 +20,7 @@ use super::window::Window;
 use super::{Journal, Run};
 use crate::compress::Decompressor;
 use crate::io::{BlockFile, ByteRange, ReadAt};
-use crate::units::{BLOCK_BYTES, BlockIndex, DiskId, SECTOR_BYTES, SectorRange};
+use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockIndex, DiskId, SECTOR_BYTES, SectorRange};
 
 /// A point of a disk: an entry of an undo epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,13 +73,35 @@ impl View {
         Ok(Self { disk, from_epoch: at.epoch, over })
     }
 
-    /// Fills `out` with what stood at byte `offset`.
+    /// The sealed runs that count now, opened. More are added as undo epochs end, so a reader asks each time.
+    ///
+    /// # Errors
+    /// When one cannot be opened.
+    pub fn open_runs<T: BlockFile>(
+        &self,
+        journal: &Journal,
+        applier: &mut Applier<T>,
+    ) -> Result<Vec<Run>, JournalError> {
+        let runs: Vec<Run> = shape(journal, self.disk)?
+            .runs
+            .iter()
+            .filter(|run| run.first >= self.from_epoch)
+            .copied()
+            .collect();
+        for run in &runs {
+            applier.open_run(journal, *run)?;
+        }
+        Ok(runs)
+    }
+
+    /// Fills `out` with what stood at byte `offset`; `runs` are those of [`Self::open_runs`]. The journal is not needed
+    /// any more, so that others commit meanwhile.
     ///
     /// # Errors
     /// When an image is damaged, or the target cannot be read.
     pub fn read<T: BlockFile>(
         &self,
-        journal: &Journal,
+        runs: &[Run],
         applier: &mut Applier<T>,
         offset: u64,
         out: &mut [u8],
@@ -89,7 +111,7 @@ impl View {
         let first = offset / BLOCK_BYTES;
         let blocks = BlockRange::new(first, end.div_ceil(BLOCK_BYTES));
         let mut plain = vec![0; ((blocks.end - blocks.start) * BLOCK_BYTES) as usize];
-        self.read_blocks(journal, applier, blocks, &mut plain)?;
+        self.read_blocks(runs, applier, blocks, &mut plain)?;
         let from = (offset - first * BLOCK_BYTES) as usize;
         out.copy_from_slice(plain.get(from..from + out.len()).unwrap_or_default());
         Ok(())
@@ -97,15 +119,14 @@ impl View {
 
     fn read_blocks<T: BlockFile>(
         &self,
-        journal: &Journal,
+        runs: &[Run],
         applier: &mut Applier<T>,
         blocks: BlockRange,
         plain: &mut [u8],
     ) -> Result<(), JournalError> {
-        let runs: Vec<Run> = runs_from(journal, self.disk, self.from_epoch)?;
         let mut missing = vec![blocks];
         for run in runs {
-            let sealed = applier.sealed_run(journal, run)?;
+            let sealed = applier.sealed_run(*run)?;
             let mut left = Vec::new();
             for part in missing {
                 let mut at = part.start;
@@ -167,8 +188,7 @@ impl View {
 
     /// Lays the redo entries over what was read.
     fn put_redo(&self, blocks: BlockRange, plain: &mut [u8]) {
-        let sectors_per_block = BLOCK_BYTES / SECTOR_BYTES;
-        let range = SectorRange::new(blocks.start * sectors_per_block, blocks.end * sectors_per_block);
+        let range = SectorRange::new(blocks.start * BLOCK_SECTORS, blocks.end * BLOCK_SECTORS);
         for write in self.over.overlap(range) {
             let from = ((write.range.start - range.start) * SECTOR_BYTES) as usize;
             let Some(place) = plain.get_mut(from..from + write.range.bytes() as usize) else { continue };
@@ -179,29 +199,29 @@ impl View {
         }
     }
 
-    /// Blocks that may differ from the live target: what any run from the point on holds, and the redo entries.
+    /// Blocks of `within` that may differ from the live target: what any run from the point on holds, and the redo
+    /// entries.
     ///
     /// # Errors
     /// When a run cannot be read.
     pub fn differing<T: BlockFile>(
         &self,
-        journal: &Journal,
+        runs: &[Run],
         applier: &mut Applier<T>,
+        within: BlockRange,
     ) -> Result<Vec<BlockRange>, JournalError> {
-        let whole = BlockRange::new(0, (applier.size_sectors() * SECTOR_BYTES).div_ceil(BLOCK_BYTES));
         let mut ranges: Vec<BlockRange> = Vec::new();
-        for run in runs_from(journal, self.disk, self.from_epoch)? {
-            ranges.extend(applier.sealed_run(journal, run)?.lookup(whole)?.iter().map(|found| found.blocks));
+        for run in runs {
+            ranges.extend(applier.sealed_run(*run)?.lookup(within)?.iter().map(|found| found.blocks));
         }
         if let Some(run) = applier.active_run().filter(|run| run.header().undo_epoch >= self.from_epoch) {
-            ranges.extend(run.lookup(whole).iter().map(|found| found.blocks));
+            ranges.extend(run.lookup(within).iter().map(|found| found.blocks));
         }
-        let sectors_per_block = BLOCK_BYTES / SECTOR_BYTES;
-        let over = self.over.blocks();
-        ranges.extend(
-            over.iter()
-                .map(|run| BlockRange::new(run.start / sectors_per_block, run.end / sectors_per_block)),
-        );
+        let sectors = SectorRange::new(within.start * BLOCK_SECTORS, within.end * BLOCK_SECTORS);
+        let over = self.over.overlap(sectors).map(|write| {
+            BlockRange::new(write.range.start / BLOCK_SECTORS, write.range.end.div_ceil(BLOCK_SECTORS))
+        });
+        ranges.extend(over);
         ranges.sort_unstable_by_key(|range| range.start);
         Ok(joined(ranges))
     }
@@ -212,12 +232,13 @@ impl View {
     /// When the target cannot be asked, or a run cannot be read.
     pub fn allocated<T: BlockFile>(
         &self,
-        journal: &Journal,
+        runs: &[Run],
         applier: &mut Applier<T>,
         range: ByteRange,
     ) -> Result<Vec<ByteRange>, JournalError> {
         let live = applier.target().allocated(range)?;
-        let changed = self.differing(journal, applier)?;
+        let within = BlockRange::new(range.start / BLOCK_BYTES, range.end.div_ceil(BLOCK_BYTES));
+        let changed = self.differing(runs, applier, within)?;
         let changed = changed.into_iter().map(|blocks| ByteRange {
             start: (blocks.start * BLOCK_BYTES).clamp(range.start, range.end),
             end: (blocks.end * BLOCK_BYTES).clamp(range.start, range.end),
@@ -234,11 +255,6 @@ impl View {
         }
         Ok(found)
     }
-}
-
-/// The sealed runs of a disk from an epoch on, oldest first.
-fn runs_from(journal: &Journal, disk: DiskId, epoch: u64) -> Result<Vec<Run>, JournalError> {
-    Ok(shape(journal, disk)?.runs.iter().filter(|run| run.first >= epoch).copied().collect())
 }
 
 fn slice(plain: &mut [u8], blocks: BlockRange, part: BlockRange) -> &mut [u8] {
