@@ -3,12 +3,12 @@
 
 SCRIPTS := benches/scripts
 CARGO ?= cargo
-export SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS PERCENT ROUNDS CASES LEVEL
+export SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS PERCENT ROUNDS CASES LEVEL POINTS
 # Python writes no caches beside the scripts.
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test delta-test bench-sync sim fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test delta-test points-test crash flips bench-sync sim fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,15 @@ delta-test: build ## an existing target, a share of its blocks changed: [SIZE=8G
 bench-sync: setup ## speed and cost of the initial sync, release build: [SIZE=8G] [FILL=50] [ROUNDS=3] [CASES="direct, -1;relayed, -1"]
 	$(CARGO) build --release --workspace --bins
 	@REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_sync.py
+
+points-test: build ## recovery points mounted, compared, gone back to: [SIZE=1G] [POINTS=6] [TARGET=flat] [SEED=n]
+	@$(SCRIPTS)/points_test.py
+
+crash: ## the journal against power loss at every write of many workloads: [CASES=2000]
+	CRASH_CASES=$(or $(CASES),2000) $(CARGO) test -p reprotect-engine --all-features --test journal_store -- --nocapture
+
+flips: ## every bit of a journal flipped
+	FLIPS=all $(CARGO) test -p reprotect-engine --all-features --test redo_log flipped -- --nocapture
 
 sim: ## the simulator: [SEED=n] replays one seed with its events, [SEEDS=2000 or a..b] plays many
 	$(if $(SEED),SIM_SEED=$(SEED)) $(if $(SEEDS),SIM_SEEDS=$(SEEDS)) \

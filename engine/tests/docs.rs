@@ -11,7 +11,9 @@ use std::path::PathBuf;
 
 use reprotect_engine::format::undo::{frame as undo_frame, index as undo_index};
 use reprotect_engine::format::wire::{Row, ValueRow};
-use reprotect_engine::format::{batch, disk_state, extent, frame, handshake, message, undo};
+use reprotect_engine::format::{
+    batch, disk_state, extent, frame, handshake, manifest, message, segment, undo,
+};
 
 enum Table {
     Structure(usize, &'static [Row]),
@@ -38,6 +40,9 @@ fn tables() -> Vec<(&'static str, Table)> {
         batch: BatchHeader BulkHeader Mark | Stretch MarkClass;
         extent: RecordHeader | RecordKind Codec;
         disk_state: DiskStateHead |;
+        segment: SegmentHeader GroupHeader EntryHead Applied | EntryKind;
+        manifest: Superblock ManifestHeader EditHead SegmentOpened Released DiskAdded DiskRemoved EpochOpened
+            EpochClosed RunsMerged EpochsExpired PointKept PointDropped | EditKind EpochCause;
         undo: RunHeader |;
         undo_frame: FrameHead | UndoCodec;
         undo_index: PageHead IndexEntry Trailer | PageKind;

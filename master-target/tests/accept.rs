@@ -24,7 +24,7 @@ fn script(name: &str, settings: &[(&str, &str)]) {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
     let mut command = Command::new("python3");
     command.arg(repository.join("benches/scripts").join(name)).stdin(Stdio::null());
-    for setting in ["SIZE", "FILL", "TARGET", "TARGETS", "RELAY", "KEEP", "SEED", "KILLS", "PERCENT"] {
+    for setting in ["SIZE", "FILL", "TARGET", "TARGETS", "RELAY", "KEEP", "SEED", "KILLS", "PERCENT", "LEVEL", "POINTS"] {
         command.env_remove(setting);
     }
     let done = command
@@ -58,6 +58,11 @@ fn five_kills_of_random_daemons_during_the_initial_sync_lose_no_progress() {
 fn only_differences_travel_to_an_existing_target() {
     // On a small disk what does not depend on its size weighs most, so the level is as strong as the yardstick here.
     script("delta_test.py", &[("SIZE", "256M"), ("SEED", "2"), ("LEVEL", "1")]);
+}
+
+#[test]
+fn recovery_points_are_the_disk_as_it_was_and_the_way_back_to_it() {
+    script("points_test.py", &[("SIZE", "256M"), ("POINTS", "4")]);
 }
 
 #[test]
