@@ -1,0 +1,544 @@
+//! Plays one seed: a source that writes, a journal that is stopped at any step, faults, operators, and the oracle.
+//!
+//! Invariants: everything follows from the seed; a play ends with a quiet finale in which the target must come to stand
+//! exactly where the source does. Called by the tests in `journal_model.rs`.
+
+use super::device::{Chaos, Media, Slot, Stop};
+use super::machine::{Disk, Found, Journal, RunFile, Writer};
+use super::manifest::{Catalogue, Kind};
+use super::mutations::Rule;
+use super::oracle::{Judged, Oracle};
+use super::records::{At, BLOCKS, Entry, SECTORS, SEGMENT_GROUPS};
+use super::rng::Rng;
+use super::source::Source;
+
+/// What a play went through, summed over many.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Report {
+    pub(crate) stops: usize,
+    pub(crate) records: usize,
+    pub(crate) epochs: usize,
+    pub(crate) merges: usize,
+    pub(crate) expired: usize,
+    pub(crate) freed: usize,
+    pub(crate) rollbacks: usize,
+    pub(crate) roll_forwards: usize,
+    pub(crate) resyncs: usize,
+    pub(crate) rotten_groups: usize,
+    pub(crate) rotten_images: usize,
+    pub(crate) found: Found,
+    pub(crate) judged: Judged,
+}
+
+/// A rollback of one disk on its way.
+struct Rollback {
+    disk: usize,
+    /// Where to, what that must give, and the epoch of the rollback; `None` while the disk drains.
+    step: Option<(At, Vec<u32>, usize)>,
+    /// The newest state before the first rollback, once there was one.
+    newest: Option<At>,
+}
+
+struct Player {
+    journal: Journal,
+    source: Source,
+    oracle: Oracle,
+    report: Report,
+    rollback: Option<Rollback>,
+    bulk_written: Vec<Vec<usize>>,
+    faults_left: usize,
+    seed: u64,
+}
+
+/// Plays a seed with all rules, or all but one.
+pub(crate) fn play(seed: u64, broken: Option<Rule>, trace: bool) -> Result<Report, String> {
+    let mut player = Player::new(seed, broken, trace);
+    player.run().map_err(|failure| format!("seed {seed} at {}: {failure}", player.journal.now))?;
+    player.report.found = player.journal.found;
+    player.report.judged = player.oracle.judged;
+    Ok(player.report)
+}
+
+impl Player {
+    fn new(seed: u64, broken: Option<Rule>, trace: bool) -> Self {
+        let mut rng = Rng::new(seed);
+        let disks = rng.between(1, 2);
+        let created: Vec<bool> = (0..disks).map(|_| rng.chance(500)).collect();
+        let targets: Vec<Vec<u32>> = created
+            .iter()
+            .map(|created| (0..BLOCKS * SECTORS).map(|at| if *created { 0 } else { 1 + at as u32 }).collect())
+            .collect();
+        let source = Source::new(&mut rng, &targets, &created);
+        let faults_left = if rng.chance(500) { rng.between(1, 2) } else { 0 };
+        let flush_failure_per_mille = if rng.chance(200) { 20 } else { 0 };
+        let stop_per_mille = [0, 3, 10, 25][rng.below(4)];
+        let retries_failed_flush = broken == Some(Rule::FailedFlushStops);
+        let chaos = Chaos { rng, stop_per_mille, flush_failure_per_mille, retries_failed_flush };
+        let mut journal = Journal {
+            chaos,
+            broken,
+            trace,
+            now: 0,
+            found: Found::default(),
+            targets: targets.into_iter().map(Media::disk).collect(),
+            segments: Vec::new(),
+            manifest: Media::file(),
+            runs: (0..disks).map(|file| (file, RunFile::new())).collect(),
+            files_made: disks,
+            catalogue: Catalogue::new(&created),
+            edits: 0,
+            disks: vec![Disk::default(); disks],
+            writer: Writer { slot: SEGMENT_GROUPS, next_group: 1, ..Writer::default() },
+            passed: Default::default(),
+            opened_at_mark: 0,
+            dropped: Vec::new(),
+            created,
+        };
+        journal.note(|| format!("seed {seed}: {disks} disks, created {:?}", journal.created));
+        while journal.add_segment().is_err() {
+            journal.power_loss(); // The very first edit: nothing can be lost yet.
+        }
+        let bulk_written = vec![Vec::new(); disks];
+        let oracle = Oracle::new(disks);
+        Self {
+            journal,
+            source,
+            oracle,
+            report: Report::default(),
+            rollback: None,
+            bulk_written,
+            faults_left,
+            seed,
+        }
+    }
+
+    fn run(&mut self) -> Result<(), String> {
+        let ticks = self.journal.chaos.rng.between(100, 400);
+        for _ in 0..ticks {
+            self.tick()?;
+        }
+        self.finale()
+    }
+
+    fn tick(&mut self) -> Result<(), String> {
+        self.journal.now += 1;
+        if let Err(stop) = self.act() {
+            self.reopen(stop)?;
+        }
+        self.acknowledge();
+        self.judge_rollback()?;
+        if self.journal.chaos.rng.chance(120) {
+            self.oracle.check(&self.journal, &self.source)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The source learns what is durable; the oracle learns which epochs ended.
+    fn acknowledge(&mut self) {
+        for (own, known) in self.source.disks.iter_mut().zip(&self.journal.disks) {
+            own.acknowledged = own.acknowledged.max(known.durable);
+        }
+        let rolled_to =
+            self.rollback.as_ref().and_then(|rollback| rollback.step.as_ref()).map(|step| &step.1);
+        self.oracle.epochs_ended(&self.journal, &self.source, rolled_to);
+    }
+
+    /// One random step of anybody.
+    fn act(&mut self) -> Result<(), Stop> {
+        let disk = self.journal.chaos.rng.below(self.source.disks.len());
+        match self.journal.chaos.rng.below(1000) {
+            0..200 => self.source.write(&mut self.journal.chaos.rng, disk),
+            200..250 => self.source.mark(),
+            250..430 => self.receive()?,
+            430..520 => self.journal.flush_log()?,
+            520..540 => {
+                self.journal.append(Vec::new())?; // After 50 ms idle.
+                self.journal.flush_log()?;
+            }
+            540..760 => self.journal.apply(disk)?,
+            760..840 => self.sync(disk)?,
+            840..900 => self.journal.free_segment()?,
+            900..925 => self.thin(disk)?,
+            925..935 => self.journal.expire(disk)?,
+            935..940 => self.pin()?,
+            940..985 => self.roll(disk)?,
+            985..993 => self.rot(),
+            993..996 => return Err(Stop::PowerLoss),
+            996..998 => return Err(Stop::Kill),
+            _ => self.journal.now += 10,
+        }
+        Ok(())
+    }
+
+    /// Some records of some disks arrive and become one group.
+    fn receive(&mut self) -> Result<(), Stop> {
+        let mut entries = Vec::new();
+        for (disk, own) in self.source.disks.iter_mut().enumerate() {
+            let room = self.journal.chaos.rng.below(4);
+            for record in own.stream.iter().skip(own.sent).take(room) {
+                entries.push(Entry::Record(record.clone()));
+                own.sent = record.sequence;
+                self.oracle.appended(disk, record.sequence, self.journal.now);
+            }
+        }
+        if entries.is_empty() { Ok(()) } else { self.journal.append(entries) }
+    }
+
+    /// Initial sync without points, or the compare of a disk that differs.
+    fn sync(&mut self, disk: usize) -> Result<(), Stop> {
+        if self.source.disks[disk].bulk {
+            return self.bulk(disk);
+        }
+        let rolling = self.rollback.as_ref().is_some_and(|rollback| rollback.disk == disk);
+        if !self.source.disks[disk].suspended || rolling || !self.is_drained(disk) {
+            return Ok(());
+        }
+        let live: Vec<u32> = (0..BLOCKS).flat_map(|block| self.journal.live(disk, block)).collect();
+        if !self.journal.keeps(Rule::NoBypassWithPoints) {
+            for block in 0..BLOCKS {
+                self.journal.bulk(disk, block, self.source.block(disk, block))?;
+            }
+        }
+        self.journal.note(|| format!("disk {disk}: resync"));
+        self.source.resync(disk, &live);
+        self.report.resyncs += 1;
+        Ok(())
+    }
+
+    fn bulk(&mut self, disk: usize) -> Result<(), Stop> {
+        let done = &self.journal.catalogue.disks[disk].bulk_done;
+        let written = &self.bulk_written[disk];
+        let open = (0..BLOCKS).find(|block| !done.contains(block) && !written.contains(block));
+        if done.len() == BLOCKS {
+            self.source.disks[disk].bulk = false;
+            return Ok(());
+        }
+        if let Some(block) = open.filter(|_| self.journal.chaos.rng.chance(700)) {
+            let content = self.source.block(disk, block);
+            // A resumed initial sync compares hashes and sends what differs.
+            if self.journal.live(disk, block) != content {
+                self.journal.bulk(disk, block, content)?;
+            }
+            self.bulk_written[disk].push(block);
+            return Ok(());
+        }
+        let blocks = std::mem::take(&mut self.bulk_written[disk]);
+        if blocks.is_empty() { Ok(()) } else { self.journal.bulk_progress(disk, blocks) }
+    }
+
+    fn is_drained(&self, disk: usize) -> bool {
+        let (own, known) = (&self.source.disks[disk], &self.journal.disks[disk]);
+        let all = own.stream.len();
+        own.sent == all
+            && known.durable == all
+            && known.applied == all
+            && self.journal.catalogue.disks[disk].kind() == Kind::Normal
+    }
+
+    fn thin(&mut self, disk: usize) -> Result<(), Stop> {
+        let runs = &self.journal.catalogue.disks[disk].runs;
+        let Some(low) = runs.get(self.journal.chaos.rng.below(runs.len())).map(|run| run.low) else {
+            return Ok(());
+        };
+        self.journal.merge_runs(disk, low)
+    }
+
+    fn pin(&mut self) -> Result<(), Stop> {
+        let disks = &self.journal.catalogue.disks;
+        let ends = |mark: usize| {
+            let end = |disk: &super::manifest::DiskCatalogue| {
+                let epoch = disk.epochs.iter().position(|epoch| epoch.mark == Some(mark));
+                epoch.is_some_and(|epoch| disk.keeps_end_of(epoch))
+            };
+            disks.iter().all(end)
+        };
+        let points: Vec<usize> = self.journal.points().into_iter().filter(|mark| ends(*mark)).collect();
+        if points.is_empty() || self.oracle.pinned.len() > 1 {
+            return Ok(());
+        }
+        let mark = points[self.journal.chaos.rng.below(points.len())];
+        self.journal.commit(super::manifest::Change::Pin { mark })?;
+        self.oracle.pinned.insert(mark);
+        Ok(())
+    }
+
+    /// Takes a rollback one step on, or decides on one.
+    fn roll(&mut self, disk: usize) -> Result<(), Stop> {
+        let Some(rollback) = self.rollback.take() else {
+            let own = &self.source.disks[disk];
+            if !own.suspended && !own.bulk && self.journal.chaos.rng.chance(150) {
+                self.source.disks[disk].suspended = true;
+                self.rollback = Some(Rollback { disk, step: None, newest: None });
+            }
+            return Ok(());
+        };
+        let disk = rollback.disk;
+        let newest = rollback.newest;
+        let Some((to, state, epoch)) = rollback.step else {
+            self.rollback = Some(Rollback { disk, step: None, newest });
+            return if self.is_drained(disk) { self.begin_rollback(disk, newest) } else { Ok(()) };
+        };
+        self.rollback = Some(Rollback { disk, step: Some((to, state, epoch)), newest });
+        if self.journal.catalogue.disks[disk].active() == epoch {
+            self.journal.roll_back(disk)?;
+        } else if self.journal.catalogue.disks[disk].active() < epoch {
+            self.journal.begin_rollback(disk, to)?; // A crash took the edit that began it.
+        }
+        Ok(())
+    }
+
+    fn begin_rollback(&mut self, disk: usize, newest: Option<At>) -> Result<(), Stop> {
+        let promised = self.oracle.promised(&self.journal, &self.source, disk);
+        let whole = |at: &At| self.journal.view(disk, *at).iter().flatten().all(Option::is_some);
+        let places: Vec<_> = promised.into_iter().filter(|place| whole(&place.0)).collect();
+        let own = &mut self.source.disks[disk];
+        if places.is_empty() {
+            own.suspended = newest.is_some();
+            self.rollback = None;
+            return Ok(());
+        }
+        let (to, state) = places[self.journal.chaos.rng.below(places.len())].clone();
+        let epoch = self.journal.catalogue.disks[disk].active() + 1;
+        let newest = newest
+            .or(own.states[own.stream.len()].is_some().then_some(At { base: epoch, upto: own.stream.len() }));
+        self.rollback = Some(Rollback { disk, step: Some((to, state, epoch)), newest });
+        self.journal.begin_rollback(disk, to)
+    }
+
+    /// A finished rollback is judged; then another follows, or the way forward, or a compare.
+    fn judge_rollback(&mut self) -> Result<(), String> {
+        let Some(Rollback { disk, step: Some((to, state, epoch)), newest }) = &self.rollback else {
+            return Ok(());
+        };
+        let (disk, to, newest) = (*disk, *to, *newest);
+        if self.journal.catalogue.disks[disk].active() <= *epoch {
+            return Ok(());
+        }
+        let live: Vec<u32> = (0..BLOCKS).flat_map(|block| self.journal.live(disk, block)).collect();
+        if live != *state {
+            return Err(format!("disk {disk}: rolled back to {to:?}, reads {live:?}, was {state:?}"));
+        }
+        self.report.rollbacks += 1;
+        let forward = newest == Some(to);
+        self.rollback = None;
+        if forward {
+            self.report.roll_forwards += 1;
+            self.source.disks[disk].suspended = false;
+        } else if self.journal.chaos.rng.chance(600) {
+            self.rollback = Some(Rollback { disk, step: None, newest });
+        }
+        Ok(())
+    }
+
+    /// Injects media corruption into something that is durable.
+    fn rot(&mut self) {
+        if self.faults_left == 0 {
+            return;
+        }
+        if self.journal.chaos.rng.chance(500) { self.rot_group() } else { self.rot_image() }
+    }
+
+    fn rot_group(&mut self) {
+        let journal = &mut self.journal;
+        let segments = &journal.catalogue.segments;
+        let segment = segments[segments.len() - 1 - journal.chaos.rng.below(segments.len())];
+        let slot = journal.chaos.rng.below(SEGMENT_GROUPS);
+        let media = &mut journal.segments[segment.file];
+        let Some(group) = media.good(slot).filter(|group| group.salt == segment.salt).cloned() else {
+            return;
+        };
+        if media.can_rot(slot) && group.number <= journal.writer.durable_group {
+            media.rot(slot, false);
+            journal.note(|| format!("rot: group {} in segment {}", group.number, segment.file));
+            self.oracle.group_rotted(&group);
+            self.report.rotten_groups += 1;
+            self.faults_left -= 1;
+        }
+    }
+
+    fn rot_image(&mut self) {
+        let journal = &mut self.journal;
+        let disk = journal.chaos.rng.below(journal.disks.len());
+        let runs = &journal.catalogue.disks[disk].runs;
+        let Some(run) =
+            runs.len().checked_sub(1).map(|last| runs[last - journal.chaos.rng.below(runs.len()).min(last)])
+        else {
+            return;
+        };
+        let Some(file) = journal.runs.get_mut(&run.file) else { return };
+        let at = journal.chaos.rng.below(file.frames.len());
+        let Slot::Good(frame) = file.frames.read(at).clone() else { return };
+        if file.frames.can_rot(at) && frame.image.is_some() {
+            file.frames.rot(at, journal.chaos.rng.chance(500));
+            journal
+                .note(|| format!("rot: disk {disk} epochs {}..={} frame {at}: {frame:?}", run.low, run.high));
+            self.oracle.image_rotted(disk, run.high, frame.block);
+            self.report.rotten_images += 1;
+            self.faults_left -= 1;
+        }
+    }
+
+    /// Opens after a stop, however often that stops again, and resumes.
+    fn reopen(&mut self, mut stop: Stop) -> Result<(), String> {
+        loop {
+            self.report.stops += 1;
+            self.journal.note(|| format!("STOP: {stop:?}"));
+            if stop == Stop::PowerLoss {
+                self.journal.power_loss();
+            }
+            self.bulk_written.iter_mut().for_each(Vec::clear);
+            let alarms = self.journal.found;
+            match self.try_open(alarms)? {
+                Ok(()) => return Ok(()),
+                Err(again) => stop = again,
+            }
+        }
+    }
+
+    fn try_open(&mut self, before: Found) -> Result<Result<(), Stop>, String> {
+        let opened = self.journal.open().and_then(|()| self.resume());
+        for (disk, epoch, blocks) in std::mem::take(&mut self.journal.dropped) {
+            self.oracle.frames_dropped(disk, epoch, &blocks);
+        }
+        self.tell_what_is_lost();
+        if let Err(stop) = opened {
+            return Ok(Err(stop));
+        }
+        let alarms = |found: Found| found.by_later_groups + found.by_manifest + found.by_peer;
+        let after = alarms(self.journal.found) - alarms(before);
+        self.oracle.check_open(&self.journal, &self.source, after)?;
+        self.forget_rollback();
+        Ok(Ok(()))
+    }
+
+    /// A source that was told of a loss compares; points in the lost stretch are none.
+    fn tell_what_is_lost(&mut self) {
+        for disk in 0..self.source.disks.len() {
+            for (from, to) in self.journal.catalogue.disks[disk].lost.clone() {
+                for sequence in from..=to {
+                    if self.source.give_up(disk, sequence) {
+                        self.oracle.given_up(&self.journal, disk, sequence);
+                        self.rollback = self.rollback.take().filter(|rollback| rollback.disk != disk);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Broken rule: a rollback that was cut short counts as done.
+    fn forget_rollback(&mut self) {
+        if self.journal.keeps(Rule::RollbackRestarts) {
+            return;
+        }
+        for disk in 0..self.journal.disks.len() {
+            if matches!(self.journal.catalogue.disks[disk].kind(), Kind::Rollback(_)) {
+                let quiet = std::mem::take(&mut self.journal.chaos.stop_per_mille);
+                let failures = std::mem::take(&mut self.journal.chaos.flush_failure_per_mille);
+                // Cannot stop: both chances are zero.
+                _ = self.journal.end_epoch(disk, None, Kind::Normal);
+                self.journal.chaos.stop_per_mille = quiet;
+                self.journal.chaos.flush_failure_per_mille = failures;
+            }
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), Stop> {
+        self.journal.opened_at_mark = self.source.marks;
+        for disk in 0..self.source.disks.len() {
+            let acknowledged = self.source.disks[disk].acknowledged;
+            let again = self.journal.resume(disk, acknowledged, self.source.grace_start(disk))?;
+            self.source.disks[disk].sent = self.journal.disks[disk].received;
+            let stream = &self.source.disks[disk].stream;
+            let entries: Vec<Entry> =
+                again.iter().map(|sequence| Entry::Record(stream[sequence - 1].clone())).collect();
+            if !entries.is_empty() {
+                self.journal.append(entries)?;
+                self.journal.flush_log()?;
+            }
+            for sequence in again {
+                self.oracle.appended(disk, sequence, self.journal.now);
+            }
+        }
+        Ok(())
+    }
+
+    /// Quiet: everything is sent, applied, compared; then what stands on the media alone is judged once more.
+    fn finale(&mut self) -> Result<(), String> {
+        self.journal.note(|| "finale".to_owned());
+        self.journal.chaos.stop_per_mille = 0;
+        self.journal.chaos.flush_failure_per_mille = 0;
+        self.faults_left = 0;
+        self.reopen(Stop::PowerLoss)?;
+        for _ in 0..2000 {
+            if (0..self.source.disks.len()).all(|disk| self.is_home(disk)) {
+                self.oracle.check(&self.journal, &self.source)?;
+                self.reopen(Stop::PowerLoss)?;
+                self.acknowledge();
+                self.oracle.check(&self.journal, &self.source)?;
+                self.report.records += self.source.disks.iter().map(|disk| disk.stream.len()).sum::<usize>();
+                self.report.epochs +=
+                    self.journal.catalogue.disks.iter().map(|disk| disk.epochs.len()).sum::<usize>();
+                return self.same_at_home();
+            }
+            if let Err(stop) = self.settle() {
+                self.reopen(stop)?;
+            }
+            self.acknowledge();
+            self.judge_rollback()?;
+        }
+        Err("the target never comes to stand where the source does".into())
+    }
+
+    fn is_home(&self, disk: usize) -> bool {
+        let own = &self.source.disks[disk];
+        self.is_drained(disk) && !own.suspended && !own.bulk && self.rollback.is_none()
+    }
+
+    fn settle(&mut self) -> Result<(), Stop> {
+        self.receive()?;
+        self.journal.flush_log()?;
+        for disk in 0..self.source.disks.len() {
+            self.journal.apply(disk)?;
+            self.sync(disk)?;
+            if self
+                .rollback
+                .as_ref()
+                .is_some_and(|rollback| rollback.step.is_none() && rollback.newest.is_none())
+            {
+                // Nothing was rolled back yet: the operator thinks better of it.
+                let disk = self.rollback.take().map_or(disk, |rollback| rollback.disk);
+                self.source.disks[disk].suspended = false;
+            }
+            self.roll(disk)?;
+        }
+        if self.journal.chaos.rng.chance(50) {
+            self.source.mark();
+        }
+        Ok(())
+    }
+
+    fn same_at_home(&self) -> Result<(), String> {
+        for (disk, own) in self.source.disks.iter().enumerate() {
+            let live: Vec<u32> = (0..BLOCKS).flat_map(|block| self.journal.live(disk, block)).collect();
+            if live != own.now {
+                return Err(format!("disk {disk}: the target reads {live:?}, the source is {:?}", own.now));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Journal {
+    /// What a power loss leaves of every device.
+    fn power_loss(&mut self) {
+        let rng = &mut self.chaos.rng;
+        self.segments.iter_mut().for_each(|file| file.power_loss(rng));
+        self.targets.iter_mut().for_each(|file| file.power_loss(rng));
+        self.manifest.power_loss(rng);
+        for run in self.runs.values_mut() {
+            run.frames.power_loss(rng);
+            run.index.power_loss(rng);
+        }
+    }
+}
