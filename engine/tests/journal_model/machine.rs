@@ -224,7 +224,7 @@ impl Journal {
             if self.disks[disk].captured.contains(block) && self.keeps(Rule::FirstTouchWins) {
                 continue;
             }
-            let image = self.before_image(disk, *block, before, sectors);
+            let image = self.before_image(disk, *block, before, Some(sectors));
             let whole = self.keeps(Rule::WholeBlocks);
             let covers = std::array::from_fn(|at| whole || sectors[at].1);
             self.add_frame(disk, Frame { block: *block, image, covers })?;

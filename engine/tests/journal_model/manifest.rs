@@ -146,10 +146,14 @@ impl DiskCatalogue {
         self.epochs.iter().position(holds).unwrap_or_else(|| self.active())
     }
 
-    /// Where the state after `sequence` lies: at the end of an epoch if it is one, else inside its epoch.
+    /// Where the state after `sequence` lies: at the end of an epoch if it is one, else inside its epoch. What a
+    /// rollback made at the same sequence is another state; an empty epoch before it ends in the same one.
     pub(crate) fn locate(&self, sequence: Sequence) -> At {
         let ends = |epoch: &Epoch| epoch.last == Some(sequence) && !matches!(epoch.kind, Kind::Rollback(_));
-        let base = self.epochs.iter().position(ends).map_or_else(|| self.epoch_of(sequence), |end| end + 1);
+        let mut base = self.epoch_of(sequence);
+        while self.epochs.get(base).is_some_and(ends) {
+            base += 1;
+        }
         At { base, upto: sequence }
     }
 
@@ -178,7 +182,7 @@ impl Catalogue {
     /// A fresh journal; `created` tells of each disk whether we made its target.
     pub(crate) fn new(created: &[bool]) -> Self {
         let disk = |(file, created): (usize, &bool)| {
-            let bypass = Epoch { kind: Kind::Bypass, first: 1, last: None, mark: None };
+            let bypass = Epoch { kind: Kind::Bypass, first: 0, last: None, mark: None };
             let mut disk = DiskCatalogue { epochs: vec![bypass], floor: 1, ..DiskCatalogue::default() };
             if !created {
                 // The as-found point of an existing disk is the end of an empty epoch before the first.

@@ -75,6 +75,8 @@ rules! {
     NamedFrameIsHole = 200,
     /// After a cut, an uncaptured block that carries any redo record not yet applied is a hole.
     WrittenUncapturedIsHole = 400,
+    /// A view takes such a block for a hole too, from the moment of opening.
+    ViewsSeeSuspects = 800,
     /// That comparison is made sector by sector with every record, not with the window's merged block.
     CompareEveryRecord = 800,
     /// That a run was cut is written down before it is cut.

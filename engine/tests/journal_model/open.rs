@@ -155,18 +155,44 @@ impl Journal {
         self.flush_run(disk)
     }
 
-    /// Whether an uncaptured block may have had a frame: an applied record of the epoch wrote it, or may have; in a
-    /// rollback, a run since the rollback's point has it.
+    /// Whether an uncaptured block may have had a frame: an applied record of the epoch wrote it, or may have. A
+    /// rollback goes through the disk in order of address, so there the frames before and after say where to look; and
+    /// it only writes what a run since its point has.
     fn may_be_lost(&self, disk: usize, block: usize, rolls_back: bool) -> bool {
         let catalogue = &self.catalogue.disks[disk];
         if let (true, Kind::Rollback(to)) = (rolls_back, catalogue.kind()) {
             let mut since =
                 catalogue.runs.iter().filter(|run| run.low >= to.base && run.high < catalogue.active());
-            return since.any(|run| self.image(disk, *run, block).is_some());
+            let gap = self.gaps_of_rollback(disk).iter().any(|gap| gap.0 <= block && block < gap.1);
+            return gap && since.any(|run| self.image(disk, *run, block).is_some());
         }
         let first = catalogue.epochs[catalogue.active()].first;
         (first..=self.disks[disk].applied)
             .any(|sequence| self.record(disk, sequence).is_none_or(|record| record.touches(block)))
+    }
+
+    /// Ranges of blocks in which the unreadable frames of a rollback's run lie.
+    fn gaps_of_rollback(&self, disk: usize) -> Vec<(usize, usize)> {
+        let Some(run) = self.catalogue.disks[disk].active_run() else { return Vec::new() };
+        let Some(file) = self.runs.get(&run.file) else { return Vec::new() };
+        let (mut gaps, mut from, mut open) = (Vec::new(), 0, false);
+        for (at, block) in self.disks[disk].frames.iter().enumerate() {
+            let is_hole = file.frames.good(at).is_some_and(|frame| frame.image.is_none());
+            match block {
+                None => open = true,
+                Some(_) if is_hole => {} // Added by an opening, out of order.
+                Some(block) => {
+                    if std::mem::take(&mut open) {
+                        gaps.push((from, *block));
+                    }
+                    from = block + 1;
+                }
+            }
+        }
+        if open {
+            gaps.push((from, BLOCKS));
+        }
+        gaps
     }
 
     /// Compares positions with the peer: `acknowledged` is what it was told is durable, `grace` the oldest record it

@@ -15,8 +15,8 @@ use super::source::Source;
 struct Faults {
     /// `(epoch, block)`: an image was lost on the medium.
     images: BTreeSet<(usize, usize)>,
-    /// Epochs in which any block may be a hole: an image and a record were lost.
-    epochs: BTreeSet<usize>,
+    /// Epochs whose run was cut by an opening.
+    cut: BTreeSet<usize>,
     /// Records that were lost on the medium and did not come again.
     records: BTreeSet<Sequence>,
     any_group: bool,
@@ -62,7 +62,6 @@ impl Oracle {
     /// A record was appended, for the first time or again.
     pub(crate) fn appended(&mut self, disk: usize, sequence: Sequence, time: usize) {
         self.known[disk].times.insert(sequence, time);
-        self.known[disk].faults.records.remove(&sequence);
     }
 
     /// A durable commit group rotted.
@@ -87,9 +86,7 @@ impl Oracle {
         if faults.images.iter().any(|image| image.0 == epoch) {
             faults.images.extend(blocks.iter().map(|block| (epoch, *block)));
         }
-        if faults.any_group {
-            faults.epochs.insert(epoch);
-        }
+        faults.cut.insert(epoch);
     }
 
     /// Notes epochs that ended; `rolled_to` is what a rollback was to make of its disk.
@@ -97,12 +94,21 @@ impl Oracle {
         for (disk, catalogue) in journal.catalogue.disks.iter().enumerate() {
             for (number, epoch) in catalogue.epochs.iter().enumerate() {
                 let Some(last) = epoch.last else { continue };
-                self.known[disk].ends.entry(number).or_insert_with(|| match epoch.kind {
-                    Kind::Rollback(_) => rolled_to.cloned(),
+                let known = &mut self.known[disk].ends;
+                // An epoch without records ends as the one before it did, which may have rolled back.
+                let before = known.get(&number.wrapping_sub(1)).cloned();
+                known.entry(number).or_insert_with(|| match (epoch.kind, before) {
+                    (Kind::Rollback(_), _) => rolled_to.cloned(),
+                    (_, Some(before)) if epoch.first > last => before,
                     _ => source.disks[disk].states[last].clone(),
                 });
             }
         }
+    }
+
+    /// The end of this epoch is no state: its rollback met a hole.
+    pub(crate) fn forget_end(&mut self, disk: usize, epoch: usize) {
+        self.known[disk].ends.insert(epoch, None);
     }
 
     /// States from the given sequence on are none any more.
@@ -195,7 +201,8 @@ impl Oracle {
             journal.catalogue.disks[disk].epochs.get(at.base).map_or(at.upto + 1, |epoch| epoch.first);
         let first = first.min(journal.disks[disk].applied + 1);
         faults.images.iter().any(|image| image.0 >= at.base && image.1 == block)
-            || faults.epochs.iter().any(|epoch| *epoch >= at.base)
+            || faults.any_group && faults.images.iter().any(|image| image.0 >= at.base)
+            || faults.any_group && faults.cut.iter().any(|epoch| *epoch >= at.base)
             || faults.records.iter().any(|sequence| (first..=at.upto).contains(sequence))
     }
 
@@ -225,6 +232,8 @@ impl Oracle {
             }
             known.applied = now.applied;
             let acknowledged = source.disks[disk].acknowledged;
+            // What was sent again is whole again.
+            known.faults.records.retain(|lost| journal.record(disk, *lost).is_none());
             let kept =
                 known.faults.records.range(catalogue.freed + 1..).filter(|lost| **lost <= acknowledged);
             for lost in kept {

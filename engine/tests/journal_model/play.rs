@@ -8,7 +8,7 @@ use super::machine::{Disk, Found, Journal, RunFile, Writer};
 use super::manifest::{Catalogue, Kind};
 use super::mutations::Rule;
 use super::oracle::{Judged, Oracle};
-use super::records::{At, BLOCKS, Entry, SECTORS, SEGMENT_GROUPS};
+use super::records::{At, BLOCKS, Entry, Group, SECTORS, SEGMENT_GROUPS};
 use super::rng::Rng;
 use super::source::Source;
 
@@ -37,6 +37,8 @@ struct Rollback {
     step: Option<(At, Vec<u32>, usize)>,
     /// The newest state before the first rollback, once there was one.
     newest: Option<At>,
+    /// Something was rolled back already: the disk is not what the source is.
+    rolled: bool,
 }
 
 struct Player {
@@ -73,7 +75,8 @@ impl Player {
         let flush_failure_per_mille = if rng.chance(200) { 20 } else { 0 };
         let stop_per_mille = [0, 3, 10, 25][rng.below(4)];
         let retries_failed_flush = broken == Some(Rule::FailedFlushStops);
-        let chaos = Chaos { rng, stop_per_mille, flush_failure_per_mille, retries_failed_flush };
+        // Nothing goes wrong while the journal is made.
+        let chaos = Chaos { rng, stop_per_mille: 0, flush_failure_per_mille: 0, retries_failed_flush };
         let mut journal = Journal {
             chaos,
             broken,
@@ -95,9 +98,10 @@ impl Player {
             created,
         };
         journal.note(|| format!("seed {seed}: {disks} disks, created {:?}", journal.created));
-        while journal.add_segment().is_err() {
-            journal.power_loss(); // The very first edit: nothing can be lost yet.
-        }
+        let made = journal.add_segment();
+        debug_assert!(made.is_ok());
+        (journal.chaos.stop_per_mille, journal.chaos.flush_failure_per_mille) =
+            (stop_per_mille, flush_failure_per_mille);
         let bulk_written = vec![Vec::new(); disks];
         let oracle = Oracle::new(disks);
         Self {
@@ -233,7 +237,7 @@ impl Player {
         own.sent == all
             && known.durable == all
             && known.applied == all
-            && self.journal.catalogue.disks[disk].kind() == Kind::Normal
+            && !matches!(self.journal.catalogue.disks[disk].kind(), Kind::Rollback(_))
     }
 
     fn thin(&mut self, disk: usize) -> Result<(), Stop> {
@@ -269,32 +273,32 @@ impl Player {
             let own = &self.source.disks[disk];
             if !own.suspended && !own.bulk && self.journal.chaos.rng.chance(150) {
                 self.source.disks[disk].suspended = true;
-                self.rollback = Some(Rollback { disk, step: None, newest: None });
+                self.rollback = Some(Rollback { disk, step: None, newest: None, rolled: false });
             }
             return Ok(());
         };
         let disk = rollback.disk;
-        let newest = rollback.newest;
-        let Some((to, state, epoch)) = rollback.step else {
-            self.rollback = Some(Rollback { disk, step: None, newest });
-            return if self.is_drained(disk) { self.begin_rollback(disk, newest) } else { Ok(()) };
+        let step = rollback.step.as_ref().map(|step| (step.0, step.2));
+        let (newest, rolled) = (rollback.newest, rollback.rolled);
+        self.rollback = Some(rollback);
+        let Some((to, epoch)) = step else {
+            return if self.is_drained(disk) { self.begin_rollback(disk, newest, rolled) } else { Ok(()) };
         };
-        self.rollback = Some(Rollback { disk, step: Some((to, state, epoch)), newest });
         if self.journal.catalogue.disks[disk].active() == epoch {
             self.journal.roll_back(disk)?;
-        } else if self.journal.catalogue.disks[disk].active() < epoch {
-            self.journal.begin_rollback(disk, to)?; // A crash took the edit that began it.
+        } else if self.journal.catalogue.disks[disk].active() < epoch && self.is_drained(disk) {
+            self.journal.begin_rollback(disk, to)?; // A stop took the edit that began it.
         }
         Ok(())
     }
 
-    fn begin_rollback(&mut self, disk: usize, newest: Option<At>) -> Result<(), Stop> {
+    fn begin_rollback(&mut self, disk: usize, newest: Option<At>, rolled: bool) -> Result<(), Stop> {
         let promised = self.oracle.promised(&self.journal, &self.source, disk);
         let whole = |at: &At| self.journal.view(disk, *at).iter().flatten().all(Option::is_some);
         let places: Vec<_> = promised.into_iter().filter(|place| whole(&place.0)).collect();
         let own = &mut self.source.disks[disk];
         if places.is_empty() {
-            own.suspended = newest.is_some();
+            own.suspended = rolled;
             self.rollback = None;
             return Ok(());
         }
@@ -302,13 +306,13 @@ impl Player {
         let epoch = self.journal.catalogue.disks[disk].active() + 1;
         let newest = newest
             .or(own.states[own.stream.len()].is_some().then_some(At { base: epoch, upto: own.stream.len() }));
-        self.rollback = Some(Rollback { disk, step: Some((to, state, epoch)), newest });
+        self.rollback = Some(Rollback { disk, step: Some((to, state, epoch)), newest, rolled });
         self.journal.begin_rollback(disk, to)
     }
 
     /// A finished rollback is judged; then another follows, or the way forward, or a compare.
     fn judge_rollback(&mut self) -> Result<(), String> {
-        let Some(Rollback { disk, step: Some((to, state, epoch)), newest }) = &self.rollback else {
+        let Some(Rollback { disk, step: Some((to, state, epoch)), newest, .. }) = &self.rollback else {
             return Ok(());
         };
         let (disk, to, newest) = (*disk, *to, *newest);
@@ -316,17 +320,22 @@ impl Player {
             return Ok(());
         }
         let live: Vec<u32> = (0..BLOCKS).flat_map(|block| self.journal.live(disk, block)).collect();
-        if live != *state {
+        // A block that became a hole on the way was left as it stood; then the rollback is not whole.
+        let wanted: Vec<Option<u32>> = self.journal.view(disk, to).into_iter().flatten().collect();
+        if wanted.contains(&None) {
+            self.oracle.forget_end(disk, *epoch);
+        } else if live != *state {
             return Err(format!("disk {disk}: rolled back to {to:?}, reads {live:?}, was {state:?}"));
         }
+        let whole = live == *state;
         self.report.rollbacks += 1;
-        let forward = newest == Some(to);
+        let forward = whole && newest == Some(to);
         self.rollback = None;
         if forward {
             self.report.roll_forwards += 1;
             self.source.disks[disk].suspended = false;
         } else if self.journal.chaos.rng.chance(600) {
-            self.rollback = Some(Rollback { disk, step: None, newest });
+            self.rollback = Some(Rollback { disk, step: None, newest, rolled: true });
         }
         Ok(())
     }
@@ -342,12 +351,14 @@ impl Player {
     fn rot_group(&mut self) {
         let journal = &mut self.journal;
         let segments = &journal.catalogue.segments;
-        let segment = segments[segments.len() - 1 - journal.chaos.rng.below(segments.len())];
+        let at = journal.chaos.rng.below(segments.len());
+        let segment = segments[at];
+        // What was cut off once is no part of the log.
+        let end = segments.get(at + 1).map_or(journal.writer.next_group, |next| next.first_group);
         let slot = journal.chaos.rng.below(SEGMENT_GROUPS);
         let media = &mut journal.segments[segment.file];
-        let Some(group) = media.good(slot).filter(|group| group.salt == segment.salt).cloned() else {
-            return;
-        };
+        let mine = |group: &&Group| group.salt == segment.salt && group.number < end;
+        let Some(group) = media.good(slot).filter(mine).cloned() else { return };
         if media.can_rot(slot) && group.number <= journal.writer.durable_group {
             media.rot(slot, false);
             journal.note(|| format!("rot: group {} in segment {}", group.number, segment.file));
@@ -374,6 +385,13 @@ impl Player {
             journal
                 .note(|| format!("rot: disk {disk} epochs {}..={} frame {at}: {frame:?}", run.low, run.high));
             self.oracle.image_rotted(disk, run.high, frame.block);
+            if matches!(journal.catalogue.disks[disk].epochs[run.high].kind, Kind::Rollback(_)) {
+                // What cannot be told from an unreadable frame is where between its neighbours it belongs.
+                let block = |at: usize| journal.runs[&run.file].frames.good(at).map(|frame| frame.block);
+                let from = at.checked_sub(1).and_then(block).map_or(0, |block| block + 1);
+                let to = block(at + 1).filter(|next| *next >= from).unwrap_or(BLOCKS);
+                (from..to).for_each(|block| self.oracle.image_rotted(disk, run.high, block));
+            }
             self.report.rotten_images += 1;
             self.faults_left -= 1;
         }
@@ -501,11 +519,7 @@ impl Player {
         for disk in 0..self.source.disks.len() {
             self.journal.apply(disk)?;
             self.sync(disk)?;
-            if self
-                .rollback
-                .as_ref()
-                .is_some_and(|rollback| rollback.step.is_none() && rollback.newest.is_none())
-            {
+            if self.rollback.as_ref().is_some_and(|rollback| rollback.step.is_none() && !rollback.rolled) {
                 // Nothing was rolled back yet: the operator thinks better of it.
                 let disk = self.rollback.take().map_or(disk, |rollback| rollback.disk);
                 self.source.disks[disk].suspended = false;

@@ -137,10 +137,12 @@ impl Journal {
         Ok(())
     }
 
-    /// Whether the epochs up to this one are closed, older than the any-write window and not read by a rollback.
+    /// Whether no state of the any-write window, and no rollback under way, has its base in this epoch or before. The
+    /// time of the epoch's last record is not enough: a rollback's epoch has no records.
     fn may_go(&self, disk: usize, epoch: usize) -> bool {
-        let last = self.catalogue.disks[disk].epochs[epoch].last;
-        last.is_some_and(|last| last <= self.window_start(disk) && last <= self.disks[disk].applied)
+        let catalogue = &self.catalogue.disks[disk];
+        epoch < catalogue.locate(self.window_start(disk)).base
+            && epoch < catalogue.active()
             && !self.rolls_back(disk)
     }
 
@@ -168,9 +170,9 @@ impl Journal {
     /// The sequence of a durable mark on a disk, if the state there is kept.
     pub(crate) fn point_on(&self, disk: usize, mark: usize) -> Option<Sequence> {
         let (known, catalogue) = (&self.disks[disk], &self.catalogue.disks[disk]);
-        let closed = catalogue.epochs.iter().position(|epoch| epoch.mark == Some(mark));
-        if let Some(epoch) = closed.filter(|epoch| catalogue.keeps_end_of(*epoch)) {
-            return catalogue.epochs[epoch].last;
+        let closed = catalogue.epochs.iter().enumerate().filter(|epoch| epoch.1.mark == Some(mark));
+        if let Some((_, epoch)) = closed.filter(|epoch| catalogue.keeps_end_of(epoch.0)).next() {
+            return epoch.last;
         }
         let in_window = |sequence: &Sequence| {
             let epoch = catalogue.epochs[catalogue.epoch_of(*sequence)];

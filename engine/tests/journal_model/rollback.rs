@@ -7,7 +7,7 @@ use super::device::Stop;
 use super::machine::Journal;
 use super::manifest::{Change, Kind};
 use super::mutations::Rule;
-use super::records::{At, BLOCKS, Block, Frame, SECTORS};
+use super::records::{At, BLOCKS, Block, Body, Frame, SECTORS};
 
 impl Journal {
     /// One block of the initial sync, straight to the target.
@@ -31,7 +31,12 @@ impl Journal {
     /// Opens the epoch of a rollback; the disk must be drained.
     pub(crate) fn begin_rollback(&mut self, disk: usize, to: At) -> Result<(), Stop> {
         self.note(|| format!("disk {disk}: roll back to {to:?}"));
-        self.end_epoch(disk, None, Kind::Rollback(to))
+        // If the disk stands at a mark, this end is that mark's: the point outlives its redo.
+        let mark = match self.record(disk, self.disks[disk].applied).map(|record| &record.body) {
+            Some(Body::Mark { mark, .. }) => Some(*mark),
+            _ => None,
+        };
+        self.end_epoch(disk, mark, Kind::Rollback(to))
     }
 
     /// Rolls some blocks back; closes the epoch when all are.

@@ -49,24 +49,21 @@ impl Journal {
         file.index.flush(&mut self.chaos)
     }
 
-    /// The before-image of a block that the window starting at `before` is about to change; `None` is a hole.
+    /// What an uncaptured block held before the record `before`, as far as that can be known; `None` is a hole.
+    /// `wanted` is what a window is about to write.
     pub(crate) fn before_image(
         &self,
         disk: usize,
         block: usize,
         before: Sequence,
-        sectors: &[(u32, bool); SECTORS],
+        wanted: Option<&[(u32, bool); SECTORS]>,
     ) -> Option<Block> {
         // A version from the redo log is right even where the target was overwritten already.
         if let Some(image) = self.redo_version(disk, block, before) {
             return Some(image);
         }
         let live = self.live(disk, block);
-        if self.is_suspect(disk, block, &live, sectors) {
-            self.note(|| format!("disk {disk}: block {block} was written without a before-image"));
-            return None;
-        }
-        Some(live)
+        (!self.is_suspect(disk, block, &live, wanted)).then_some(live)
     }
 
     /// The block as the records before `before` left it, if they alone tell all its sectors.
@@ -100,13 +97,20 @@ impl Journal {
     }
 
     /// Whether the block may carry a write whose before-image was cut off.
-    fn is_suspect(&self, disk: usize, block: usize, live: &Block, sectors: &[(u32, bool); SECTORS]) -> bool {
+    fn is_suspect(
+        &self,
+        disk: usize,
+        block: usize,
+        live: &Block,
+        wanted: Option<&[(u32, bool); SECTORS]>,
+    ) -> bool {
         let known = &self.disks[disk];
         if known.applied >= known.suspect_until || !self.keeps(Rule::WrittenUncapturedIsHole) {
             return false;
         }
         if !self.keeps(Rule::CompareEveryRecord) {
-            return sectors.iter().zip(live).all(|(wanted, live)| wanted.0 == *live);
+            return wanted
+                .is_some_and(|wanted| wanted.iter().zip(live).all(|(wanted, live)| wanted.0 == *live));
         }
         let first = self.catalogue.disks[disk].epochs[self.catalogue.disks[disk].active()].first;
         let unapplied = first.max(known.applied + 1)..=known.suspect_until;

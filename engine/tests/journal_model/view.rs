@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use super::machine::Journal;
 use super::mutations::Rule;
-use super::records::{At, BLOCKS, SECTORS, Seen, Sequence};
+use super::records::{At, BLOCKS, Block, SECTORS, Seen, Sequence};
 use super::undo::Image;
 
 impl Journal {
@@ -51,10 +51,22 @@ impl Journal {
                 return seen;
             }
         }
-        for (at, value) in self.live(disk, block).into_iter().enumerate().filter(|sector| open[sector.0]) {
-            seen[at] = Some(value);
+        let live = self.uncaptured(disk, base, block);
+        for at in (0..SECTORS).filter(|at| open[*at]) {
+            seen[at] = live.map(|live| live[at]);
         }
         seen
+    }
+
+    /// A block that no run since `base` has: the target's, unless it may have been written by a window that was cut.
+    fn uncaptured(&self, disk: usize, base: usize, block: usize) -> Option<Block> {
+        let known = &self.disks[disk];
+        let suspect = known.applied < known.suspect_until && base <= self.catalogue.disks[disk].active();
+        if suspect && self.keeps(Rule::ViewsSeeSuspects) {
+            self.before_image(disk, block, known.applied + 1, None)
+        } else {
+            Some(self.live(disk, block))
+        }
     }
 
     /// First record that lies over the base.
