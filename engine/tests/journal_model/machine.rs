@@ -181,7 +181,7 @@ impl Journal {
             return Ok(());
         }
         let window = self.window(disk)?;
-        let (Some(first), Some(last)) = (window.first(), window.last()) else { return Ok(()) };
+        let (Some(first), Some(last)) = (window.first(), window.last()) else { return self.pass_lost(disk) };
         let (first, last) = (first.sequence, last.sequence);
         self.note(|| format!("disk {disk}: window {first}..={last}"));
         self.pass_marks(disk, first - 1);
@@ -199,6 +199,17 @@ impl Journal {
         self.disks[disk].applied = last;
         let (epoch, frames) = (self.catalogue.disks[disk].active(), self.disks[disk].frames.len());
         self.append(vec![Entry::Applied(Applied { disk, sequence: last, epoch, frames })])
+    }
+
+    /// Records that were given up at the end of what is durable are passed without a window.
+    fn pass_lost(&mut self, disk: usize) -> Result<(), Stop> {
+        let next = self.disks[disk].applied + 1;
+        if next > self.disks[disk].durable || !self.catalogue.disks[disk].is_given_up(next) {
+            return Ok(());
+        }
+        self.disks[disk].applied = next;
+        let (epoch, frames) = (self.catalogue.disks[disk].active(), self.disks[disk].frames.len());
+        self.append(vec![Entry::Applied(Applied { disk, sequence: next, epoch, frames })])
     }
 
     /// The window's blocks as they shall be: sub-block writes merged into what the target holds. `bool`: sector written.

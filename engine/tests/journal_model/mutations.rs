@@ -109,6 +109,8 @@ rules! {
     BulkFlushFirst = 60,
     /// Bulk bypasses the journal only while the disk has no point.
     NoBypassWithPoints = 60,
+    /// A rollback begins when all that is durable is applied.
+    RollbackAfterDrain = 60,
     /// A rollback keeps before-images like any other epoch.
     RollbackCaptures = 60,
     /// A rollback that was cut short is taken up again.

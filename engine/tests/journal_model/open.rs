@@ -109,8 +109,11 @@ impl Journal {
         let (kept, len) = (blocks.len(), file.frames.len());
         self.disks[disk].captured = blocks.iter().copied().flatten().collect();
         self.disks[disk].frames = blocks;
+        if kept < len || unknown {
+            self.suspect_run(disk, rolls_back)?;
+        }
         if kept < len {
-            self.cut_run(disk, kept, rolls_back)?;
+            self.cut_run(disk, kept)?;
         }
         if unknown {
             self.add_holes(disk, rolls_back)?;
@@ -118,18 +121,25 @@ impl Journal {
         Ok(())
     }
 
-    /// Cuts the active run at its first invalid frame. In a rollback nothing after it was written to the target; in an
-    /// epoch of the stream it may have been, until all that is durable now was applied again.
-    fn cut_run(&mut self, disk: usize, kept: usize, rolls_back: bool) -> Result<(), Stop> {
+    /// Frames of the active run are gone. In a rollback the target was not written past the named ones; in an epoch of
+    /// the stream it may have been, until all that is durable now was applied again. A named frame that cannot be read
+    /// may also belong to a record after APPLIED: windows are cut anew after each opening.
+    fn suspect_run(&mut self, disk: usize, rolls_back: bool) -> Result<(), Stop> {
         let (epoch, durable) = (self.catalogue.disks[disk].active(), self.disks[disk].durable);
-        let Some(run) = self.catalogue.disks[disk].active_run() else { return Ok(()) };
+        let until = durable.max(self.disks[disk].suspect_until);
         if !rolls_back {
-            let until = durable.max(self.disks[disk].suspect_until);
             if self.keeps(Rule::CutIsRecorded) {
                 self.commit(Change::Suspect { disk, epoch, until })?;
             }
             self.disks[disk].suspect_until = until;
         }
+        Ok(())
+    }
+
+    /// Cuts the active run at its first invalid frame.
+    fn cut_run(&mut self, disk: usize, kept: usize) -> Result<(), Stop> {
+        let epoch = self.catalogue.disks[disk].active();
+        let Some(run) = self.catalogue.disks[disk].active_run() else { return Ok(()) };
         if let Some(file) = self.runs.get_mut(&run.file) {
             let dropped =
                 (kept..file.frames.len()).filter_map(|at| file.frames.good(at)).map(|frame| frame.block);

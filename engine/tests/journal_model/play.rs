@@ -278,18 +278,28 @@ impl Player {
             return Ok(());
         };
         let disk = rollback.disk;
-        let step = rollback.step.as_ref().map(|step| (step.0, step.2));
+        let step = rollback.step.as_ref().map(|step| step.2);
         let (newest, rolled) = (rollback.newest, rollback.rolled);
         self.rollback = Some(rollback);
-        let Some((to, epoch)) = step else {
-            return if self.is_drained(disk) { self.begin_rollback(disk, newest, rolled) } else { Ok(()) };
+        let Some(epoch) = step else {
+            return if self.may_roll_back(disk) { self.begin_rollback(disk, newest, rolled) } else { Ok(()) };
         };
         if self.journal.catalogue.disks[disk].active() == epoch {
             self.journal.roll_back(disk)?;
-        } else if self.journal.catalogue.disks[disk].active() < epoch && self.is_drained(disk) {
-            self.journal.begin_rollback(disk, to)?; // A stop took the edit that began it.
+        } else if self.journal.catalogue.disks[disk].active() < epoch {
+            // A stop took the edit that began it. The disk may have to be drained anew, and the point may have gone.
+            let newest = newest.filter(|_| rolled);
+            self.rollback = Some(Rollback { disk, step: None, newest, rolled });
         }
         Ok(())
+    }
+
+    /// Whether all that was sent is durable and applied.
+    fn may_roll_back(&self, disk: usize) -> bool {
+        let (own, known) = (&self.source.disks[disk], &self.journal.disks[disk]);
+        let durable = own.sent == own.stream.len() && known.durable == own.stream.len();
+        let rolls = matches!(self.journal.catalogue.disks[disk].kind(), Kind::Rollback(_));
+        durable && !rolls && (known.applied == known.durable || !self.journal.keeps(Rule::RollbackAfterDrain))
     }
 
     fn begin_rollback(&mut self, disk: usize, newest: Option<At>, rolled: bool) -> Result<(), Stop> {
