@@ -68,8 +68,21 @@ fn every_promised_state_reads_back_after_any_stop() {
 
 #[test]
 fn every_broken_rule_is_seen() {
-    for (rule, within) in RULES {
-        let first = (0..*within).find(|seed| play(*seed, Some(*rule), false).is_err());
-        eprintln!("{rule:?}: {first:?}");
+    let n = number("MODEL_SEEDS").unwrap_or(2000);
+    for (rule, _) in RULES {
+        let mut seen = Vec::new();
+        for seed in 0..n {
+            let r = std::panic::catch_unwind(|| play(seed, Some(*rule), false));
+            match r {
+                Ok(Ok(_)) => {}
+                Ok(Err(e)) => seen.push((seed, e)),
+                Err(_) => seen.push((seed, "PANIC".into())),
+            }
+        }
+        eprintln!(
+            "RULE {rule:?}: {} first {:?}",
+            seen.len(),
+            seen.iter().take(2).map(|s| (s.0, s.1.chars().take(110).collect::<String>())).collect::<Vec<_>>()
+        );
     }
 }

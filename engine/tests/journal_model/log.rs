@@ -47,7 +47,10 @@ impl Journal {
         self.segments[file].flush(&mut self.chaos)?;
         self.writer.in_flight = 0;
         self.writer.durable_group = self.writer.next_group - 1;
-        self.disks.iter_mut().for_each(|disk| disk.durable = disk.received);
+        for disk in &mut self.disks {
+            disk.durable = disk.received;
+            disk.missing.retain(|sequence| !disk.places.contains_key(sequence));
+        }
         self.note(|| format!("log: durable to group {}", self.writer.durable_group));
         Ok(())
     }
@@ -75,7 +78,6 @@ impl Journal {
             let Entry::Record(Record { disk, sequence, body }) = entry else { continue };
             let disk = &mut self.disks[*disk];
             disk.places.insert(*sequence, Place { file, slot, at, time: group.time });
-            disk.missing.remove(sequence);
             disk.received = disk.received.max(*sequence);
             if let Body::Mark { mark, .. } = body {
                 disk.marks.insert(*mark, *sequence);

@@ -269,17 +269,17 @@ impl Journal {
 
     /// If the disk stands at a mark that ends its epoch: seals the run and opens the next epoch.
     fn end_epoch_at_mark(&mut self, disk: usize) -> Result<bool, Stop> {
-        let (applied, catalogue) = (self.disks[disk].applied, &self.catalogue.disks[disk]);
-        if applied + 1 == catalogue.epochs[catalogue.active()].first {
+        let (mut at, catalogue) = (self.disks[disk].applied, &self.catalogue.disks[disk]);
+        if !self.keeps(Rule::WindowInsideEpoch) {
+            // The window ran over the mark: its epoch ends behind what was written.
+            at = self.disks[disk].marks.values().copied().filter(|mark| *mark <= at).max().unwrap_or(0);
+        }
+        if at < catalogue.epochs[catalogue.active()].first {
             return Ok(false);
         }
-        let Some(Record { body: Body::Mark { mark, state }, .. }) = self.record(disk, applied).cloned()
-        else {
+        let Some(Record { body: Body::Mark { mark, state }, .. }) = self.record(disk, at).cloned() else {
             return Ok(false);
         };
-        if catalogue.epoch_of(applied) != catalogue.active() {
-            return Ok(false);
-        }
         // The bypass ends only at a mark after the last bulk block: the first state there is.
         if catalogue.kind() == Kind::Bypass && !(state && catalogue.bulk_done.len() == BLOCKS) {
             return Ok(false);
@@ -292,14 +292,20 @@ impl Journal {
             }
             self.commit(Change::Decide { mark })?;
         }
-        self.end_epoch(disk, Some(mark), Kind::Normal)?;
+        self.end_epoch(disk, at, Some(mark), Kind::Normal)?;
         Ok(true)
     }
 
-    /// Ends the active epoch at what is applied: seal the run, then the edit, then nothing else relies on the old one.
-    pub(crate) fn end_epoch(&mut self, disk: usize, mark: Option<usize>, next: Kind) -> Result<(), Stop> {
+    /// Ends the active epoch after `last`, which is what is applied: seals its run, then the edit.
+    pub(crate) fn end_epoch(
+        &mut self,
+        disk: usize,
+        last: Sequence,
+        mark: Option<usize>,
+        next: Kind,
+    ) -> Result<(), Stop> {
         self.seal(disk)?;
-        let (file, last) = (self.new_file(), self.disks[disk].applied);
+        let file = self.new_file();
         let change = Change::Close { disk, last, mark, next, file };
         if self.keeps(Rule::EpochEditFirst) {
             self.commit(change)?;

@@ -63,8 +63,6 @@ rules! {
     // Views.
     /// The base of a block is the earliest run of an epoch at or after the point's, not after only.
     BaseFromOwnEpoch = 20,
-    /// Over the base lie also the records that are durable and not applied.
-    OverlayUnapplied = 20,
     /// A lost record makes holes of what it may have written.
     GapIsHole = 60,
     /// An image that fails its check is a hole; no newer image and no live block takes its place.

@@ -199,7 +199,6 @@ impl Oracle {
         let faults = &self.known[disk].faults;
         let first =
             journal.catalogue.disks[disk].epochs.get(at.base).map_or(at.upto + 1, |epoch| epoch.first);
-        let first = first.min(journal.disks[disk].applied + 1);
         faults.images.iter().any(|image| image.0 >= at.base && image.1 == block)
             || faults.any_group && faults.images.iter().any(|image| image.0 >= at.base)
             || faults.any_group && faults.cut.iter().any(|epoch| *epoch >= at.base)

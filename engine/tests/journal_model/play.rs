@@ -8,7 +8,7 @@ use super::machine::{Disk, Found, Journal, RunFile, Writer};
 use super::manifest::{Catalogue, Kind};
 use super::mutations::Rule;
 use super::oracle::{Judged, Oracle};
-use super::records::{At, BLOCKS, Entry, Group, SECTORS, SEGMENT_GROUPS};
+use super::records::{At, BLOCKS, Entry, Group, SECTORS, SEGMENT_GROUPS, Sequence};
 use super::rng::Rng;
 use super::source::Source;
 
@@ -48,9 +48,50 @@ struct Player {
     report: Report,
     rollback: Option<Rollback>,
     bulk_written: Vec<Vec<usize>>,
+    /// What the target asked for again.
+    again: Vec<Vec<Sequence>>,
+    /// How often each action of [`Player::act`] is taken.
+    weights: [usize; ACTIONS.len()],
     faults_left: usize,
-    seed: u64,
 }
+
+#[derive(Clone, Copy, Debug)]
+enum Action {
+    Write,
+    Mark,
+    Receive,
+    Flush,
+    Idle,
+    Apply,
+    Sync,
+    Free,
+    Thin,
+    Expire,
+    Pin,
+    Roll,
+    Rot,
+    Stop,
+    Wait,
+}
+
+/// What can happen, and how often it does; each seed makes some of it rarer and some more frequent.
+const ACTIONS: [(Action, usize); 15] = [
+    (Action::Write, 200),
+    (Action::Mark, 50),
+    (Action::Receive, 180),
+    (Action::Flush, 90),
+    (Action::Idle, 20),
+    (Action::Apply, 220),
+    (Action::Sync, 80),
+    (Action::Free, 60),
+    (Action::Thin, 40),
+    (Action::Expire, 10),
+    (Action::Pin, 5),
+    (Action::Roll, 45),
+    (Action::Rot, 8),
+    (Action::Stop, 6),
+    (Action::Wait, 4),
+];
 
 /// Plays a seed with all rules, or all but one.
 pub(crate) fn play(seed: u64, broken: Option<Rule>, trace: bool) -> Result<Report, String> {
@@ -71,9 +112,12 @@ impl Player {
             .map(|created| (0..BLOCKS * SECTORS).map(|at| if *created { 0 } else { 1 + at as u32 }).collect())
             .collect();
         let source = Source::new(&mut rng, &targets, &created);
-        let faults_left = if rng.chance(500) { rng.between(1, 2) } else { 0 };
-        let flush_failure_per_mille = if rng.chance(200) { 20 } else { 0 };
-        let stop_per_mille = [0, 3, 10, 25][rng.below(4)];
+        // A broken rule shows soonest where much goes wrong; all rules together must stand that too.
+        let harsh = rng.chance(300) || broken.is_some();
+        let faults_left = if harsh { 2 } else { rng.below(4).saturating_sub(1) };
+        let flush_failure_per_mille = if harsh || rng.chance(200) { 10 } else { 0 };
+        let stop_per_mille = if harsh { [10, 25][rng.below(2)] } else { [0, 3, 10][rng.below(3)] };
+        let weights = ACTIONS.map(|action| action.1 * [1, 2, 2, 2, 5][rng.below(5)]);
         let retries_failed_flush = broken == Some(Rule::FailedFlushStops);
         // Nothing goes wrong while the journal is made.
         let chaos = Chaos { rng, stop_per_mille: 0, flush_failure_per_mille: 0, retries_failed_flush };
@@ -103,17 +147,9 @@ impl Player {
         (journal.chaos.stop_per_mille, journal.chaos.flush_failure_per_mille) =
             (stop_per_mille, flush_failure_per_mille);
         let bulk_written = vec![Vec::new(); disks];
-        let oracle = Oracle::new(disks);
-        Self {
-            journal,
-            source,
-            oracle,
-            report: Report::default(),
-            rollback: None,
-            bulk_written,
-            faults_left,
-            seed,
-        }
+        let (oracle, again) = (Oracle::new(disks), vec![Vec::new(); disks]);
+        let report = Report::default();
+        Self { journal, source, oracle, report, rollback: None, bulk_written, again, weights, faults_left }
     }
 
     fn run(&mut self) -> Result<(), String> {
@@ -151,26 +187,32 @@ impl Player {
     /// One random step of anybody.
     fn act(&mut self) -> Result<(), Stop> {
         let disk = self.journal.chaos.rng.below(self.source.disks.len());
-        match self.journal.chaos.rng.below(1000) {
-            0..200 => self.source.write(&mut self.journal.chaos.rng, disk),
-            200..250 => self.source.mark(),
-            250..430 => self.receive()?,
-            430..520 => self.journal.flush_log()?,
-            520..540 => {
-                self.journal.append(Vec::new())?; // After 50 ms idle.
+        let mut at = self.journal.chaos.rng.below(self.weights.iter().sum());
+        let chosen = self.weights.iter().position(|weight| {
+            let here = at < *weight;
+            at = at.wrapping_sub(*weight);
+            here
+        });
+        match chosen.map_or(Action::Wait, |chosen| ACTIONS[chosen].0) {
+            Action::Write => self.source.write(&mut self.journal.chaos.rng, disk),
+            Action::Mark => self.source.mark(),
+            Action::Receive => self.receive()?,
+            Action::Flush => self.journal.flush_log()?,
+            Action::Idle => {
+                self.journal.append(Vec::new())?; // The empty group after 50 ms.
                 self.journal.flush_log()?;
             }
-            540..760 => self.journal.apply(disk)?,
-            760..840 => self.sync(disk)?,
-            840..900 => self.journal.free_segment()?,
-            900..925 => self.thin(disk)?,
-            925..935 => self.journal.expire(disk)?,
-            935..940 => self.pin()?,
-            940..985 => self.roll(disk)?,
-            985..993 => self.rot(),
-            993..996 => return Err(Stop::PowerLoss),
-            996..998 => return Err(Stop::Kill),
-            _ => self.journal.now += 10,
+            Action::Apply => self.journal.apply(disk)?,
+            Action::Sync => self.sync(disk)?,
+            Action::Free => self.free()?,
+            Action::Thin => self.thin(disk)?,
+            Action::Expire => self.expire(disk)?,
+            Action::Pin => self.pin()?,
+            Action::Roll => self.roll(disk)?,
+            Action::Rot => self.rot()?,
+            Action::Stop if self.journal.chaos.rng.chance(600) => return Err(Stop::PowerLoss),
+            Action::Stop => return Err(Stop::Kill),
+            Action::Wait => self.journal.now += 10,
         }
         Ok(())
     }
@@ -178,6 +220,12 @@ impl Player {
     /// Some records of some disks arrive and become one group.
     fn receive(&mut self) -> Result<(), Stop> {
         let mut entries = Vec::new();
+        for (disk, again) in self.again.iter_mut().enumerate() {
+            for sequence in again.drain(..) {
+                entries.push(Entry::Record(self.source.disks[disk].stream[sequence - 1].clone()));
+                self.oracle.appended(disk, sequence, self.journal.now);
+            }
+        }
         for (disk, own) in self.source.disks.iter_mut().enumerate() {
             let room = self.journal.chaos.rng.below(4);
             for record in own.stream.iter().skip(own.sent).take(room) {
@@ -240,12 +288,29 @@ impl Player {
             && !matches!(self.journal.catalogue.disks[disk].kind(), Kind::Rollback(_))
     }
 
+    fn free(&mut self) -> Result<(), Stop> {
+        let before = self.journal.catalogue.segments.len();
+        self.journal.free_segment()?;
+        self.report.freed += before - self.journal.catalogue.segments.len();
+        Ok(())
+    }
+
+    fn expire(&mut self, disk: usize) -> Result<(), Stop> {
+        let before = self.journal.catalogue.disks[disk].runs.len();
+        self.journal.expire(disk)?;
+        self.report.expired += before - self.journal.catalogue.disks[disk].runs.len();
+        Ok(())
+    }
+
     fn thin(&mut self, disk: usize) -> Result<(), Stop> {
         let runs = &self.journal.catalogue.disks[disk].runs;
         let Some(low) = runs.get(self.journal.chaos.rng.below(runs.len())).map(|run| run.low) else {
             return Ok(());
         };
-        self.journal.merge_runs(disk, low)
+        let before = runs.len();
+        self.journal.merge_runs(disk, low)?;
+        self.report.merges += before - self.journal.catalogue.disks[disk].runs.len();
+        Ok(())
     }
 
     fn pin(&mut self) -> Result<(), Stop> {
@@ -350,12 +415,20 @@ impl Player {
         Ok(())
     }
 
-    /// Injects media corruption into something that is durable.
-    fn rot(&mut self) {
-        if self.faults_left == 0 {
-            return;
+    /// Injects media corruption into something that is durable, now and then at the moment of a stop.
+    fn rot(&mut self) -> Result<(), Stop> {
+        let left = self.faults_left;
+        match self.journal.chaos.rng.below(if left > 0 { 3 } else { 0 }) {
+            0 if left == 0 => {}
+            0 => self.rot_group(),
+            1 => self.rot_image(false),
+            _ => self.rot_image(true),
         }
-        if self.journal.chaos.rng.chance(500) { self.rot_group() } else { self.rot_image() }
+        if self.faults_left < left && self.journal.chaos.rng.chance(500) {
+            Err(Stop::PowerLoss)
+        } else {
+            Ok(())
+        }
     }
 
     fn rot_group(&mut self) {
@@ -378,17 +451,16 @@ impl Player {
         }
     }
 
-    fn rot_image(&mut self) {
+    /// `newest`: the last image of the active run, of which the log may not tell yet.
+    fn rot_image(&mut self, newest: bool) {
         let journal = &mut self.journal;
         let disk = journal.chaos.rng.below(journal.disks.len());
         let runs = &journal.catalogue.disks[disk].runs;
-        let Some(run) =
-            runs.len().checked_sub(1).map(|last| runs[last - journal.chaos.rng.below(runs.len()).min(last)])
-        else {
-            return;
-        };
+        let Some(last) = runs.len().checked_sub(1) else { return };
+        let run = runs[if newest { last } else { journal.chaos.rng.below(last + 1) }];
         let Some(file) = journal.runs.get_mut(&run.file) else { return };
-        let at = journal.chaos.rng.below(file.frames.len());
+        let frames = file.frames.len();
+        let at = if newest { frames.saturating_sub(1) } else { journal.chaos.rng.below(frames) };
         let Slot::Good(frame) = file.frames.read(at).clone() else { return };
         if file.frames.can_rot(at) && frame.image.is_some() {
             file.frames.rot(at, journal.chaos.rng.chance(500));
@@ -464,7 +536,7 @@ impl Player {
                 let quiet = std::mem::take(&mut self.journal.chaos.stop_per_mille);
                 let failures = std::mem::take(&mut self.journal.chaos.flush_failure_per_mille);
                 // Cannot stop: both chances are zero.
-                _ = self.journal.end_epoch(disk, None, Kind::Normal);
+                _ = self.journal.end_epoch(disk, self.journal.disks[disk].applied, None, Kind::Normal);
                 self.journal.chaos.stop_per_mille = quiet;
                 self.journal.chaos.flush_failure_per_mille = failures;
             }
@@ -475,18 +547,8 @@ impl Player {
         self.journal.opened_at_mark = self.source.marks;
         for disk in 0..self.source.disks.len() {
             let acknowledged = self.source.disks[disk].acknowledged;
-            let again = self.journal.resume(disk, acknowledged, self.source.grace_start(disk))?;
+            self.again[disk] = self.journal.resume(disk, acknowledged, self.source.grace_start(disk))?;
             self.source.disks[disk].sent = self.journal.disks[disk].received;
-            let stream = &self.source.disks[disk].stream;
-            let entries: Vec<Entry> =
-                again.iter().map(|sequence| Entry::Record(stream[sequence - 1].clone())).collect();
-            if !entries.is_empty() {
-                self.journal.append(entries)?;
-                self.journal.flush_log()?;
-            }
-            for sequence in again {
-                self.oracle.appended(disk, sequence, self.journal.now);
-            }
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ pub(crate) const SEGMENT_GROUPS: usize = 5;
 /// Commit groups that may be written and not yet flushed.
 pub(crate) const IN_FLIGHT: usize = 4;
 /// Length of the any-write window in ticks.
-pub(crate) const WINDOW: usize = 60;
+pub(crate) const WINDOW: usize = 40;
 
 pub(crate) type Sequence = usize;
 pub(crate) type Block = [u32; SECTORS];

@@ -31,6 +31,9 @@ impl Journal {
         if self.keeps(Rule::FreeOnlyApplied) {
             keep = keep.min(known.applied + 1);
         }
+        if catalogue.kind() == Kind::Bypass {
+            return keep; // There is no point that could need more.
+        }
         if self.keeps(Rule::FreeOnlyOld) {
             keep = keep.min(self.window_start(disk) + 1);
         }

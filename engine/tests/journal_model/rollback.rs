@@ -32,11 +32,16 @@ impl Journal {
     pub(crate) fn begin_rollback(&mut self, disk: usize, to: At) -> Result<(), Stop> {
         self.note(|| format!("disk {disk}: roll back to {to:?}"));
         // If the disk stands at a mark, this end is that mark's: the point outlives its redo.
+        let catalogue = &self.catalogue.disks[disk];
+        let (active, before) = (catalogue.active(), catalogue.active().saturating_sub(1));
+        let is_empty = catalogue.epochs[active].first == self.disks[disk].applied + 1;
         let mark = match self.record(disk, self.disks[disk].applied).map(|record| &record.body) {
+            _ if is_empty && matches!(catalogue.epochs[before].kind, Kind::Rollback(_)) => None,
+            _ if is_empty => catalogue.epochs[before].mark,
             Some(Body::Mark { mark, .. }) => Some(*mark),
             _ => None,
         };
-        self.end_epoch(disk, mark, Kind::Rollback(to))
+        self.end_epoch(disk, self.disks[disk].applied, mark, Kind::Rollback(to))
     }
 
     /// Rolls some blocks back; closes the epoch when all are.
@@ -52,7 +57,7 @@ impl Journal {
         let batch: Vec<usize> = (0..BLOCKS).filter(known).filter(differs).take(room).collect();
         if batch.is_empty() {
             self.targets[disk].flush(&mut self.chaos)?;
-            return self.end_epoch(disk, None, Kind::Normal);
+            return self.end_epoch(disk, self.disks[disk].applied, None, Kind::Normal);
         }
         if self.keeps(Rule::RollbackCaptures) {
             self.capture_for_rollback(disk, &batch)?;

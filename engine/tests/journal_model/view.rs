@@ -1,7 +1,7 @@
 //! A disk as of a point.
 //!
 //! Invariant: base of a block is the earliest run at or after the point's epoch that has the block, else the target;
-//! over it lie the point's own records and those that are durable and not applied. What cannot be known is a hole,
+//! over it lie the records of that epoch up to the point. What cannot be known is a hole,
 //! sector by sector; guessed data is never served. Called by the oracle, rollback and nothing else.
 
 use std::collections::BTreeSet;
@@ -69,10 +69,9 @@ impl Journal {
         }
     }
 
-    /// First record that lies over the base.
+    /// First record that lies over the base. What is not applied yet belongs to the active epoch.
     fn overlay_from(&self, disk: usize, at: At) -> Sequence {
-        let first = self.catalogue.disks[disk].epochs.get(at.base).map_or(at.upto + 1, |epoch| epoch.first);
-        if self.keeps(Rule::OverlayUnapplied) { first.min(self.disks[disk].applied + 1) } else { first }
+        self.catalogue.disks[disk].epochs.get(at.base).map_or(at.upto + 1, |epoch| epoch.first)
     }
 
     /// Blocks that an unreadable record may have written: those its epoch captured, once it is applied.
