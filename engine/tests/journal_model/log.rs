@@ -26,7 +26,6 @@ impl Journal {
             number: writer.next_group,
             salt: segment.salt,
             durable_group: writer.durable_group,
-            time: self.now,
             entries,
         };
         self.note(|| format!("log: segment {} slot {}: {group:?}", segment.file, writer.slot));
@@ -75,9 +74,9 @@ impl Journal {
     /// Enters a group's records into memory. A record that is there already stays: both are the same.
     fn index(&mut self, group: &Group, file: usize, slot: usize) {
         for (at, entry) in group.entries.iter().enumerate() {
-            let Entry::Record(Record { disk, sequence, body }) = entry else { continue };
+            let Entry::Record(Record { disk, sequence, time, body }) = entry else { continue };
             let disk = &mut self.disks[*disk];
-            disk.places.insert(*sequence, Place { file, slot, at, time: group.time });
+            disk.places.insert(*sequence, Place { file, slot, at, time: *time });
             disk.received = disk.received.max(*sequence);
             if let Body::Mark { mark, .. } = body {
                 disk.marks.insert(*mark, *sequence);

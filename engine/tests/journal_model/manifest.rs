@@ -163,6 +163,12 @@ impl DiskCatalogue {
         epoch + 1 >= self.floor && !merged_away
     }
 
+    /// The epoch whose end this mark is, if that state is still kept.
+    pub(crate) fn kept_end(&self, mark: usize) -> Option<usize> {
+        let mut ends = self.epochs.iter().enumerate().filter(|epoch| epoch.1.mark == Some(mark));
+        ends.find(|epoch| self.keeps_end_of(epoch.0)).map(|epoch| epoch.0)
+    }
+
     pub(crate) fn is_given_up(&self, sequence: Sequence) -> bool {
         self.lost.iter().any(|range| range.0 <= sequence && sequence <= range.1)
     }

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::machine::Journal;
 use super::manifest::Kind;
 use super::records::{At, Group, SECTORS, Seen, Sequence, WINDOW};
-use super::source::Source;
+use super::source::{Source, SourceDisk};
 
 #[derive(Default)]
 struct Faults {
@@ -26,8 +26,6 @@ struct Faults {
 struct Known {
     /// What the end of each closed epoch is; `None` where it is no state.
     ends: BTreeMap<usize, Option<Vec<u32>>>,
-    /// When each sequence was appended last.
-    times: BTreeMap<Sequence, usize>,
     faults: Faults,
     durable: Sequence,
     applied: Sequence,
@@ -43,8 +41,8 @@ pub(crate) struct Judged {
 
 pub(crate) struct Oracle {
     known: Vec<Known>,
-    /// Marks that were pinned, for good.
-    pub(crate) pinned: BTreeSet<usize>,
+    /// Ends of epochs that were pinned, for good: `(disk, epoch)`.
+    pub(crate) pinned: BTreeSet<(usize, usize)>,
     pub(crate) judged: Judged,
 }
 
@@ -57,11 +55,6 @@ impl Oracle {
             pinned: BTreeSet::new(),
             judged: Judged::default(),
         }
-    }
-
-    /// A record was appended, for the first time or again.
-    pub(crate) fn appended(&mut self, disk: usize, sequence: Sequence, time: usize) {
-        self.known[disk].times.insert(sequence, time);
     }
 
     /// A durable commit group rotted.
@@ -125,17 +118,14 @@ impl Oracle {
     pub(crate) fn promised(&self, journal: &Journal, source: &Source, disk: usize) -> Vec<(At, Vec<u32>)> {
         let (known, catalogue) = (&self.known[disk], &journal.catalogue.disks[disk]);
         let mut promised = Vec::new();
-        let pinned = |epoch: usize| {
-            let mark = catalogue.epochs.get(epoch).and_then(|epoch| epoch.mark);
-            mark.is_some_and(|mark| self.pinned.contains(&mark))
-        };
+        let pinned = |epoch: usize| self.pinned.contains(&(disk, epoch));
         let kept = |epoch: usize| catalogue.keeps_end_of(epoch) || pinned(epoch);
         for (epoch, state) in known.ends.iter().filter(|end| kept(*end.0)) {
             let upto = catalogue.epochs.get(*epoch).and_then(|epoch| epoch.last).unwrap_or(0);
             promised.extend(state.clone().map(|state| (At { base: epoch + 1, upto }, state)));
         }
         let own = &source.disks[disk];
-        let start = self.window_start(journal, disk);
+        let start = Self::window_start(journal, own);
         for sequence in start..=own.acknowledged {
             let at = catalogue.locate(sequence);
             let protected = catalogue.epochs.get(at.base).is_some_and(|epoch| epoch.kind == Kind::Normal);
@@ -147,9 +137,9 @@ impl Oracle {
     }
 
     /// Last state from before the any-write window.
-    fn window_start(&self, journal: &Journal, disk: usize) -> Sequence {
-        let old = self.known[disk].times.iter().filter(|time| time.1 + WINDOW <= journal.now);
-        old.map(|time| *time.0).max().unwrap_or(0)
+    fn window_start(journal: &Journal, own: &SourceDisk) -> Sequence {
+        let old = own.stream.iter().filter(|record| record.time + WINDOW <= journal.now);
+        old.map(|record| record.sequence).max().unwrap_or(0)
     }
 
     /// Reads everything that is promised.
@@ -202,7 +192,9 @@ impl Oracle {
         faults.images.iter().any(|image| image.0 >= at.base && image.1 == block)
             || faults.any_group && faults.images.iter().any(|image| image.0 >= at.base)
             || faults.any_group && faults.cut.iter().any(|epoch| *epoch >= at.base)
-            || faults.records.iter().any(|sequence| (first..=at.upto).contains(sequence))
+            || faults.records.range(first..=at.upto.max(first)).any(|lost| *lost <= at.upto)
+            // After such a loss the log may have to be cut before groups that were whole.
+            || faults.any_group && (first..=at.upto).any(|lost| journal.disks[disk].missing.contains(&lost))
     }
 
     /// I5: each position is monotone, and all of `received ≥ durable ≥ applied`.
@@ -263,7 +255,7 @@ impl Oracle {
                 else {
                     return false;
                 };
-                let lost = self.known[disk].faults.records.contains(&sequence);
+                let lost = journal.disks[disk].missing.contains(&sequence);
                 !lost && promised[disk].contains(&journal.catalogue.disks[disk].locate(sequence))
             };
             if !listed.contains(&mark) && all && (0..self.known.len()).all(is_promised) {

@@ -5,7 +5,7 @@
 
 use super::device::{Chaos, Media, Slot, Stop};
 use super::machine::{Disk, Found, Journal, RunFile, Writer};
-use super::manifest::{Catalogue, Kind};
+use super::manifest::{Catalogue, Change, Kind};
 use super::mutations::Rule;
 use super::oracle::{Judged, Oracle};
 use super::records::{At, BLOCKS, Entry, Group, SECTORS, SEGMENT_GROUPS, Sequence};
@@ -77,16 +77,16 @@ enum Action {
 /// What can happen, and how often it does; each seed makes some of it rarer and some more frequent.
 const ACTIONS: [(Action, usize); 15] = [
     (Action::Write, 200),
-    (Action::Mark, 50),
+    (Action::Mark, 60),
     (Action::Receive, 180),
     (Action::Flush, 90),
     (Action::Idle, 20),
     (Action::Apply, 220),
     (Action::Sync, 80),
     (Action::Free, 60),
-    (Action::Thin, 40),
-    (Action::Expire, 10),
-    (Action::Pin, 5),
+    (Action::Thin, 80),
+    (Action::Expire, 15),
+    (Action::Pin, 10),
     (Action::Roll, 45),
     (Action::Rot, 8),
     (Action::Stop, 6),
@@ -162,6 +162,7 @@ impl Player {
 
     fn tick(&mut self) -> Result<(), String> {
         self.journal.now += 1;
+        self.source.now = self.journal.now;
         if let Err(stop) = self.act() {
             self.reopen(stop)?;
         }
@@ -212,7 +213,7 @@ impl Player {
             Action::Rot => self.rot()?,
             Action::Stop if self.journal.chaos.rng.chance(600) => return Err(Stop::PowerLoss),
             Action::Stop => return Err(Stop::Kill),
-            Action::Wait => self.journal.now += 10,
+            Action::Wait => self.journal.now += 10, // The source's clock follows with the next tick.
         }
         Ok(())
     }
@@ -223,7 +224,6 @@ impl Player {
         for (disk, again) in self.again.iter_mut().enumerate() {
             for sequence in again.drain(..) {
                 entries.push(Entry::Record(self.source.disks[disk].stream[sequence - 1].clone()));
-                self.oracle.appended(disk, sequence, self.journal.now);
             }
         }
         for (disk, own) in self.source.disks.iter_mut().enumerate() {
@@ -231,7 +231,6 @@ impl Player {
             for record in own.stream.iter().skip(own.sent).take(room) {
                 entries.push(Entry::Record(record.clone()));
                 own.sent = record.sequence;
-                self.oracle.appended(disk, record.sequence, self.journal.now);
             }
         }
         if entries.is_empty() { Ok(()) } else { self.journal.append(entries) }
@@ -313,22 +312,20 @@ impl Player {
         Ok(())
     }
 
+    /// Pins a point that has the end of an epoch on every disk.
     fn pin(&mut self) -> Result<(), Stop> {
-        let disks = &self.journal.catalogue.disks;
-        let ends = |mark: usize| {
-            let end = |disk: &super::manifest::DiskCatalogue| {
-                let epoch = disk.epochs.iter().position(|epoch| epoch.mark == Some(mark));
-                epoch.is_some_and(|epoch| disk.keeps_end_of(epoch))
-            };
-            disks.iter().all(end)
+        let ends = |mark: usize| -> Option<Vec<(usize, usize)>> {
+            let disks = self.journal.catalogue.disks.iter().enumerate();
+            disks.map(|(disk, known)| Some((disk, known.kept_end(mark)?))).collect()
         };
-        let points: Vec<usize> = self.journal.points().into_iter().filter(|mark| ends(*mark)).collect();
+        let points: Vec<_> =
+            self.journal.points().into_iter().filter_map(|mark| Some((mark, ends(mark)?))).collect();
         if points.is_empty() || self.oracle.pinned.len() > 1 {
             return Ok(());
         }
-        let mark = points[self.journal.chaos.rng.below(points.len())];
-        self.journal.commit(super::manifest::Change::Pin { mark })?;
-        self.oracle.pinned.insert(mark);
+        let (mark, ends) = points[self.journal.chaos.rng.below(points.len())].clone();
+        self.journal.commit(Change::Pin { mark })?;
+        self.oracle.pinned.extend(ends);
         Ok(())
     }
 

@@ -12,7 +12,7 @@ pub(crate) const SEGMENT_GROUPS: usize = 5;
 /// Commit groups that may be written and not yet flushed.
 pub(crate) const IN_FLIGHT: usize = 4;
 /// Length of the any-write window in ticks.
-pub(crate) const WINDOW: usize = 40;
+pub(crate) const WINDOW: usize = 30;
 
 pub(crate) type Sequence = usize;
 pub(crate) type Block = [u32; SECTORS];
@@ -24,6 +24,8 @@ pub(crate) type Seen = [Option<u32>; SECTORS];
 pub(crate) struct Record {
     pub(crate) disk: usize,
     pub(crate) sequence: Sequence,
+    /// When the source wrote it; a record that is sent again keeps it, else the any-write window would move back.
+    pub(crate) time: usize,
     pub(crate) body: Body,
 }
 
@@ -72,7 +74,6 @@ pub(crate) struct Group {
     pub(crate) salt: u64,
     /// Highest group that was known to be durable when this one was written.
     pub(crate) durable_group: usize,
-    pub(crate) time: usize,
     pub(crate) entries: Vec<Entry>,
 }
 

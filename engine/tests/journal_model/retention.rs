@@ -47,7 +47,7 @@ impl Journal {
     pub(crate) fn free_segment(&mut self) -> Result<(), Stop> {
         let [oldest, next, ..] = self.catalogue.segments[..] else { return Ok(()) };
         let mut high: Vec<Sequence> = self.catalogue.disks.iter().map(|disk| disk.freed).collect();
-        for slot in 0..SEGMENT_GROUPS.min(next.first_group - oldest.first_group) {
+        for slot in 0..SEGMENT_GROUPS.min(next.first_group.saturating_sub(oldest.first_group)) {
             let Some(group) = self.segments[oldest.file].good(slot) else { continue };
             for entry in &group.entries {
                 if let Entry::Record(record) = entry {
@@ -173,9 +173,8 @@ impl Journal {
     /// The sequence of a durable mark on a disk, if the state there is kept.
     pub(crate) fn point_on(&self, disk: usize, mark: usize) -> Option<Sequence> {
         let (known, catalogue) = (&self.disks[disk], &self.catalogue.disks[disk]);
-        let closed = catalogue.epochs.iter().enumerate().filter(|epoch| epoch.1.mark == Some(mark));
-        if let Some((_, epoch)) = closed.filter(|epoch| catalogue.keeps_end_of(epoch.0)).next() {
-            return epoch.last;
+        if let Some(epoch) = catalogue.kept_end(mark) {
+            return catalogue.epochs[epoch].last;
         }
         let in_window = |sequence: &Sequence| {
             let epoch = catalogue.epochs[catalogue.epoch_of(*sequence)];

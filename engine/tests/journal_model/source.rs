@@ -31,6 +31,8 @@ pub(crate) struct Source {
     pub(crate) grace: usize,
     pub(crate) marks: usize,
     value: u32,
+    /// The time now, in ticks.
+    pub(crate) now: usize,
 }
 
 impl Source {
@@ -49,12 +51,12 @@ impl Source {
             given_up: BTreeSet::new(),
         };
         let grace = if rng.chance(300) { rng.between(0, 4) } else { 1000 };
-        Self { disks: targets.iter().zip(created).map(disk).collect(), grace, marks: 0, value: 1000 }
+        Self { disks: targets.iter().zip(created).map(disk).collect(), grace, marks: 0, value: 1000, now: 0 }
     }
 
     fn emit(&mut self, disk: usize, body: Body) {
-        let own = &mut self.disks[disk];
-        let record = Record { disk, sequence: own.stream.len() + 1, body };
+        let (time, own) = (self.now, &mut self.disks[disk]);
+        let record = Record { disk, sequence: own.stream.len() + 1, time, body };
         for (sector, value) in record.writes() {
             own.now[sector] = value;
         }
