@@ -236,9 +236,12 @@ impl Journal {
         Ok(again)
     }
 
+    /// What the peer knows to be lost may have been written too before the run was cut, even if nothing that is left is
+    /// unapplied.
     fn widen_suspicion(&mut self, disk: usize, until: Sequence) -> Result<(), Stop> {
         let (known, epoch) = (&self.disks[disk], self.catalogue.disks[disk].active());
-        if known.suspect_until > known.applied && until > known.suspect_until {
+        let was_cut = self.catalogue.disks[disk].suspect.0 == epoch && known.suspect_until >= known.applied;
+        if was_cut && until > known.suspect_until {
             self.commit(Change::Suspect { disk, epoch, until })?;
             self.disks[disk].suspect_until = until;
         }
