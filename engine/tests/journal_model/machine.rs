@@ -287,7 +287,7 @@ impl Journal {
         if !self.catalogue.decided.contains(&mark) {
             let passed = self.passed.contains(&mark) && self.keeps(Rule::PassedMarkStays);
             let replayed = mark <= self.opened_at_mark && self.keeps(Rule::NoNewEndOnReplay);
-            if passed || replayed || self.chaos.rng.chance(300) {
+            if passed || replayed || self.chaos.rng.chance(400) {
                 return Ok(false);
             }
             self.commit(Change::Decide { mark })?;

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::machine::Journal;
 use super::manifest::Kind;
-use super::records::{At, Group, SECTORS, Seen, Sequence, WINDOW};
+use super::records::{At, Entry, Group, IN_FLIGHT, SECTORS, Seen, Sequence, WINDOW};
 use super::source::{Source, SourceDisk};
 
 #[derive(Default)]
@@ -20,6 +20,8 @@ struct Faults {
     /// Records that were lost on the medium and did not come again.
     records: BTreeSet<Sequence>,
     any_group: bool,
+    /// Records of groups in flight with a lost one: a log that ends in it is cut before them, whole as they are.
+    in_flight: BTreeSet<Sequence>,
 }
 
 #[derive(Default)]
@@ -41,6 +43,8 @@ pub(crate) struct Judged {
 
 pub(crate) struct Oracle {
     known: Vec<Known>,
+    /// Numbers of groups that may be cut off with a lost one.
+    doubtful: BTreeSet<usize>,
     /// Ends of epochs that were pinned, for good: `(disk, epoch)`.
     pub(crate) pinned: BTreeSet<(usize, usize)>,
     pub(crate) judged: Judged,
@@ -53,6 +57,7 @@ impl Oracle {
         Self {
             known: (0..disks).map(|_| Known::default()).collect(),
             pinned: BTreeSet::new(),
+            doubtful: BTreeSet::new(),
             judged: Judged::default(),
         }
     }
@@ -60,12 +65,28 @@ impl Oracle {
     /// A durable commit group rotted.
     pub(crate) fn group_rotted(&mut self, group: &Group) {
         for entry in &group.entries {
-            if let super::records::Entry::Record(record) = entry {
+            if let Entry::Record(record) = entry {
                 self.known[record.disk].faults.records.insert(record.sequence);
             }
         }
+        self.doubtful.extend(group.number..group.number + IN_FLIGHT);
         // The group may have held an APPLIED of any disk.
         self.known.iter_mut().for_each(|known| known.faults.any_group = true);
+    }
+
+    /// The journal stopped: which records does a lost group put in doubt?
+    pub(crate) fn stopped(&mut self, journal: &Journal) {
+        for segment in &journal.catalogue.segments {
+            let media = &journal.segments[segment.file];
+            let mine = |group: &&Group| group.salt == segment.salt && self.doubtful.contains(&group.number);
+            for group in (0..media.len()).filter_map(|slot| media.good(slot)).filter(mine) {
+                for entry in &group.entries {
+                    if let Entry::Record(record) = entry {
+                        self.known[record.disk].faults.in_flight.insert(record.sequence);
+                    }
+                }
+            }
+        }
     }
 
     /// An image in a run that reaches up to `epoch` rotted.
@@ -189,12 +210,17 @@ impl Oracle {
         let faults = &self.known[disk].faults;
         let first =
             journal.catalogue.disks[disk].epochs.get(at.base).map_or(at.upto + 1, |epoch| epoch.first);
+        let catalogue = &journal.catalogue.disks[disk];
+        let gone = |lost| {
+            let gone = journal.disks[disk].missing.contains(&lost) || catalogue.is_given_up(lost);
+            gone && faults.in_flight.contains(&lost)
+        };
         faults.images.iter().any(|image| image.0 >= at.base && image.1 == block)
             || faults.any_group && faults.images.iter().any(|image| image.0 >= at.base)
             || faults.any_group && faults.cut.iter().any(|epoch| *epoch >= at.base)
             || faults.records.range(first..=at.upto.max(first)).any(|lost| *lost <= at.upto)
             // After such a loss the log may have to be cut before groups that were whole.
-            || faults.any_group && (first..=at.upto).any(|lost| journal.disks[disk].missing.contains(&lost))
+            || (first..=at.upto).any(gone)
     }
 
     /// I5: each position is monotone, and all of `received ≥ durable ≥ applied`.

@@ -105,7 +105,7 @@ pub(crate) fn play(seed: u64, broken: Option<Rule>, trace: bool) -> Result<Repor
 impl Player {
     fn new(seed: u64, broken: Option<Rule>, trace: bool) -> Self {
         let mut rng = Rng::new(seed);
-        let disks = rng.between(1, 2);
+        let disks = 1 + usize::from(rng.chance(650));
         let created: Vec<bool> = (0..disks).map(|_| rng.chance(500)).collect();
         let targets: Vec<Vec<u32>> = created
             .iter()
@@ -481,6 +481,7 @@ impl Player {
         loop {
             self.report.stops += 1;
             self.journal.note(|| format!("STOP: {stop:?}"));
+            self.oracle.stopped(&self.journal);
             if stop == Stop::PowerLoss {
                 self.journal.power_loss();
             }

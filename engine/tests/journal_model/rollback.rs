@@ -7,7 +7,7 @@ use super::device::Stop;
 use super::machine::Journal;
 use super::manifest::{Change, Kind};
 use super::mutations::Rule;
-use super::records::{At, BLOCKS, Block, Body, Frame, SECTORS};
+use super::records::{At, BLOCKS, Block, Frame, SECTORS};
 
 impl Journal {
     /// One block of the initial sync, straight to the target.
@@ -35,11 +35,11 @@ impl Journal {
         let catalogue = &self.catalogue.disks[disk];
         let (active, before) = (catalogue.active(), catalogue.active().saturating_sub(1));
         let is_empty = catalogue.epochs[active].first == self.disks[disk].applied + 1;
-        let mark = match self.record(disk, self.disks[disk].applied).map(|record| &record.body) {
-            _ if is_empty && matches!(catalogue.epochs[before].kind, Kind::Rollback(_)) => None,
-            _ if is_empty => catalogue.epochs[before].mark,
-            Some(Body::Mark { mark, .. }) => Some(*mark),
-            _ => None,
+        let (known, before) = (&self.disks[disk], &catalogue.epochs[before]);
+        let mark = match before.kind {
+            Kind::Rollback(_) if is_empty => None,
+            _ if is_empty => before.mark,
+            _ => known.marks.iter().find(|mark| *mark.1 == known.applied).map(|mark| *mark.0),
         };
         self.end_epoch(disk, self.disks[disk].applied, mark, Kind::Rollback(to))
     }
