@@ -54,8 +54,13 @@ fn every_promised_state_reads_back_after_any_stop() {
     let seeds = number("MODEL_SEEDS").unwrap_or(2000);
     let mut failures = Vec::new();
     for seed in 0..seeds {
-        if let Err(failure) = play(seed, rule, false) {
-            failures.push(failure);
+        match play(seed, rule, false) {
+            Err(failure) => failures.push(failure),
+            Ok(r) => {
+                if seed % 1000 == 0 {
+                    eprintln!("{r:?}")
+                }
+            }
         }
     }
     assert!(
