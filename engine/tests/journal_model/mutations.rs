@@ -1,0 +1,120 @@
+//! The rules of the journal, one line each. The model keeps all of them or all but one.
+//!
+//! Invariant: each rule is asked for at the place where it matters (`self.keeps(Rule::…)`), so that it can be found, and
+//! breaking it is seen by the oracle within the number of seeds given here. Called by the model and its tests.
+
+macro_rules! rules {
+    ($($(#[doc = $text:literal])+ $name:ident = $seeds:literal,)+) => {
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum Rule { $($(#[doc = $text])+ $name,)+ }
+
+        /// Every rule, and the seeds within which its loss must be seen.
+        pub(crate) const RULES: &[(Rule, u64)] = &[$((Rule::$name, $seeds),)+];
+    };
+}
+
+rules! {
+    // The redo log.
+    /// A position is acknowledged as durable only after the flush that covers it.
+    FlushBeforeDurable = 20,
+    /// A flush that failed stops the device; it is opened again and replayed, the flush is never repeated (I6).
+    FailedFlushStops = 60,
+    /// What opening finds may be in the page cache only: everything is flushed before it is relied on.
+    FlushAtOpen = 60,
+    /// At most four groups are in flight.
+    BoundedInFlight = 60,
+    /// An invalid group that something later calls durable is corruption; it is skipped and named, nothing is cut.
+    LookOn = 60,
+    /// After a cut the log goes on in a new segment with a fresh salt.
+    FreshSegmentAfterCut = 400,
+    /// The peer's durable position is compared on resume: a target behind it has lost durable records.
+    PeerGuard = 60,
+    /// The apply worker waits at a gap until it is filled or given up.
+    WaitAtGap = 60,
+
+    // Apply.
+    /// The undo run is flushed before the target is written (I1, barrier 1).
+    UndoBeforeTarget = 60,
+    /// The target is flushed before APPLIED is recorded (barrier 2).
+    TargetBeforeApplied = 60,
+    /// A block is captured once in an undo epoch (I2).
+    FirstTouchWins = 20,
+    /// A before-image is of the whole block, however little of it is written.
+    WholeBlocks = 20,
+    /// A window never spans an undo epoch (I4).
+    WindowInsideEpoch = 60,
+    /// An image from the redo log stands for no block that was rolled back since.
+    RedoImageNotAcrossRollback = 200,
+    /// An image from the redo log stands for no block whose history has a gap since.
+    RedoImageNotAcrossGap = 400,
+
+    // Undo epochs.
+    /// The edit that ends an epoch is flushed before anything of the next one is written.
+    EpochEditFirst = 60,
+    /// An epoch ends only at a mark that was placed after this opening, or that the manifest names.
+    NoNewEndOnReplay = 60,
+    /// The edit that ends an epoch says that all of it is applied, whatever became of the APPLIED record.
+    EndIsApplied = 200,
+    /// A mark that one disk has passed inside its epoch ends the epoch of no other.
+    PassedMarkStays = 60,
+    /// A point is listed when its mark is durable on every disk of the machine.
+    EveryDiskOfPoint = 20,
+
+    // Views.
+    /// The base of a block is the earliest run of an epoch at or after the point's, not after only.
+    BaseFromOwnEpoch = 20,
+    /// A lost record makes holes of what it may have written.
+    GapIsHole = 60,
+    /// An image that fails its check is a hole; no newer image and no live block takes its place.
+    BadImageIsHole = 60,
+
+    // Corrupt undo runs.
+    /// An invalid frame before the undo length that APPLIED names is a hole, not a torn tail.
+    NamedFrameIsHole = 200,
+    /// After a cut, an uncaptured block that carries any redo record not yet applied is a hole.
+    WrittenUncapturedIsHole = 400,
+    /// A view takes such a block for a hole too, from the moment of opening.
+    ViewsSeeSuspects = 800,
+    /// That comparison is made sector by sector with every record, not with the window's merged block.
+    CompareEveryRecord = 800,
+    /// That a run was cut is written down before it is cut.
+    CutIsRecorded = 800,
+
+    // Segments, thinning, expiry.
+    /// Redo records are freed only after the target was flushed past them (I3).
+    FreeOnlyApplied = 60,
+    /// Redo records are freed only when they are older than the any-write window.
+    FreeOnlyOld = 60,
+    /// They are kept back to the start of the oldest epoch that the window touches.
+    FreeWholeEpochs = 60,
+    /// What a freed segment said last about each disk is carried into the manifest.
+    CarryApplied = 60,
+    /// Of two images the older one wins.
+    OlderImageWins = 60,
+    /// A hole is an image too: it wins over a newer one.
+    MergeKeepsHoles = 400,
+    /// A merged run is flushed before the manifest names it.
+    MergeBeforeEdit = 60,
+    /// Inputs are unlinked after the edit that drops them is flushed.
+    EditBeforeUnlink = 60,
+    /// Pinned points are never merged across.
+    PinsStay = 60,
+    /// The oldest run expires first.
+    OldestExpires = 60,
+
+    // Bulk and rollback.
+    /// Bulk progress is recorded after the target was flushed.
+    BulkFlushFirst = 60,
+    /// Bulk bypasses the journal only while the disk has no point.
+    NoBypassWithPoints = 60,
+    /// A rollback begins when all that is durable is applied.
+    RollbackAfterDrain = 60,
+    /// A rollback keeps before-images like any other epoch.
+    RollbackCaptures = 60,
+    /// A rollback that was cut short is taken up again.
+    RollbackRestarts = 60,
+    /// The manifest names a rollback's before-images before their blocks are written.
+    RollbackNamesFrames = 800,
+    /// Nothing that a rollback under way still reads is freed, merged or expired.
+    RollbackPins = 200,
+}
