@@ -43,6 +43,9 @@ pub const PROGRESS_NANOS: u64 = 1_000_000_000;
 /// Memory a process server may hold in payload, all peers together, by default.
 pub const RELAY_MEMORY_BYTES_DEFAULT: u64 = 256 << 20;
 
+/// A delta batch that fails its checks at the target so many times in a row is not sent again: the disk is compared.
+pub const DAMAGED_BATCHES_MAX: u32 = 4;
+
 /// Disks one agent may announce or open.
 pub const DISKS_PER_AGENT_MAX: usize = 64;
 /// Largest disk: one sparse VMDK file ends at 2 TiB, VMware disks at 62 TiB; addresses are checked against this.

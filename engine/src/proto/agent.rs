@@ -28,10 +28,12 @@ use crate::format::frame::FrameKind;
 use crate::format::handshake::{Hello, Version};
 use crate::format::message::{
     Ack, CompareRequestHead, ErrorCode, Fenced, GrantHead, InventoryDisk, InventoryHead, Message, Nack,
-    OfferHead, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
+    NackReason, OfferHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
 };
 use crate::format::wire::Text;
-use crate::limits::{CHUNK_BYTES, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DISKS_PER_AGENT_MAX};
+use crate::limits::{
+    CHUNK_BYTES, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX,
+};
 use crate::range_set::RangeSet;
 use crate::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence, Timestamp};
 
@@ -313,18 +315,7 @@ impl Agent {
         if state.phase != AgentDiskPhase::Offered {
             return;
         }
-        state.phase.become_state(AgentDiskPhase::Opening);
-        let message = Message::OpenDisk(
-            OpenDiskHead {
-                disk,
-                size_sectors,
-                generation: state.generation,
-                lineage: state.lineage.unwrap_or(LineageId::NONE),
-                durable: state.durable,
-                grant_bytes: state.grant.len() as u16,
-            },
-            state.grant.clone(),
-        );
+        let message = state.ask_to_open(disk, size_sectors);
         self.control(&message);
     }
 
@@ -445,8 +436,15 @@ impl Agent {
         }
     }
 
+    /// Sends again from where the target wants it. What it finds damaged every time is broken here or on the way, and
+    /// sending it once more mends nothing: the disk is opened anew, which fences what is still under way, and compared.
     fn handle_nack(&mut self, nack: &Nack) {
         let Some(disk) = self.open_disk(nack.disk, nack.generation) else { return };
+        if nack.reason == NackReason::Damaged && disk.note_damaged(nack.resume_from) >= DAMAGED_BATCHES_MAX {
+            disk.give_up_stream(PassCause::DamagedStream);
+            let message = disk.ask_to_open(nack.disk, disk.size_sectors);
+            return self.control(&message);
+        }
         let from = disk.unacked.iter().position(|batch| batch.header.last_sequence() >= nack.resume_from);
         disk.unsent_from = from.unwrap_or(disk.unacked.len());
         disk.resend_mark(Sequence(nack.resume_from.0.saturating_sub(1)));

@@ -4,8 +4,9 @@ use bytes::Bytes;
 use reprotect_engine::format::batch::{CHAIN_START, Chain, MarkClass, Stretch, credit_cost, decode_batch};
 use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::message::{
-    Ack, Credit, Fenced, Message, OfferHead, PassCause, PassMode, PassState, Welcome,
+    Ack, Credit, Fenced, Message, Nack, NackReason, OfferHead, PassCause, PassMode, PassState, Welcome,
 };
+use reprotect_engine::limits::DAMAGED_BATCHES_MAX;
 use reprotect_engine::proto::Lane;
 use reprotect_engine::proto::agent::{Agent, AgentEvent};
 use reprotect_engine::units::{Generation, Sequence, Timestamp};
@@ -267,4 +268,42 @@ fn a_disk_that_another_session_had_open_is_compared() {
     source.agent.handle_disconnected();
     source.open(6, (0, CHAIN_START), 1, PassMode::Done);
     assert!(asked(&source), "5 was somebody else's");
+}
+
+#[test]
+fn a_batch_that_is_damaged_every_time_is_given_up_and_the_disk_is_opened_anew_and_compared() {
+    let damaged = |resume_from| {
+        Message::Nack(Nack {
+            disk: DISK,
+            generation: Generation(1),
+            resume_from: Sequence(resume_from),
+            reason: NackReason::Damaged,
+        })
+    };
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    source.submit(1);
+    source.submit(2);
+    source.pump();
+    let chain = source.chain_before(1);
+    for _ in 1..DAMAGED_BATCHES_MAX {
+        source.gets(&damaged(1));
+    }
+    let again = 2 * DAMAGED_BATCHES_MAX as usize;
+    assert_eq!(source.batches().len(), again, "sent, and sent again for each complaint");
+    source.gets(&damaged(2));
+    assert_eq!(source.batches().len(), again + 1, "the first one got through, so the second has all its tries");
+    for _ in 1..DAMAGED_BATCHES_MAX {
+        assert!(!source.kinds().contains(&FrameKind::OpenDisk));
+        source.gets(&damaged(2));
+    }
+    assert_eq!(source.kinds().last(), Some(&FrameKind::OpenDisk), "a new generation fences what is under way");
+    source.gets(&damaged(2));
+    source.sent.clear();
+
+    source.grant(2, (1, chain), 1, PassMode::Done);
+    assert!(source.events.contains(&AgentEvent::Resync { disk: DISK, cause: PassCause::DamagedStream }));
+    assert_eq!(source.kinds(), [FrameKind::PassBegin], "the damaged batch is not sent any more");
+    assert_eq!(source.agent.position(DISK), Some((Sequence(1), Sequence(1))));
+    assert!(!source.events.iter().any(|event| matches!(event, AgentEvent::Stopped { .. })));
 }
