@@ -230,6 +230,10 @@ impl Machine {
             }
             AgentEvent::Stopped { disk, code, text } => {
                 let text = explain_stop(code, text);
+                if code == ErrorCode::UnknownDisk {
+                    tracing::warn!(%disk, "not protected any more: {text}");
+                    return self.forget(disk);
+                }
                 tracing::error!(%disk, ?code, "stopped: {text}");
                 self.with(disk, |state| state.stop(text));
             }
@@ -246,7 +250,17 @@ impl Machine {
         }
     }
 
+    /// Gives back all that a disk holds: its reader, its memory, its place.
+    fn forget(&mut self, disk: DiskId) {
+        self.core.forget(disk);
+        self.disks.remove(&disk);
+        self.missing.remove(&disk);
+    }
+
     fn handle_offer(&mut self, disk: DiskId, source: SourceId, size_sectors: u64) {
+        // As in the core: what was protected of this source before is not any more.
+        self.disks.retain(|id, known| *id == disk || known.source != source);
+        self.missing.retain(|id, known| *id == disk || known.source != source);
         if let Some(state) = self.disks.get(&disk)
             && state.is_readable()
             && state.source == source

@@ -33,6 +33,9 @@ use crate::explain::reason_and_remedy;
 use crate::protect::{ProtectAnswer, ProtectRequest, protect};
 use crate::registry::{DiskView, Registry};
 
+/// How long an invitation may be good for.
+const INVITATION_SECONDS: std::ops::RangeInclusive<u64> = 60..=24 * 3600;
+
 /// What the handlers work on.
 #[derive(Debug)]
 pub struct AdminState {
@@ -213,6 +216,13 @@ async fn invite(
             ));
         }
     };
+    if !INVITATION_SECONDS.contains(&request.valid_seconds) {
+        let reason = format!(
+            "a token cannot be valid for {} s: it lies in logs and clipboards",
+            request.valid_seconds
+        );
+        return Err(Refusal::conflict("no invitation", reason, "use --valid from 1m to 24h"));
+    }
     let addresses = advertised(&state);
     blocking(move || {
         let ca = state.ca.as_ref().context("this site has its own PKI ([pki] in the configuration): have it issue the certificate, nobody enrols here")?;

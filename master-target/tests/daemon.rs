@@ -59,6 +59,11 @@ async fn an_invitation_becomes_an_identity_once_and_a_revoked_peer_may_not_come_
     let request = InviteRequest { role: "master-target".to_owned(), valid_seconds: 900 };
     let refused = daemon.client.post_json::<_, InviteAnswer>("/v1/invite", &request).await.unwrap_err();
     assert!(refused.to_string().contains("use --role agent"), "{refused}");
+    for valid_seconds in [0, 59, 24 * 3600 + 1, u64::MAX] {
+        let request = InviteRequest { role: "agent".to_owned(), valid_seconds };
+        let refused = daemon.client.post_json::<_, InviteAnswer>("/v1/invite", &request).await.unwrap_err();
+        assert!(refused.to_string().contains("use --valid"), "{refused}");
+    }
     let own = RevokeRequest { peer: daemon.status().await.target };
     let refused = daemon.client.post_json::<_, RevokeAnswer>("/v1/revoke", &own).await.unwrap_err();
     assert!(refused.to_string().contains("cannot be revoked"), "{refused}");

@@ -288,7 +288,14 @@ impl Agent {
         }
     }
 
+    /// Drops all that is known of a disk: it is not protected any more.
+    pub fn forget(&mut self, disk: DiskId) {
+        self.disks.remove(&disk);
+    }
+
+    /// A source is protected once: what was offered of it before is not protected any more.
     fn handle_offer(&mut self, head: &OfferHead, grant: Bytes) -> Result<(), ProtoError> {
+        self.disks.retain(|id, known| *id == head.disk || known.source != head.source);
         if self.disks.len() >= DISKS_PER_AGENT_MAX && !self.disks.contains_key(&head.disk) {
             return Err(ProtoError::Limit(format!("more than {DISKS_PER_AGENT_MAX} disks offered")));
         }

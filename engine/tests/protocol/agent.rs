@@ -6,7 +6,7 @@ use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::message::{
     Ack, Credit, Fenced, Message, Nack, NackReason, OfferHead, PassCause, PassMode, PassState, Welcome,
 };
-use reprotect_engine::limits::DAMAGED_BATCHES_MAX;
+use reprotect_engine::limits::{DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX};
 use reprotect_engine::proto::Lane;
 use reprotect_engine::proto::agent::{Agent, AgentEvent};
 use reprotect_engine::units::{Generation, Sequence, Timestamp};
@@ -292,12 +292,20 @@ fn a_batch_that_is_damaged_every_time_is_given_up_and_the_disk_is_opened_anew_an
     let again = 2 * DAMAGED_BATCHES_MAX as usize;
     assert_eq!(source.batches().len(), again, "sent, and sent again for each complaint");
     source.gets(&damaged(2));
-    assert_eq!(source.batches().len(), again + 1, "the first one got through, so the second has all its tries");
+    assert_eq!(
+        source.batches().len(),
+        again + 1,
+        "the first one got through, so the second has all its tries"
+    );
     for _ in 1..DAMAGED_BATCHES_MAX {
         assert!(!source.kinds().contains(&FrameKind::OpenDisk));
         source.gets(&damaged(2));
     }
-    assert_eq!(source.kinds().last(), Some(&FrameKind::OpenDisk), "a new generation fences what is under way");
+    assert_eq!(
+        source.kinds().last(),
+        Some(&FrameKind::OpenDisk),
+        "a new generation fences what is under way"
+    );
     source.gets(&damaged(2));
     source.sent.clear();
 
@@ -306,4 +314,29 @@ fn a_batch_that_is_damaged_every_time_is_given_up_and_the_disk_is_opened_anew_an
     assert_eq!(source.kinds(), [FrameKind::PassBegin], "the damaged batch is not sent any more");
     assert_eq!(source.agent.position(DISK), Some((Sequence(1), Sequence(1))));
     assert!(!source.events.iter().any(|event| matches!(event, AgentEvent::Stopped { .. })));
+}
+
+#[test]
+fn a_source_that_is_protected_anew_leaves_nothing_of_its_old_disk_behind() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    source.submit(1);
+    for again in 10..10 + 2 * DISKS_PER_AGENT_MAX as u8 {
+        let disk = DiskId([again; 16]);
+        let head = OfferHead {
+            disk,
+            source: [9; 16],
+            size_sectors: SECTORS,
+            generation: Generation(1),
+            grant_bytes: 0,
+        };
+        source.gets(&Message::Offer(head, Bytes::new()));
+        source.agent.open(disk, SECTORS);
+        source.pump();
+        assert!(source.agent.position(disk).is_some() && source.agent.position(DISK).is_none());
+    }
+    let last = DiskId([9 + 2 * DISKS_PER_AGENT_MAX as u8; 16]);
+    source.agent.forget(last);
+    source.pump();
+    assert_eq!(source.agent.position(last), None);
 }
