@@ -189,6 +189,9 @@ impl Machine {
             AgentEvent::Opened { disk, mode } => {
                 tracing::info!(%disk, ?mode, "disk opened at the target");
                 self.with(disk, |state| {
+                    if state.activity == Activity::Stopped {
+                        return; // stopped while it was being opened
+                    }
                     state.problem = None;
                     match mode {
                         PassMode::Copy => state.begin_walk(Activity::Copying),
@@ -206,7 +209,9 @@ impl Machine {
             AgentEvent::Synced { disk } => {
                 tracing::info!(%disk, "the whole disk is on the target");
                 self.with(disk, |state| {
-                    state.problem = None;
+                    if state.activity != Activity::Stopped {
+                        state.problem = None;
+                    }
                     state.finish_walk(Instant::now() + FIRST_SCAN);
                 });
             }
@@ -225,7 +230,9 @@ impl Machine {
                 }
                 self.with(disk, |state| {
                     state.begin_walk(Activity::Comparing);
-                    state.problem = problem;
+                    if let Some(problem) = problem.filter(|_| state.activity != Activity::Stopped) {
+                        state.problem = Some(problem);
+                    }
                 });
             }
             AgentEvent::Stopped { disk, code, text } => {
