@@ -118,6 +118,9 @@ pub struct Agent {
     inventory: Vec<InventoryDisk>,
     disks: BTreeMap<DiskId, AgentDisk>,
     next_disk: usize,
+    /// The highest epoch of disks that were forgotten: one of them that is offered again begins above, so that late
+    /// answers to its old work are still known as such.
+    epochs_used: u64,
     chunk_bytes: u64,
     outbox: VecDeque<Outgoing>,
     events: VecDeque<AgentEvent>,
@@ -142,6 +145,7 @@ impl Agent {
             inventory: Vec::new(),
             disks: BTreeMap::new(),
             next_disk: 0,
+            epochs_used: 0,
             chunk_bytes: CHUNK_BYTES,
             outbox: VecDeque::new(),
             events: VecDeque::new(),
@@ -290,16 +294,23 @@ impl Agent {
 
     /// Drops all that is known of a disk: it is not protected any more.
     pub fn forget(&mut self, disk: DiskId) {
-        self.disks.remove(&disk);
+        if let Some(gone) = self.disks.remove(&disk) {
+            self.epochs_used = self.epochs_used.max(gone.epoch);
+        }
     }
 
     /// A source is protected once: what was offered of it before is not protected any more.
     fn handle_offer(&mut self, head: &OfferHead, grant: Bytes) -> Result<(), ProtoError> {
-        self.disks.retain(|id, known| *id == head.disk || known.source != head.source);
+        let gone = |(id, known): (&DiskId, &AgentDisk)| {
+            (*id != head.disk && known.source == head.source).then_some(*id)
+        };
+        let gone: Vec<DiskId> = self.disks.iter().filter_map(gone).collect();
+        gone.into_iter().for_each(|disk| self.forget(disk));
         if self.disks.len() >= DISKS_PER_AGENT_MAX && !self.disks.contains_key(&head.disk) {
             return Err(ProtoError::Limit(format!("more than {DISKS_PER_AGENT_MAX} disks offered")));
         }
-        let disk = self.disks.entry(head.disk).or_insert_with(|| AgentDisk::new(head));
+        let epochs_used = self.epochs_used;
+        let disk = self.disks.entry(head.disk).or_insert_with(|| AgentDisk::new(head, epochs_used));
         if !matches!(disk.phase, AgentDiskPhase::Closed | AgentDiskPhase::Stopped) {
             return Ok(()); // offered twice: the first stands
         }

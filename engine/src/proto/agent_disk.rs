@@ -89,8 +89,8 @@ pub(super) struct WantedPass {
 }
 
 impl AgentDisk {
-    /// A disk that was just offered for the first time.
-    pub(super) fn new(head: &OfferHead) -> Self {
+    /// A disk that was just offered for the first time; its walks get epochs above `epochs_used`.
+    pub(super) fn new(head: &OfferHead, epochs_used: u64) -> Self {
         Self {
             phase: AgentDiskPhase::Closed,
             source: head.source,
@@ -112,7 +112,7 @@ impl AgentDisk {
             pass: None,
             requests: BTreeMap::new(),
             next_request: 1,
-            epoch: 0,
+            epoch: epochs_used,
             newest_time: Timestamp::ZERO,
             sent: SentBytes::default(),
             target_pass: 0,

@@ -340,3 +340,23 @@ fn a_source_that_is_protected_anew_leaves_nothing_of_its_old_disk_behind() {
     source.pump();
     assert_eq!(source.agent.position(last), None);
 }
+
+#[test]
+fn late_answers_to_a_disk_that_was_forgotten_are_not_taken_for_its_successors() {
+    let epoch = |source: &Source| {
+        let work = |event: &AgentEvent| match event {
+            AgentEvent::Work { epoch, .. } => Some(*epoch),
+            _ => None,
+        };
+        source.events.iter().rev().find_map(work).unwrap()
+    };
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Copy);
+    let before = epoch(&source);
+    source.agent.forget(DISK);
+    source.offer(4);
+    source.grant(5, (0, CHAIN_START), 1, PassMode::Copy);
+    assert!(epoch(&source) > before);
+    // A bug of the reader if it were the new walk's: no such number of hashes was asked for.
+    source.agent.handle_read(DISK, before, range(0, 128), Some(Vec::new())).unwrap();
+}
