@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use reprotect_engine::checksum::UnitHash;
 use reprotect_engine::compress::{LevelController, Load};
-use reprotect_engine::format::message::{ErrorCode, PassMode, SourceId};
+use reprotect_engine::format::message::{ErrorCode, PassCause, PassMode, SourceId};
 use reprotect_engine::host::output;
 use reprotect_engine::host::values::LevelText;
 use reprotect_engine::limits::{CHUNKS_OPEN_MAX, UNWRITTEN_BYTES_MAX};
@@ -40,6 +40,8 @@ const LEVEL_TICK: Duration = Duration::from_millis(250);
 const LEVEL_START: i32 = -1;
 /// Pause after a disk was opened before its first scan round.
 const FIRST_SCAN: Duration = Duration::from_millis(200);
+/// What an operator is told of a stream that was given up.
+const DAMAGED_TEXT: &str = "the target found the same changes damaged again and again; they are dropped and the whole disk is compared; if it happens again, test the memory of this machine, the process server and the master target";
 /// Computing threads at most: more than the link can take is waste.
 const WORKERS_MAX: usize = 4;
 
@@ -187,6 +189,9 @@ impl Machine {
             AgentEvent::Opened { disk, mode } => {
                 tracing::info!(%disk, ?mode, "disk opened at the target");
                 self.with(disk, |state| {
+                    if state.activity == Activity::Stopped {
+                        return; // stopped while it was being opened
+                    }
                     state.problem = None;
                     match mode {
                         PassMode::Copy => state.begin_walk(Activity::Copying),
@@ -203,7 +208,12 @@ impl Machine {
             }
             AgentEvent::Synced { disk } => {
                 tracing::info!(%disk, "the whole disk is on the target");
-                self.with(disk, |state| state.finish_walk(Instant::now() + FIRST_SCAN));
+                self.with(disk, |state| {
+                    if state.activity != Activity::Stopped {
+                        state.problem = None;
+                    }
+                    state.finish_walk(Instant::now() + FIRST_SCAN);
+                });
             }
             AgentEvent::ScanDone { disk } => {
                 let pause = self.plan.settings.scan_interval;
@@ -213,11 +223,24 @@ impl Machine {
                 });
             }
             AgentEvent::Resync { disk, cause } => {
-                tracing::warn!(%disk, ?cause, "a compare of the whole disk was asked for");
-                self.with(disk, |state| state.begin_walk(Activity::Comparing));
+                let problem = (cause == PassCause::DamagedStream).then(|| DAMAGED_TEXT.to_owned());
+                match &problem {
+                    Some(text) => tracing::error!(%disk, ?cause, "{text}"),
+                    None => tracing::warn!(%disk, ?cause, "a compare of the whole disk was asked for"),
+                }
+                self.with(disk, |state| {
+                    state.begin_walk(Activity::Comparing);
+                    if let Some(problem) = problem.filter(|_| state.activity != Activity::Stopped) {
+                        state.problem = Some(problem);
+                    }
+                });
             }
             AgentEvent::Stopped { disk, code, text } => {
                 let text = explain_stop(code, text);
+                if code == ErrorCode::UnknownDisk {
+                    tracing::warn!(%disk, "not protected any more: {text}");
+                    return self.forget(disk);
+                }
                 tracing::error!(%disk, ?code, "stopped: {text}");
                 self.with(disk, |state| state.stop(text));
             }
@@ -234,7 +257,17 @@ impl Machine {
         }
     }
 
+    /// Gives back all that a disk holds: its reader, its memory, its place.
+    fn forget(&mut self, disk: DiskId) {
+        self.core.forget(disk);
+        self.disks.remove(&disk);
+        self.missing.remove(&disk);
+    }
+
     fn handle_offer(&mut self, disk: DiskId, source: SourceId, size_sectors: u64) {
+        // As in the core: what was protected of this source before is not any more.
+        self.disks.retain(|id, known| *id == disk || known.source != source);
+        self.missing.retain(|id, known| *id == disk || known.source != source);
         if let Some(state) = self.disks.get(&disk)
             && state.is_readable()
             && state.source == source

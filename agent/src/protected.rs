@@ -126,13 +126,19 @@ impl Protected {
 
     /// A walk began: what it reads is not older than now.
     pub(crate) fn begin_walk(&mut self, activity: Activity) {
+        if self.activity == Activity::Stopped {
+            return;
+        }
         self.activity = activity;
         self.walk_began = wall_clock();
         self.next_scan = None;
     }
 
-    /// Everything the walk read is durable.
+    /// Everything the walk read is durable. Word of it may come when the disk was stopped meanwhile: it stays so.
     pub(crate) fn finish_walk(&mut self, next_scan: Instant) {
+        if self.activity == Activity::Stopped {
+            return;
+        }
         self.activity = Activity::Synced;
         self.durable_as_of = self.walk_began;
         self.next_scan = Some(next_scan);
@@ -174,5 +180,44 @@ impl Protected {
 
     pub(crate) fn read_bytes(&self) -> u64 {
         self.read_before + self.reader.as_ref().map_or(0, DiskReader::read_bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use reprotect_engine::limits::CHUNK_BYTES;
+
+    use super::*;
+    use crate::reader::ReaderSetup;
+    use crate::throttle::Throttle;
+
+    #[test]
+    fn late_news_of_its_walk_do_not_set_a_stopped_disk_going_again() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(CHUNK_BYTES).unwrap();
+        let budget = Budget::new(0, 1).unwrap();
+        let setup = ReaderSetup {
+            path: file.path().to_owned(),
+            is_device: false,
+            budget: Arc::clone(&budget),
+            throttle: Arc::new(Throttle::new(None)),
+            deliver: Box::new(drop),
+        };
+        let reader = DiskReader::start(setup).unwrap();
+        let mut disk = Protected::new([1; 16], "disk".to_owned(), budget, reader);
+        disk.begin_walk(Activity::Scanning);
+        disk.stop("it was resized".to_owned());
+        disk.finish_walk(Instant::now());
+        assert_eq!(
+            (disk.activity, disk.next_scan),
+            (Activity::Stopped, None),
+            "the mark was acknowledged late"
+        );
+        disk.begin_walk(Activity::Comparing);
+        assert_eq!(disk.activity, Activity::Stopped);
+        assert!(!disk.is_readable() && disk.problem.is_some());
+        disk.activity = Activity::Offered;
+        disk.begin_walk(Activity::Comparing);
+        assert_eq!(disk.activity, Activity::Comparing, "until it is offered again");
     }
 }

@@ -12,7 +12,9 @@ use std::time::Instant;
 
 use common::target::FakeTarget;
 use common::{AgentDaemon, Site, compressible, noise, run, source_id, write_config};
+use reprotect_agent::api::DiskInfo;
 use reprotect_engine::format::message::PassMode;
+use reprotect_engine::limits::DAMAGED_BATCHES_MAX;
 use reprotect_engine::net::endpoint::TransportSettings;
 use reprotect_engine::net::revocations::Revocation;
 use reprotect_engine::proto::credit::FlowLimits;
@@ -318,6 +320,54 @@ fn a_disk_that_changes_its_size_is_stopped_and_the_other_goes_on() {
 }
 
 #[test]
+fn changes_that_arrive_damaged_every_time_are_given_up_and_a_compare_carries_them() {
+    run(async {
+        let content = noise(6 * MIB, 31);
+        let setup = Setup::new(&content);
+        let disk = setup.protect(vec![0; content.len()], PassMode::Copy);
+        let agent = setup.start();
+        agent.until_synced(disk).await;
+        setup.target.damage(DAMAGED_BATCHES_MAX);
+        write_at(&setup.image, 2 * MIB, &noise(70_000 / 512 * 512, 32));
+        agent.until_disk("given up", disk, |_| setup.target.still_damages() == 0).await;
+        agent.until_disk("compared", disk, |info| info.state == "synced" && setup.equal(disk)).await;
+        // It follows again, on the stream that was opened anew, and has nothing left to complain of.
+        let rounds = agent.until_synced(disk).await.scan_rounds;
+        write_at(&setup.image, 4 * MIB, &noise(4096, 33));
+        let followed = |info: &DiskInfo| info.scan_rounds > rounds && setup.equal(disk);
+        let info = agent.until_disk("followed", disk, followed).await;
+        assert_eq!(info.problem, None);
+        agent.stop().await;
+    });
+}
+
+#[test]
+fn a_disk_that_is_not_protected_any_more_is_let_go_and_its_source_may_be_protected_again() {
+    run(async {
+        let content = noise(2 * MIB, 34);
+        let mut setup = Setup::new(&content);
+        let first = setup.protect(vec![0; content.len()], PassMode::Copy);
+        let agent = setup.start();
+        agent.until_synced(first).await;
+        setup.target.unprotect(first);
+        agent.until("the disk is let go", |status| status.connected && status.disks.is_empty()).await;
+        let second = setup.protect(vec![0; content.len()], PassMode::Copy);
+        setup.target.restart().await;
+        agent.until_synced(second).await;
+        assert!(setup.equal(second));
+
+        // The agent was not there when it was said: the new offer of the source says it too.
+        setup.target.kill().await;
+        setup.target.unprotect(second);
+        let third = setup.protect(vec![0; content.len()], PassMode::Copy);
+        setup.target.restart().await;
+        agent.until_synced(third).await;
+        assert_eq!(agent.until("one disk", |status| !status.disks.is_empty()).await.disks.len(), 1);
+        agent.stop().await;
+    });
+}
+
+#[test]
 fn a_revoked_agent_says_so_and_does_not_hammer() {
     run(async {
         let content = noise(MIB, 12);
@@ -488,4 +538,9 @@ fn a_loop_device_with_partitions_is_protected_whole_and_known_by_its_table() {
         assert_eq!(told.gpt_guid[..4], [0x0f, 0x1e, 0x2d, 0x3c]);
         agent.stop().await;
     });
+}
+
+fn write_at(image: &Path, offset: usize, bytes: &[u8]) {
+    let file = std::fs::OpenOptions::new().write(true).open(image).unwrap();
+    file.write_all_at(bytes, offset as u64).unwrap();
 }

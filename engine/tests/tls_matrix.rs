@@ -375,6 +375,32 @@ async fn early_data_is_never_possible() {
     }
 }
 
+#[tokio::test]
+async fn early_data_that_is_sent_all_the_same_is_never_heard() {
+    let site = Site::new();
+    let daemon = site.daemon(Role::MasterTarget, &[Role::Agent]);
+    let (chain, key) = site.mint(|_| {});
+    for (attacker, is_known) in
+        [(Attacker::showing(chain, &key, &[ALPN_DATA]), true), (Attacker::anonymous(&[ALPN_DATA]), false)]
+    {
+        attacker.collects_tickets().await;
+        let (connection, accepted) =
+            attacker.dial(daemon.address).into_0rtt().ok().expect("it holds a ticket and sends at once");
+        let (mut send, mut receive) = connection.open_bi().await.unwrap();
+        send.write_all(b"early").await.unwrap();
+        send.finish().unwrap();
+        assert!(!accepted.await, "early data was accepted");
+        assert!(receive.read_to_end(16).await.is_err(), "early data was answered");
+        // With its certificate it may speak like anyone else, but only after the whole handshake.
+        assert_eq!(echoes(&connection).await, is_known);
+        if !is_known {
+            assert_eq!(CloseCode::of(&connection.closed().await), Some(CloseCode::NoCertificate));
+        }
+    }
+    assert_eq!(daemon.heard(), [b"ping".to_vec()]);
+    assert_eq!(daemon.seen().len(), 1);
+}
+
 // ---- floods --------------------------------------------------------------------------------------------------------
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -435,6 +461,43 @@ async fn thousands_of_half_open_handshakes_are_bounded_and_leave_others_unharmed
     }
     assert!(echoes(&kept.connection).await);
     assert!(daemon.open_connections() <= 6 + slots, "{}", daemon.open_connections());
+}
+
+#[tokio::test]
+async fn one_peer_cannot_take_the_connections_of_the_others() {
+    let site = Site::new();
+    let daemon = site.daemon(Role::MasterTarget, &[Role::Agent]);
+    let (greedy, modest) = (site.identity(Role::Agent), site.identity(Role::Agent));
+    let most = reprotect_engine::net::endpoint::TransportSettings::default().connections_per_agent_max;
+    let mut kept = Vec::new();
+    for _ in 0..most {
+        let connection = site.dial(&greedy, &daemon).await.unwrap();
+        assert!(echoes(&connection.connection).await);
+        kept.push(connection);
+    }
+    for _ in 0..3 {
+        // TLS lets the client finish first: the refusal follows.
+        let closed = match site.dial(&greedy, &daemon).await {
+            Ok(connection) => connection.connection.closed().await,
+            Err(EndpointError::Connection { source, .. }) => source,
+            Err(other) => panic!("{other}"),
+        };
+        assert_eq!(CloseCode::of(&closed), Some(CloseCode::Busy), "{closed}");
+    }
+    let other = site.dial(&modest, &daemon).await.unwrap();
+    assert!(echoes(&other.connection).await);
+    CloseCode::Finished.close(&kept.swap_remove(0).connection);
+    // The place is free when the server has noticed, which the client cannot see: it tries until it is let in.
+    for attempt in 0.. {
+        let again = site.dial(&greedy, &daemon).await;
+        if let Ok(again) = again
+            && echoes(&again.connection).await
+        {
+            break;
+        }
+        assert!(attempt < 1000, "a place that was given back is not given away");
+    }
+    assert!(echoes(&kept[0].connection).await, "those who were in stay in");
 }
 
 // ---- helpers with assertions ---------------------------------------------------------------------------------------

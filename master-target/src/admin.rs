@@ -35,6 +35,9 @@ use crate::points::{self, Mounts};
 use crate::protect::{ProtectAnswer, ProtectRequest, protect};
 use crate::registry::{DiskView, Registry};
 
+/// How long an invitation may be good for.
+const INVITATION_SECONDS: std::ops::RangeInclusive<u64> = 60..=24 * 3600;
+
 /// What the handlers work on.
 #[derive(Debug)]
 pub struct AdminState {
@@ -221,6 +224,13 @@ async fn invite(
             ));
         }
     };
+    if !INVITATION_SECONDS.contains(&request.valid_seconds) {
+        let reason = format!(
+            "a token cannot be valid for {} s: it lies in logs and clipboards",
+            request.valid_seconds
+        );
+        return Err(Refusal::conflict("no invitation", reason, "use --valid from 1m to 24h"));
+    }
     let addresses = advertised(&state);
     blocking(move || {
         let ca = state.ca.as_ref().context("this site has its own PKI ([pki] in the configuration): have it issue the certificate, nobody enrols here")?;

@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::message::InventoryDisk;
 use reprotect_engine::io::durable::{Access, create_dir_durable, read_bounded, replace_file};
@@ -255,6 +255,7 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
 }
 
 fn read_state(path: &Path) -> anyhow::Result<DiskState> {
-    let bytes = read_bounded(path, FILE_BYTES_MAX)?;
-    DiskState::decode(&bytes).with_context(|| format!("{} is damaged", path.display()))
+    let remedy = "`unprotect` the disk and `protect` it again with --original: existing data is compared";
+    let bytes = read_bounded(path, FILE_BYTES_MAX).map_err(|error| anyhow!("{error}; {remedy}"))?;
+    DiskState::decode(&bytes).map_err(|error| anyhow!("{} is damaged: {error}; {remedy}", path.display()))
 }

@@ -215,7 +215,9 @@ async fn accept(server: &Server, keys: &Keys, authority: Arc<dyn Authority>, reg
     while let Some(accepted) = server.accept().await {
         match accepted {
             Accepted::Peer(peer) => {
-                tokio::spawn(session::serve(peer, target, Arc::clone(&authority), Arc::clone(registry)));
+                let (authority, registry) = (Arc::clone(&authority), Arc::clone(registry));
+                let revocations = Arc::clone(&keys.revocations);
+                tokio::spawn(session::serve(peer, target, authority, registry, revocations));
             }
             Accepted::Enrolment { connection, peer } => {
                 let Some(ca) = keys.ca.clone() else {

@@ -1,7 +1,9 @@
 //! One connection at the master target: the session core between the lanes and the disks.
 //!
 //! Invariants: a session task never touches a disk itself, it routes; when it ends, every disk it opened is told; a
-//! peer's error ends this session only and is logged once. Started by `daemon` for each accepted connection.
+//! peer's error ends this session only and is logged once; a revoked agent's session ends, whoever relays it; a peer
+//! that does not read its answers is not read either, so what waits for it is bounded by [`REPLY_BYTES_MAX`] and what
+//! its disks still owe it. Started by `daemon` for each accepted connection.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +13,7 @@ use reprotect_engine::format::handshake::Role;
 use reprotect_engine::format::message::{ErrorCode, Message};
 use reprotect_engine::net::endpoint::{CloseCode, PeerConnection};
 use reprotect_engine::net::lanes::{self, Arrival, LaneReader, LaneWriter};
+use reprotect_engine::net::revocations::Revocations;
 use reprotect_engine::net::{identity, mono_clock};
 use reprotect_engine::proto::master_target::{DiskInput, SessionEvent, TargetSession, Transport};
 use reprotect_engine::proto::target_disk::SessionId;
@@ -23,6 +26,8 @@ use crate::registry::{Offer, Registry};
 
 /// How long a connection may take to open its control lane.
 const CONTROL_WAIT: Duration = Duration::from_secs(10);
+/// Bytes of answers that may wait for a peer; beyond, nothing more is read from it until it has read some.
+const REPLY_BYTES_MAX: u64 = 4 << 20;
 
 /// Serves a connection to its end.
 pub async fn serve(
@@ -30,6 +35,7 @@ pub async fn serve(
     target: PeerId,
     authority: Arc<dyn Authority>,
     registry: Arc<Registry>,
+    revocations: Arc<Revocations>,
 ) {
     let address = peer.connection.remote_address();
     let role = match peer.peer.role {
@@ -38,8 +44,8 @@ pub async fn serve(
         identity::Role::MasterTarget => return CloseCode::Violation.close(&peer.connection),
     };
     let relay = (role == Role::ProcessServer).then_some(peer.peer.peer);
-    let Ok(Ok((reader, writer, _written))) =
-        tokio::time::timeout(CONTROL_WAIT, lanes::accepted::<()>(&peer.connection)).await
+    let Ok(Ok((reader, writer, written))) =
+        tokio::time::timeout(CONTROL_WAIT, lanes::accepted::<u64>(&peer.connection)).await
     else {
         tracing::info!(%address, "a connection opened no control stream in time");
         return CloseCode::Violation.close(&peer.connection);
@@ -56,15 +62,17 @@ pub async fn serve(
         id,
         core: TargetSession::new(id, target, transport, authority, nonce, mono_clock()),
         registry: Arc::clone(&registry),
+        revocations,
+        peer: peer.clone(),
         writer,
+        written,
+        unwritten_bytes: 0,
         replies,
     };
     let result = session.run(reader, offers, from_disks).await;
     if let Err(error) = &result {
-        session.writer.send(
-            Outgoing::control(Message::error(DiskId::NONE, error.code(), &error.to_string()).encode()),
-            (),
-        );
+        let message = Message::error(DiskId::NONE, error.code(), &error.to_string());
+        session.queue(Outgoing::control(message.encode()));
         if error.severity() == reprotect_engine::error::Severity::Retry {
             tracing::info!(session = id.0, %address, %error, "session ended");
         } else {
@@ -82,7 +90,12 @@ struct Session {
     id: SessionId,
     core: TargetSession,
     registry: Arc<Registry>,
-    writer: LaneWriter<()>,
+    revocations: Arc<Revocations>,
+    peer: PeerConnection,
+    writer: LaneWriter<u64>,
+    /// Comes back when a frame was handed to the transport.
+    written: mpsc::UnboundedReceiver<u64>,
+    unwritten_bytes: u64,
     replies: Replies,
 }
 
@@ -99,8 +112,19 @@ impl Session {
                 .core
                 .poll_timeout()
                 .map_or(Duration::from_secs(3600), |at| Duration::from_nanos(at.nanos_since(now)));
+            let congested = self.unwritten_bytes > REPLY_BYTES_MAX;
             tokio::select! {
-                arrival = reader.next() => match arrival {
+                Some(bytes) = self.written.recv() => self.unwritten_bytes -= bytes,
+                agent = revoked(&self.revocations, self.core.agent()) => {
+                    return Err(ProtoError::Identity(format!(
+                        "agent {agent} was revoked; if that was a mistake, enrol it again with a new token"
+                    )));
+                }
+                reason = self.peer.connection.closed(), if congested => {
+                    tracing::info!(session = self.id.0, agent = ?self.core.agent(), %reason, "session over");
+                    return Ok(());
+                }
+                arrival = reader.next(), if !congested => match arrival {
                     Arrival::Frame(kind, body) => self.core.handle_frame(kind, body)?,
                     Arrival::Over(error) => {
                         tracing::info!(session = self.id.0, agent = ?self.core.agent(), %error, "session over");
@@ -139,8 +163,14 @@ impl Session {
 
     fn transmit(&mut self) {
         while let Some(outgoing) = self.core.poll_transmit() {
-            self.writer.send(outgoing, ());
+            self.queue(outgoing);
         }
+    }
+
+    fn queue(&mut self, outgoing: Outgoing) {
+        let bytes = outgoing.frame.encoded_bytes() as u64;
+        self.unwritten_bytes += bytes;
+        self.writer.send(outgoing, bytes);
     }
 
     async fn handle_events(&mut self) {
@@ -193,4 +223,11 @@ impl Session {
             }
         }
     }
+}
+
+/// Waits until the session's agent is revoked and answers who it is; for ever while nobody has proved anything.
+async fn revoked(revocations: &Revocations, agent: Option<PeerId>) -> PeerId {
+    let Some(agent) = agent else { return std::future::pending().await };
+    revocations.peer_revoked(agent).await;
+    agent
 }

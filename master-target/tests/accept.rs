@@ -24,7 +24,9 @@ fn script(name: &str, settings: &[(&str, &str)]) {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
     let mut command = Command::new("python3");
     command.arg(repository.join("benches/scripts").join(name)).stdin(Stdio::null());
-    for setting in ["SIZE", "FILL", "TARGET", "TARGETS", "RELAY", "KEEP", "SEED", "KILLS", "PERCENT", "LEVEL", "POINTS"] {
+    for setting in
+        ["SIZE", "FILL", "TARGET", "TARGETS", "RELAY", "KEEP", "SEED", "KILLS", "PERCENT", "LEVEL", "POINTS"]
+    {
         command.env_remove(setting);
     }
     let done = command

@@ -2,14 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
-use std::path::Path;
-use std::sync::Arc;
+#[path = "support/daemon.rs"]
+mod support;
+
 use std::time::Duration;
 
-use reprotect_engine::host::admin_client::{AdminClient, AdminError};
-use reprotect_engine::host::config::Overrides;
-use reprotect_engine::host::places::Program;
-use reprotect_engine::host::shutdown::{Shutdown, ShutdownTrigger};
+use reprotect_engine::host::admin_client::AdminError;
 use reprotect_engine::net::ca::Ca;
 use reprotect_engine::net::enroll::{EnrollError, enroll};
 use reprotect_engine::net::identity::{IDENTITY_FILE, Role};
@@ -20,69 +18,7 @@ use reprotect_engine::units::PeerId;
 use reprotect_master_target::api::{
     InviteAnswer, InviteRequest, MachineInfo, RevokeAnswer, RevokeRequest, StatusInfo,
 };
-use reprotect_master_target::config::Settings;
-use reprotect_master_target::daemon::{Reload, run_reloading};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
-
-struct Daemon {
-    client: AdminClient,
-    stop: ShutdownTrigger,
-    reload: Arc<watch::Sender<u64>>,
-    task: JoinHandle<anyhow::Result<()>>,
-}
-
-fn overrides(dir: &Path) -> Overrides {
-    Overrides { state_dir: Some(dir.to_owned()), ..Overrides::default() }
-}
-
-fn configure(dir: &Path, more: &str) {
-    std::fs::write(dir.join("master-target.toml"), format!("listen = \"127.0.0.1:0\"\n{more}")).unwrap();
-}
-
-fn spawn(dir: &Path) -> Daemon {
-    let settings = Settings::load(&overrides(dir)).unwrap();
-    let client = AdminClient::new(Program::MasterTarget, &settings.places.socket);
-    let (stop, shutdown) = Shutdown::new();
-    let (reload, asked) = watch::channel(0);
-    let reloading = Reload { asked, overrides: overrides(dir) };
-    let task = tokio::spawn(run_reloading(settings, shutdown, Some(reloading)));
-    Daemon { client, stop, reload: Arc::new(reload), task }
-}
-
-async fn start(dir: &Path) -> Daemon {
-    let daemon = spawn(dir);
-    for _ in 0..6000 {
-        if daemon.client.get_json::<StatusInfo>("/v1/status").await.is_ok() {
-            return daemon;
-        }
-        assert!(!daemon.task.is_finished(), "{:?}", daemon.task.await);
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("the daemon does not answer");
-}
-
-impl Daemon {
-    async fn stop(self) {
-        self.stop.request();
-        self.task.await.unwrap().unwrap();
-    }
-
-    async fn status(&self) -> StatusInfo {
-        self.client.get_json("/v1/status").await.unwrap()
-    }
-
-    async fn invite(&self, role: &str) -> InviteAnswer {
-        let request = InviteRequest { role: role.to_owned(), valid_seconds: 900 };
-        self.client.post_json("/v1/invite", &request).await.unwrap()
-    }
-}
-
-fn dir() -> tempfile::TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    configure(dir.path(), "site = \"lyon\"\n");
-    dir
-}
+use support::*;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_daemon_is_the_same_target_and_a_second_one_is_refused() {
@@ -123,6 +59,11 @@ async fn an_invitation_becomes_an_identity_once_and_a_revoked_peer_may_not_come_
     let request = InviteRequest { role: "master-target".to_owned(), valid_seconds: 900 };
     let refused = daemon.client.post_json::<_, InviteAnswer>("/v1/invite", &request).await.unwrap_err();
     assert!(refused.to_string().contains("use --role agent"), "{refused}");
+    for valid_seconds in [0, 59, 24 * 3600 + 1, u64::MAX] {
+        let request = InviteRequest { role: "agent".to_owned(), valid_seconds };
+        let refused = daemon.client.post_json::<_, InviteAnswer>("/v1/invite", &request).await.unwrap_err();
+        assert!(refused.to_string().contains("use --valid"), "{refused}");
+    }
     let own = RevokeRequest { peer: daemon.status().await.target };
     let refused = daemon.client.post_json::<_, RevokeAnswer>("/v1/revoke", &own).await.unwrap_err();
     assert!(refused.to_string().contains("cannot be revoked"), "{refused}");

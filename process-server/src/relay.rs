@@ -392,15 +392,18 @@ impl Session {
     }
 
     fn handle_target_frame(&mut self, kind: FrameKind, body: Bytes) -> Result<(), End> {
-        let refused = match kind {
+        let (refused, retired) = match kind {
             FrameKind::Error | FrameKind::Fenced => match Message::decode(kind, &body) {
-                Ok(Message::Error(head, _)) => Some(head.disk),
-                Ok(Message::Fenced(fenced)) => Some(fenced.disk),
-                _ => None,
+                Ok(Message::Error(head, _)) => (Some(head.disk), head.code == ErrorCode::UnknownDisk),
+                Ok(Message::Fenced(fenced)) => (Some(fenced.disk), false),
+                _ => (None, false),
             },
-            _ => None,
+            _ => (None, false),
         };
         self.core.handle_frame(Side::Target, kind, body)?;
+        if let Some(disk) = refused.filter(|_| retired) {
+            self.core.retire(disk);
+        }
         // A disk that the target never opened needs no memory; one that was open keeps it until its bytes are gone.
         if let Some(disk) = refused
             && !self.core.disks().any(|open| open.disk == disk)

@@ -279,6 +279,8 @@ wire_enum! {
         OtherLineage = 5,
         /// Another session had the disk open since this agent had: nobody here knows what it wrote.
         OtherSession = 6,
+        /// A delta batch failed its checks again and again: the stream was given up where it stood.
+        DamagedStream = 7,
     }
 }
 

@@ -3,13 +3,14 @@
 //! Invariants: a [`PeerConnection`] exists only for a peer whose chain was verified in this very handshake; until
 //! then the other side can open no stream and send no more than [`UNVERIFIED_WINDOW_BYTES`]; a connection is closed
 //! when its peer is revoked or its certificate expires; unfinished handshakes are bounded in number and time, and
-//! the second half of them is open only to addresses that answered a retry, so that forged senders cannot fill it.
+//! the second half of them is open only to addresses that answered a retry, so that forged senders cannot fill it;
+//! verified connections are bounded in all and by peer, so that one peer cannot take the places of the others.
 //! Units: bytes and `Duration`s. Called by the three programs.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
@@ -19,7 +20,7 @@ use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::error::{Answer, Severity};
 use crate::limits::{DISKS_PER_AGENT_MAX, HANDSHAKE_NANOS_MAX, KEEP_ALIVE_NANOS};
-use crate::net::identity::{PeerIdentity, server_name};
+use crate::net::identity::{PeerIdentity, Role, server_name};
 use crate::net::revocations::Revocations;
 use crate::net::socket;
 use crate::net::{ALPN_DATA, ALPN_ENROLL, wall_clock};
@@ -47,17 +48,20 @@ pub enum CloseCode {
     ShuttingDown,
     /// The other side broke the rules of the protocol.
     Violation,
+    /// There are too many connections, of this peer or in all: dial again later.
+    Busy,
 }
 
 impl CloseCode {
     /// Every code.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Finished,
         Self::NoCertificate,
         Self::Revoked,
         Self::Expired,
         Self::ShuttingDown,
         Self::Violation,
+        Self::Busy,
     ];
 
     /// On the wire; frozen.
@@ -70,6 +74,7 @@ impl CloseCode {
             Self::Expired => 3,
             Self::ShuttingDown => 4,
             Self::Violation => 5,
+            Self::Busy => 6,
         }
     }
 
@@ -89,6 +94,7 @@ impl CloseCode {
             Self::Expired => b"the certificate expired; renew it",
             Self::ShuttingDown => b"shutting down",
             Self::Violation => b"protocol violation",
+            Self::Busy => b"too many connections of this peer or in all; dial again later",
         };
         connection.close(VarInt::from_u32(self.code()), reason);
     }
@@ -170,6 +176,13 @@ pub struct TransportSettings {
     pub unfinished_handshakes_max: usize,
     /// A handshake not finished in this time is dropped.
     pub handshake_timeout: Duration,
+    /// Connections of verified peers on a listening endpoint, all together.
+    pub connections_max: usize,
+    /// … and of one agent: it needs one, and a few that died lie about until they are given up. Each may make us hold
+    /// a receive window.
+    pub connections_per_agent_max: usize,
+    /// … and of one process server, which has one for each machine it relays.
+    pub connections_per_relay_max: usize,
 }
 
 impl Default for TransportSettings {
@@ -186,6 +199,9 @@ impl Default for TransportSettings {
             socket_buffer_bytes: 8 << 20,
             unfinished_handshakes_max: 512,
             handshake_timeout: Duration::from_nanos(HANDSHAKE_NANOS_MAX),
+            connections_max: 1024,
+            connections_per_agent_max: 8,
+            connections_per_relay_max: 512,
         }
     }
 }
@@ -355,7 +371,7 @@ pub fn bind_server(
     let (deliver, accepted) = mpsc::channel(ACCEPTED_MAX);
     let gate = Gate {
         endpoint: endpoint.clone(),
-        believed: Arc::new(AtomicUsize::new(0)),
+        believed: Arc::new(Believed::default()),
         slots: Arc::new(Semaphore::new(settings.unfinished_handshakes_max)),
         settings: settings.clone(),
         revocations,
@@ -432,12 +448,50 @@ fn bind(
         .map_err(error("use"))
 }
 
+/// Live connections of verified peers, by peer.
+#[derive(Debug, Default)]
+struct Believed(std::sync::Mutex<HashMap<PeerId, usize>>);
+
+impl Believed {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<PeerId, usize>> {
+        // A panic elsewhere leaves whole counts.
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn count(&self) -> usize {
+        self.lock().values().sum()
+    }
+
+    /// Counts one more of `peer`, unless that is too many.
+    fn enter(&self, peer: &PeerIdentity, settings: &TransportSettings) -> bool {
+        let most = match peer.role {
+            Role::Agent => settings.connections_per_agent_max,
+            Role::ProcessServer => settings.connections_per_relay_max,
+            Role::MasterTarget => settings.connections_max,
+        };
+        let mut peers = self.lock();
+        let own = peers.get(&peer.peer).copied().unwrap_or(0);
+        if own >= most || peers.values().sum::<usize>() >= settings.connections_max {
+            return false;
+        }
+        peers.insert(peer.peer, own + 1);
+        true
+    }
+
+    fn leave(&self, peer: PeerId) {
+        let mut peers = self.lock();
+        match peers.get_mut(&peer) {
+            Some(own) if *own > 1 => *own -= 1,
+            _ => drop(peers.remove(&peer)),
+        }
+    }
+}
+
 /// Decides about incoming connections.
 #[derive(Clone)]
 struct Gate {
     endpoint: quinn::Endpoint,
-    /// Live connections of verified peers.
-    believed: Arc<AtomicUsize>,
+    believed: Arc<Believed>,
     slots: Arc<Semaphore>,
     settings: TransportSettings,
     revocations: Arc<Revocations>,
@@ -463,7 +517,7 @@ impl Gate {
     /// frees its slot at once, but quinn keeps the connection for a few round trips: those count too.
     fn admit(&self, incoming: Incoming) -> Option<(Incoming, OwnedSemaphorePermit)> {
         let max = self.settings.unfinished_handshakes_max;
-        let kept = self.endpoint.open_connections().saturating_sub(self.believed.load(Ordering::Relaxed));
+        let kept = self.endpoint.open_connections().saturating_sub(self.believed.count());
         let doubtful = kept.max(max - self.slots.available_permits().min(max));
         let under_load = doubtful >= max / 2;
         if under_load && !incoming.remote_address_validated() && incoming.may_retry() {
@@ -514,12 +568,16 @@ impl Gate {
                     CloseCode::NoCertificate.close(&connection);
                     return None;
                 };
+                if !self.believed.enter(&peer, &self.settings) {
+                    tracing::warn!(peer = %peer.peer, role = %peer.role, "too many connections: refused");
+                    CloseCode::Busy.close(&connection);
+                    return None;
+                }
                 self.settings.open_up(&connection);
-                self.believed.fetch_add(1, Ordering::Relaxed);
-                let (ended, believed) = (connection.clone(), Arc::clone(&self.believed));
+                let (ended, believed, id) = (connection.clone(), Arc::clone(&self.believed), peer.peer);
                 tokio::spawn(async move {
                     ended.closed().await;
-                    believed.fetch_sub(1, Ordering::Relaxed);
+                    believed.leave(id);
                 });
                 Some(Accepted::Peer(believe(connection, peer, &self.revocations)))
             }

@@ -138,6 +138,17 @@ impl Revocations {
         }
     }
 
+    /// Waits until `peer` is revoked as such; at once when it already is. For sessions whose certificate was shown and
+    /// verified elsewhere, through a relay. Safe to drop at any await.
+    pub async fn peer_revoked(&self, peer: PeerId) {
+        let mut changed = self.changed.subscribe();
+        while !self.read_entries().contains(&Revocation::Peer(peer)) {
+            if changed.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     /// All entries, ordered.
     #[must_use]
     pub fn list(&self) -> Vec<Revocation> {

@@ -28,10 +28,12 @@ use crate::format::frame::FrameKind;
 use crate::format::handshake::{Hello, Version};
 use crate::format::message::{
     Ack, CompareRequestHead, ErrorCode, Fenced, GrantHead, InventoryDisk, InventoryHead, Message, Nack,
-    OfferHead, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
+    NackReason, OfferHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
 };
 use crate::format::wire::Text;
-use crate::limits::{CHUNK_BYTES, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DISKS_PER_AGENT_MAX};
+use crate::limits::{
+    CHUNK_BYTES, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX,
+};
 use crate::range_set::RangeSet;
 use crate::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence, Timestamp};
 
@@ -116,6 +118,9 @@ pub struct Agent {
     inventory: Vec<InventoryDisk>,
     disks: BTreeMap<DiskId, AgentDisk>,
     next_disk: usize,
+    /// The highest epoch of disks that were forgotten: one of them that is offered again begins above, so that late
+    /// answers to its old work are still known as such.
+    epochs_used: u64,
     chunk_bytes: u64,
     outbox: VecDeque<Outgoing>,
     events: VecDeque<AgentEvent>,
@@ -140,6 +145,7 @@ impl Agent {
             inventory: Vec::new(),
             disks: BTreeMap::new(),
             next_disk: 0,
+            epochs_used: 0,
             chunk_bytes: CHUNK_BYTES,
             outbox: VecDeque::new(),
             events: VecDeque::new(),
@@ -286,11 +292,25 @@ impl Agent {
         }
     }
 
+    /// Drops all that is known of a disk: it is not protected any more.
+    pub fn forget(&mut self, disk: DiskId) {
+        if let Some(gone) = self.disks.remove(&disk) {
+            self.epochs_used = self.epochs_used.max(gone.epoch);
+        }
+    }
+
+    /// A source is protected once: what was offered of it before is not protected any more.
     fn handle_offer(&mut self, head: &OfferHead, grant: Bytes) -> Result<(), ProtoError> {
+        let gone = |(id, known): (&DiskId, &AgentDisk)| {
+            (*id != head.disk && known.source == head.source).then_some(*id)
+        };
+        let gone: Vec<DiskId> = self.disks.iter().filter_map(gone).collect();
+        gone.into_iter().for_each(|disk| self.forget(disk));
         if self.disks.len() >= DISKS_PER_AGENT_MAX && !self.disks.contains_key(&head.disk) {
             return Err(ProtoError::Limit(format!("more than {DISKS_PER_AGENT_MAX} disks offered")));
         }
-        let disk = self.disks.entry(head.disk).or_insert_with(|| AgentDisk::new(head));
+        let epochs_used = self.epochs_used;
+        let disk = self.disks.entry(head.disk).or_insert_with(|| AgentDisk::new(head, epochs_used));
         if !matches!(disk.phase, AgentDiskPhase::Closed | AgentDiskPhase::Stopped) {
             return Ok(()); // offered twice: the first stands
         }
@@ -313,18 +333,7 @@ impl Agent {
         if state.phase != AgentDiskPhase::Offered {
             return;
         }
-        state.phase.become_state(AgentDiskPhase::Opening);
-        let message = Message::OpenDisk(
-            OpenDiskHead {
-                disk,
-                size_sectors,
-                generation: state.generation,
-                lineage: state.lineage.unwrap_or(LineageId::NONE),
-                durable: state.durable,
-                grant_bytes: state.grant.len() as u16,
-            },
-            state.grant.clone(),
-        );
+        let message = state.ask_to_open(disk, size_sectors);
         self.control(&message);
     }
 
@@ -445,8 +454,15 @@ impl Agent {
         }
     }
 
+    /// Sends again from where the target wants it. What it finds damaged every time is broken here or on the way, and
+    /// sending it once more mends nothing: the disk is opened anew, which fences what is still under way, and compared.
     fn handle_nack(&mut self, nack: &Nack) {
         let Some(disk) = self.open_disk(nack.disk, nack.generation) else { return };
+        if nack.reason == NackReason::Damaged && disk.note_damaged(nack.resume_from) >= DAMAGED_BATCHES_MAX {
+            disk.give_up_stream(PassCause::DamagedStream);
+            let message = disk.ask_to_open(nack.disk, disk.size_sectors);
+            return self.control(&message);
+        }
         let from = disk.unacked.iter().position(|batch| batch.header.last_sequence() >= nack.resume_from);
         disk.unsent_from = from.unwrap_or(disk.unacked.len());
         disk.resend_mark(Sequence(nack.resume_from.0.saturating_sub(1)));

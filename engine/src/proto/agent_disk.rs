@@ -15,7 +15,7 @@ use super::{Lane, Outgoing};
 use crate::format::batch::{BatchHeader, CHAIN_START, Chain, Mark, MarkClass, encode_batch};
 use crate::format::extent::Record;
 use crate::format::frame::Frame;
-use crate::format::message::{GrantHead, Message, OfferHead, PassCause, SourceId};
+use crate::format::message::{GrantHead, Message, OfferHead, OpenDiskHead, PassCause, SourceId};
 use crate::units::{DiskId, Generation, LineageId, SectorRange, Sequence, Timestamp};
 
 /// A delta batch that is not yet durable.
@@ -76,6 +76,8 @@ pub(super) struct AgentDisk {
     /// The pass at the target, as it last said.
     pub(super) target_pass: u64,
     pub(super) wanted: Option<WantedPass>,
+    /// Where the target last found the stream damaged, and how often in a row.
+    pub(super) damaged: (Sequence, u32),
 }
 
 /// A compare pass that must happen: asked for again in every session until the target says that it began.
@@ -87,8 +89,8 @@ pub(super) struct WantedPass {
 }
 
 impl AgentDisk {
-    /// A disk that was just offered for the first time.
-    pub(super) fn new(head: &OfferHead) -> Self {
+    /// A disk that was just offered for the first time; its walks get epochs above `epochs_used`.
+    pub(super) fn new(head: &OfferHead, epochs_used: u64) -> Self {
         Self {
             phase: AgentDiskPhase::Closed,
             source: head.source,
@@ -110,12 +112,27 @@ impl AgentDisk {
             pass: None,
             requests: BTreeMap::new(),
             next_request: 1,
-            epoch: 0,
+            epoch: epochs_used,
             newest_time: Timestamp::ZERO,
             sent: SentBytes::default(),
             target_pass: 0,
             wanted: None,
+            damaged: (Sequence::ZERO, 0),
         }
+    }
+
+    /// Begins to open the disk under the newest offer or grant.
+    pub(super) fn ask_to_open(&mut self, disk: DiskId, size_sectors: u64) -> Message {
+        self.phase.become_state(AgentDiskPhase::Opening);
+        let head = OpenDiskHead {
+            disk,
+            size_sectors,
+            generation: self.generation,
+            lineage: self.lineage.unwrap_or(LineageId::NONE),
+            durable: self.durable,
+            grant_bytes: self.grant.len() as u16,
+        };
+        Message::OpenDisk(head, self.grant.clone())
     }
 
     pub(super) const fn whole(&self) -> SectorRange {
@@ -187,6 +204,25 @@ impl AgentDisk {
         if self.mark.as_ref().is_some_and(|mark| mark.sequence >= received) {
             self.mark_sent = false;
         }
+    }
+
+    /// The target found the stream damaged from `resume_from` on; answers how often in a row it said so.
+    pub(super) fn note_damaged(&mut self, resume_from: Sequence) -> u32 {
+        let before = if self.damaged.0 == resume_from { self.damaged.1 } else { 0 };
+        self.damaged = (resume_from, before + 1);
+        before + 1
+    }
+
+    /// Forgets the stream and what it carried: the next grant's position is taken over, and a pass carries the rest.
+    pub(super) fn give_up_stream(&mut self, cause: PassCause) {
+        self.end_walk();
+        self.lineage = None;
+        self.unacked.clear();
+        self.unsent_from = 0;
+        self.mark = None;
+        self.balance = Balance::default();
+        self.damaged = (Sequence::ZERO, 0);
+        self.wanted = Some(WantedPass { cause, asked_in: None });
     }
 
     /// A mark after everything submitted so far.

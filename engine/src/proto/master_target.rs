@@ -5,7 +5,8 @@
 //! [`TargetSession::send_reply`].
 //!
 //! Invariants: nothing but HELLO and AUTH is read before the agent's proof held; a frame reaches a disk only if that
-//! disk was granted to this session's agent; batches are routed by their disk without being decoded here.
+//! disk was granted to this session's agent; batches are routed by their disk without being decoded here; requests for
+//! hashes, whose answers are far longer than they, are routed only while few of that disk wait for their answer.
 //! Units: none. Called by `master-target/src/session.rs` and the simulator.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -15,7 +16,7 @@ use bytes::Bytes;
 
 use super::agent::frame_name;
 use super::state::TargetLink;
-use super::target_disk::SessionId;
+use super::target_disk::{HASHES_WAITING_MAX, SessionId};
 use super::{Authority, Outgoing, ProtoError};
 use crate::format::batch::Mark;
 use crate::format::frame::FrameKind;
@@ -91,6 +92,8 @@ pub struct TargetSession {
     /// Disks whose OPEN_DISK was not answered yet.
     opening: BTreeMap<DiskId, Generation>,
     opened: BTreeSet<DiskId>,
+    /// Requests for hashes that a disk owes an answer: it answers in order, so a refusal or a grant ends them all.
+    asked: BTreeMap<DiskId, usize>,
     outbox: VecDeque<Outgoing>,
     events: VecDeque<SessionEvent>,
 }
@@ -128,6 +131,7 @@ impl TargetSession {
             offered: BTreeMap::new(),
             opening: BTreeMap::new(),
             opened: BTreeSet::new(),
+            asked: BTreeMap::new(),
             outbox: VecDeque::new(),
             events: VecDeque::new(),
         }
@@ -183,7 +187,14 @@ impl TargetSession {
             }
             Message::OpenDisk(head, grant) => self.handle_open(head, &grant),
             Message::Mark(mark) => self.route(mark.disk, DiskInput::Mark(mark)),
-            Message::CompareRequest(head, units) => self.route(head.disk, DiskInput::Compare(head, units)),
+            Message::CompareRequest(head, units) => {
+                let asked = self.asked.entry(head.disk).or_default();
+                if *asked >= HASHES_WAITING_MAX {
+                    return Err(ProtoError::Limit("too many requests for hashes at once".into()));
+                }
+                *asked += 1;
+                self.route(head.disk, DiskInput::Compare(head, units))
+            }
             Message::PassBegin(begin) => self.route(begin.disk, DiskInput::PassBegin(begin)),
             Message::PassEnd(end) => self.route(end.disk, DiskInput::PassEnd(end)),
             Message::Error(head, text) => Err(ProtoError::Peer { code: head.code, text }),
@@ -271,7 +282,14 @@ impl TargetSession {
     /// for the offer it answers is fenced and gets a new offer: nobody else would make one while the session lasts.
     pub fn send_reply(&mut self, message: Message, size_sectors: u64) {
         let message = match message {
+            Message::CompareHashes(head, hashes) => {
+                if let Some(asked) = self.asked.get_mut(&head.disk) {
+                    *asked = asked.saturating_sub(1);
+                }
+                Message::CompareHashes(head, hashes)
+            }
             Message::Fenced(fenced) => {
+                self.asked.remove(&fenced.disk);
                 self.control(&Message::Fenced(fenced));
                 let presented = self.opening.get(&fenced.disk).copied();
                 if presented.is_some_and(|generation| generation != fenced.generation)
@@ -283,10 +301,12 @@ impl TargetSession {
                 return;
             }
             Message::Error(head, text) => {
+                self.asked.remove(&head.disk);
                 self.opening.remove(&head.disk);
                 Message::Error(head, text)
             }
             Message::Grant(mut head, ranges, _) => {
+                self.asked.remove(&head.disk);
                 self.opening.remove(&head.disk);
                 let grant = self.authority.issue(head.disk, size_sectors, head.generation, self.agent);
                 head.grant_bytes = grant.len() as u16;

@@ -9,7 +9,7 @@
 //! itself, so losing it loses nothing (I7); what it holds for a disk is bounded by the credit it passes on.
 //! Units: credit cost in bytes. Called by `process-server/src/relay.rs` and the simulator.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 
@@ -128,6 +128,8 @@ pub struct RelaySession {
     lanes: BTreeMap<Lane, VecDeque<Slot>>,
     disks: BTreeMap<DiskId, RelayDisk>,
     sizes: BTreeMap<DiskId, u64>,
+    /// Disks that are not protected any more: what is still under way for them is dropped.
+    retired: BTreeSet<DiskId>,
     windows: BTreeMap<DiskId, u64>,
     next_job: u64,
     held_bytes: u64,
@@ -149,6 +151,7 @@ impl RelaySession {
             lanes: BTreeMap::new(),
             disks: BTreeMap::new(),
             sizes: BTreeMap::new(),
+            retired: BTreeSet::new(),
             windows: BTreeMap::new(),
             next_job: 0,
             held_bytes: 0,
@@ -168,6 +171,18 @@ impl RelaySession {
         let raised = self.windows.insert(disk, window_bytes).is_some_and(|old| window_bytes > old);
         if raised {
             self.announce_credit(disk);
+        }
+    }
+
+    /// A disk is not protected any more: its window and its place go to others. What it still has on its way to the
+    /// target leaves as it is, what its agent sent meanwhile is dropped when it comes.
+    pub fn retire(&mut self, disk: DiskId) {
+        self.disks.remove(&disk);
+        self.sizes.remove(&disk);
+        self.windows.remove(&disk);
+        self.retired.insert(disk);
+        if self.retired.len() > DISKS_PER_AGENT_MAX {
+            self.retired.pop_first(); // long ago, as far as the order of identities tells; it costs a session at worst
         }
     }
 
@@ -241,6 +256,9 @@ impl RelaySession {
             }
             FrameKind::Mark => {
                 let Message::Mark(mark) = Message::decode(kind, &body)? else { return Ok(()) };
+                if self.retired.contains(&mark.disk) {
+                    return Ok(());
+                }
                 if !self.disks.contains_key(&mark.disk) {
                     return Err(not_granted(mark.disk));
                 }
@@ -268,6 +286,7 @@ impl RelaySession {
                         )));
                     }
                     self.sizes.insert(head.disk, head.size_sectors);
+                    self.retired.remove(&head.disk);
                 }
                 self.pass_on(Side::Target, Lane::Control, Frame::new(kind, body));
                 Ok(())
@@ -283,6 +302,9 @@ impl RelaySession {
         head: BatchHead,
         records: Vec<Record>,
     ) -> Result<(), ProtoError> {
+        if self.retired.contains(&disk_id) {
+            return Ok(());
+        }
         let Some(disk) = self.disks.get_mut(&disk_id) else {
             return Err(not_granted(disk_id));
         };

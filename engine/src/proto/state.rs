@@ -59,8 +59,8 @@ state_table! {
         Offered => [Opening, Closed],
         /// OPEN_DISK is on its way.
         Opening => [Open, Closed, Stopped],
-        /// Data may flow.
-        Open => [Closed, Stopped],
+        /// Data may flow; opened anew where the stream must be given up.
+        Open => [Opening, Closed, Stopped],
         /// The session is gone; what was not durable waits.
         Closed => [Offered],
         /// Fenced or refused: stays so until offered again.

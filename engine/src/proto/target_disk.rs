@@ -30,7 +30,7 @@ use crate::units::{DiskId, Generation, LineageId, MonoTime, PeerId, SectorRange,
 
 /// Requests for hashes that may wait for a disk: a walk has two for each of its chunks under way, and four walks may
 /// follow each other before their answers do.
-const HASHES_WAITING_MAX: usize = 8 * CHUNKS_OPEN_MAX;
+pub(super) const HASHES_WAITING_MAX: usize = 8 * CHUNKS_OPEN_MAX;
 
 /// Names a session at the target; never reused while the daemon runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

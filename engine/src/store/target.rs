@@ -396,6 +396,13 @@ mod tests {
         let beside = edited(flat, "", "");
         beside.put("/ds/vm/web-000001.vmdk", b"# Disk DescriptorFile\n");
         cases.push(beside);
+        let child = edited(flat, "", "");
+        let text = String::from_utf8(child.bytes(PATH)).unwrap();
+        let hint = "parentCID=1234abcd\nparentFileNameHint=\"/vmfs/volumes/ds/vm/web.vmdk\"";
+        let clone = text.replace("parentCID=ffffffff", hint);
+        assert_ne!(clone, text);
+        child.put("/ds/vm/clone.vmdk", clone.as_bytes());
+        cases.push(child);
         for magic in [&b"COWD\x01\0\0\0"[..], &[0xbe, 0xba, 0xfe, 0xca, 0, 0, 0, 0]] {
             let files = MemoryFiles::default();
             files.put(PATH, &[magic, &[0; 600]].concat());

@@ -4,8 +4,9 @@ use bytes::Bytes;
 use reprotect_engine::format::batch::{CHAIN_START, Chain, MarkClass, Stretch, credit_cost, decode_batch};
 use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::message::{
-    Ack, Credit, Fenced, Message, OfferHead, PassCause, PassMode, PassState, Welcome,
+    Ack, Credit, Fenced, Message, Nack, NackReason, OfferHead, PassCause, PassMode, PassState, Welcome,
 };
+use reprotect_engine::limits::{DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX};
 use reprotect_engine::proto::Lane;
 use reprotect_engine::proto::agent::{Agent, AgentEvent};
 use reprotect_engine::units::{Generation, Sequence, Timestamp};
@@ -267,4 +268,95 @@ fn a_disk_that_another_session_had_open_is_compared() {
     source.agent.handle_disconnected();
     source.open(6, (0, CHAIN_START), 1, PassMode::Done);
     assert!(asked(&source), "5 was somebody else's");
+}
+
+#[test]
+fn a_batch_that_is_damaged_every_time_is_given_up_and_the_disk_is_opened_anew_and_compared() {
+    let damaged = |resume_from| {
+        Message::Nack(Nack {
+            disk: DISK,
+            generation: Generation(1),
+            resume_from: Sequence(resume_from),
+            reason: NackReason::Damaged,
+        })
+    };
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    source.submit(1);
+    source.submit(2);
+    source.pump();
+    let chain = source.chain_before(1);
+    for _ in 1..DAMAGED_BATCHES_MAX {
+        source.gets(&damaged(1));
+    }
+    let again = 2 * DAMAGED_BATCHES_MAX as usize;
+    assert_eq!(source.batches().len(), again, "sent, and sent again for each complaint");
+    source.gets(&damaged(2));
+    assert_eq!(
+        source.batches().len(),
+        again + 1,
+        "the first one got through, so the second has all its tries"
+    );
+    for _ in 1..DAMAGED_BATCHES_MAX {
+        assert!(!source.kinds().contains(&FrameKind::OpenDisk));
+        source.gets(&damaged(2));
+    }
+    assert_eq!(
+        source.kinds().last(),
+        Some(&FrameKind::OpenDisk),
+        "a new generation fences what is under way"
+    );
+    source.gets(&damaged(2));
+    source.sent.clear();
+
+    source.grant(2, (1, chain), 1, PassMode::Done);
+    assert!(source.events.contains(&AgentEvent::Resync { disk: DISK, cause: PassCause::DamagedStream }));
+    assert_eq!(source.kinds(), [FrameKind::PassBegin], "the damaged batch is not sent any more");
+    assert_eq!(source.agent.position(DISK), Some((Sequence(1), Sequence(1))));
+    assert!(!source.events.iter().any(|event| matches!(event, AgentEvent::Stopped { .. })));
+}
+
+#[test]
+fn a_source_that_is_protected_anew_leaves_nothing_of_its_old_disk_behind() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    source.submit(1);
+    for again in 10..10 + 2 * DISKS_PER_AGENT_MAX as u8 {
+        let disk = DiskId([again; 16]);
+        let head = OfferHead {
+            disk,
+            source: [9; 16],
+            size_sectors: SECTORS,
+            generation: Generation(1),
+            grant_bytes: 0,
+        };
+        source.gets(&Message::Offer(head, Bytes::new()));
+        source.agent.open(disk, SECTORS);
+        source.pump();
+        assert!(source.agent.position(disk).is_some() && source.agent.position(DISK).is_none());
+    }
+    let last = DiskId([9 + 2 * DISKS_PER_AGENT_MAX as u8; 16]);
+    source.agent.forget(last);
+    source.pump();
+    assert_eq!(source.agent.position(last), None);
+}
+
+#[test]
+fn late_answers_to_a_disk_that_was_forgotten_are_not_taken_for_its_successors() {
+    let epoch = |source: &Source| {
+        let work = |event: &AgentEvent| match event {
+            AgentEvent::Work { epoch, .. } => Some(*epoch),
+            _ => None,
+        };
+        source.events.iter().rev().find_map(work).unwrap()
+    };
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Copy);
+    let before = epoch(&source);
+    source.agent.forget(DISK);
+    source.offer(4);
+    source.grant(5, (0, CHAIN_START), 1, PassMode::Copy);
+    assert!(epoch(&source) > before);
+    // A bug of the reader if it were the new walk's: no such number of hashes was asked for.
+    source.agent.handle_read(DISK, before, range(0, 128), Some(Vec::new())).unwrap();
 }

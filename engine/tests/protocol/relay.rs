@@ -163,3 +163,36 @@ fn a_flipped_bit_anywhere_in_a_batch_is_seen() {
         }
     }
 }
+
+#[test]
+fn a_retired_disk_gives_back_its_place_and_what_is_under_way_for_it_is_dropped() {
+    let cost = credit_cost(&[data(0, 16, 1)]);
+    let mut relay = relay(4 * cost);
+    relay.handle_frame(Side::Agent, FrameKind::Batch, batch_frame(1, 1, 1).body()).unwrap();
+    drain(&mut relay);
+    relay.retire(DISK);
+    assert_eq!(relay.disks().count(), 0);
+    for first in 2..20 {
+        relay.handle_frame(Side::Agent, FrameKind::Batch, batch_frame(1, first, 1).body()).unwrap();
+    }
+    assert!(drain(&mut relay).is_empty(), "neither passed on nor paid for");
+    assert_eq!(relay.held_bytes(), cost, "what was taken before leaves as it is");
+    relay.handle_forwarded(DISK, cost);
+    assert_eq!(relay.held_bytes(), 0);
+
+    // Far more disks than one agent may have, one after another.
+    for number in 0..200 {
+        let disk = DiskId([number; 16]);
+        let open = OpenDiskHead {
+            disk,
+            size_sectors: SECTORS,
+            generation: Generation(0),
+            lineage: LINEAGE,
+            durable: Sequence::ZERO,
+            grant_bytes: 0,
+        };
+        let open = Message::OpenDisk(open, Bytes::new()).encode();
+        relay.handle_frame(Side::Agent, FrameKind::OpenDisk, open.body()).unwrap();
+        relay.retire(disk);
+    }
+}

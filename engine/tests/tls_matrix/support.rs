@@ -96,9 +96,11 @@ impl Site {
         let server = Arc::new(bind_server(loopback(), tls, Arc::clone(&self.revocations), settings).unwrap());
         let address = server.local_address().unwrap();
         let seen = Arc::new(Mutex::new(Vec::new()));
+        let heard = Arc::new(Mutex::new(Vec::new()));
         let work = serve(
             Arc::clone(&server),
             Arc::clone(&seen),
+            Arc::clone(&heard),
             Arc::clone(&self.invitations),
             Arc::clone(&self.ca),
         );
@@ -110,6 +112,7 @@ impl Site {
             posed: Role::MasterTarget,
             client: clients[0],
             seen,
+            heard,
         }
     }
 
@@ -185,9 +188,15 @@ pub(crate) struct Daemon {
     posed: Role,
     client: Role,
     seen: Arc<Mutex<Vec<PeerIdentity>>>,
+    heard: Arc<Mutex<Vec<Vec<u8>>>>,
 }
 
 impl Daemon {
+    /// What every stream carried that reached the daemon.
+    pub(crate) fn heard(&self) -> Vec<Vec<u8>> {
+        self.heard.lock().unwrap().clone()
+    }
+
     /// Every peer that was handed to the daemon.
     pub(crate) fn seen(&self) -> Vec<PeerIdentity> {
         self.seen.lock().unwrap().clone()
@@ -215,6 +224,7 @@ impl Daemon {
 async fn serve(
     server: Arc<Server>,
     seen: Arc<Mutex<Vec<PeerIdentity>>>,
+    heard: Arc<Mutex<Vec<Vec<u8>>>>,
     invitations: Arc<Invitations>,
     ca: Arc<Ca>,
 ) {
@@ -222,7 +232,7 @@ async fn serve(
         match accepted {
             Accepted::Peer(peer) => {
                 seen.lock().unwrap().push((*peer.peer).clone());
-                tokio::spawn(echo(peer.connection));
+                tokio::spawn(echo(peer.connection, Arc::clone(&heard)));
             }
             Accepted::Enrolment { connection, peer } => {
                 let (invitations, ca) = (Arc::clone(&invitations), Arc::clone(&ca));
@@ -232,9 +242,10 @@ async fn serve(
     }
 }
 
-async fn echo(connection: Connection) {
+async fn echo(connection: Connection, heard: Arc<Mutex<Vec<Vec<u8>>>>) {
     while let Ok((mut send, mut receive)) = connection.accept_bi().await {
         if let Ok(bytes) = receive.read_to_end(1 << 20).await {
+            heard.lock().unwrap().push(bytes.clone());
             let _ = send.write_all(&bytes).await;
             let _ = send.finish();
         }
@@ -302,6 +313,34 @@ impl Attacker {
         let mut endpoint = quinn::Endpoint::client(loopback()).unwrap();
         endpoint.set_default_client_config(config);
         Self { endpoint }
+    }
+
+    /// Visits a server that gives tickets for early data under our servers' name, and keeps what it gets.
+    pub(crate) async fn collects_tickets(&self) {
+        let key = KeyPair::generate().unwrap();
+        let leaf = CertificateParams::default().self_signed(&key).unwrap();
+        let mut tls = rustls::ServerConfig::builder_with_provider(Arc::new(default_provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![leaf.into()], PrivatePkcs8KeyDer::from(key.serialize_der()).into())
+            .unwrap();
+        tls.alpn_protocols = vec![reprotect_engine::net::ALPN_DATA.to_vec()];
+        tls.max_early_data_size = u32::MAX;
+        let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(tls).unwrap();
+        let config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+        let generous = quinn::Endpoint::server(config, loopback()).unwrap();
+        let address = generous.local_addr().unwrap();
+        let serve = async {
+            let connection = generous.accept().await.unwrap().await.unwrap();
+            echo(connection, Arc::default()).await;
+        };
+        let visit = async {
+            let connection = self.connect(address).await.unwrap();
+            assert!(echoes(&connection).await, "the tickets came with the answer");
+            connection.close(0_u32.into(), b"");
+        };
+        tokio::join!(serve, visit);
     }
 
     pub(crate) fn dial(&self, address: SocketAddr) -> quinn::Connecting {

@@ -9,10 +9,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use reprotect_engine::checksum::unit_hash;
 use reprotect_engine::compress::Decompressor;
-use reprotect_engine::format::batch::{decode_batch, decode_bulk};
+use reprotect_engine::format::batch::{credit_cost, decode_batch, decode_bulk};
 use reprotect_engine::format::extent::{Codec, Record, RecordKind};
 use reprotect_engine::format::handshake;
-use reprotect_engine::format::message::{Auth, InventoryDisk, Message, PassMode, SourceId};
+use reprotect_engine::format::message::{Auth, ErrorCode, InventoryDisk, Message, PassMode, SourceId};
 use reprotect_engine::net::endpoint::{Accepted, PeerConnection, Server, TransportSettings, bind_server};
 use reprotect_engine::net::identity::{Identity, Purpose, Role};
 use reprotect_engine::net::lanes::{self, Arrival};
@@ -57,6 +57,8 @@ struct World {
     inventories: Vec<Vec<InventoryDisk>>,
     /// Nothing is executed: no write, so no credit.
     stalled: bool,
+    /// So many delta batches from now on are found damaged.
+    damaged: u32,
 }
 
 struct Judge {
@@ -216,6 +218,26 @@ impl FakeTarget {
         self.world().relays.clone()
     }
 
+    /// Finds the next `count` delta batches damaged.
+    pub fn damage(&self, count: u32) {
+        self.world().damaged = count;
+    }
+
+    /// How many of them are still to come.
+    pub fn still_damages(&self) -> u32 {
+        self.world().damaged
+    }
+
+    /// Ends the protection of a disk and tells whoever is connected.
+    pub fn unprotect(&self, disk: DiskId) {
+        let mut world = self.world();
+        world.disks.remove(&disk);
+        let message = Message::error(disk, ErrorCode::UnknownDisk, "the disk is no longer protected");
+        for session in world.sessions.values() {
+            let _ = session.send(message.clone());
+        }
+    }
+
     pub fn stall(&self, stalled: bool) {
         self.world().stalled = stalled;
     }
@@ -277,7 +299,9 @@ async fn serve(
             Some(message) = replies.recv() => {
                 let disk = match &message { Message::Grant(head, ..) => Some(head.disk), _ => None };
                 let world = world.lock().unwrap();
-                let size = disk.map_or(0, |disk| world.disks[&disk].core.state().size_sectors);
+                let size = disk
+                    .and_then(|disk| world.disks.get(&disk))
+                    .map_or(0, |disk| disk.core.state().size_sectors);
                 session.send_reply(message, size);
             }
             _ = tick.tick() => {}
@@ -322,6 +346,10 @@ impl World {
             DiskInput::Open(head) => disk.core.handle_open(now, session, &head),
             DiskInput::Batch(body) => {
                 let (header, records) = decode_batch(body).unwrap();
+                if self.damaged > 0 {
+                    self.damaged -= 1;
+                    return disk.core.handle_damaged(session, header.generation, credit_cost(&records));
+                }
                 for (number, record) in records.iter().enumerate() {
                     self.seen.push(see(id, Some(header.first_sequence.0 + number as u64), record));
                 }

@@ -6,7 +6,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read as _};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use super::{FileFacts, Files, FilesError};
@@ -51,6 +51,20 @@ fn missing_or(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -
     }
 }
 
+/// Opens what can be read to an end: a FIFO or a terminal in a datastore would hold the reader for ever, and with it
+/// everyone who waits for the reader.
+fn open_readable(path: &Path) -> std::io::Result<File> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?;
+    let kind = file.metadata()?.file_type();
+    if kind.is_file() || kind.is_block_device() || kind.is_dir() {
+        return Ok(file); // reading a directory is refused by the kernel, in its own words
+    }
+    Err(std::io::Error::new(
+        ErrorKind::InvalidInput,
+        "neither a regular file nor a block device; name a disk descriptor, an image file or a device",
+    ))
+}
+
 impl Files for FsFiles {
     fn facts(&self, path: &Path) -> Result<Option<FileFacts>, FilesError> {
         let metadata = match fs::metadata(path) {
@@ -89,7 +103,7 @@ impl Files for FsFiles {
 
     fn read_head(&self, path: &Path, bytes_max: usize) -> Result<Vec<u8>, FilesError> {
         let mut bytes = Vec::new();
-        File::open(path)
+        open_readable(path)
             .and_then(|file| file.take(bytes_max as u64).read_to_end(&mut bytes))
             .map_err(missing_or("read", path))?;
         Ok(bytes)
@@ -147,5 +161,25 @@ impl Files for FsFiles {
         fs::rename(path, &aside).map_err(missing_or("rename", path))?;
         sync_directory(path)?;
         Ok(aside)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_is_read_of_files_only_and_nothing_else_holds_the_reader() {
+        let dir = tempfile::tempdir().expect("directory");
+        let files = FsFiles::new(|path, _| unreachable!("{} is not opened here", path.display()));
+        let (file, fifo) = (dir.path().join("file"), dir.path().join("fifo"));
+        fs::write(&file, b"content").expect("write");
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0)
+            .expect("fifo");
+        assert_eq!(files.read_head(&file, 4).expect("read"), b"cont");
+        assert!(matches!(files.read_head(&dir.path().join("none"), 4), Err(FilesError::Missing { .. })));
+        for odd in [&fifo, Path::new("/dev/zero"), dir.path()] {
+            assert!(matches!(files.read_head(odd, 4), Err(FilesError::System { .. })), "{}", odd.display());
+        }
     }
 }

@@ -114,7 +114,10 @@ fn snapshot(path: &Path, sign: impl Into<String>) -> TargetError {
     TargetError::Snapshot { path: path.into(), sign: sign.into() }
 }
 
-/// Every sign of a snapshot: a parent, a delta extent, a delta's name, a delta of this disk beside it.
+/// What is read of a disk that stands beside another one: its descriptor, where that is not unusually long.
+const CHILD_HEAD_BYTES: usize = 64 << 10;
+
+/// Every sign of a snapshot: a parent, a delta extent, a delta's name, a delta or a child of this disk beside it.
 fn check_chain(opener: &dyn Files, path: &Path, descriptor: &Descriptor) -> Result<(), TargetError> {
     if descriptor.parent_cid() != CID_NONE {
         return Err(snapshot(path, format!("parentCID={:08x}", descriptor.parent_cid())));
@@ -137,8 +140,37 @@ fn check_chain(opener: &dyn Files, path: &Path, descriptor: &Descriptor) -> Resu
         return Err(snapshot(path, format!("the name {delta}")));
     }
     let stem = name.strip_suffix(".vmdk").unwrap_or(&name);
-    let beside = opener.neighbours(path)?.into_iter().find(|other| delta_base(other) == Some(stem));
-    beside.map_or(Ok(()), |delta| Err(snapshot(path, format!("beside it stands {delta}"))))
+    for other in opener.neighbours(path)? {
+        if delta_base(&other) == Some(stem) {
+            return Err(snapshot(path, format!("beside it stands {other}")));
+        }
+        if other != name && parent_named_by(opener, &path.with_file_name(&other)).is_some_and(|it| it == name)
+        {
+            return Err(snapshot(path, format!("{other} beside it is based on it")));
+        }
+    }
+    Ok(())
+}
+
+/// The parent that the disk at `path` names, whatever its own name is: linked clones and other programs' snapshots.
+/// What cannot be read or understood names none: it is looked at for the sake of another disk.
+fn parent_named_by(opener: &dyn Files, path: &Path) -> Option<String> {
+    if !path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("vmdk")) {
+        return None;
+    }
+    let head = opener.read_head(path, CHILD_HEAD_BYTES).ok()?;
+    let text = match recognise(&head) {
+        Recognised::Descriptor if head.len() < CHILD_HEAD_BYTES => head,
+        Recognised::HostedSparse => {
+            let place = SparseHeader::decode(&head).ok()?.descriptor?;
+            let start = usize::try_from(place.byte_start()).ok()?;
+            head.get(start..start.checked_add(usize::try_from(place.bytes()).ok()?)?)?.to_vec()
+        }
+        _ => return None,
+    };
+    let parent = Descriptor::parse(&text).ok()?.get("parentFileNameHint")?.to_owned();
+    // The hint is a path of whoever wrote it: the last part is the file's name.
+    parent.rsplit(['/', '\\']).next().map(str::to_owned)
 }
 
 fn file_name(path: &Path) -> String {
