@@ -384,8 +384,9 @@ async fn early_data_that_is_sent_all_the_same_is_never_heard() {
         [(Attacker::showing(chain, &key, &[ALPN_DATA]), true), (Attacker::anonymous(&[ALPN_DATA]), false)]
     {
         attacker.collects_tickets().await;
-        let (connection, accepted) =
-            attacker.dial(daemon.address).into_0rtt().ok().expect("it holds a ticket and sends at once");
+        let Ok((connection, accepted)) = attacker.dial(daemon.address).into_0rtt() else {
+            panic!("it holds a ticket and sends at once");
+        };
         let (mut send, mut receive) = connection.open_bi().await.unwrap();
         send.write_all(b"early").await.unwrap();
         send.finish().unwrap();

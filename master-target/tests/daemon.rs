@@ -1,7 +1,5 @@
 //! The whole daemon in this process: start, stop, restart with what it knew, enrolment, revocation, reload.
 
-#![expect(clippy::unwrap_used, reason = "a failed step is a failed test")]
-
 #[path = "support/daemon.rs"]
 mod support;
 
