@@ -8,7 +8,7 @@ export SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS PERCENT ROUNDS CASES LEVEL
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test delta-test points-test crash flips bench-sync sim fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test delta-test points-test crash flips bench-sync sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ flips: ## every bit of a journal flipped
 sim: ## the simulator: [SEED=n] replays one seed with its events, [SEEDS=2000 or a..b] plays many
 	$(if $(SEED),SIM_SEED=$(SEED)) $(if $(SEEDS),SIM_SEEDS=$(SEEDS)) \
 		$(CARGO) test --workspace --test sim -- --nocapture
+
+model: ## the journal's executable model: [SEEDS=20000] plays that many, [SEED=n [RULE=name]] replays one, without a rule
+	$(if $(SEED),MODEL_SEED=$(SEED) $(if $(RULE),MODEL_RULE=$(RULE)),MODEL_SEEDS=$(or $(SEEDS),20000)) \
+		$(CARGO) test -p reprotect-engine --all-features --test journal_model -- --nocapture
 
 fuzz: ## libFuzzer: [TIME=60] seconds for [TARGET=all] or one target
 	@fuzz/run.sh $(or $(TARGET),all) $(or $(TIME),60)

@@ -187,7 +187,9 @@ impl Journal {
         self.pass_marks(disk, first - 1);
         let epoch = self.catalogue.disks[disk].epoch_of(first);
         let merged = self.merge_window(disk, &window);
+        self.hole_what_lost_records_wrote(disk, last)?;
 
+        // Always so, unless an epoch that ended is applied again; that is what `EndIsApplied` is for.
         let captures = epoch == self.catalogue.disks[disk].active();
         if captures && self.catalogue.disks[disk].kind() == Kind::Normal {
             self.capture(disk, first, &merged)?;
@@ -207,6 +209,7 @@ impl Journal {
         if next > self.disks[disk].durable || !self.catalogue.disks[disk].is_given_up(next) {
             return Ok(());
         }
+        self.hole_what_lost_records_wrote(disk, next)?;
         self.disks[disk].applied = next;
         let (epoch, frames) = (self.catalogue.disks[disk].active(), self.disks[disk].frames.len());
         self.append(vec![Entry::Applied(Applied { disk, sequence: next, epoch, frames })])

@@ -18,45 +18,45 @@ rules! {
     /// A position is acknowledged as durable only after the flush that covers it.
     FlushBeforeDurable = 20,
     /// A flush that failed stops the device; it is opened again and replayed, the flush is never repeated (I6).
-    FailedFlushStops = 60,
+    FailedFlushStops = 20,
     /// What opening finds may be in the page cache only: everything is flushed before it is relied on.
-    FlushAtOpen = 60,
+    FlushAtOpen = 50,
     /// At most four groups are in flight.
-    BoundedInFlight = 60,
+    BoundedInFlight = 200,
     /// An invalid group that something later calls durable is corruption; it is skipped and named, nothing is cut.
-    LookOn = 60,
+    LookOn = 50,
     /// After a cut the log goes on in a new segment with a fresh salt.
-    FreshSegmentAfterCut = 400,
+    FreshSegmentAfterCut = 1500,
     /// The peer's durable position is compared on resume: a target behind it has lost durable records.
-    PeerGuard = 60,
+    PeerGuard = 400,
     /// The apply worker waits at a gap until it is filled or given up.
-    WaitAtGap = 60,
+    WaitAtGap = 400,
 
     // Apply.
     /// The undo run is flushed before the target is written (I1, barrier 1).
-    UndoBeforeTarget = 60,
+    UndoBeforeTarget = 20,
     /// The target is flushed before APPLIED is recorded (barrier 2).
-    TargetBeforeApplied = 60,
+    TargetBeforeApplied = 20,
     /// A block is captured once in an undo epoch (I2).
     FirstTouchWins = 20,
     /// A before-image is of the whole block, however little of it is written.
     WholeBlocks = 20,
     /// A window never spans an undo epoch (I4).
-    WindowInsideEpoch = 60,
+    WindowInsideEpoch = 20,
     /// An image from the redo log stands for no block that was rolled back since.
-    RedoImageNotAcrossRollback = 200,
+    RedoImageNotAcrossRollback = 50,
     /// An image from the redo log stands for no block whose history has a gap since.
-    RedoImageNotAcrossGap = 400,
+    RedoImageNotAcrossGap = 6000,
 
     // Undo epochs.
     /// The edit that ends an epoch is flushed before anything of the next one is written.
-    EpochEditFirst = 60,
+    EpochEditFirst = 20,
     /// An epoch ends only at a mark that was placed after this opening, or that the manifest names.
-    NoNewEndOnReplay = 60,
+    NoNewEndOnReplay = 50,
     /// The edit that ends an epoch says that all of it is applied, whatever became of the APPLIED record.
-    EndIsApplied = 200,
+    EndIsApplied = 100,
     /// A mark that one disk has passed inside its epoch ends the epoch of no other.
-    PassedMarkStays = 60,
+    PassedMarkStays = 6000,
     /// A point is listed when its mark is durable on every disk of the machine.
     EveryDiskOfPoint = 20,
 
@@ -64,57 +64,57 @@ rules! {
     /// The base of a block is the earliest run of an epoch at or after the point's, not after only.
     BaseFromOwnEpoch = 20,
     /// A lost record makes holes of what it may have written.
-    GapIsHole = 60,
+    GapIsHole = 400,
     /// An image that fails its check is a hole; no newer image and no live block takes its place.
-    BadImageIsHole = 60,
+    BadImageIsHole = 20,
 
     // Corrupt undo runs.
     /// An invalid frame before the undo length that APPLIED names is a hole, not a torn tail.
-    NamedFrameIsHole = 200,
+    NamedFrameIsHole = 20,
     /// After a cut, an uncaptured block that carries any redo record not yet applied is a hole.
     WrittenUncapturedIsHole = 400,
     /// A view takes such a block for a hole too, from the moment of opening.
-    ViewsSeeSuspects = 800,
+    ViewsSeeSuspects = 400,
     /// That comparison is made sector by sector with every record, not with the window's merged block.
-    CompareEveryRecord = 800,
+    CompareEveryRecord = 400,
     /// That a run was cut is written down before it is cut.
-    CutIsRecorded = 800,
+    CutIsRecorded = 200,
 
     // Segments, thinning, expiry.
     /// Redo records are freed only after the target was flushed past them (I3).
-    FreeOnlyApplied = 60,
+    FreeOnlyApplied = 50,
     /// Redo records are freed only when they are older than the any-write window.
-    FreeOnlyOld = 60,
+    FreeOnlyOld = 20,
     /// They are kept back to the start of the oldest epoch that the window touches.
-    FreeWholeEpochs = 60,
+    FreeWholeEpochs = 20,
     /// What a freed segment said last about each disk is carried into the manifest.
-    CarryApplied = 60,
+    CarryApplied = 100,
     /// Of two images the older one wins.
-    OlderImageWins = 60,
+    OlderImageWins = 50,
     /// A hole is an image too: it wins over a newer one.
-    MergeKeepsHoles = 400,
+    MergeKeepsHoles = 100,
     /// A merged run is flushed before the manifest names it.
-    MergeBeforeEdit = 60,
+    MergeBeforeEdit = 50,
     /// Inputs are unlinked after the edit that drops them is flushed.
-    EditBeforeUnlink = 60,
+    EditBeforeUnlink = 800,
     /// Pinned points are never merged across.
-    PinsStay = 60,
+    PinsStay = 100,
     /// The oldest run expires first.
-    OldestExpires = 60,
+    OldestExpires = 100,
 
     // Bulk and rollback.
     /// Bulk progress is recorded after the target was flushed.
-    BulkFlushFirst = 60,
+    BulkFlushFirst = 200,
     /// Bulk bypasses the journal only while the disk has no point.
-    NoBypassWithPoints = 60,
+    NoBypassWithPoints = 20,
     /// A rollback begins when all that is durable is applied.
-    RollbackAfterDrain = 60,
+    RollbackAfterDrain = 50,
     /// A rollback keeps before-images like any other epoch.
-    RollbackCaptures = 60,
+    RollbackCaptures = 50,
     /// A rollback that was cut short is taken up again.
-    RollbackRestarts = 60,
+    RollbackRestarts = 50,
     /// The manifest names a rollback's before-images before their blocks are written.
-    RollbackNamesFrames = 800,
+    RollbackNamesFrames = 6000,
     /// Nothing that a rollback under way still reads is freed, merged or expired.
-    RollbackPins = 200,
+    RollbackPins = 400,
 }

@@ -248,21 +248,26 @@ impl Journal {
         Ok(())
     }
 
-    /// A record that is not applied is gone for good. If the run was cut, the record may have been written and its
-    /// before-image lost, for any block.
+    /// A record that is not applied is gone for good.
     fn give_up(&mut self, disk: usize, sequence: Sequence) -> Result<(), Stop> {
-        let known = &self.disks[disk];
-        if known.suspect_until > known.applied {
-            for block in
-                (0..BLOCKS).filter(|block| !self.disks[disk].captured.contains(block)).collect::<Vec<_>>()
-            {
-                self.found.holes += 1;
-                self.add_frame(disk, Frame::hole(block))?;
-            }
-            self.flush_run(disk)?;
-        }
         self.commit(Change::Lost { disk, from: sequence, to: sequence })?;
         self.disks[disk].missing.remove(&sequence);
         Ok(())
+    }
+
+    /// Before the apply worker passes records that were given up: if the run has lost frames, these records may have
+    /// been written and their before-images lost, for any block.
+    pub(crate) fn hole_what_lost_records_wrote(&mut self, disk: usize, last: Sequence) -> Result<(), Stop> {
+        let (known, catalogue) = (&self.disks[disk], &self.catalogue.disks[disk]);
+        let passes = (known.applied + 1..=last).any(|sequence| catalogue.is_given_up(sequence));
+        if known.suspect_until <= known.applied || !passes {
+            return Ok(());
+        }
+        let blocks = (0..BLOCKS).filter(|block| !known.captured.contains(block));
+        for block in blocks.collect::<Vec<_>>() {
+            self.found.holes += 1;
+            self.add_frame(disk, Frame::hole(block))?;
+        }
+        self.flush_run(disk)
     }
 }

@@ -94,9 +94,9 @@ impl Source {
     /// Sends what differs from the target; the next mark is a state again.
     pub(crate) fn resync(&mut self, disk: usize, target: &[u32]) {
         self.disks[disk].clean = false;
-        for sector in 0..BLOCKS * SECTORS {
+        for (sector, held) in target.iter().enumerate() {
             let value = self.disks[disk].now[sector];
-            if value != target[sector] {
+            if value != *held {
                 self.emit(disk, Body::Write { sector, values: vec![value] });
             }
         }

@@ -136,7 +136,7 @@ impl Journal {
         let blocks = self.blocks_of(disk, run);
         let mut found =
             blocks.iter().enumerate().filter(|entry| *entry.1 == Some(block)).map(|entry| entry.0);
-        let at = if self.keeps(Rule::FirstTouchWins) { found.next() } else { found.last() };
+        let at = if self.keeps(Rule::FirstTouchWins) { found.next() } else { found.next_back() };
         match self.runs.get(&run.file)?.frames.read(at?) {
             Slot::Good(frame) if frame.block == block && frame.image.is_some() => {
                 Some(Image::Known(frame.clone()))

@@ -1,0 +1,67 @@
+//! What can happen in a tick, and how often it does.
+//!
+//! Invariant: every action has a weight above zero, so each can follow each. Called by the driver in `play.rs`.
+
+use super::mutations::Rule;
+
+/// One step of the source, the journal, an operator, or fate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    Write,
+    Mark,
+    Receive,
+    Flush,
+    Idle,
+    Apply,
+    Sync,
+    Free,
+    Thin,
+    Expire,
+    Pin,
+    Roll,
+    Rot,
+    Stop,
+    Wait,
+}
+
+/// What can happen, and how often it does; each seed makes some of it rarer and some more frequent.
+pub(crate) const ACTIONS: [(Action, usize); 15] = [
+    (Action::Write, 200),
+    (Action::Mark, 100),
+    (Action::Receive, 180),
+    (Action::Flush, 90),
+    (Action::Idle, 20),
+    (Action::Apply, 300),
+    (Action::Sync, 160),
+    (Action::Free, 60),
+    (Action::Thin, 80),
+    (Action::Expire, 15),
+    (Action::Pin, 10),
+    (Action::Roll, 140),
+    (Action::Rot, 8),
+    (Action::Stop, 6),
+    (Action::Wait, 4),
+];
+
+/// Some broken rules show only where things meet that rarely do; their plays bring these together more often.
+pub(crate) const fn favoured(broken: Option<Rule>) -> &'static [(Action, usize)] {
+    match broken {
+        Some(Rule::PassedMarkStays) => &[
+            (Action::Stop, 12),
+            (Action::Mark, 2),
+            (Action::Sync, 3),
+            (Action::Apply, 5),
+            (Action::Receive, 3),
+        ],
+        Some(Rule::EditBeforeUnlink) => &[(Action::Thin, 8), (Action::Stop, 4)],
+        Some(Rule::FreshSegmentAfterCut) => &[(Action::Stop, 8), (Action::Apply, 3)],
+        Some(Rule::RedoImageNotAcrossGap) => {
+            &[(Action::Rot, 8), (Action::Mark, 3), (Action::Apply, 3), (Action::Write, 2)]
+        }
+        Some(Rule::RollbackNamesFrames) => &[(Action::Rot, 10), (Action::Roll, 6)],
+        Some(Rule::WaitAtGap) => &[(Action::Rot, 10)],
+        Some(Rule::EndIsApplied | Rule::RollbackPins) => &[(Action::Roll, 4)],
+        Some(Rule::CutIsRecorded) => &[(Action::Rot, 10), (Action::Stop, 5)],
+        _ => &[],
+    }
+}
