@@ -18,6 +18,10 @@ done
 if ! python3 -c 'import venv, ensurepip' 2>/dev/null; then
     missing+=(python3-venv)
 fi
+# The NBD shell is a module of the system's own interpreter.
+if ! /usr/bin/python3 -c 'import nbd' 2>/dev/null; then
+    missing+=(python3-libnbd)
+fi
 # The C library's headers: the compiler alone does not bring them.
 if command -v cc >/dev/null && ! echo '#include <stdlib.h>' | cc -E - >/dev/null 2>&1; then
     missing+=(libc6-dev)

@@ -50,20 +50,25 @@ pub(crate) struct Writer {
 
 impl Writer {
     pub(crate) fn run(&mut self, inputs: &sync_mpsc::Receiver<Opened>) {
+        let mut ready = None;
         loop {
             let now = mono_clock();
             let wait = self
                 .disk
                 .poll_timeout()
                 .map_or(IDLE, |at| Duration::from_nanos(at.nanos_since(now)).min(IDLE));
-            match inputs.recv_timeout(wait) {
+            match ready.take().map_or_else(|| inputs.recv_timeout(wait), Ok) {
                 Ok(Opened::Stop) | Err(sync_mpsc::RecvTimeoutError::Disconnected) => return,
                 Ok(input) => self.handle(input),
                 Err(sync_mpsc::RecvTimeoutError::Timeout) => {}
             }
             self.disk.handle_timeout(mono_clock());
             self.execute(inputs);
-            self.apply(inputs);
+            // What is there already joins the window before it is applied.
+            ready = inputs.try_recv().ok();
+            if ready.is_none() {
+                self.apply(inputs);
+            }
         }
     }
 

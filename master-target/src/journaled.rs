@@ -63,6 +63,8 @@ pub struct Journaled {
     marks: VecDeque<(u64, Mark)>,
     /// Bulk passed the journal by and is not flushed.
     bulk_unflushed: bool,
+    /// Something of ours was written since the guard last looked.
+    unguarded: bool,
     /// What the core last said.
     state: DiskState,
 }
@@ -115,6 +117,7 @@ impl Journaled {
             applied,
             marks: VecDeque::new(),
             bulk_unflushed: false,
+            unguarded: false,
             state,
         };
         disk.guard.flushed();
@@ -161,15 +164,16 @@ impl Journaled {
 
     /// The next batch: into the log and onto what waits.
     pub(crate) fn write(&mut self, pieces: &[Piece]) -> Result<(), NotDone> {
+        if self.waiting >= WAITING_MAX {
+            self.apply()?; // before anything of this batch is done, so that a full medium can be tried again
+        }
         self.append_marks()?;
         let Some(Coming::Batch(kind, body)) = self.coming.front() else {
             return Err(NotDone::Failed("a batch came without its bytes".to_owned()));
         };
         let (kind, body) = (*kind, body.clone());
         if kind == EntryKind::Bulk && self.applier.open_epoch().is_none() {
-            if !self.bulk_unflushed {
-                self.guard.check().map_err(NotDone::Failed)?;
-            }
+            self.before_writing()?;
             self.bulk_unflushed = true;
             write_pieces(self.applier.target(), pieces)?;
             self.coming.pop_front();
@@ -187,9 +191,6 @@ impl Journaled {
         }
         self.waiting += 1;
         self.newest.0 = number;
-        if self.waiting >= WAITING_MAX {
-            self.apply()?;
-        }
         Ok(())
     }
 
@@ -212,8 +213,7 @@ impl Journaled {
         self.append_marks()?;
         if self.bulk_unflushed {
             self.applier.target().flush()?;
-            self.guard.flushed();
-            self.bulk_unflushed = false;
+            self.flushed();
         }
         self.retention.lock().get()?.append_state(state, wall_clock())?;
         self.retention.commit()?;
@@ -227,19 +227,35 @@ impl Journaled {
         if self.waiting > 0 || !self.marks.is_empty() {
             self.retention.commit()?;
             if self.waiting > 0 {
-                self.guard.check().map_err(NotDone::Failed)?;
+                self.before_writing()?;
             }
             self.apply_window()?;
-            self.guard.flushed();
+            self.flushed();
             self.handle_marks()?;
         }
         Ok(self.applied)
     }
 
+    /// Nobody else may have written since our last flush; what we wrote since then is ours, also where it failed.
+    fn before_writing(&mut self) -> Result<(), NotDone> {
+        if !self.unguarded {
+            self.guard.check().map_err(NotDone::Failed)?;
+        }
+        self.unguarded = true;
+        Ok(())
+    }
+
+    /// The target was flushed.
+    fn flushed(&mut self) {
+        self.guard.flushed();
+        (self.unguarded, self.bulk_unflushed) = (false, false);
+    }
+
     fn apply_window(&mut self) -> Result<(), JournalError> {
-        let window = std::mem::take(&mut self.window);
+        // Taken out of `self` only when it is on the target: a full medium is tried again with all of it.
+        self.applier.write_window(&self.window)?;
+        self.window = Window::default();
         let number = self.newest.0;
-        self.applier.write_window(&window)?;
         let applied = self.applier.applied_through(number);
         self.retention.lock().get()?.append_applied(self.id, applied, wall_clock())?;
         self.waiting = 0;
@@ -359,7 +375,7 @@ impl Journaled {
         let mut locked = self.retention.lock();
         let done = rollback(locked.get()?, &mut self.applier, at, position, wall_clock())?;
         drop(locked);
-        self.guard.flushed();
+        self.flushed();
         let number = self.applier.applied().number;
         let name = format!("before-rollback-{before}");
         self.keep_point(At { epoch: before, number }, wall_clock(), MarkClass::Fuzzy, &name)?;

@@ -22,7 +22,7 @@ use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::proto::target_disk::{SessionId, TargetDisk};
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::target::{
-    CreateOptions, Expectation, TargetKind, TargetSpec, create_target, open_target,
+    CreateOptions, Expectation, Target, TargetError, TargetKind, TargetSpec, create_target, open_target,
 };
 use reprotect_engine::units::{
     DiskId, Generation, LineageId, PeerId, SECTOR_BYTES, SectorRange, Sequence, Timestamp,
@@ -30,6 +30,9 @@ use reprotect_engine::units::{
 use reprotect_master_target::disk_store::DiskStore;
 use reprotect_master_target::disk_worker::{DiskSetup, DiskWorker};
 use reprotect_master_target::guard::Guard;
+use reprotect_master_target::journaled::{Journaled, newest_state};
+use reprotect_master_target::registry::fs_opener;
+use reprotect_master_target::retention::{Retention, RetentionSettings};
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
@@ -53,6 +56,9 @@ pub(crate) struct Bench {
     pub(crate) size_bytes: u64,
     pub(crate) worker: Option<DiskWorker>,
     sessions: u64,
+    /// The retention folder, where there is one, and the journal while the worker runs.
+    folder: Option<PathBuf>,
+    journal: Option<(Arc<Retention>, std::thread::JoinHandle<()>)>,
 }
 
 impl Bench {
@@ -62,6 +68,17 @@ impl Bench {
         spec: TargetSpec,
         state_path: PathBuf,
         size_bytes: u64,
+    ) -> Self {
+        Self::start_with(opener, spec, state_path, size_bytes, None)
+    }
+
+    /// As [`Self::start`], behind a retention journal in `folder`, if given.
+    pub(crate) fn start_with(
+        opener: Arc<dyn Files>,
+        spec: TargetSpec,
+        state_path: PathBuf,
+        size_bytes: u64,
+        folder: Option<PathBuf>,
     ) -> Self {
         let none = BTreeSet::new();
         let mode = if spec.kind == TargetKind::Device {
@@ -74,7 +91,17 @@ impl Bench {
             PassMode::Copy
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let mut bench = Self { runtime, opener, spec, state_path, size_bytes, worker: None, sessions: 0 };
+        let mut bench = Self {
+            runtime,
+            opener,
+            spec,
+            state_path,
+            size_bytes,
+            worker: None,
+            sessions: 0,
+            folder,
+            journal: None,
+        };
         let state = new_state(size_bytes, mode);
         std::fs::write(&bench.state_path, state.to_bytes()).unwrap();
         bench.run(state);
@@ -98,7 +125,18 @@ impl Bench {
         let name = |path: &Path| path.with_file_name("web-flat.vmdk");
         std::fs::File::create(name(&spec.path)).unwrap().set_len(size_bytes).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let mut bench = Self { runtime, opener, spec, state_path, size_bytes, worker: None, sessions: 0 };
+        let (folder, journal) = (None, None);
+        let mut bench = Self {
+            runtime,
+            opener,
+            spec,
+            state_path,
+            size_bytes,
+            worker: None,
+            sessions: 0,
+            folder,
+            journal,
+        };
         bench.run(new_state(size_bytes, PassMode::Copy));
         bench
     }
@@ -111,16 +149,52 @@ impl Bench {
     fn run(&mut self, state: DiskState) {
         let expect =
             Expectation { size_bytes: Some(self.size_bytes), writable: true, ..Expectation::default() };
-        let target = open_target(&self.opener, &self.spec, &expect).unwrap();
+        // A child that another test of this process is just starting holds our locks until it runs its program.
+        let mut tries = 0;
+        let target = loop {
+            match open_target(&self.opener, &self.spec, &expect) {
+                Err(TargetError::InUse { .. }) if tries < 100 => {
+                    std::thread::sleep(Duration::from_millis(20))
+                }
+                opened => break opened.unwrap(),
+            }
+            tries += 1;
+        };
         let guard = Guard::new(&*self.opener, &self.spec.path, self.spec.kind);
         let limits = FlowLimits { flush_nanos: 20_000_000, ..FlowLimits::default() };
-        let store = DiskStore::direct(target, guard, self.state_path.clone());
+        let (store, state) = match self.folder.clone() {
+            None => (DiskStore::direct(target, guard, self.state_path.clone()), state),
+            Some(folder) => self.behind_journal(&folder, target, guard, state),
+        };
         let setup = DiskSetup { store, state, limits };
         self.worker = Some(DiskWorker::start(setup).unwrap());
     }
 
+    fn behind_journal(
+        &mut self,
+        folder: &Path,
+        target: Target,
+        guard: Guard,
+        state: DiskState,
+    ) -> (DiskStore, DiskState) {
+        let hour = Duration::from_secs(3600);
+        let settings =
+            RetentionSettings { undo_epoch: hour, any_write: hour, keep: hour, segment_bytes: 32 << 20 };
+        let (retention, found) = Retention::open(fs_opener(), folder, settings).unwrap();
+        let committer = retention.start().unwrap();
+        let log = found.disks.get(&DISK);
+        let newest = log.and_then(|log| newest_state(retention.lock().get().unwrap(), log).unwrap());
+        let state = newest.unwrap_or(state);
+        let store = Journaled::open(&retention, target, guard, state.clone(), [2; 16], log).unwrap();
+        self.journal = Some((retention, committer));
+        (DiskStore::Journaled(Box::new(store)), state)
+    }
+
     pub(crate) fn stop(&mut self) {
         self.worker.take().unwrap().stop();
+        if let Some((retention, committer)) = self.journal.take() {
+            retention.close(committer);
+        }
     }
 
     pub(crate) fn saved(&self) -> DiskState {
