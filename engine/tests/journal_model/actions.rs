@@ -59,6 +59,9 @@ pub(crate) const fn favoured(broken: Option<Rule>) -> &'static [(Action, usize)]
             &[(Action::Rot, 8), (Action::Mark, 3), (Action::Apply, 3), (Action::Write, 2)]
         }
         Some(Rule::RollbackNamesFrames) => &[(Action::Rot, 10), (Action::Roll, 6)],
+        Some(Rule::WaitForLastApplied) => {
+            &[(Action::Rot, 100), (Action::Mark, 3), (Action::Apply, 2), (Action::Stop, 6), (Action::Sync, 2)]
+        }
         Some(Rule::WaitAtGap) => &[(Action::Rot, 10)],
         Some(Rule::EndIsApplied | Rule::RollbackPins) => &[(Action::Roll, 4)],
         Some(Rule::CutIsRecorded) => &[(Action::Rot, 10), (Action::Stop, 5)],

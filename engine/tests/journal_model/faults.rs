@@ -12,10 +12,14 @@ impl Player {
     /// Injects media corruption into something that is durable, now and then at the moment of a stop.
     pub(crate) fn rot(&mut self) -> Result<(), Stop> {
         let left = self.faults_left;
-        match self.journal.chaos.rng.below(if left > 0 { 3 } else { 0 }) {
-            0 if left == 0 => {}
-            0 => self.rot_group(),
-            1 => self.rot_image(false),
+        if left == 0 {
+            return Ok(());
+        }
+        // A play that has many faults has them for that one place.
+        match if left > 2 { 1 } else { self.journal.chaos.rng.below(4) } {
+            0 => self.rot_group(false),
+            1 => self.rot_group(true),
+            2 => self.rot_image(false),
             _ => self.rot_image(true),
         }
         if self.faults_left < left && self.journal.chaos.rng.chance(500) {
@@ -25,14 +29,23 @@ impl Player {
         }
     }
 
-    pub(crate) fn rot_group(&mut self) {
+    /// `boundary`: the group with the mark that a disk's apply worker stands at and is to end its epoch at.
+    pub(crate) fn rot_group(&mut self, boundary: bool) {
         let journal = &mut self.journal;
         let segments = &journal.catalogue.segments;
-        let at = journal.chaos.rng.below(segments.len());
+        let mut at = journal.chaos.rng.below(segments.len());
+        let mut slot = journal.chaos.rng.below(SEGMENT_GROUPS);
+        if boundary {
+            let disk = &journal.disks[journal.chaos.rng.below(journal.disks.len())];
+            let mut marks = disk.marks.iter().filter(|mark| journal.catalogue.decided.contains(mark.0));
+            let Some(mark) = marks.find(|mark| *mark.1 == disk.applied) else { return };
+            let Some(place) = disk.places.get(mark.1) else { return };
+            let Some(found) = segments.iter().position(|segment| segment.file == place.file) else { return };
+            (at, slot) = (found, place.slot);
+        }
         let segment = segments[at];
         // What was cut off once is no part of the log.
         let end = segments.get(at + 1).map_or(journal.writer.next_group, |next| next.first_group);
-        let slot = journal.chaos.rng.below(SEGMENT_GROUPS);
         let media = &mut journal.segments[segment.file];
         let mine = |group: &&Group| group.salt == segment.salt && group.number < end;
         let Some(group) = media.good(slot).filter(mine).cloned() else { return };

@@ -49,6 +49,7 @@ impl Journal {
         for disk in &mut self.disks {
             disk.durable = disk.received;
             disk.missing.retain(|sequence| !disk.places.contains_key(sequence));
+            disk.awaited.retain(|sequence| !disk.places.contains_key(sequence));
         }
         self.note(|| format!("log: durable to group {}", self.writer.durable_group));
         Ok(())

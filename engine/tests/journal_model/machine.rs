@@ -41,6 +41,8 @@ pub(crate) struct Disk {
     pub(crate) applied: Sequence,
     /// Sequences up to `received` that cannot be read and were not given up.
     pub(crate) missing: BTreeSet<Sequence>,
+    /// Of these, the ones the peer was asked for again.
+    pub(crate) awaited: BTreeSet<Sequence>,
     /// Block of each frame of the active run; `None` where it cannot be told.
     pub(crate) frames: Vec<Option<usize>>,
     /// Blocks with a before-image, or a hole, in the active run.
@@ -280,8 +282,15 @@ impl Journal {
         if at < catalogue.epochs[catalogue.active()].first {
             return Ok(false);
         }
-        let Some(Record { body: Body::Mark { mark, state }, .. }) = self.record(disk, at).cloned() else {
-            return Ok(false);
+        let (mark, state) = match self.record(disk, at).map(|record| &record.body) {
+            Some(Body::Mark { mark, state }) => (*mark, *state),
+            Some(Body::Write { .. }) => return Ok(false),
+            // It may be the mark that was decided on; if it comes again, it must find its epoch here.
+            None if self.disks[disk].awaited.contains(&at) => return Ok(self.keeps(Rule::WaitForLastApplied)),
+            None if self.disks[disk].places.contains_key(&at) && self.keeps(Rule::WaitForLastApplied) => {
+                return Err(Stop::Unreadable);
+            }
+            None => return Ok(false),
         };
         // The bypass ends only at a mark after the last bulk block: the first state there is.
         if catalogue.kind() == Kind::Bypass && !(state && catalogue.bulk_done.len() == BLOCKS) {

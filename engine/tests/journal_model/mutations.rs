@@ -32,6 +32,9 @@ rules! {
     /// The apply worker waits at a gap until it is filled or given up.
     WaitAtGap = 400,
 
+    /// It also waits for the last record it applied, if that is lost: it may be a mark that ends the epoch.
+    WaitForLastApplied = 10000,
+
     // Apply.
     /// The undo run is flushed before the target is written (I1, barrier 1).
     UndoBeforeTarget = 20,

@@ -233,6 +233,7 @@ impl Journal {
         for sequence in gone.into_iter().filter(|sequence| *sequence > applied) {
             self.give_up(disk, sequence)?;
         }
+        self.disks[disk].awaited = again.iter().copied().collect();
         Ok(again)
     }
 

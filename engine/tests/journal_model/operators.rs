@@ -146,12 +146,15 @@ impl Player {
         epoch.is_some_and(|epoch| matches!(epoch.kind, Kind::Rollback(_)))
     }
 
-    /// Whether all that was sent is durable and applied.
+    /// Whether all that was sent is durable and applied, and nothing of it is on its way again.
     pub(crate) fn may_roll_back(&self, disk: usize) -> bool {
         let (own, known) = (&self.source.disks[disk], &self.journal.disks[disk]);
         let durable = own.sent == own.stream.len() && known.durable == own.stream.len();
         let rolls = matches!(self.journal.catalogue.disks[disk].kind(), Kind::Rollback(_));
-        durable && !rolls && (known.applied == known.durable || !self.journal.keeps(Rule::RollbackAfterDrain))
+        durable
+            && known.awaited.is_empty()
+            && !rolls
+            && (known.applied == known.durable || !self.journal.keeps(Rule::RollbackAfterDrain))
     }
 
     pub(crate) fn begin_rollback(

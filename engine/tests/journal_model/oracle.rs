@@ -281,7 +281,8 @@ impl Oracle {
                 else {
                     return false;
                 };
-                let lost = journal.disks[disk].missing.contains(&sequence);
+                let rotted = self.known[disk].faults.records.contains(&sequence);
+                let lost = rotted || journal.disks[disk].missing.contains(&sequence);
                 !lost && promised[disk].contains(&journal.catalogue.disks[disk].locate(sequence))
             };
             if !listed.contains(&mark) && all && (0..self.known.len()).all(is_promised) {

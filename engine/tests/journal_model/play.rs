@@ -50,7 +50,14 @@ impl Player {
         let source = Source::new(&mut rng, &targets, &created);
         // A broken rule shows soonest where much goes wrong; all rules together must stand that too.
         let harsh = rng.chance(300) || broken.is_some();
-        let faults_left = if harsh { 2 } else { rng.below(4).saturating_sub(1) };
+        let many = broken == Some(Rule::WaitForLastApplied); // This one takes a rare fault at a rare place.
+        let faults_left = if many {
+            12
+        } else if harsh {
+            2
+        } else {
+            rng.below(4).saturating_sub(1)
+        };
         let flush_failure_per_mille = if harsh || rng.chance(200) { 10 } else { 0 };
         let stop_per_mille = if harsh { [10, 25][rng.below(2)] } else { [0, 3, 10][rng.below(3)] };
         let favour = |action: Action| {
