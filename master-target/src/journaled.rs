@@ -26,7 +26,7 @@ use reprotect_engine::store::journal::entry::{Content, Write, bulk_prefix, entry
 use reprotect_engine::store::journal::rollback::{RolledBack, resume, rollback};
 use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::window::Window;
-use reprotect_engine::store::journal::{DiskLog, Journal, JournalError};
+use reprotect_engine::store::journal::{DiskLog, DiskShape, Journal, JournalError};
 use reprotect_engine::store::target::Target;
 use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence, Timestamp};
 
@@ -61,6 +61,8 @@ pub struct Journaled {
     applied: Sequence,
     /// Marks that wait with it, by their entry's number.
     marks: VecDeque<(u64, Mark)>,
+    /// The newest entry, if it is a mark and applied: an undo epoch can end there.
+    last_mark: Option<(u64, Mark)>,
     /// Bulk passed the journal by and is not flushed.
     bulk_unflushed: bool,
     /// Something of ours was written since the guard last looked.
@@ -98,12 +100,20 @@ impl Journaled {
             tracing::error!(disk = %id, ?hole, "the undo run is damaged; older points lack these blocks");
         }
         resume(journal, &mut applier, now)?;
+        let tracked = journal.shape().disks.get(&id).is_some_and(is_tracked);
+        if tracked && applier.open_epoch().is_none() {
+            // The daemon ended between two undo epochs; nothing is applied outside of one (I1).
+            let position =
+                Position { lineage: state.lineage, generation: state.generation, sequence: state.sequence };
+            applier.begin_epoch(journal, EpochCause::Time, position, (0, 0), now)?;
+        }
         let redone = redo(journal, &mut applier, now)?;
         if redone > 0 {
             tracing::info!(disk = %id, entries = redone, "the redo log was applied");
         }
         let newest = (applier.applied().number, state.sequence);
         let applied = state.sequence;
+        let last_mark = newest_mark(journal, id, newest.0)?;
         drop(locked);
         let mut disk = Self {
             id,
@@ -116,14 +126,12 @@ impl Journaled {
             newest,
             applied,
             marks: VecDeque::new(),
+            last_mark,
             bulk_unflushed: false,
             unguarded: false,
             state,
         };
         disk.guard.flushed();
-        if disk.is_tracked()? && disk.applier.open_epoch().is_none() {
-            disk.begin_epoch(EpochCause::Time)?;
-        }
         Ok(disk)
     }
 
@@ -142,8 +150,7 @@ impl Journaled {
 
     fn is_tracked(&self) -> Result<bool, JournalError> {
         let mut locked = self.retention.lock();
-        let shape = locked.get()?.shape().disks.get(&self.id);
-        Ok(shape.is_some_and(|shape| !shape.epochs.is_empty() || shape.expired > 0))
+        Ok(locked.get()?.shape().disks.get(&self.id).is_some_and(is_tracked))
     }
 
     pub(crate) fn accepted(&mut self, kind: EntryKind, body: Bytes) {
@@ -164,6 +171,7 @@ impl Journaled {
 
     /// The next batch: into the log and onto what waits.
     pub(crate) fn write(&mut self, pieces: &[Piece]) -> Result<(), NotDone> {
+        self.last_mark = None;
         if self.waiting >= WAITING_MAX {
             self.apply()?; // before anything of this batch is done, so that a full medium can be tried again
         }
@@ -233,6 +241,8 @@ impl Journaled {
             self.flushed();
             self.handle_marks()?;
         }
+        // Also while nothing comes: an undo epoch that goes on keeps its part of the log from being given back.
+        self.end_epoch_if_due()?;
         Ok(self.applied)
     }
 
@@ -266,30 +276,36 @@ impl Journaled {
 
     /// The marks of the window that was applied: the first undo epoch begins, or one that is old enough ends.
     fn handle_marks(&mut self) -> Result<(), JournalError> {
-        let Some((number, mark)) = self.marks.drain(..).next_back() else { return Ok(()) };
-        if number != self.applier.applied().number {
-            return Ok(()); // something stands behind it already: it is a point inside the epoch
-        }
-        if !self.is_tracked()? {
-            if self.state.mode != PassMode::Done {
-                return Ok(());
-            }
+        let applied = self.applier.applied().number;
+        // One with something behind it is a point inside the epoch.
+        self.last_mark = self.marks.drain(..).next_back().filter(|(number, _)| *number == applied);
+        let Some((number, mark)) = self.last_mark else { return Ok(()) };
+        if self.state.mode == PassMode::Done && !self.is_tracked()? {
             let epoch = self.begin_epoch(EpochCause::First)?;
-            return self.keep_point(At { epoch, number }, mark.source_time, mark.class, "");
-        }
-        if self.epoch_is_due()? {
-            let epoch = self.end_epoch()?;
             self.keep_point(At { epoch, number }, mark.source_time, mark.class, "")?;
-            self.begin_epoch(EpochCause::Time)?;
         }
         Ok(())
     }
 
-    fn epoch_is_due(&self) -> Result<bool, JournalError> {
+    /// Ends the undo epoch at the newest mark, if it is old enough and holds anything.
+    fn end_epoch_if_due(&mut self) -> Result<(), JournalError> {
+        let Some((number, mark)) = self.last_mark else { return Ok(()) };
+        if !self.epoch_is_due(number)? {
+            return Ok(());
+        }
+        let epoch = self.end_epoch()?;
+        self.keep_point(At { epoch, number }, mark.source_time, mark.class, "")?;
+        self.begin_epoch(EpochCause::Time)?;
+        Ok(())
+    }
+
+    /// Whether the undo epoch is old enough and an entry up to `number` lies in it.
+    fn epoch_is_due(&self, number: u64) -> Result<bool, JournalError> {
         let mut locked = self.retention.lock();
         let shape = locked.get()?.shape().disks.get(&self.id);
-        let opened = shape.and_then(|shape| shape.open_epoch()).map(|epoch| epoch.opened.time);
-        let age = opened.map_or(0, |opened| wall_clock().0.saturating_sub(opened.0));
+        let open = shape.and_then(|shape| shape.open_epoch()).map(|epoch| epoch.opened);
+        let Some(opened) = open.filter(|opened| opened.after < number) else { return Ok(false) };
+        let age = wall_clock().0.saturating_sub(opened.time.0);
         Ok(u128::from(age) >= self.retention.settings().undo_epoch.as_nanos())
     }
 
@@ -439,6 +455,25 @@ pub fn newest_state(journal: &mut Journal, log: &DiskLog) -> Result<Option<DiskS
         }
     }
     Ok(Some(state))
+}
+
+/// Whether before-images of a disk are kept.
+fn is_tracked(shape: &DiskShape) -> bool {
+    !shape.epochs.is_empty() || shape.expired > 0
+}
+
+/// The newest entry of a disk, if it is a mark and the newest applied one.
+fn newest_mark(
+    journal: &mut Journal,
+    disk: DiskId,
+    applied: u64,
+) -> Result<Option<(u64, Mark)>, JournalError> {
+    let newest = journal.entries(disk).last().copied();
+    let Some(entry) = newest.filter(|entry| entry.kind == EntryKind::Mark && entry.number == applied) else {
+        return Ok(None);
+    };
+    let (_, body) = journal.read(entry.place)?;
+    Ok(Mark::read_exact(&body).ok().map(|mark| (entry.number, mark)))
 }
 
 fn part_of(piece: &Piece, keep: SectorRange) -> Write {

@@ -8,6 +8,7 @@
 //! only the log is held while it is flushed, no target is. Units: bytes, times by the target's clock.
 //! Started by `daemon`, used by the disks' threads and by commands.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -114,7 +115,14 @@ impl Retention {
     /// When the system gives no thread.
     pub fn start(self: &Arc<Self>) -> std::io::Result<std::thread::JoinHandle<()>> {
         let this = Arc::clone(self);
-        std::thread::Builder::new().name("committer".to_owned()).spawn(move || this.run())
+        std::thread::Builder::new().name("committer".to_owned()).spawn(move || {
+            // Disks that wait for a commit must learn that none will come.
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| this.run())) {
+                tracing::error!(?panic, "a defect of the master target stopped the retention journal");
+                this.progress().failed = Some("a defect of the master target stopped it".to_owned());
+                this.changed.notify_all();
+            }
+        })
     }
 
     /// What the operator chose.
