@@ -68,6 +68,11 @@ fn recovery_points_are_the_disk_as_it_was_and_the_way_back_to_it() {
 }
 
 #[test]
+fn what_an_existing_disk_held_can_be_had_back_and_a_rollback_holds_it() {
+    script("as_found_test.py", &[("SIZE", "256M")]);
+}
+
+#[test]
 fn the_demonstration_tells_its_story_to_the_end() {
     script("demo.py", &[("SIZE", "256M"), ("TARGET", "sparse")]);
 }

@@ -237,7 +237,7 @@ impl Scanner<'_> {
             self.damaged(path.into(), at, format!("group {}, known durable: {reason}", self.next_group));
             let end = segment.bytes.min(file.size_bytes());
             self.salvage(path, file, segment, at, end)?;
-        } else if newest {
+        } else if newest && !is_unwritten(file, segment, at)? {
             self.scan.torn = Some((path.into(), at));
         }
         // In an older segment the next one's first group tells whether something is missing here.
@@ -371,6 +371,14 @@ impl Scanner<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether no group of this use was ever written at a place: zeros, or what an earlier use left there.
+fn is_unwritten(file: &mut dyn BlockFile, segment: &SegmentOpened, at: u64) -> Result<bool, JournalError> {
+    let mut block = vec![0; BLOCK_BYTES as usize];
+    file.read(&mut [ReadAt { offset: at, data: &mut block }])?;
+    let old = GroupHeader::open(&block).is_ok_and(|header| header.salt != segment.salt);
+    Ok(old || block.iter().all(|byte| *byte == 0))
 }
 
 impl DiskLog {
