@@ -385,7 +385,12 @@ impl Journaled {
     /// # Errors
     /// When the point is not kept, or something cannot be written.
     pub fn rollback(&mut self, at: At) -> Result<RolledBack, JournalError> {
+        // What waits comes first, or it would be applied over the point.
+        if let Err(NotDone::Full(why) | NotDone::Failed(why)) = self.apply() {
+            return Err(JournalError::Failed { path: "the target".into(), why });
+        }
         self.retention.commit()?;
+        self.last_mark = None;
         let position = self.position();
         let before = self.applier.open_epoch().unwrap_or(0);
         let mut locked = self.retention.lock();

@@ -90,7 +90,10 @@ impl<T: BlockFile> Applier<T> {
     ) -> Result<(Self, Vec<Hole>), JournalError> {
         let shape = shape(journal, disk)?;
         let size_sectors = shape.added.size_sectors;
-        let applied = applied.unwrap_or(Applied { number: 0, epoch: 0, undo_bytes: 0 });
+        let mut applied = applied.unwrap_or(Applied { number: 0, epoch: 0, undo_bytes: 0 });
+        // An undo epoch is closed only when all of it is applied, whatever became of the entry that said so.
+        let closed = shape.epochs.iter().rev().find_map(|epoch| epoch.closed).map_or(0, |closed| closed.last);
+        applied.number = applied.number.max(closed);
         let (active, holes) = match shape.open_epoch() {
             Some(epoch) => {
                 let (run, holes) = reopen(journal, &epoch.opened, size_sectors, &applied)?;
@@ -423,7 +426,9 @@ fn reopen(
         return Ok((create_run(journal, opened, size_sectors)?, Vec::new()));
     }
     let identity = run_header(journal, opened, size_sectors).identity();
-    Ok(ActiveRun::reopen(files, &path, &identity, certain, run_bytes_max(size_sectors))?)
+    let (mut run, holes) = ActiveRun::reopen(files, &path, &identity, certain, run_bytes_max(size_sectors))?;
+    run.flush()?; // its frames may stand in a cache only, and the target is written because they are there
+    Ok((run, holes))
 }
 
 /// Whether no image was ever saved in a run.

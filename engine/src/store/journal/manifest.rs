@@ -298,7 +298,9 @@ impl Manifest {
             clean: superblock.clean,
             durable_group: superblock.durable_group.max(read.durable_group),
         };
-        let file = files.open(&manifest_path(folder, superblock.manifest), true)?;
+        let mut file = files.open(&manifest_path(folder, superblock.manifest), true)?;
+        // What was read may stand in a cache only, if the program before us was killed between write and flush.
+        file.flush()?;
         let mut manifest = Self {
             files,
             folder: folder.into(),

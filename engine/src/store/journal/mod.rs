@@ -159,6 +159,14 @@ impl Journal {
         let (slots, set_aside) = sort_files(&*files, folder, &manifest)?;
         let scan =
             recovery::scan(&*files, folder, manifest.journal(), manifest.shape(), opened.durable_group)?;
+        // The last group may stand in a cache only, if the program before us was killed between write and flush: it is
+        // made durable before anybody is told of it.
+        if let Some(newest) = manifest.shape().segments.values().next_back() {
+            let path = log::segment_path(folder, newest.slot);
+            if files.facts(&path)?.is_some() {
+                files.open(&path, true)?.flush()?;
+            }
+        }
         let log = Log::new(
             Arc::clone(&files),
             folder,
