@@ -395,6 +395,8 @@ impl Journal {
     /// # Errors
     /// When log or manifest cannot be written, or what must be kept cannot be read.
     pub fn release(&mut self, number: u64, now: Timestamp) -> Result<(), JournalError> {
+        // What replaces an older STATE or APPLIED must be durable before the older one is given up.
+        self.commit(now)?;
         let kept: Vec<Place> = self
             .disks
             .values()

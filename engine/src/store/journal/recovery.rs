@@ -104,8 +104,9 @@ pub(super) fn scan(
         let next = segments.get(at + 1).map(|next| next.first_group);
         scanner.segment(segment, next)?;
     }
-    // Segments release from the oldest on, so a group the manifest knew durable is in one of those that are left.
-    if scanner.scan.last_group < known_durable && !shape.segments.is_empty() {
+    // Segments are released from the oldest on, so a durable group that is not older than all of them is in one.
+    let first_group = segments.first().map_or(u64::MAX, |segment| segment.first_group);
+    if scanner.scan.last_group < known_durable && known_durable >= first_group {
         let reason = format!(
             "the log ends at group {}, and group {known_durable} was durable",
             scanner.scan.last_group
