@@ -45,7 +45,7 @@ points-test: build ## recovery points mounted, compared, gone back to: [SIZE=1G]
 	@$(SCRIPTS)/points_test.py
 
 crash: ## the journal against power loss at every write of many workloads: [CASES=2000]
-	CRASH_CASES=$(or $(CASES),2000) $(CARGO) test -p reprotect-engine --all-features --test journal_store -- --nocapture
+	CRASH_CASES=$(or $(CASES),2000) $(CARGO) test -p reprotect-engine --all-features --test journal_store --test redo_log -- --nocapture
 
 flips: ## every bit of a journal flipped
 	FLIPS=all $(CARGO) test -p reprotect-engine --all-features --test redo_log flipped -- --nocapture

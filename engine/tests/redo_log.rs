@@ -113,7 +113,7 @@ fn play(steps: &[Step]) -> Played {
                 promise.applied.clone_from(&applied);
             }
             Step::Release => {
-                promise.released.clone_from(&promise.applied);
+                promise.released.clone_from(&applied); // a release commits what waits
                 promises.push((files.trace().len(), promise.clone())); // from here on they may be gone
                 for segment in open_journal.releasable() {
                     open_journal.release(segment, NOW).unwrap();
@@ -164,8 +164,13 @@ fn check_bodies(journal: &mut Journal, found: &Recovered) {
     }
 }
 
+/// How many workloads: `CRASH_CASES` plays more (`make crash`).
+fn cases() -> u32 {
+    std::env::var("CRASH_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(48)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), ..ProptestConfig::default() })]
     #[test]
     fn what_was_committed_survives_a_crash_at_any_write_and_a_crash_of_the_recovery(
         steps in steps(), seed in any::<u64>(),
