@@ -4,7 +4,8 @@ use std::path::Path;
 
 use reprotect_engine::format::undo::BlockRange;
 use reprotect_engine::store::files::memory::{Event, MemoryFiles};
-use reprotect_engine::store::journal::undo::{ActiveRun, SealedRun};
+use reprotect_engine::store::journal::undo::{ActiveRun, Image, ImageData, SealedRun};
+use reprotect_engine::units::BlockIndex;
 
 use crate::model::{
     CLOSED, DISK_BLOCKS, MAX, Model, PATH, Readable, Seeded, assert_holds, capture, header, identity, small,
@@ -121,6 +122,42 @@ fn second_life(
     }
 }
 
+/// A group that reached the medium behind one that did not must not come back when the gap is filled by a new group.
+#[test]
+fn a_group_behind_a_torn_one_never_comes_back() {
+    let path = Path::new(PATH);
+    let noise = |block: u64| {
+        let mut seeded = Seeded(block);
+        (0..512).flat_map(|_| seeded.next().to_le_bytes()).collect::<Vec<u8>>()
+    };
+    let append = |run: &mut ActiveRun, block: u64| {
+        run.append(&[Image { first: BlockIndex(block), data: ImageData::Bytes(&noise(block)) }]).unwrap();
+    };
+    let files = MemoryFiles::default();
+    let mut run = ActiveRun::create(&files, path, header(5), MAX).unwrap();
+    append(&mut run, 1);
+    run.flush().unwrap();
+    let (certain, before, skipped) = (run.len_bytes(), files.snapshot(), files.trace().len());
+    append(&mut run, 2);
+    let torn = run.len_bytes() - certain;
+    append(&mut run, 3);
+    drop(run);
+    let mut sector = 0;
+    let medium = before.crashed(&files.trace()[skipped..], 2, || {
+        sector += 1;
+        sector > torn / 512 // of the two groups, only the second is on the medium
+    });
+    let (mut run, _) = ActiveRun::reopen(&medium, path, &identity(5), certain, MAX).unwrap();
+    assert_eq!(run.missing(BlockRange::new(0, 9)), [BlockRange::new(0, 1), BlockRange::new(2, 9)]);
+    append(&mut run, 4);
+    assert_eq!(run.len_bytes(), certain + torn, "it ends where the old group begins");
+    run.flush().unwrap();
+    drop(run);
+    let (run, holes) = ActiveRun::reopen(&medium, path, &identity(5), certain, MAX).unwrap();
+    assert_eq!((holes, run.len_bytes()), (Vec::new(), certain + torn));
+    assert!(run.contains(BlockRange::new(4, 5)) && run.missing(BlockRange::new(3, 4)).len() == 1);
+}
+
 #[test]
 fn a_crash_while_the_file_is_made_leaves_a_run_or_an_error() {
     let (empty, files) = (MemoryFiles::default(), MemoryFiles::default());
@@ -151,7 +188,7 @@ fn a_crash_while_sealing_leaves_a_run_that_can_be_reopened_or_is_sealed() {
             let medium = before.crashed(&trace, events, landing(mode, &mut seeded));
             // Flushed, but not yet cut to its length: all of it can be read, without the trailer too.
             let flushed = trace[..events].iter().any(|event| matches!(event, Event::Flush(_)));
-            if flushed {
+            if flushed || events == trace.len() {
                 let mut sealed = SealedRun::open(&medium, path, &identity(5)).unwrap();
                 assert_eq!(sealed.damage().is_empty(), events == trace.len());
                 assert_holds(&mut sealed, &model);

@@ -278,7 +278,7 @@ fn a_file_that_is_shorter_than_what_was_applied_has_lost_what_it_may_have_held()
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(120))]
 
     /// Any patch of garbage or zeros anywhere in a sealed run: no panic, nothing wrong, nothing missing.
     #[test]

@@ -11,7 +11,7 @@ use reprotect_engine::store::journal::undo::{ActiveRun, Place, SealedRun, UndoEr
 use reprotect_engine::units::{DiskId, Timestamp};
 
 use crate::model::{
-    CLOSED, DISK_BLOCKS, MAX, Model, Readable, Seeded, assert_holds, capture, check, header, identity,
+    CLOSED, DISK_BLOCKS, MAX, Model, Readable, Seeded, assert_holds, capture, check, header, identity, image,
 };
 
 const OLDER: &str = "older";
@@ -126,6 +126,40 @@ fn frames_that_are_taken_whole_are_copied_as_they_are_stored() {
     assert_eq!([payload(&mut both, MERGED, 160), payload(&mut both, MERGED, 320)], expected);
     assert!(expected.iter().all(|payloads| !payloads.is_empty()));
     assert_holds(&mut both, &union(&first, &second));
+}
+
+/// What was recorded as lost while the older run was written stays lost where the newer run has an image.
+#[test]
+fn a_lost_older_image_wins_like_any_other() {
+    let files = MemoryFiles::default();
+    let mut run = ActiveRun::create(&files, Path::new(OLDER), header(5), MAX).unwrap();
+    let mut first = Model::new();
+    let wanted = [BlockRange::new(10, 11), BlockRange::new(20, 21), BlockRange::new(30, 31)];
+    let has_data =
+        |flavour: &u64| wanted.iter().all(|at| image(at.start, *flavour).iter().any(|byte| *byte != 0));
+    let flavour = (0..).find(has_data).unwrap();
+    capture(&mut run, &mut first, &wanted, flavour).unwrap();
+    run.flush().unwrap();
+    let (certain, place) = (run.len_bytes(), run.find(wanted[1])[0].place);
+    drop(run);
+    // The frame of block 20 is damaged in its head: all that is known is that it lay between its neighbours.
+    let Place::Stored(offset) = place else { panic!("{place:?}") };
+    let mut file = files.open(Path::new(OLDER), true).unwrap();
+    file.write(&[WriteAt { offset: offset.0, data: b"damage" }]).unwrap();
+    drop(file);
+    let (run, holes) = ActiveRun::reopen(&files, Path::new(OLDER), &identity(5), certain, MAX).unwrap();
+    assert_eq!((holes.len(), &holes[0].lost[..]), (1, &[BlockRange::new(11, 30)][..]));
+    let mut older = run.seal(&files, CLOSED).unwrap();
+    assert_eq!(older.damage(), [], "it is recorded, and no damage any more");
+    let (mut newer, second) = sealed(&files, NEWER, 6, &[vec![BlockRange::new(15, 40)]]);
+    let mut both = merged(&files, &mut older, &mut newer).unwrap();
+    let places: Vec<Place> =
+        (11..30).map(|block| both.find(BlockRange::new(block, block + 1))[0].place).collect();
+    assert!(places.iter().all(|place| *place == Place::Lost), "{places:?}");
+    let (bad, extra) = check(&mut both, &union(&first, &second));
+    assert_eq!(bad, (15..30).collect::<Vec<u64>>());
+    assert_eq!(extra, 4, "blocks 11 to 14 may have been in the lost frame");
+    assert_eq!(both.trailer().unwrap().lost_blocks, 19);
 }
 
 #[test]

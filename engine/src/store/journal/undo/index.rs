@@ -17,6 +17,9 @@ use crate::format::undo::index::IndexEntry;
 const RECENT_MIN: usize = 4096;
 /// The ordered map is merged once it has this part of the vector's entries.
 const RECENT_PART: usize = 16;
+/// Every so many entries of the vector, the first block stands in a vector of its own, which fits the processor's cache:
+/// with ten million entries a lookup touches two pages of memory instead of twenty.
+const FENCE_EVERY: usize = 256;
 
 const FIRST_SHIFT: u32 = 28;
 const COUNT_SHIFT: u32 = 4;
@@ -74,6 +77,8 @@ impl Packed {
 #[derive(Clone, Debug, Default)]
 pub struct RunIndex {
     settled: Vec<Packed>,
+    /// First block of every [`FENCE_EVERY`]th settled entry.
+    fences: Vec<u64>,
     recent: BTreeMap<u64, u64>,
     blocks: u64,
     data_blocks: u64,
@@ -84,7 +89,14 @@ impl RunIndex {
     /// An empty index.
     #[must_use]
     pub const fn new() -> Self {
-        Self { settled: Vec::new(), recent: BTreeMap::new(), blocks: 0, data_blocks: 0, lost_blocks: 0 }
+        Self {
+            settled: Vec::new(),
+            fences: Vec::new(),
+            recent: BTreeMap::new(),
+            blocks: 0,
+            data_blocks: 0,
+            lost_blocks: 0,
+        }
     }
 
     /// Adds an entry.
@@ -121,6 +133,17 @@ impl RunIndex {
         }
         debug_assert_eq!(from, to);
         self.recent.clear();
+        self.fences.clear();
+        self.fences.extend(self.settled.iter().step_by(FENCE_EVERY).map(|packed| packed.start()));
+    }
+
+    /// Number of the first settled entry that ends behind block `first`.
+    fn settled_from(&self, first: u64) -> usize {
+        let piece = self.fences.partition_point(|start| *start <= first);
+        // Everything before the piece ends before its first entry begins, and everything behind it begins later.
+        let start = piece.saturating_sub(1) * FENCE_EVERY;
+        let end = (piece * FENCE_EVERY).min(self.settled.len());
+        start + self.settled[start..end].partition_point(|packed| packed.end() <= first)
     }
 
     /// The entries that touch `range`, ascending.
@@ -132,7 +155,7 @@ impl RunIndex {
 
     /// The entries that end behind block `first`, ascending.
     pub fn from(&self, first: u64) -> Entries<'_> {
-        let at = self.settled.partition_point(|packed| packed.end() <= first);
+        let at = self.settled_from(first);
         let key = first << FIRST_SHIFT;
         let before = self.recent.range(..key).next_back().map(|(key, _)| *key);
         let start = before.filter(|key| Packed { key: *key, place: 0 }.end() > first).unwrap_or(key);
@@ -202,7 +225,9 @@ impl RunIndex {
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
         const NODE_BYTES_PER_ENTRY: usize = 28;
-        self.settled.capacity() * size_of::<Packed>() + self.recent.len() * NODE_BYTES_PER_ENTRY
+        self.settled.capacity() * size_of::<Packed>()
+            + self.fences.capacity() * size_of::<u64>()
+            + self.recent.len() * NODE_BYTES_PER_ENTRY
     }
 }
 
@@ -291,6 +316,23 @@ mod tests {
             codec: UndoCodec::Lost,
         };
         assert_eq!(Packed::new(&largest).entry(), largest);
+    }
+
+    #[test]
+    fn lookups_agree_with_a_search_through_everything_across_fences() {
+        let mut index = RunIndex::new();
+        for at in 0..4 * FENCE_EVERY as u64 {
+            index.insert(&entry(at * 7 + at % 3, 1 + (at % 4) as u32, UndoCodec::Raw));
+            if at == 3 * FENCE_EVERY as u64 {
+                index.settle();
+            }
+        }
+        let all: Vec<IndexEntry> = index.from(0).collect();
+        assert_eq!(all.len(), 4 * FENCE_EVERY);
+        for first in 0..4 * 7 * FENCE_EVERY as u64 + 20 {
+            let expected = all.iter().find(|entry| entry.blocks().end > first);
+            assert_eq!(index.from(first).next().as_ref(), expected, "{first}");
+        }
     }
 
     #[test]
