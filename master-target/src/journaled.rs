@@ -2,7 +2,7 @@
 //!
 //! Invariants: entries get their numbers in the order the core accepted their batches and marks; a window is applied
 //! only when all its entries are durable, and lies in one undo epoch (I4); an undo epoch ends at a mark, once that mark
-//! is applied and APPLIED is durable; memory is bounded by [`WAITING_MAX`] batches. The first undo epoch of a target
+//! is applied and APPLIED is durable; memory is bounded by `WAITING_MAX` batches. The first undo epoch of a target
 //! that we created begins at the first mark after its initial sync, of an existing one before anything is written.
 //! Units: entry numbers, sequences. Used by the disk's second thread only.
 

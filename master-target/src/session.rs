@@ -2,7 +2,7 @@
 //!
 //! Invariants: a session task never touches a disk itself, it routes; when it ends, every disk it opened is told; a
 //! peer's error ends this session only and is logged once; a revoked agent's session ends, whoever relays it; a peer
-//! that does not read its answers is not read either, so what waits for it is bounded by [`REPLY_BYTES_MAX`] and what
+//! that does not read its answers is not read either, so what waits for it is bounded by `REPLY_BYTES_MAX` and what
 //! its disks still owe it. Started by `daemon` for each accepted connection.
 
 use std::sync::Arc;
