@@ -84,6 +84,7 @@ impl Answer for FilesError {
 }
 
 /// The path with `suffix`, and a number where that is taken.
+#[cfg(any(test, feature = "io", feature = "sim"))]
 fn free_name(files: &(impl Files + ?Sized), path: &Path, suffix: &str) -> Result<PathBuf, FilesError> {
     let taken = files.neighbours(path)?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
