@@ -5,10 +5,11 @@
 
 use bytes::Bytes;
 use reprotect_engine::checksum::UnitHash;
-use reprotect_engine::format::batch::{Chain, Mark, MarkClass};
+use reprotect_engine::format::batch::{Chain, Mark, MarkCause, MarkClass};
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::message::{Auth, Message};
+use reprotect_engine::format::wire::Text;
 use reprotect_engine::proto::{Authority, Prover};
 use reprotect_engine::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence, Timestamp};
 
@@ -149,7 +150,10 @@ pub fn mark(input: &mut Input<'_>, disk: DiskId, at: (LineageId, Generation, Seq
         sequence: Sequence(input.near(at.2.0)),
         chain: chain(input, at.3),
         source_time: Timestamp(input.short()),
+        point: [input.byte(); 16],
         class: input.pick(MarkClass::ALL),
+        cause: input.pick(MarkCause::ALL),
+        name: Text::new(""),
     }
 }
 

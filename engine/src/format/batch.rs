@@ -13,7 +13,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use super::FormatError;
 use super::extent::{Record, RecordKind};
 use super::frame::{Frame, FrameKind};
-use super::wire::{COUNTER_MAX, wire, wire_enum};
+use super::wire::{COUNTER_MAX, Text, wire, wire_enum};
 use crate::checksum::crc32;
 use crate::limits::{BATCH_PLAIN_BYTES_MAX, BATCH_RECORDS_MAX, DELTA_RECORD_BYTES_MAX};
 use crate::units::{
@@ -96,9 +96,23 @@ wire_enum! {
     }
 }
 
+wire_enum! {
+    /// Why a mark was placed.
+    pub enum MarkCause: u8 {
+        /// A scan or resync pass ended there.
+        Pass = 1,
+        /// A timer of the policy.
+        Timer = 2,
+        /// Somebody asked for it.
+        Command = 3,
+        /// The source was stopped: nothing comes after it.
+        Stop = 4,
+    }
+}
+
 wire! {
     /// A mark: says what the stream stands for at a sequence.
-    pub struct Mark / MarkWire = 96 {
+    pub struct Mark / MarkWire = 168 {
         /// The disk.
         disk: DiskId,
         /// Its history.
@@ -111,9 +125,15 @@ wire! {
         chain: Chain,
         /// The mark's time by the source's clock.
         source_time: Timestamp,
+        /// The machine's point it is part of: the marks of one point have the same on all disks. Zeros: of this disk only.
+        point: [u8; 16],
         /// What it promises.
         class: MarkClass,
-        ; reserved: [u8; 23],
+        /// Why it was placed.
+        cause: MarkCause,
+        /// The name somebody gave the point; empty without one.
+        name: Text<64>,
+        ; reserved: [u8; 14],
     }
 }
 

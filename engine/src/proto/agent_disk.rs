@@ -12,10 +12,11 @@ use super::credit::Balance;
 use super::pass::Pass;
 use super::state::AgentDiskPhase;
 use super::{Lane, Outgoing};
-use crate::format::batch::{BatchHeader, CHAIN_START, Chain, Mark, MarkClass, encode_batch};
+use crate::format::batch::{BatchHeader, CHAIN_START, Chain, Mark, MarkCause, MarkClass, encode_batch};
 use crate::format::extent::Record;
 use crate::format::frame::Frame;
 use crate::format::message::{GrantHead, Message, OfferHead, OpenDiskHead, PassCause, SourceId};
+use crate::format::wire::Text;
 use crate::units::{DiskId, Generation, LineageId, SectorRange, Sequence, Timestamp};
 
 /// A delta batch that is not yet durable.
@@ -235,7 +236,10 @@ impl AgentDisk {
             sequence: self.last,
             chain: self.last_chain,
             source_time,
+            point: [0; 16],
             class,
+            cause: MarkCause::Pass,
+            name: Text::new(""),
         });
     }
 

@@ -2,12 +2,13 @@
 
 use bytes::Bytes;
 use reprotect_engine::format::batch::{
-    BulkHeader, CHAIN_START, Mark, MarkClass, credit_cost, decode_batch, encode_batch, encode_bulk,
+    BulkHeader, CHAIN_START, Mark, MarkCause, MarkClass, credit_cost, decode_batch, encode_batch, encode_bulk,
 };
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::frame::{Frame, FrameKind};
 use reprotect_engine::format::handshake::Hello;
 use reprotect_engine::format::message::{Credit, Message, OpenDiskHead, PassMode};
+use reprotect_engine::format::wire::Text;
 use reprotect_engine::proto::process_server::{RelayAction, RelaySession, Side};
 use reprotect_engine::units::{DiskId, Generation, PeerId, Sequence, Timestamp};
 
@@ -129,7 +130,10 @@ fn a_relay_refuses_what_has_no_credit_no_grant_or_another_name() {
         sequence: Sequence(0),
         chain: CHAIN_START,
         source_time: Timestamp(1),
+        point: [0; 16],
         class: MarkClass::Crash,
+        cause: MarkCause::Timer,
+        name: Text::new(""),
     };
     let frame = Message::Mark(mark).encode();
     assert!(relay(cost).handle_frame(Side::Agent, FrameKind::Mark, frame.body()).is_err());

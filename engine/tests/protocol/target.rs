@@ -1,7 +1,7 @@
 //! What a disk at the target accepts, writes, acknowledges and refuses.
 
 use reprotect_engine::format::batch::{
-    BatchHeader, BulkHeader, CHAIN_START, Chain, Mark, MarkClass, Stretch,
+    BatchHeader, BulkHeader, CHAIN_START, Chain, Mark, MarkCause, MarkClass, Stretch,
 };
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
@@ -9,6 +9,7 @@ use reprotect_engine::format::message::{
     Ack, BulkAckHead, CompareRequestHead, ErrorCode, Fenced, Message, NackReason, OpenDiskHead, PassBegin,
     PassCause, PassEnd, PassMode, PassState,
 };
+use reprotect_engine::format::wire::Text;
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::target_disk::{DiskAction, SessionId, TargetDisk};
 use reprotect_engine::units::{Generation, MonoTime, SectorRange, Sequence, Timestamp};
@@ -151,7 +152,10 @@ impl Target {
             sequence: self.td.state().sequence,
             chain: self.td.chain(),
             source_time: Timestamp(1),
+            point: [0; 16],
             class: MarkClass::Crash,
+            cause: MarkCause::Timer,
+            name: Text::new(""),
         };
         self.td.handle_mark(T0, session, &mark);
     }

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use reprotect_engine::checksum::UnitHash;
 use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::FormatError;
-use reprotect_engine::format::batch::{Mark, MarkClass};
+use reprotect_engine::format::batch::{Mark, MarkCause, MarkClass};
 use reprotect_engine::format::extent::{Codec, Record};
 use reprotect_engine::format::message::{
     Ack, Auth, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead,
@@ -123,8 +123,9 @@ pub(crate) fn flow() -> impl Strategy<Value = Message> {
             Message::Nack(Nack { disk, generation, resume_from: Sequence(resume_from), reason })
         });
     let fenced = key().prop_map(|(disk, generation)| Message::Fenced(Fenced { disk, generation }));
-    let mark = (key(), id(), counter(), id(), any::<u64>(), of(MarkClass::ALL)).prop_map(
-        |((disk, generation), lineage, sequence, chain, source_time, class)| {
+    let label = (id(), of(MarkClass::ALL), of(MarkCause::ALL), "[a-zA-Z0-9 ]{0,60}");
+    let mark = (key(), id(), counter(), id(), any::<u64>(), label).prop_map(
+        |((disk, generation), lineage, sequence, chain, source_time, (point, class, cause, name))| {
             Message::Mark(Mark {
                 disk,
                 lineage: LineageId(lineage),
@@ -132,7 +133,10 @@ pub(crate) fn flow() -> impl Strategy<Value = Message> {
                 sequence: Sequence(sequence),
                 chain,
                 source_time: Timestamp(source_time),
+                point,
                 class,
+                cause,
+                name: Text::new(&name),
             })
         },
     );

@@ -5,7 +5,9 @@
 
 use bytes::Bytes;
 use reprotect_engine::checksum::UnitHash;
-use reprotect_engine::format::batch::{BatchHeader, BulkHeader, CHAIN_START, Mark, MarkClass, Stretch};
+use reprotect_engine::format::batch::{
+    BatchHeader, BulkHeader, CHAIN_START, Mark, MarkCause, MarkClass, Stretch,
+};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::handshake::{HELLO_MAGIC, Hello, HelloAck, Role};
@@ -50,7 +52,10 @@ pub(crate) fn mark() -> Mark {
         sequence: Sequence(42),
         chain: CHAIN,
         source_time: Timestamp(1_700_000_000_000_000_000),
+        point: [0x0b; 16],
         class: MarkClass::Crash,
+        cause: MarkCause::Command,
+        name: Text::new("before the upgrade"),
     }
 }
 
