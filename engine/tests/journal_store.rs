@@ -117,7 +117,7 @@ fn open(files: &MemoryFiles) -> Result<Store, JournalError> {
     assert_eq!(holes, []);
     resume(&mut journal, &mut applier, NOW)?;
     if applier.open_epoch().is_none() {
-        applier.begin_epoch(&mut journal, EpochCause::Time, POSITION, (0, 0), NOW)?;
+        applier.begin_epoch(&mut journal, EpochCause::Time, POSITION, None, NOW)?;
     }
     Ok(Store { journal, applier })
 }
@@ -183,9 +183,9 @@ fn play(steps: &[Step]) -> Played {
     let target = files.opener().open(Path::new(TARGET), true).unwrap();
     let (applier, _) = Applier::open(&journal, DISK, target, None).unwrap();
     let mut store = Store { journal, applier };
-    store.applier.begin_epoch(&mut store.journal, EpochCause::First, POSITION, (0, 0), NOW).unwrap();
+    store.applier.begin_epoch(&mut store.journal, EpochCause::First, POSITION, None, NOW).unwrap();
     let mut oracle = Oracle { newest: found_disk(), ..Oracle::default() };
-    oracle.points.insert(At { epoch: 1, number: 0 }, found_disk());
+    oracle.points.insert(At::entry(1, 0), found_disk());
     let mut appended = 0;
     let mut promises = vec![(files.trace().len(), oracle.clone())];
     for step in steps {
@@ -222,10 +222,7 @@ fn play(steps: &[Step]) -> Played {
                 oracle.committed = appended;
                 promises.push((files.trace().len(), oracle.clone()));
                 store.applier.close_epoch(&mut store.journal, NOW).unwrap();
-                store
-                    .applier
-                    .begin_epoch(&mut store.journal, EpochCause::Time, POSITION, (0, 0), NOW)
-                    .unwrap();
+                store.applier.begin_epoch(&mut store.journal, EpochCause::Time, POSITION, None, NOW).unwrap();
             }
             Step::Rollback(share) => {
                 // What waits is applied first.
@@ -242,12 +239,12 @@ fn play(steps: &[Step]) -> Played {
                 rollback(&mut store.journal, &mut store.applier, at, POSITION, NOW).unwrap();
                 oracle.newest = oracle.rolling.take().unwrap();
                 let rolled = store.journal.shape().disks[&DISK].epochs.last().unwrap().opened;
-                oracle.points.insert(At { epoch: rolled.epoch, number: rolled.after }, oracle.newest.clone());
+                oracle.points.insert(At::entry(rolled.epoch, rolled.after), oracle.newest.clone());
                 let opened = store
                     .applier
-                    .begin_epoch(&mut store.journal, EpochCause::Time, POSITION, (0, 0), NOW)
+                    .begin_epoch(&mut store.journal, EpochCause::Time, POSITION, None, NOW)
                     .unwrap();
-                oracle.points.insert(At { epoch: opened, number: appended }, oracle.newest.clone());
+                oracle.points.insert(At::entry(opened, appended), oracle.newest.clone());
             }
             Step::Release => {
                 store.journal.commit(NOW).unwrap();
@@ -281,7 +278,7 @@ impl Oracle {
     fn applied_through(&mut self, through: u64, epoch: u64) {
         while let Some(entry) = self.ahead.first_entry().filter(|entry| *entry.key() <= through) {
             let (number, disk) = entry.remove_entry();
-            self.points.insert(At { epoch, number }, disk.clone());
+            self.points.insert(At::entry(epoch, number), disk.clone());
             self.newest = disk;
             self.applied = number;
         }
@@ -311,7 +308,7 @@ fn check(files: &MemoryFiles, promise: &Oracle, full: bool) -> Result<(), Journa
     // What was ahead was applied in the epoch that is open now, or in the one it was applied in before.
     for (number, disk) in promise.ahead.range(..=newest) {
         let epoch = store.journal.shape().disks[&DISK].epoch_of(*number).unwrap().opened.epoch;
-        assert_eq!(&store.view(At { epoch, number: *number })?, disk, "entry {number} in epoch {epoch}");
+        assert_eq!(&store.view(At::entry(epoch, *number))?, disk, "entry {number} in epoch {epoch}");
     }
     Ok(())
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use reprotect_engine::checksum::{UnitHash, unit_hash};
-use reprotect_engine::format::batch::Mark;
+use reprotect_engine::format::batch::{Mark, Stretch};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::message::{CompareRequestHead, ErrorCode, Message};
 use reprotect_engine::format::segment::EntryKind;
@@ -75,9 +75,13 @@ impl Writer {
     fn handle(&mut self, input: Opened) {
         let now = mono_clock();
         match input {
-            Opened::Batch(session, header, records, body) => self.accept(EntryKind::Batch, body, |disk| {
-                disk.handle_batch(now, session, &header, records);
-            }),
+            Opened::Batch(session, header, records, body) => {
+                let kind = match header.stretch {
+                    Stretch::Ordered => EntryKind::Ordered,
+                    Stretch::Diff => EntryKind::Batch,
+                };
+                self.accept(kind, body, |disk| disk.handle_batch(now, session, &header, records));
+            }
             Opened::Bulk(session, header, records, body) => self.accept(EntryKind::Bulk, body, |disk| {
                 disk.handle_bulk(now, session, &header, records);
             }),

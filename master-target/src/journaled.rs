@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use reprotect_engine::compress::Decompressor;
-use reprotect_engine::format::batch::{Mark, MarkClass, decode_batch};
+use reprotect_engine::format::batch::{Mark, MarkCause, MarkClass, decode_batch};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::RecordKind;
 use reprotect_engine::format::manifest::{DiskAdded, Edit, EpochCause, PointKept};
@@ -105,7 +105,7 @@ impl Journaled {
             // The daemon ended between two undo epochs; nothing is applied outside of one (I1).
             let position =
                 Position { lineage: state.lineage, generation: state.generation, sequence: state.sequence };
-            applier.begin_epoch(journal, EpochCause::Time, position, (0, 0), now)?;
+            applier.begin_epoch(journal, EpochCause::Time, position, None, now)?;
         }
         let redone = redo(journal, &mut applier, now)?;
         if redone > 0 {
@@ -144,7 +144,7 @@ impl Journaled {
             return Ok(());
         }
         let epoch = self.begin_epoch(EpochCause::First)?;
-        let at = At { epoch, number: self.applier.applied().number };
+        let at = At::entry(epoch, self.applier.applied().number);
         self.keep_point(at, wall_clock(), MarkClass::Frozen, "as-found")
     }
 
@@ -282,7 +282,7 @@ impl Journaled {
         let Some((number, mark)) = self.last_mark else { return Ok(()) };
         if self.state.mode == PassMode::Done && !self.is_tracked()? {
             let epoch = self.begin_epoch(EpochCause::First)?;
-            self.keep_point(At { epoch, number }, mark.source_time, mark.class, "")?;
+            self.keep_point(At::entry(epoch, number), mark.source_time, mark.class, "")?;
         }
         Ok(())
     }
@@ -294,7 +294,7 @@ impl Journaled {
             return Ok(());
         }
         let epoch = self.end_epoch()?;
-        self.keep_point(At { epoch, number }, mark.source_time, mark.class, "")?;
+        self.keep_point(At::entry(epoch, number), mark.source_time, mark.class, "")?;
         self.begin_epoch(EpochCause::Time)?;
         Ok(())
     }
@@ -312,7 +312,7 @@ impl Journaled {
     fn begin_epoch(&mut self, cause: EpochCause) -> Result<u64, JournalError> {
         let position = self.position();
         let mut locked = self.retention.lock();
-        self.applier.begin_epoch(locked.get()?, cause, position, (0, 0), wall_clock())
+        self.applier.begin_epoch(locked.get()?, cause, position, None, wall_clock())
     }
 
     /// Ends the undo epoch; what was applied in it is durably said to be first.
@@ -346,6 +346,7 @@ impl Journaled {
             pinned: false,
             degraded: false,
             name: Text::new(name),
+            cause: MarkCause::Pass,
         };
         self.retention.lock().get()?.edit(&[Edit::PointKept(point)], wall_clock())
     }
@@ -399,7 +400,7 @@ impl Journaled {
         self.flushed();
         let number = self.applier.applied().number;
         let name = format!("before-rollback-{before}");
-        self.keep_point(At { epoch: before, number }, wall_clock(), MarkClass::Fuzzy, &name)?;
+        self.keep_point(At::entry(before, number), wall_clock(), MarkClass::Fuzzy, &name)?;
         self.begin_epoch(EpochCause::Time)?;
         Ok(done)
     }
@@ -441,7 +442,7 @@ pub fn point_id(disk: DiskId, at: At) -> [u8; 16] {
 /// When a batch cannot be read back.
 pub fn newest_state(journal: &mut Journal, log: &DiskLog) -> Result<Option<DiskState>, JournalError> {
     let Some((mut state, place)) = log.state.clone() else { return Ok(None) };
-    for entry in log.entries.iter().filter(|entry| entry.place > place && entry.kind == EntryKind::Batch) {
+    for entry in log.entries.iter().filter(|entry| entry.place > place && entry.kind.is_batch()) {
         let (_, body) = journal.read(entry.place)?;
         let (header, records) = decode_batch(body.into()).map_err(|source| JournalError::Format {
             path: journal.folder().into(),

@@ -46,7 +46,7 @@ pub fn list(registry: &Registry, disk: DiskId) -> anyhow::Result<Vec<PointInfo>>
         points.insert(at, info(at, mark.class, mark.source_time.0, "", false, false));
     }
     for kept in shape.points.values() {
-        let at = At { epoch: kept.epoch, number: kept.number };
+        let at = At::entry(kept.epoch, kept.number);
         let name = kept.name.as_str();
         points.insert(at, info(at, kept.class, kept.source_time.0, name, kept.pinned, kept.degraded));
     }
@@ -72,7 +72,7 @@ fn marks(journal: &mut Journal, disk: DiskId, shape: &DiskShape) -> Result<Vec<(
         }
         let (_, body) = journal.read(entry.place)?;
         if let Ok(mark) = Mark::read_exact(&body) {
-            found.push((At { epoch: epoch.opened.epoch, number: entry.number }, mark));
+            found.push((At::entry(epoch.opened.epoch, entry.number), mark));
         }
     }
     Ok(found)
@@ -113,7 +113,7 @@ pub fn find(registry: &Registry, disk: DiskId, name: &str) -> anyhow::Result<At>
         }
     })?;
     let (epoch, number) = point.point.split_once('.').context("a point is EPOCH.NUMBER")?;
-    Ok(At { epoch: epoch.parse()?, number: number.parse()? })
+    Ok(At::entry(epoch.parse()?, number.parse()?))
 }
 
 /// Runs on a disk's thread; a disk that stands says so.

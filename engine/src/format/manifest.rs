@@ -11,7 +11,7 @@
 //! to the next 4 KiB.
 
 use super::FormatError;
-use super::batch::MarkClass;
+use super::batch::{MarkCause, MarkClass};
 use super::segment::JournalId;
 use super::wire::{Text, wire, wire_enum};
 use crate::checksum::crc32;
@@ -213,11 +213,13 @@ wire! {
         time: Timestamp,
         /// For a rollback: the undo epoch it goes back into …
         to_epoch: u64,
-        /// … and the last entry of that epoch that counts.
+        /// … and the last entry of that epoch that counts as a whole …
         to_number: u64,
         /// Why.
         cause: EpochCause,
-        ; reserved: [u8; 15],
+        /// … and how many records of the entry behind it count.
+        to_records: u32,
+        ; reserved: [u8; 11],
     }
 }
 
@@ -288,7 +290,9 @@ wire! {
         degraded: bool,
         /// Its name; empty without one.
         name: Text<64>,
-        ; reserved: [u8; 61],
+        /// Why its mark was placed.
+        cause: MarkCause,
+        ; reserved: [u8; 60],
     }
 }
 

@@ -80,7 +80,7 @@ wire! {
 wire_enum! {
     /// What an entry of the redo log says.
     pub enum EntryKind: u8 {
-        /// A delta batch; the body is that of the frame.
+        /// A delta batch of a DIFF stretch; the body is that of the frame.
         Batch = 1,
         /// A bulk batch; the body is a count and the ranges to be written, then that of the frame.
         Bulk = 2,
@@ -90,6 +90,9 @@ wire_enum! {
         State = 4,
         /// Entries up to a number are on the target; the body is [`Applied`].
         Applied = 5,
+        /// A delta batch of an ORDERED stretch: the disk stood as it says after each of its records. The body is that of
+        /// the frame.
+        Ordered = 6,
     }
 }
 
@@ -124,6 +127,20 @@ wire! {
         /// Bytes of that epoch's undo run that were durable before the target was written.
         undo_bytes: u64,
         ; reserved: [u8; 24],
+    }
+}
+
+impl EntryKind {
+    /// Whether it is a delta batch.
+    #[must_use]
+    pub const fn is_batch(self) -> bool {
+        matches!(self, Self::Batch | Self::Ordered)
+    }
+
+    /// Whether it has a place among the disk's entries.
+    #[must_use]
+    pub const fn is_numbered(self) -> bool {
+        matches!(self, Self::Batch | Self::Ordered | Self::Bulk | Self::Mark)
     }
 }
 
@@ -260,8 +277,7 @@ impl EntryHead {
         if head.body_bytes > FRAME_BODY_BYTES_MAX + (64 << 10) {
             return field("body_bytes", head.body_bytes.into(), "a frame's body at most");
         }
-        let numbered = matches!(head.kind, EntryKind::Batch | EntryKind::Bulk | EntryKind::Mark);
-        if numbered != (head.number > 0) {
+        if head.kind.is_numbered() != (head.number > 0) {
             return field("number", head.number, "a number for what is applied, zero for the rest");
         }
         Ok(head)

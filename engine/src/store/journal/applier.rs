@@ -23,6 +23,7 @@ use super::undo::{
     ActiveRun, BlockRange, FRAMES_START, Hole, Image, ImageData, RunHeader, RunIdentity, SealedRun,
     run_bytes_max,
 };
+use super::view::At;
 use super::window::Window;
 use super::{DiskShape, Journal};
 use crate::format::manifest::{Edit, EpochCause, EpochClosed, EpochOpened};
@@ -74,6 +75,17 @@ pub(super) fn run_name(disk: DiskId, file: RunFile) -> String {
         RunFile::Epoch(epoch) => format!("undo-{disk}-{epoch:08}"),
         RunFile::Merged(number) => format!("undo-{disk}-m{number:08}"),
     }
+}
+
+/// Which disk's undo run a file is by its name.
+pub(super) fn run_of_name(name: &str) -> Option<(DiskId, RunFile)> {
+    let (disk, file) = name.strip_prefix("undo-")?.rsplit_once('-')?;
+    let disk = DiskId::parse(disk).ok()?;
+    let file = match file.strip_prefix('m') {
+        Some(number) => RunFile::Merged(number.parse().ok()?),
+        None => RunFile::Epoch(file.parse().ok()?),
+    };
+    (run_name(disk, file) == name).then_some((disk, file))
 }
 
 impl<T: BlockFile> Applier<T> {
@@ -141,7 +153,7 @@ impl<T: BlockFile> Applier<T> {
         journal: &mut Journal,
         cause: EpochCause,
         position: Position,
-        to: (u64, u64),
+        to: Option<At>,
         now: Timestamp,
     ) -> Result<u64, JournalError> {
         let shape = shape(journal, self.disk)?;
@@ -155,9 +167,10 @@ impl<T: BlockFile> Applier<T> {
             sequence: position.sequence,
             salt: random_u64(journal.folder())?,
             time: now,
-            to_epoch: to.0,
-            to_number: to.1,
+            to_epoch: to.map_or(0, |to| to.epoch),
+            to_number: to.map_or(0, |to| to.number),
             cause,
+            to_records: to.map_or(0, |to| to.records),
         };
         // The manifest comes first: so a run file without an epoch cannot exist, and an epoch without one is empty.
         journal.edit(&[Edit::EpochOpened(opened)], now)?;
@@ -438,7 +451,7 @@ fn is_blank(journal: &Journal, path: &std::path::Path) -> Result<bool, JournalEr
     Ok(end <= FRAMES_START || file.allocated(ByteRange { start: FRAMES_START, end })?.is_empty())
 }
 
-fn identity(journal: &Journal, disk: DiskId, run: &Run) -> Result<RunIdentity, JournalError> {
+pub(super) fn identity(journal: &Journal, disk: DiskId, run: &Run) -> Result<RunIdentity, JournalError> {
     let shape = shape(journal, disk)?;
     let epoch = |number| shape.epochs.iter().find(|epoch: &&Epoch| epoch.opened.epoch == number);
     match epoch(run.first) {

@@ -65,7 +65,7 @@ pub fn entry_writes(
     decompressor: &mut Decompressor,
 ) -> Result<Vec<Write>, FormatError> {
     match kind {
-        EntryKind::Batch => opened(decode_batch(body)?.1, decompressor),
+        EntryKind::Batch | EntryKind::Ordered => opened(decode_batch(body)?.1, decompressor),
         EntryKind::Bulk => {
             let (keep, body) = take_prefix(body)?;
             let writes = opened(decode_bulk(body)?.1, decompressor)?;

@@ -10,7 +10,7 @@ use crate::error::{Answer, Severity};
 use crate::format::FormatError;
 use crate::io::BlockError;
 use crate::store::files::FilesError;
-use crate::units::DiskId;
+use crate::units::{DiskId, Timestamp};
 
 /// Why a journal cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +83,14 @@ pub enum JournalError {
         /// What is not there.
         what: String,
     },
+    /// No state of a disk is at or before what was asked for.
+    #[error("disk {disk} has no consistent state there ({}); `points` and `timeline` show what there is", oldest_text(*oldest))]
+    NoState {
+        /// The disk.
+        disk: DiskId,
+        /// Time of its oldest one.
+        oldest: Option<Timestamp>,
+    },
     /// zstd cannot be used.
     #[error("zstd cannot be used: {reason}; free some memory, then try again")]
     Zstd {
@@ -135,6 +143,13 @@ impl Answer for JournalError {
     fn severity(&self) -> Severity {
         if self.is_full() { Severity::Retry } else { Severity::Stop }
     }
+}
+
+fn oldest_text(oldest: Option<Timestamp>) -> String {
+    oldest.map_or_else(
+        || "none is kept".to_owned(),
+        |oldest| format!("the oldest is of {} s since 1970", oldest.0 / 1_000_000_000),
+    )
 }
 
 /// A random number for `path`; never zero.

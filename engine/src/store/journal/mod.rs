@@ -7,6 +7,8 @@
 //! | `recovery` | reading the redo log after a stop or a crash |
 //! | `applier` | one disk: undo run, target, and the order in which they are written |
 //! | `view` | a disk as it was at a point |
+//! | `points` | what can be had of a disk: marks, times, sequences |
+//! | `ladder`, `thin` | which points stay, and their undo runs made one |
 //! | `rollback` | a disk goes back to a point, and forward again |
 //! | `entry`, `window` | what an entry writes; many of them coalesced |
 //! | `undo` | the first before-images of one undo epoch |
@@ -19,11 +21,14 @@
 pub mod applier;
 pub mod entry;
 pub mod error;
+pub mod ladder;
 pub mod log;
 pub mod manifest;
+pub mod points;
 pub mod recovery;
 pub mod rollback;
 pub mod shape;
+pub mod thin;
 pub mod undo;
 pub mod view;
 pub mod window;
@@ -37,9 +42,11 @@ pub use log::{Place, Room};
 pub use recovery::{Damage, DiskLog, LogEntry};
 pub use shape::{DiskShape, Epoch, Run, RunFile, Shape};
 
+use crate::format::batch::Mark;
 use crate::format::disk_state::DiskState;
 use crate::format::manifest::{DiskAdded, DiskRemoved, Edit};
 use crate::format::segment::{Applied, EntryHead, EntryKind, JournalId};
+use crate::format::undo::RUN_MAGIC;
 use crate::limits::{SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MIN};
 use crate::store::files::Files;
 use crate::units::{DiskId, Timestamp};
@@ -69,6 +76,8 @@ pub struct Journal {
     disks: BTreeMap<DiskId, DiskNumbers>,
     /// Numbered entries in the log, by disk, ascending.
     entries: BTreeMap<DiskId, Vec<LogEntry>>,
+    /// Marks that were read or added, by disk and number.
+    marks: BTreeMap<(DiskId, u64), Mark>,
     /// For each segment, the disks with entries in it and their highest number there.
     segments: BTreeMap<u64, BTreeMap<DiskId, u64>>,
 }
@@ -141,7 +150,8 @@ impl Journal {
         let manifest = Manifest::create(Arc::clone(&files), folder, journal, now)?;
         let log = Log::new(Arc::clone(&files), folder, settings.segment_bytes, &[], &manifest, 0, 0);
         let (disks, entries, segments) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        Ok(Self { files, folder: folder.into(), manifest, log, disks, entries, segments })
+        let marks = BTreeMap::new();
+        Ok(Self { files, folder: folder.into(), manifest, log, disks, entries, marks, segments })
     }
 
     /// Opens an existing journal; the log goes on in a new segment.
@@ -184,7 +194,8 @@ impl Journal {
         let disks = logs.iter().map(|(disk, log)| (*disk, DiskNumbers::recovered(log))).collect();
         let entries = logs.iter().map(|(disk, log)| (*disk, log.entries.clone())).collect();
         let segments = scan.segments;
-        let journal = Self { files, folder: folder.into(), manifest, log, disks, entries, segments };
+        let marks = BTreeMap::new();
+        let journal = Self { files, folder: folder.into(), manifest, log, disks, entries, marks, segments };
         let recovered =
             Recovered { disks: logs, damage: scan.damage, torn: scan.torn, set_aside, clean: opened.clean };
         Ok((journal, recovered))
@@ -232,6 +243,7 @@ impl Journal {
         self.edit(&[Edit::DiskRemoved(DiskRemoved { disk })], now)?;
         self.disks.remove(&disk);
         self.entries.remove(&disk);
+        self.marks.retain(|(known, _), _| *known != disk);
         Ok(())
     }
 
@@ -268,6 +280,25 @@ impl Journal {
     #[must_use]
     pub fn entries(&self, disk: DiskId) -> &[LogEntry] {
         self.entries.get(&disk).map_or(&[], Vec::as_slice)
+    }
+
+    /// The mark of an entry; read once.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is no mark.
+    pub fn mark(&mut self, disk: DiskId, entry: &LogEntry) -> Result<Mark, JournalError> {
+        if let Some(mark) = self.marks.get(&(disk, entry.number)) {
+            return Ok(*mark);
+        }
+        let (_, body) = self.read(entry.place)?;
+        let remedy = "choose another point";
+        let mark = Mark::read_exact(&body).map_err(JournalError::format(
+            &self.folder,
+            entry.place.offset,
+            remedy,
+        ))?;
+        self.marks.insert((disk, entry.number), mark);
+        Ok(mark)
     }
 
     /// Adds the state of a disk with everything added before.
@@ -433,9 +464,11 @@ impl Journal {
         }
         self.log.release(&mut self.manifest, now, number)?;
         self.segments.remove(&number);
-        for entries in self.entries.values_mut() {
+        for (disk, entries) in &mut self.entries {
             let gone = entries.partition_point(|entry| entry.place.segment <= number);
-            entries.drain(..gone);
+            for entry in entries.drain(..gone) {
+                self.marks.remove(&(*disk, entry.number));
+            }
         }
         Ok(())
     }
@@ -472,6 +505,29 @@ fn is_ours(name: &str) -> bool {
         || (["manifest-", "undo-"].iter().any(|ours| name.starts_with(ours)) && !name.contains(ASIDE))
 }
 
+/// Whether a file is an undo run of this journal that was removed, replaced or never finished when the program ended:
+/// the manifest is changed first, so what it does not name and could have named before is of no use to anybody.
+fn is_leftover(
+    files: &dyn Files,
+    folder: &Path,
+    manifest: &Manifest,
+    name: &str,
+) -> Result<bool, JournalError> {
+    let Some((disk, file)) = applier::run_of_name(name) else { return Ok(false) };
+    let Some(shape) = manifest.shape().disks.get(&disk) else { return Ok(false) };
+    let once_named = match file {
+        RunFile::Epoch(epoch) => {
+            epoch <= shape.epochs.last().map_or(shape.expired, |newest| newest.opened.epoch)
+        }
+        RunFile::Merged(_) => true,
+    };
+    let head = files.read_head(&folder.join(name), undo::RunHeader::BYTES)?;
+    let ours = undo::RunHeader::read_prefix(&head)
+        .is_ok_and(|(header, _)| header.magic == RUN_MAGIC && header.journal == manifest.journal());
+    // A run whose header was not written yet is empty.
+    Ok(once_named && (ours || head.iter().all(|byte| *byte == 0)))
+}
+
 /// Sorts the files of the folder: segment files by number; names of ours that belong to nothing are moved aside.
 fn sort_files(
     files: &dyn Files,
@@ -489,6 +545,10 @@ fn sort_files(
         if let Some(slot) = log::segment_slot(&name) {
             slots.push(slot);
         } else if is_ours(&name) && !known.contains(&name) {
+            if is_leftover(files, folder, manifest, &name)? {
+                files.remove(&folder.join(&name))?;
+                continue;
+            }
             aside.push(files.set_aside(&folder.join(&name), ASIDE)?);
         }
     }

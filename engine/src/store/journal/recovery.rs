@@ -362,7 +362,7 @@ impl Scanner<'_> {
                 let applied = Applied::read_exact(body).map_err(|error| error.to_string())?;
                 disk.applied = Some((applied, place));
             }
-            EntryKind::Batch | EntryKind::Bulk | EntryKind::Mark => {
+            EntryKind::Batch | EntryKind::Ordered | EntryKind::Bulk | EntryKind::Mark => {
                 if disk.entries.last().is_some_and(|last| last.number >= head.number) {
                     return Err(format!("entry {} of disk {} comes twice", head.number, head.disk));
                 }

@@ -48,7 +48,7 @@ pub fn rollback<T: BlockFile>(
     View::open(journal, applier.disk(), at)?; // refused before anything is changed
     journal.commit(now)?;
     applier.close_epoch(journal, now)?;
-    applier.begin_epoch(journal, EpochCause::Rollback, position, (at.epoch, at.number), now)?;
+    applier.begin_epoch(journal, EpochCause::Rollback, position, Some(at), now)?;
     resume(journal, applier, now)
 }
 
@@ -65,7 +65,7 @@ pub fn resume<T: BlockFile>(
     let Some(epoch) = open.filter(|epoch| epoch.cause == EpochCause::Rollback) else {
         return Ok(RolledBack::default());
     };
-    let at = At { epoch: epoch.to_epoch, number: epoch.to_number };
+    let at = At { epoch: epoch.to_epoch, number: epoch.to_number, records: epoch.to_records };
     let view = View::open(journal, applier.disk(), at)?;
     let mut done = RolledBack::default();
     let whole = BlockRange::new(0, applier.size_sectors().div_ceil(BLOCK_SECTORS));

@@ -4,7 +4,7 @@
 //! and changes nothing; [`Shape::edits`] makes an equal shape from nothing. Epochs and runs of a disk ascend and do not
 //! overlap. Pure: no files, no clocks. Called by `manifest` and whoever asks what the journal holds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::format::manifest::{
     DiskAdded, Edit, EpochClosed, EpochOpened, EpochsExpired, PointKept, RunsMerged, SegmentOpened,
@@ -64,10 +64,44 @@ impl DiskShape {
         self.epochs.last().filter(|epoch| epoch.closed.is_none())
     }
 
-    /// The epoch an entry belongs to; `None` before the first.
+    /// The epoch an entry belongs to; `None` before the first, and in epochs that were folded away.
     #[must_use]
     pub fn epoch_of(&self, number: u64) -> Option<&Epoch> {
-        self.epochs.iter().rev().find(|epoch| number > epoch.opened.after)
+        let epoch = self.epochs.iter().rev().find(|epoch| number > epoch.opened.after)?;
+        epoch.closed.is_none_or(|closed| number <= closed.last).then_some(epoch)
+    }
+
+    /// The epoch from which on undo runs make up the disk as it was behind an entry of `epoch`: the one behind it at
+    /// its end, itself at its beginning and inside it; `None` where the epoch is not kept.
+    #[must_use]
+    pub fn runs_from(&self, epoch: u64, number: u64) -> Option<u64> {
+        let known = self.epochs.iter().find(|known| known.opened.epoch == epoch)?;
+        let at_end = known.closed.is_some_and(|closed| closed.last == number);
+        Some(if at_end { epoch + 1 } else { epoch })
+    }
+
+    /// Whether a run holds images of epochs before `from` and of later ones: what needs runs from there on is gone.
+    #[must_use]
+    pub fn is_merged_across(&self, from: u64) -> bool {
+        self.runs.iter().any(|run| run.first < from && run.last >= from)
+    }
+
+    /// Whether a point is kept that one run of all epochs from `first` to `last` would do away with.
+    #[must_use]
+    pub fn has_point_inside(&self, first: u64, last: u64) -> bool {
+        let mut needed = self.points.values().filter_map(|point| self.runs_from(point.epoch, point.number));
+        needed.any(|from| first < from && last >= from)
+    }
+
+    /// Forgets closed epochs that nothing needs: without a run's end, a point, or a rollback that names them.
+    fn fold(&mut self) {
+        let newest = self.epochs.iter().rev().find(|epoch| epoch.closed.is_some());
+        let newest = newest.map_or(0, |epoch| epoch.opened.epoch);
+        let mut needed: BTreeSet<u64> = self.points.values().map(|point| point.epoch).collect();
+        needed.extend(self.runs.iter().flat_map(|run| [run.first, run.last]));
+        needed.extend(self.epochs.iter().map(|epoch| epoch.opened.to_epoch));
+        needed.insert(newest);
+        self.epochs.retain(|epoch| epoch.closed.is_none() || needed.contains(&epoch.opened.epoch));
     }
 }
 
@@ -112,7 +146,9 @@ impl Shape {
                 Ok(())
             }
             Edit::PointDropped(dropped) => {
-                let known = self.disk(dropped.disk)?.points.remove(&dropped.point);
+                let disk = self.disk(dropped.disk)?;
+                let known = disk.points.remove(&dropped.point);
+                disk.fold();
                 known.map(|_| ()).ok_or_else(|| "a point is dropped and was not there".to_owned())
             }
         }
@@ -196,10 +232,14 @@ impl DiskShape {
         if self.runs.iter().any(|run| touched(run) && !inside(run)) {
             return Err(format!("epochs {} to {} are merged across a run", merged.first, merged.last));
         }
+        if self.has_point_inside(merged.first, merged.last) {
+            return Err(format!("epochs {} to {} are merged across a point", merged.first, merged.last));
+        }
         let at = self.runs.iter().position(inside).unwrap_or(0);
         self.runs.retain(|run| !inside(run));
         let file = RunFile::Merged(merged.run);
         self.runs.insert(at, Run { first: merged.first, last: merged.last, file, bytes: merged.run_bytes });
+        self.fold();
         Ok(())
     }
 
@@ -223,6 +263,7 @@ impl DiskShape {
             edits.push(Edit::EpochOpened(epoch.opened));
             edits.extend(epoch.closed.map(Edit::EpochClosed));
         }
+        edits.extend(self.points.values().map(|point| Edit::PointKept(*point)));
         for run in &self.runs {
             if let RunFile::Merged(number) = run.file {
                 let (first, last) = (run.first, run.last);
@@ -230,6 +271,5 @@ impl DiskShape {
                 edits.push(Edit::RunsMerged(merged));
             }
         }
-        edits.extend(self.points.values().map(|point| Edit::PointKept(*point)));
     }
 }

@@ -9,6 +9,9 @@
 //! applies them, so the target never changes under its feet. Units: bytes, sectors, entry numbers.
 //! Called by the thread that owns the target, for mounts, exports, rollbacks and verification.
 
+use std::fmt;
+use std::str::FromStr;
+
 use bytes::Bytes;
 
 use super::applier::{Applier, shape};
@@ -22,13 +25,46 @@ use crate::compress::Decompressor;
 use crate::io::{BlockFile, ByteRange, ReadAt};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockIndex, DiskId, SECTOR_BYTES, SectorRange};
 
-/// A point of a disk: an entry of an undo epoch.
+/// A point of a disk: an entry of an undo epoch, or a record inside one. As text `EPOCH.NUMBER` or
+/// `EPOCH.NUMBER+RECORDS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct At {
     /// The undo epoch.
     pub epoch: u64,
-    /// The last entry that counts; the epoch's last one or any before.
+    /// The last entry that counts as a whole; the epoch's last one or any before.
     pub number: u64,
+    /// Records of the entry behind it that count, too.
+    pub records: u32,
+}
+
+impl At {
+    /// The point behind a whole entry.
+    #[must_use]
+    pub const fn entry(epoch: u64, number: u64) -> Self {
+        Self { epoch, number, records: 0 }
+    }
+}
+
+impl fmt::Display for At {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.epoch, self.number)?;
+        if self.records > 0 { write!(f, "+{}", self.records) } else { Ok(()) }
+    }
+}
+
+impl FromStr for At {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let refused = || format!("{text} is no place of a disk; write EPOCH.NUMBER as `points` shows it");
+        let (epoch, rest) = text.split_once('.').ok_or_else(refused)?;
+        let (number, records) = rest.split_once('+').unwrap_or((rest, "0"));
+        Ok(Self {
+            epoch: epoch.parse().map_err(|_| refused())?,
+            number: number.parse().map_err(|_| refused())?,
+            records: records.parse().map_err(|_| refused())?,
+        })
+    }
 }
 
 /// A disk as it was.
@@ -58,19 +94,20 @@ impl View {
                 expired + 1
             )));
         };
-        let merged = known.runs.iter().any(|run| run.first <= at.epoch && run.last > at.epoch);
+        let from_epoch = known.runs_from(at.epoch, at.number).filter(|_| at.records == 0).unwrap_or(at.epoch);
+        let merged = known.is_merged_across(from_epoch);
         let last = epoch.closed.map_or(u64::MAX, |closed| closed.last);
-        if at.number < epoch.opened.after || at.number > last {
+        if at.number < epoch.opened.after || at.number + u64::from(at.records > 0) > last {
             return Err(gone(format!("entry {} is not in undo epoch {}", at.number, at.epoch)));
         }
         if merged {
-            return Err(gone(format!("undo epoch {} was merged with later ones", at.epoch)));
+            return Err(gone(format!("the undo run of epoch {} was made one with others", at.epoch)));
         }
-        if at.number == last {
-            return Ok(Self { disk, from_epoch: at.epoch + 1, over: Window::default() });
+        if from_epoch > at.epoch {
+            return Ok(Self { disk, from_epoch, over: Window::default() });
         }
-        let over = redo(journal, &epoch.opened, at.number, &gone)?;
-        Ok(Self { disk, from_epoch: at.epoch, over })
+        let over = redo(journal, &epoch.opened, at, &gone)?;
+        Ok(Self { disk, from_epoch, over })
     }
 
     /// The sealed runs that count now, opened. More are added as undo epochs end, so a reader asks each time.
@@ -274,13 +311,14 @@ fn joined(ranges: Vec<BlockRange>) -> Vec<BlockRange> {
     joined
 }
 
-/// The writes of an epoch's entries up to `number`, read from the redo log.
+/// The writes of an epoch's entries up to a point, read from the redo log.
 fn redo(
     journal: &mut Journal,
     epoch: &crate::format::manifest::EpochOpened,
-    number: u64,
+    at: At,
     gone: &dyn Fn(String) -> JournalError,
 ) -> Result<Window, JournalError> {
+    let number = at.number + u64::from(at.records > 0);
     let mut over = Window::default();
     let mut decompressor =
         Decompressor::new().map_err(|error| JournalError::Zstd { reason: error.to_string() })?;
@@ -298,7 +336,9 @@ fn redo(
         let (head, body) = journal.read(entry.place)?;
         let writes = entry_writes(head.kind, Bytes::from(body), &mut decompressor)
             .map_err(JournalError::format(journal.folder(), entry.place.offset, "choose another point"))?;
-        for write in writes {
+        // A batch has one write for each of its records, in their order.
+        let counts = if entry.number > at.number { at.records as usize } else { usize::MAX };
+        for write in writes.into_iter().take(counts) {
             over.put(write);
         }
         next += 1;

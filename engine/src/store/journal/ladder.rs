@@ -1,0 +1,323 @@
+//! Which points stay: the ladder of retention, and what gives way when the drive fills up.
+//!
+//! | age | what stays |
+//! |---|---|
+//! | up to `any_write` | every mark, and every write where the stream was ordered (the redo log) |
+//! | up to `every_epoch` | the end of every undo epoch |
+//! | each rung | one point in each slot of its length |
+//! | over `keep` | pinned points |
+//!
+//! In a slot the best point stays: one that all disks of its machine have, then what promises more, then the newest.
+//! Named and pinned points stay besides. A slot is looked at once all of it is old enough, so that its runs are merged
+//! once.
+//!
+//! Invariants: pure; the newest point of a disk always stays; the disks of a machine keep the same points where they
+//! have the same. Units: nanoseconds of the source's clock, by which slots are cut. Called by retention.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use crate::format::batch::MarkClass;
+use crate::units::Timestamp;
+
+/// One point in each stretch of `every`, until an age of `until`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rung {
+    /// Length of a slot.
+    pub every: Duration,
+    /// Up to this age.
+    pub until: Duration,
+}
+
+/// What is kept how long.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ladder {
+    /// The redo log is kept this long.
+    pub any_write: Duration,
+    /// Every undo epoch's end is kept this long.
+    pub every_epoch: Duration,
+    /// Then these, ascending.
+    pub rungs: Vec<Rung>,
+    /// Nothing but pinned points is older.
+    pub keep: Duration,
+    /// What pressure does not take before the last step.
+    pub guaranteed: Duration,
+}
+
+/// How full the drive is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Pressure {
+    /// Below all steps.
+    #[default]
+    None,
+    /// 70 %: told.
+    Alert,
+    /// 80 %: thinned early.
+    ThinEarly,
+    /// 85 %: nothing beyond the guaranteed.
+    Guaranteed,
+    /// 90 %: the redo log is kept only as long as it is needed.
+    ShortLog,
+    /// 95 %: the newest point and the oldest guaranteed one.
+    Least,
+    /// 98 %, or the reserve is touched: nothing more is taken in.
+    Stop,
+}
+
+impl Pressure {
+    /// The step at which a drive stands of which `used` of `total` bytes are taken; `reserve` bytes are to stay free.
+    #[must_use]
+    pub const fn of(used: u64, total: u64, reserve: u64) -> Self {
+        let total = if total == 0 { 1 } else { total };
+        if total.saturating_sub(used) < reserve {
+            return Self::Stop;
+        }
+        match used.saturating_mul(100) / total {
+            98.. => Self::Stop,
+            95.. => Self::Least,
+            90.. => Self::ShortLog,
+            85.. => Self::Guaranteed,
+            80.. => Self::ThinEarly,
+            70.. => Self::Alert,
+            _ => Self::None,
+        }
+    }
+
+    /// What it does, for people.
+    #[must_use]
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::None => "the drive has room",
+            Self::Alert => "the drive is 70 % full: add space or shorten the retention",
+            Self::ThinEarly => "the drive is 80 % full: points are thinned early",
+            Self::Guaranteed => "the drive is 85 % full: points older than the guaranteed time are dropped",
+            Self::ShortLog => "the drive is 90 % full: the redo log is kept only as long as it is needed",
+            Self::Least => "the drive is 95 % full: only the newest and the oldest guaranteed point are kept",
+            Self::Stop => "the drive is 98 % full: nothing more is taken in until there is space",
+        }
+    }
+}
+
+/// A kept point of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// The point.
+    pub id: [u8; 16],
+    /// Its time by the source's clock.
+    pub time: Timestamp,
+    /// What it promises.
+    pub class: MarkClass,
+    /// Somebody gave it a name.
+    pub named: bool,
+    /// Somebody wants it kept, or reads it now.
+    pub pinned: bool,
+    /// All disks of its machine have it.
+    pub complete: bool,
+}
+
+/// How long the redo log is kept under a pressure.
+#[must_use]
+pub const fn log_kept(ladder: &Ladder, pressure: Pressure) -> Duration {
+    if (pressure as u8) < (Pressure::ShortLog as u8) { ladder.any_write } else { Duration::ZERO }
+}
+
+/// The points of a disk that go.
+#[must_use]
+pub fn dropped(
+    points: &[Candidate],
+    ladder: &Ladder,
+    pressure: Pressure,
+    now: Timestamp,
+) -> BTreeSet<[u8; 16]> {
+    let Some(newest) = points.iter().max_by_key(|point| point.time) else { return BTreeSet::new() };
+    let mut gone = BTreeSet::new();
+    let mut slots: BTreeMap<(usize, u64), Vec<&Candidate>> = BTreeMap::new();
+    let keep = if pressure >= Pressure::Guaranteed { ladder.guaranteed } else { ladder.keep };
+    let oldest = points.iter().filter(|point| age(point, now) <= keep).min_by_key(|point| point.time);
+    for point in points.iter().filter(|point| !point.pinned && point.id != newest.id) {
+        if age(point, now) > keep || pressure >= Pressure::Least {
+            let last_resort =
+                pressure >= Pressure::Least && oldest.is_some_and(|oldest| oldest.id == point.id);
+            if !last_resort {
+                gone.insert(point.id);
+            }
+        } else if let Some(slot) = slot(point, ladder, pressure, now) {
+            slots.entry(slot).or_default().push(point);
+        }
+    }
+    for rivals in slots.into_values() {
+        let best = rivals.iter().max_by_key(|point| (point.complete, rank(point.class), point.time));
+        let best = best.map(|point| point.id);
+        gone.extend(
+            rivals.iter().filter(|point| !point.named && Some(point.id) != best).map(|point| point.id),
+        );
+    }
+    gone
+}
+
+/// The rung and slot a point stands in, if all of the slot is old enough for that rung.
+fn slot(point: &Candidate, ladder: &Ladder, pressure: Pressure, now: Timestamp) -> Option<(usize, u64)> {
+    let first = if pressure >= Pressure::ThinEarly { ladder.any_write } else { ladder.every_epoch };
+    let begins = std::iter::once(first).chain(ladder.rungs.iter().map(|rung| rung.until));
+    let rungs: Vec<(usize, &Rung, Duration)> =
+        ladder.rungs.iter().zip(begins).enumerate().map(|(at, (rung, begin))| (at, rung, begin)).collect();
+    rungs.into_iter().rev().find_map(|(at, rung, begin)| {
+        let every = nanos(rung.every).max(1);
+        let slot = point.time.0 / every;
+        let end = (slot + 1).saturating_mul(every);
+        (now.0.saturating_sub(end) >= nanos(begin) && now.0 >= end).then_some((at, slot))
+    })
+}
+
+const fn rank(class: MarkClass) -> u8 {
+    match class {
+        MarkClass::App => 3,
+        MarkClass::Frozen => 2,
+        MarkClass::Crash => 1,
+        MarkClass::Fuzzy => 0,
+    }
+}
+
+fn age(point: &Candidate, now: Timestamp) -> Duration {
+    Duration::from_nanos(now.0.saturating_sub(point.time.0))
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MINUTE: u64 = 60_000_000_000;
+    const HOUR: Duration = Duration::from_secs(3600);
+    const DAY: Duration = Duration::from_secs(86400);
+
+    fn ladder() -> Ladder {
+        Ladder {
+            any_write: 2 * HOUR,
+            every_epoch: 4 * HOUR,
+            rungs: vec![
+                Rung { every: HOUR, until: DAY },
+                Rung { every: 4 * HOUR, until: 7 * DAY },
+                Rung { every: DAY, until: 30 * DAY },
+            ],
+            keep: 30 * DAY,
+            guaranteed: 3 * HOUR,
+        }
+    }
+
+    fn point(minute: u64) -> Candidate {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&minute.to_le_bytes());
+        let time = Timestamp(minute * MINUTE);
+        Candidate { id, time, class: MarkClass::Crash, named: false, pinned: false, complete: true }
+    }
+
+    fn left(points: &[Candidate], pressure: Pressure, now: u64) -> Vec<Candidate> {
+        let gone = dropped(points, &ladder(), pressure, Timestamp(now * MINUTE));
+        points.iter().filter(|point| !gone.contains(&point.id)).copied().collect()
+    }
+
+    /// Minutes of a month of points every five minutes, thinned each hour as time goes on.
+    fn month() -> (Vec<Candidate>, u64) {
+        let mut points = Vec::new();
+        let end = 31 * 24 * 60;
+        for minute in (0..=end).step_by(5) {
+            points.push(point(minute));
+            if minute % 60 == 0 {
+                points = left(&points, Pressure::None, minute);
+            }
+        }
+        (points, end)
+    }
+
+    #[test]
+    fn a_month_of_points_becomes_the_ladder() {
+        let (points, now) = month();
+        let count = |from: u64, to: u64| {
+            points.iter().filter(|point| (from..to).contains(&(now - point.time.0 / MINUTE))).count()
+        };
+        assert_eq!(count(0, 4 * 60), 48, "every epoch for four hours");
+        assert_eq!(count(5 * 60, 24 * 60), 19, "hourly");
+        assert_eq!(count(28 * 60, 7 * 24 * 60), (7 * 24 - 28) / 4, "every four hours");
+        assert_eq!(count(8 * 24 * 60, 30 * 24 * 60), 22, "daily");
+        assert_eq!(count(30 * 24 * 60 + 1, u64::MAX), 0, "nothing older");
+    }
+
+    #[test]
+    fn in_a_slot_the_machine_wins_then_the_promise_then_the_newest_and_names_and_pins_stay() {
+        let hour = |minute: u64| point(10 * 60 + minute);
+        let mut points: Vec<Candidate> = (0..60).step_by(5).map(hour).collect();
+        points.push(point(40 * 60));
+        points[2].class = MarkClass::App;
+        points[2].complete = false;
+        points[5].class = MarkClass::App;
+        points[3].named = true;
+        points[4].pinned = true;
+        points[11].class = MarkClass::Fuzzy;
+        let ids: Vec<u64> =
+            left(&points, Pressure::None, 40 * 60).iter().map(|p| p.time.0 / MINUTE).collect();
+        assert_eq!(ids, [615, 620, 625, 2400]);
+    }
+
+    #[test]
+    fn each_step_of_pressure_keeps_less_and_the_newest_always_stays() {
+        let points: Vec<Candidate> = (0..=20 * 60).step_by(5).map(point).collect();
+        let now = 20 * 60;
+        let oldest = |pressure| now - left(&points, pressure, now)[0].time.0 / MINUTE;
+        let count = |pressure| left(&points, pressure, now).len();
+        assert_eq!(count(Pressure::None), count(Pressure::Alert));
+        assert!(count(Pressure::ThinEarly) < count(Pressure::Alert));
+        assert_eq!(oldest(Pressure::Guaranteed), 125, "the newest of the hour that was thinned early");
+        assert_eq!(left(&points, Pressure::Least, now).len(), 2);
+        assert_eq!(oldest(Pressure::Stop), 180);
+        assert_eq!(log_kept(&ladder(), Pressure::Guaranteed), 2 * HOUR);
+        assert_eq!(log_kept(&ladder(), Pressure::ShortLog), Duration::ZERO);
+    }
+
+    #[test]
+    fn pressure_has_the_documented_steps() {
+        let of = |used| Pressure::of(used, 1000, 10);
+        assert_eq!(
+            [0, 699, 700, 799, 800, 850, 900, 950, 980, 1000].map(of),
+            [
+                Pressure::None,
+                Pressure::None,
+                Pressure::Alert,
+                Pressure::Alert,
+                Pressure::ThinEarly,
+                Pressure::Guaranteed,
+                Pressure::ShortLog,
+                Pressure::Least,
+                Pressure::Stop,
+                Pressure::Stop
+            ]
+        );
+        assert_eq!(Pressure::of(10, 1000, 995), Pressure::Stop, "the reserve counts, too");
+        assert_eq!(Pressure::of(0, 0, 0), Pressure::None);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_goes_the_newest_and_the_pinned_stay_and_thinning_twice_changes_nothing(
+            minutes in proptest::collection::btree_set(0..50_000_u64, 1..60),
+            pins in proptest::collection::vec(any::<bool>(), 60),
+            later in 0..50_000_u64,
+            pressure in prop_oneof![Just(Pressure::None), Just(Pressure::ThinEarly), Just(Pressure::Guaranteed), Just(Pressure::Least)],
+        ) {
+            let points: Vec<Candidate> = minutes
+                .iter()
+                .zip(&pins)
+                .map(|(minute, pinned)| Candidate { pinned: *pinned, ..point(*minute) })
+                .collect();
+            let now = minutes.iter().max().copied().unwrap_or(0) + later;
+            let stays = left(&points, pressure, now);
+            prop_assert!(stays.contains(points.last().unwrap()));
+            prop_assert!(points.iter().filter(|point| point.pinned).all(|point| stays.contains(point)));
+            prop_assert_eq!(&left(&stays, pressure, now), &stays);
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! What can be had of a disk: its marks, and between them every write where the stream was ordered.
+//!
+//! A mark is a point while its undo epoch is kept: at the end of the epoch as long as that is, inside it as long as
+//! the redo log holds every entry of the epoch. An entry of an ORDERED stretch is a state of the disk if what came
+//! before it was one: a mark that is not fuzzy, or another such entry.
+//!
+//! Invariants: a fuzzy mark is listed and never chosen by time, sequence or as the newest; a state that is offered can
+//! be had now. Times are the source's, labels and not order: a look-up by time answers the newest state that says it
+//! is not younger. Units: entry numbers, sequences, times. Called by commands and the offline tools.
+
+use super::Journal;
+use super::applier::shape;
+use super::error::JournalError;
+use super::recovery::LogEntry;
+use super::shape::{DiskShape, Epoch};
+use super::view::At;
+use crate::format::batch::{BatchHeader, Mark, MarkCause, MarkClass};
+use crate::format::manifest::PointKept;
+use crate::format::segment::EntryKind;
+use crate::format::wire::Text;
+use crate::units::{DiskId, Sequence, Timestamp};
+
+/// A mark of a disk that can be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Point {
+    /// Where.
+    pub at: At,
+    /// The point; the parts of one machine's point have the same.
+    pub id: [u8; 16],
+    /// What it promises.
+    pub class: MarkClass,
+    /// Why its mark was placed.
+    pub cause: MarkCause,
+    /// Its time by the source's clock.
+    pub source_time: Timestamp,
+    /// The last sequence before it.
+    pub sequence: Sequence,
+    /// Its name; empty without one.
+    pub name: Text<64>,
+    /// Kept until somebody says otherwise.
+    pub pinned: bool,
+    /// It promised more once.
+    pub degraded: bool,
+    /// It outlives the redo log.
+    pub kept: bool,
+}
+
+impl Point {
+    /// Whether it is a state the disk was in.
+    #[must_use]
+    pub fn is_consistent(&self) -> bool {
+        self.class != MarkClass::Fuzzy && !self.degraded
+    }
+
+    fn kept(point: &PointKept) -> Self {
+        Self {
+            at: At::entry(point.epoch, point.number),
+            id: point.point,
+            class: point.class,
+            cause: point.cause,
+            source_time: point.source_time,
+            sequence: point.sequence,
+            name: point.name,
+            pinned: point.pinned,
+            degraded: point.degraded,
+            kept: true,
+        }
+    }
+
+    fn mark(disk: DiskId, at: At, mark: &Mark) -> Self {
+        Self {
+            at,
+            id: if mark.point == [0; 16] { own_id(disk, at) } else { mark.point },
+            class: mark.class,
+            cause: mark.cause,
+            source_time: mark.source_time,
+            sequence: mark.sequence,
+            name: mark.name,
+            pinned: false,
+            degraded: false,
+            kept: false,
+        }
+    }
+}
+
+/// The identity of a disk's point that belongs to no machine's: the same each time it is made.
+#[must_use]
+pub fn own_id(disk: DiskId, at: At) -> [u8; 16] {
+    let mut id = disk.0;
+    let place = at.epoch.to_le_bytes().into_iter().chain(at.number.to_le_bytes());
+    for (slot, byte) in id.iter_mut().zip(place) {
+        *slot ^= byte;
+    }
+    id
+}
+
+/// The marks of a disk that can be had now, oldest first.
+///
+/// # Errors
+/// When the disk is not in the journal, or a mark cannot be read.
+pub fn points(journal: &mut Journal, disk: DiskId) -> Result<Vec<Point>, JournalError> {
+    let known = shape(journal, disk)?.clone();
+    let mut points: Vec<Point> = known.points.values().map(Point::kept).collect();
+    let first = first_entry(journal, disk);
+    for entry in of_kind(journal, disk, EntryKind::Mark) {
+        let Some(epoch) = known.epoch_of(entry.number) else { continue };
+        let at = At::entry(epoch.opened.epoch, entry.number);
+        if !can_be_had(&known, epoch, entry.number, first) || points.iter().any(|point| point.at == at) {
+            continue;
+        }
+        points.push(Point::mark(disk, at, &journal.mark(disk, &entry)?));
+    }
+    points.sort_by_key(|point| point.at);
+    Ok(points)
+}
+
+/// Entries that are states of the disk, each run in its order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OrderedRun {
+    /// The undo epoch of each, and the entry; never empty.
+    entries: Vec<(u64, LogEntry)>,
+}
+
+impl OrderedRun {
+    /// Number of the first and the last entry.
+    #[must_use]
+    pub fn numbers(&self) -> (u64, u64) {
+        let number = |entry: Option<&(u64, LogEntry)>| entry.map_or(0, |(_, entry)| entry.number);
+        (number(self.entries.first()), number(self.entries.last()))
+    }
+}
+
+/// The runs of entries of which every write can be had, oldest first.
+///
+/// # Errors
+/// As for [`points`].
+pub fn ordered_runs(journal: &mut Journal, disk: DiskId) -> Result<Vec<OrderedRun>, JournalError> {
+    let known = shape(journal, disk)?.clone();
+    let first = first_entry(journal, disk);
+    let entries = journal.entries(disk).to_vec();
+    let mut runs: Vec<OrderedRun> = Vec::new();
+    let mut run: Vec<(u64, LogEntry)> = Vec::new();
+    let mut is_state = false;
+    let mut previous = 0;
+    for entry in entries {
+        if entry.number != previous + 1 {
+            is_state = false;
+        }
+        previous = entry.number;
+        let Some(epoch) = known.epoch_of(entry.number) else { continue };
+        if epoch.opened.after + 1 == entry.number {
+            // What an undo epoch begins with is what the one before it ended with.
+            is_state |= begins_with_state(&known, entry.number - 1);
+        }
+        match entry.kind {
+            EntryKind::Mark => is_state = journal.mark(disk, &entry)?.class != MarkClass::Fuzzy,
+            EntryKind::Ordered => {}
+            _ => is_state = false,
+        }
+        if is_state && can_be_had(&known, epoch, entry.number, first) {
+            if entry.kind == EntryKind::Ordered {
+                run.push((epoch.opened.epoch, entry));
+            }
+        } else if !run.is_empty() {
+            runs.push(OrderedRun { entries: std::mem::take(&mut run) });
+        }
+    }
+    if !run.is_empty() {
+        runs.push(OrderedRun { entries: run });
+    }
+    Ok(runs)
+}
+
+/// A state that was looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Where it is.
+    pub at: At,
+    /// Its own time, not younger than what was asked for.
+    pub source_time: Timestamp,
+    /// The last sequence in it.
+    pub sequence: Sequence,
+}
+
+/// The newest state that is not younger than `time`: a mark, or a batch of an ORDERED stretch.
+///
+/// # Errors
+/// When there is none, saying which is the oldest; or when the log cannot be read.
+pub fn at_time(journal: &mut Journal, disk: DiskId, time: Timestamp) -> Result<Found, JournalError> {
+    let marks = points(journal, disk)?;
+    let states = marks.iter().filter(|point| point.is_consistent());
+    let mut best = states.clone().rfind(|point| point.source_time <= time).map(|point| Found {
+        at: point.at,
+        source_time: point.source_time,
+        sequence: point.sequence,
+    });
+    for run in ordered_runs(journal, disk)?.iter().rev() {
+        let count = search(run, |entry| Ok(header(journal, entry)?.source_time <= time))?;
+        let Some((epoch, entry)) = count.checked_sub(1).and_then(|last| run.entries.get(last)) else {
+            continue;
+        };
+        let header = header(journal, entry)?;
+        let at = At::entry(*epoch, entry.number);
+        if best.is_none_or(|best| best.at < at) {
+            best = Some(Found { at, source_time: header.source_time, sequence: header.last_sequence() });
+        }
+        break; // older runs lie before it
+    }
+    best.ok_or_else(|| {
+        let oldest = states.clone().next().map(|point| point.source_time);
+        JournalError::NoState { disk, oldest }
+    })
+}
+
+/// The state behind a sequence, inside an ORDERED stretch or at a mark.
+///
+/// # Errors
+/// When there is none, or when the log cannot be read.
+pub fn at_sequence(journal: &mut Journal, disk: DiskId, sequence: Sequence) -> Result<Found, JournalError> {
+    for run in ordered_runs(journal, disk)? {
+        let before = search(&run, |entry| Ok(header(journal, entry)?.last_sequence() < sequence))?;
+        let Some((epoch, entry)) = run.entries.get(before) else { continue };
+        let header = header(journal, entry)?;
+        if header.first_sequence > sequence {
+            continue;
+        }
+        let records = (sequence.0 - header.first_sequence.0 + 1) as u32;
+        let at = if sequence == header.last_sequence() {
+            At::entry(*epoch, entry.number)
+        } else {
+            At { epoch: *epoch, number: entry.number - 1, records }
+        };
+        return Ok(Found { at, source_time: header.source_time, sequence });
+    }
+    let marks = points(journal, disk)?;
+    let mark = marks.iter().rfind(|point| point.sequence == sequence && point.is_consistent());
+    mark.map(|point| Found { at: point.at, source_time: point.source_time, sequence })
+        .ok_or(JournalError::NoState { disk, oldest: None })
+}
+
+/// What a stretch of time offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offer {
+    /// Every write.
+    AnyWrite,
+    /// The marks in it.
+    PointsOnly,
+    /// Marks that promise less than they did.
+    Degraded,
+    /// Entries of the log are lost.
+    Lost,
+}
+
+/// A stretch of time, by the source's clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interval {
+    /// What it offers.
+    pub offer: Offer,
+    /// From.
+    pub from: Timestamp,
+    /// To.
+    pub to: Timestamp,
+}
+
+/// What is offered from the oldest point to the newest, oldest first, without gaps.
+///
+/// # Errors
+/// As for [`points`].
+pub fn timeline(journal: &mut Journal, disk: DiskId) -> Result<Vec<Interval>, JournalError> {
+    let marks = points(journal, disk)?;
+    let mut intervals: Vec<Interval> = Vec::new();
+    for pair in marks.windows(2) {
+        let [from, to] = pair else { continue };
+        let offer = match (to.degraded, is_whole(journal, disk, from.at, to.at)) {
+            (_, false) => Offer::Lost,
+            (true, _) => Offer::Degraded,
+            _ => Offer::PointsOnly,
+        };
+        put(&mut intervals, Interval { offer, from: from.source_time, to: to.source_time });
+    }
+    for run in ordered_runs(journal, disk)? {
+        let (Some((_, first)), Some((_, last))) = (run.entries.first(), run.entries.last()) else { continue };
+        let (from, to) = (header(journal, first)?.source_time, header(journal, last)?.source_time);
+        lay(&mut intervals, Interval { offer: Offer::AnyWrite, from, to: to.max(from) });
+    }
+    Ok(intervals)
+}
+
+fn put(intervals: &mut Vec<Interval>, interval: Interval) {
+    match intervals.last_mut() {
+        Some(last) if last.offer == interval.offer => last.to = interval.to.max(last.to),
+        _ => intervals.push(interval),
+    }
+}
+
+/// Lays an interval over the others.
+fn lay(intervals: &mut Vec<Interval>, over: Interval) {
+    let mut laid = Vec::new();
+    for old in intervals.drain(..) {
+        laid.push(Interval { to: old.to.min(over.from), ..old });
+        laid.push(Interval { from: old.from.max(over.to), ..old });
+    }
+    laid.push(over);
+    // One of no length says something only if it is all there is.
+    laid.retain(|interval| interval.from < interval.to || *interval == over);
+    laid.sort_by_key(|interval| (interval.from, interval.to));
+    for interval in laid {
+        put(intervals, interval);
+    }
+}
+
+/// Whether the log has every entry between two marks, as far as it reaches back.
+fn is_whole(journal: &Journal, disk: DiskId, from: At, to: At) -> bool {
+    let entries = journal.entries(disk);
+    let inside = entries.iter().filter(|entry| entry.number > from.number && entry.number <= to.number);
+    let first = entries.first().map_or(u64::MAX, |entry| entry.number);
+    from.number + 1 < first || inside.count() as u64 == to.number.saturating_sub(from.number)
+}
+
+fn first_entry(journal: &Journal, disk: DiskId) -> u64 {
+    journal.entries(disk).first().map_or(u64::MAX, |entry| entry.number)
+}
+
+fn of_kind(journal: &Journal, disk: DiskId, kind: EntryKind) -> Vec<LogEntry> {
+    journal.entries(disk).iter().filter(|entry| entry.kind == kind).copied().collect()
+}
+
+/// Whether the disk as it was behind an entry can be had; `first` is the oldest entry of the log.
+fn can_be_had(known: &DiskShape, epoch: &Epoch, number: u64, first: u64) -> bool {
+    let Some(from) = known.runs_from(epoch.opened.epoch, number) else { return false };
+    // Inside an epoch every entry of it is needed.
+    let at_border = from > epoch.opened.epoch || number == epoch.opened.after;
+    !known.is_merged_across(from) && (at_border || epoch.opened.after + 1 >= first)
+}
+
+/// Whether the disk was in a state of its own behind entry `number`, where an undo epoch ended.
+fn begins_with_state(known: &DiskShape, number: u64) -> bool {
+    known.points.values().any(|point| point.number == number && Point::kept(point).is_consistent())
+}
+
+fn header(journal: &mut Journal, entry: &LogEntry) -> Result<BatchHeader, JournalError> {
+    let (_, body) = journal.read(entry.place)?;
+    BatchHeader::read_prefix(&body).map(|(header, _)| header).map_err(JournalError::format(
+        journal.folder(),
+        entry.place.offset,
+        "choose another point",
+    ))
+}
+
+/// How many entries of a run, from its first on, hold to a condition that the rest do not.
+fn search(
+    run: &OrderedRun,
+    mut holds: impl FnMut(&LogEntry) -> Result<bool, JournalError>,
+) -> Result<usize, JournalError> {
+    let (mut low, mut high) = (0, run.entries.len());
+    while low < high {
+        let middle = usize::midpoint(low, high);
+        let Some((_, entry)) = run.entries.get(middle) else { break };
+        if holds(entry)? { low = middle + 1 } else { high = middle }
+    }
+    Ok(low)
+}
