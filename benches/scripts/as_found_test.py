@@ -45,7 +45,7 @@ def body(lab):
     pipeline.protect(original=vmdk, overwrite=True)
     disk = pipeline.wait_synced(max(300, size / 2e6))["disk"]
     target, agent = lab.target, lab.agent
-    mount = target.command("mount", disk, "as-found")
+    mount = target.command("mount", disk, "as-found")["mounts"][0]
     run("qemu-img", "compare", "-f", "raw", "-F", "raw", copy, mount["uri"], timeout=600)
     target.command("unmount", mount["id"])
     say("  as-found, mounted: identical")
@@ -60,7 +60,7 @@ def body(lab):
     target.stop()
     same(copy, vmdk, "rolled back to as-found")
     target.start_and_wait()
-    points = target.command("points", disk)["points"]
+    points = target.command("points", disk, "--all")["points"]
     newest = next(point for point in points if point["name"].startswith("before-rollback"))
     target.command("rollback", disk, newest["name"], "--yes", timeout=600)
     agent.start_and_wait()

@@ -150,8 +150,8 @@ def demo(lab, size, kind, relay, seed):
     pipeline.wait_followed(max(120, size / 20e6), "last round")
     show_counters(pipeline, time.monotonic() - sync_begun)
     story("What the disk was can be had back: the newest recovery point is mounted over NBD and compared.")
-    points = lab.target.command("points", disk["disk"])["points"]
-    mount = lab.target.command("mount", disk["disk"], points[0]["point"])
+    points = lab.target.command("points", disk["disk"], "--all")["points"]
+    mount = lab.target.command("mount", disk["disk"], points[0]["point"])["mounts"][0]
     run("qemu-img", "compare", "-f", "raw", "-F", "raw", source.path, mount["uri"], timeout=1800)
     lab.target.command("unmount", mount["id"])
     say(f"      {len(points)} points; {points[0]['point']} is identical to the source")

@@ -49,7 +49,7 @@ def wait_point(pipeline, after):
         return disk if time.monotonic() - state["since"] >= QUIET_SECONDS else None
 
     disk = wait_for("the changes are durable and marked", settled, seconds=60, log=pipeline.lab.agent.log)
-    points = pipeline.lab.target.command("points", disk["disk"])["points"]
+    points = pipeline.lab.target.command("points", disk["disk"], "--all")["points"]
     if not points:
         raise LabError("the target lists no point")
     return disk, points[0]["point"]
@@ -58,7 +58,7 @@ def wait_point(pipeline, after):
 def compare(target, disk, point, copy):
     """Mounts a point and compares it with the copy taken at it."""
     begun = time.monotonic()
-    mount = target.command("mount", disk, point)
+    mount = target.command("mount", disk, point)["mounts"][0]
     ready = time.monotonic() - begun
     try:
         run("nbdinfo", mount["uri"])
@@ -69,7 +69,7 @@ def compare(target, disk, point, copy):
 
 
 def check_writable(target, disk, point, copy):
-    mount = target.command("mount", disk, point, "--writable")
+    mount = target.command("mount", disk, point, "--writable")["mounts"][0]
     run("qemu-io", "-f", "raw", "-c", "write -P 7 0 64k", "-c", "read -P 7 0 64k", "-c", "flush", mount["uri"])
     target.command("unmount", mount["id"])
     compare(target, disk, point, copy)
@@ -130,7 +130,7 @@ def go_back(lab, pipeline, name, path, copies, rng):
         point, copy = rng.choice(copies)
         target.command("rollback", name, point, "--yes", timeout=600)
         judge(target, path, copy, f"rolled back to {point}")
-        points = target.command("points", name)["points"]
+        points = target.command("points", name, "--all")["points"]
         newest = next(p for p in reversed(points) if p["name"].startswith("before-rollback"))
         target.command("rollback", name, newest["name"], "--yes", timeout=600)
         judge(target, path, copies[-1][1], f"forward to {newest['point']}")

@@ -22,18 +22,19 @@ use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::units::{DiskId, PeerId};
 
+use crate::admin_points;
 use crate::api::{
-    DiskInfo, InviteAnswer, InviteRequest, MachineDisk, MachineInfo, MountInfo, MountRequest, PointsAnswer,
-    PointsRequest, RevokeAnswer, RevokeRequest, RollbackAnswer, RollbackRequest, SessionInfo, StatusInfo,
-    UnmountRequest, UnprotectAnswer, UnprotectRequest,
+    DiskInfo, InviteAnswer, InviteRequest, MachineDisk, MachineInfo, RevokeAnswer, RevokeRequest,
+    SessionInfo, StatusInfo, UnprotectAnswer, UnprotectRequest,
 };
 use crate::catalogue::{Machine, ProtectedDisk, SourceDisk};
 use crate::config::Settings;
 use crate::disk_status::sector_bytes;
 use crate::explain::reason_and_remedy;
-use crate::points::{self, Mounts};
+use crate::mounts::Mounts;
 use crate::protect::{ProtectAnswer, ProtectRequest, protect};
 use crate::registry::{DiskView, Registry};
+use crate::retention_policy::RetentionPolicy;
 
 /// How long an invitation may be good for.
 const INVITATION_SECONDS: std::ops::RangeInclusive<u64> = 60..=24 * 3600;
@@ -55,6 +56,8 @@ pub struct AdminState {
     pub live: Mutex<LiveSettings>,
     /// Points that are served over NBD, and where their sockets are.
     pub mounts: (Mounts, PathBuf),
+    /// What is kept how long.
+    pub retention_policy: RetentionPolicy,
     /// Where it listens.
     pub listen: std::net::SocketAddr,
     /// When it started.
@@ -91,7 +94,7 @@ impl AdminState {
     }
 }
 
-type Shared = State<Arc<AdminState>>;
+pub(crate) type Shared = State<Arc<AdminState>>;
 
 /// The routes.
 pub fn router(state: Arc<AdminState>) -> Router {
@@ -102,10 +105,7 @@ pub fn router(state: Arc<AdminState>) -> Router {
         .route("/v1/revoke", post(revoke))
         .route("/v1/protect", post(protect_machine))
         .route("/v1/unprotect", post(unprotect))
-        .route("/v1/points", post(list_points))
-        .route("/v1/mount", post(mount))
-        .route("/v1/unmount", post(unmount))
-        .route("/v1/rollback", post(rollback))
+        .merge(admin_points::routes())
         .with_state(state)
 }
 
@@ -313,53 +313,13 @@ async fn unprotect(
     .await
 }
 
-async fn list_points(
-    State(state): Shared,
-    Json(request): Json<PointsRequest>,
-) -> Result<Json<PointsAnswer>, Refusal> {
-    blocking(move || {
-        let record = state.registry.protected(&request.disk)?;
-        let points = points::list(&state.registry, DiskId::parse(&record.disk)?)?;
-        Ok(PointsAnswer { disk: record.disk, points, mounts: state.mounts.0.list() })
-    })
-    .await
-}
-
-async fn mount(State(state): Shared, Json(request): Json<MountRequest>) -> Result<Json<MountInfo>, Refusal> {
-    let work = async {
-        let disk = DiskId::parse(&state.registry.protected(&request.disk)?.disk)?;
-        let (mounts, folder) = &state.mounts;
-        mounts.mount(&state.registry, folder, disk, &request.point, request.writable).await
-    };
-    work.await.map(Json).map_err(|error| refused(&error))
-}
-
-async fn unmount(
-    State(state): Shared,
-    Json(request): Json<UnmountRequest>,
-) -> Result<Json<MountInfo>, Refusal> {
-    state.mounts.0.unmount(&request.id).await.map(Json).map_err(|error| refused(&error))
-}
-
-async fn rollback(
-    State(state): Shared,
-    Json(request): Json<RollbackRequest>,
-) -> Result<Json<RollbackAnswer>, Refusal> {
-    blocking(move || {
-        let _alone = state.registry.changing();
-        let disk = DiskId::parse(&state.registry.protected(&request.disk)?.disk)?;
-        points::rollback(&state.registry, disk, &request.point)
-    })
-    .await
-}
-
-fn refused(error: &anyhow::Error) -> Refusal {
+pub(crate) fn refused(error: &anyhow::Error) -> Refusal {
     let (reason, remedy) = reason_and_remedy(error);
     Refusal::conflict("refused", reason, remedy)
 }
 
 /// Runs what touches files on a thread of its own; its error becomes a refusal whose text carries the remedy.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
 ) -> Result<Json<T>, Refusal> {
     match tokio::task::spawn_blocking(work).await {

@@ -176,19 +176,41 @@ pub struct PointInfo {
     pub pinned: bool,
     /// It promised more once.
     pub degraded: bool,
+    /// Its identity; the parts of one machine's point have the same.
+    pub id: String,
+    /// Why its mark was placed: `pass`, `timer`, `command` or `stop`.
+    pub cause: String,
+    /// It outlives the redo log.
+    pub kept: bool,
+    /// All disks that were asked for have it.
+    pub complete: bool,
+    /// Where it is on each disk that has it.
+    pub parts: Vec<PointPart>,
+}
+
+/// A point on one disk.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PointPart {
+    /// The disk's UUID.
+    pub disk: String,
+    /// `EPOCH.NUMBER`.
+    pub point: String,
 }
 
 /// `POST /v1/points`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PointsRequest {
-    /// UUID of a protected disk, path of its target, or `MACHINE:DISK`.
+    /// UUID of a protected disk, path of its target, `MACHINE:DISK`, or a machine: all its disks.
     pub disk: String,
+    /// Fuzzy ones, too.
+    #[serde(default)]
+    pub all: bool,
 }
 
 /// The answer to [`PointsRequest`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PointsAnswer {
-    /// The disk's UUID.
+    /// The disk's UUID; of several, with commas between.
     pub disk: String,
     /// Its points, newest first.
     pub points: Vec<PointInfo>,
@@ -201,13 +223,20 @@ pub struct PointsAnswer {
 pub struct MountRequest {
     /// As in [`PointsRequest`].
     pub disk: String,
-    /// `EPOCH.NUMBER`, a name, or `newest`.
+    /// `EPOCH.NUMBER`, a name, the first digits of an identity, `newest`, `newest-app`, `@TIME` or `seq:N`.
     pub point: String,
     /// On a throw-away overlay.
     pub writable: bool,
 }
 
-/// A mounted point; the answer to [`MountRequest`] and [`UnmountRequest`].
+/// The answer to [`MountRequest`]: one for each disk.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MountAnswer {
+    /// What was mounted.
+    pub mounts: Vec<MountInfo>,
+}
+
+/// A mounted point; the answer to [`UnmountRequest`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct MountInfo {
     /// Its name.
@@ -234,11 +263,114 @@ pub struct UnmountRequest {
 pub struct RollbackRequest {
     /// As in [`PointsRequest`].
     pub disk: String,
-    /// `EPOCH.NUMBER` or a name.
+    /// As in [`MountRequest`].
     pub point: String,
 }
 
-/// The answer to [`RollbackRequest`].
+/// `POST /v1/pin`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PinRequest {
+    /// As in [`PointsRequest`].
+    pub disk: String,
+    /// As in [`MountRequest`].
+    pub point: String,
+    /// Keep it until somebody says otherwise, or no longer; `None`: as it is.
+    pub pinned: Option<bool>,
+    /// Its new name.
+    pub name: Option<String>,
+}
+
+/// The answer to [`PinRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PinAnswer {
+    /// What was changed.
+    pub parts: Vec<PointPart>,
+}
+
+/// `POST /v1/timeline`: as [`PointsRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TimelineAnswer {
+    /// Disk by disk.
+    pub disks: Vec<DiskTimeline>,
+}
+
+/// What a disk offers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DiskTimeline {
+    /// The disk's UUID.
+    pub disk: String,
+    /// Its name on its machine.
+    pub source: String,
+    /// Stretches of time, oldest first.
+    pub intervals: Vec<IntervalInfo>,
+    /// Its consistent points, newest first.
+    pub points: Vec<PointInfo>,
+}
+
+/// A stretch of time, by the source's clock.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct IntervalInfo {
+    /// `any-write`, `point-only`, `degraded` or `lost`.
+    pub offer: String,
+    /// From.
+    pub from_ms: u64,
+    /// To.
+    pub to_ms: u64,
+}
+
+/// `GET` and `POST /v1/retention`: what is kept how long; `None` leaves a value as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct RetentionRequest {
+    /// As the configuration's `retention.any_write`.
+    pub any_write: Option<String>,
+    /// As `retention.every_epoch`.
+    pub every_epoch: Option<String>,
+    /// As `retention.rungs`.
+    pub rungs: Option<Vec<String>>,
+    /// As `retention.keep`.
+    pub keep: Option<String>,
+    /// As `retention.guaranteed`.
+    pub guaranteed: Option<String>,
+    /// Back to what the configuration says.
+    pub reset: bool,
+}
+
+/// The answer to [`RetentionRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RetentionAnswer {
+    /// The retention folder.
+    pub folder: String,
+    /// What is kept how long, as it is now.
+    pub ladder: RetentionRequest,
+    /// Whether a command changed it from what the configuration says.
+    pub changed: bool,
+    /// Bytes of the drive, and free ones.
+    pub total_bytes: u64,
+    /// Free bytes of the drive.
+    pub free_bytes: u64,
+    /// What the drive's fill does.
+    pub pressure: String,
+    /// Bytes of redo log and of undo runs.
+    pub log_bytes: u64,
+    /// Bytes of undo runs.
+    pub undo_bytes: u64,
+    /// Bytes of redo log written in the last hour.
+    pub log_bytes_last_hour: u64,
+    /// Bytes of undo runs that were finished in the last hour.
+    pub undo_bytes_last_hour: u64,
+    /// Hours of history the drive holds at that churn; `None` without any.
+    pub hours_held: Option<u64>,
+}
+
+/// The answer to [`RollbackRequest`]: one for each disk.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RollbackAnswers {
+    /// What went back.
+    pub disks: Vec<RollbackAnswer>,
+}
+
+/// A disk that went back.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RollbackAnswer {
     /// The disk's UUID.

@@ -81,8 +81,16 @@ pub enum Command {
     Protect(ProtectArgs),
     /// Stop replicating a disk; its target stays as it is.
     Unprotect(UnprotectArgs),
-    /// List the recovery points of a disk, and what is mounted.
+    /// List the recovery points of a machine or disk, and what is mounted.
     Points(PointsArgs),
+    /// Draw what can be had of a machine or disk: every write, points only, degraded, lost.
+    Timeline(TimelineArgs),
+    /// Keep a point until `unpin`, and give it a name.
+    Pin(PinArgs),
+    /// Let a pinned point go its way again.
+    Unpin(UnpinArgs),
+    /// Show or change how long points are kept, and how far the drive reaches.
+    Retention(RetentionArgs),
     /// Serve a disk as it was at a point over NBD, while replication goes on.
     Mount(MountArgs),
     /// End a mount.
@@ -244,23 +252,103 @@ pub struct UnprotectArgs {
 /// Arguments of `points`.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "A fuzzy point holds blocks of different times: it is no consistent state.\n\n\
-    Example:\n  reprotect-master-target points web1:sda")]
+    Examples:\n  reprotect-master-target points web1\n  reprotect-master-target points web1:sda --all")]
 pub struct PointsArgs {
-    /// MACHINE:DISK, the disk's UUID, or the path of its target.
+    /// MACHINE, MACHINE:DISK, the disk's UUID, or the path of its target.
     #[arg(value_name = "DISK")]
     pub disk: String,
+    /// Fuzzy points, too.
+    #[arg(long)]
+    pub all: bool,
+}
+
+/// Arguments of `timeline`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Example:\n  reprotect-master-target timeline web1")]
+pub struct TimelineArgs {
+    /// MACHINE, MACHINE:DISK, the disk's UUID, or the path of its target.
+    #[arg(value_name = "DISK")]
+    pub disk: String,
+}
+
+/// Arguments of `pin`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Example:\n  reprotect-master-target pin web1 5f3a90c1 --name before-upgrade")]
+pub struct PinArgs {
+    /// MACHINE, MACHINE:DISK, the disk's UUID, or the path of its target.
+    #[arg(value_name = "DISK")]
+    pub disk: String,
+    /// A point as `points` shows it, its name, `newest`, or a time.
+    #[arg(value_name = "POINT")]
+    pub point: String,
+    /// Its name from now on.
+    #[arg(long, value_name = "NAME", value_parser = point_name)]
+    pub name: Option<String>,
+}
+
+/// Arguments of `unpin`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Example:\n  reprotect-master-target unpin web1 before-upgrade")]
+pub struct UnpinArgs {
+    /// MACHINE, MACHINE:DISK, the disk's UUID, or the path of its target.
+    #[arg(value_name = "DISK")]
+    pub disk: String,
+    /// A point as `points` shows it, or its name.
+    #[arg(value_name = "POINT")]
+    pub point: String,
+}
+
+/// Arguments of `retention`.
+#[derive(Clone, Debug, Args)]
+#[command(
+    after_help = "Without options it shows what is kept. Changes take effect at once and outlive a restart.\n\n\
+    Examples:\n  reprotect-master-target retention\n  \
+    reprotect-master-target retention --keep 7d --rung \"1h until 24h\" --rung \"4h until 7d\""
+)]
+pub struct RetentionArgs {
+    /// Keep every write, where they were ordered, this long.
+    #[arg(long, value_name = "DURATION")]
+    pub any_write: Option<String>,
+    /// Keep the end of every undo epoch this long.
+    #[arg(long, value_name = "DURATION")]
+    pub every_epoch: Option<String>,
+    /// Beyond that, one point in each such stretch until that age: "EVERY until AGE"; may be repeated.
+    #[arg(long = "rung", value_name = "RUNG")]
+    pub rungs: Vec<String>,
+    /// Keep no point longer than this.
+    #[arg(long, value_name = "DURATION")]
+    pub keep: Option<String>,
+    /// When the drive fills up, take younger points last.
+    #[arg(long, value_name = "DURATION")]
+    pub guaranteed: Option<String>,
+    /// Back to what the configuration says.
+    #[arg(long)]
+    pub reset: bool,
+}
+
+/// A name that is not mistaken for anything else one may write for a point.
+fn point_name(text: &str) -> Result<String, String> {
+    let reserved =
+        ["newest", "newest-app"].contains(&text) || text.starts_with("seq:") || text.starts_with('@');
+    if text.is_empty() || text.len() > 60 || reserved || text.chars().any(char::is_control) {
+        return Err(
+            "write 1 to 60 characters, no \"newest\", and nothing that begins with @ or seq:".to_owned()
+        );
+    }
+    Ok(text.to_owned())
 }
 
 /// Arguments of `mount`.
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "Prints the address; `nbdinfo`, `nbdcopy`, `qemu-img` and `nbdfuse` take it.\n\n\
     Examples:\n  reprotect-master-target mount web1:sda newest\n  \
+    reprotect-master-target mount web1 @2026-11-23T14:05:00Z --writable\n  \
     qemu-img convert \"$(reprotect-master-target mount web1:sda 3.152)\" point.raw")]
 pub struct MountArgs {
-    /// MACHINE:DISK, the disk's UUID, or the path of its target.
+    /// MACHINE (all its disks), MACHINE:DISK, the disk's UUID, or the path of its target.
     #[arg(value_name = "DISK")]
     pub disk: String,
-    /// A point as `points` shows it, its name, or `newest`.
+    /// A point as `points` shows it, its name, `newest`, `newest-app`, `@TIME`, `@-5m`, or `seq:N`.
     #[arg(value_name = "POINT")]
     pub point: String,
     /// Let clients write; what they write is thrown away with the mount.
@@ -284,10 +372,10 @@ pub struct UnmountArgs {
     before-rollback-N), or power the machine on from it.\n\nExample:\n  reprotect-master-target rollback web1:sda 3.152"
 )]
 pub struct RollbackArgs {
-    /// MACHINE:DISK, the disk's UUID, or the path of its target.
+    /// MACHINE (all its disks), MACHINE:DISK, the disk's UUID, or the path of its target.
     #[arg(value_name = "DISK")]
     pub disk: String,
-    /// A point as `points` shows it, or its name.
+    /// As for `mount`.
     #[arg(value_name = "POINT")]
     pub point: String,
     /// Do not ask.

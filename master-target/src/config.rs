@@ -18,6 +18,7 @@ use reprotect_engine::limits::{
 };
 use reprotect_engine::net::credentials::Credentials;
 use reprotect_engine::net::identity::is_site_name;
+use reprotect_engine::store::journal::ladder::{Ladder, Rung};
 use serde::{Deserialize, Serialize};
 
 use crate::retention::RetentionSettings;
@@ -58,8 +59,16 @@ pub struct RetentionConfig {
     pub undo_epoch: DurationText,
     /// How long the redo log is kept.
     pub any_write: DurationText,
+    /// How long every undo epoch's end is kept.
+    pub every_epoch: DurationText,
+    /// What is kept beyond that.
+    pub rungs: Vec<String>,
     /// How long points are kept.
     pub keep: DurationText,
+    /// What a full drive does not take.
+    pub guaranteed: DurationText,
+    /// What stays free on the drive.
+    pub reserve: ByteSize,
     /// Length of a segment of the redo log.
     pub segment_bytes: ByteSize,
 }
@@ -71,7 +80,11 @@ impl Default for RetentionConfig {
             path: None,
             undo_epoch: DurationText(Duration::from_secs(300)),
             any_write: DurationText(Duration::from_secs(2 * HOUR)),
+            every_epoch: DurationText(Duration::from_secs(4 * HOUR)),
+            rungs: vec!["1h until 24h".to_owned(), "4h until 7d".to_owned(), "1d until 30d".to_owned()],
             keep: DurationText(Duration::from_secs(24 * HOUR)),
+            guaranteed: DurationText(Duration::from_secs(2 * HOUR)),
+            reserve: ByteSize(2 << 30),
             segment_bytes: ByteSize(SEGMENT_BYTES_DEFAULT),
         }
     }
@@ -95,7 +108,7 @@ impl Default for RawConfig {
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 17] = [
+pub const KEYS: [KeyDoc; 21] = [
     KeyDoc {
         key: "state_dir",
         about: "Where the certificate authority, the machines and their progress are kept; setting it moves the admin socket there too.",
@@ -164,6 +177,34 @@ pub const KEYS: [KeyDoc; 17] = [
         about: "The redo log is kept this long; within it every mark can be had.",
         unit: "duration from 0s to 30d",
         cost: "disk space for every change of that time, as it was sent",
+        example: "",
+    },
+    KeyDoc {
+        key: "retention.every_epoch",
+        about: "The end of every undo epoch is kept this long; at least as long as any_write.",
+        unit: "duration from 0s to 30d",
+        cost: "disk space: runs are merged only when they are older",
+        example: "",
+    },
+    KeyDoc {
+        key: "retention.rungs",
+        about: "Older points are thinned: one in each stretch of this length, until this age. The best stays: one that all disks of the machine have, then application-consistent ones, then the newest. Named and pinned points are not thinned.",
+        unit: "list of \"EVERY until AGE\", ascending; what is older than keep goes all the same",
+        cost: "disk space for what was overwritten between two of them",
+        example: "",
+    },
+    KeyDoc {
+        key: "retention.guaranteed",
+        about: "When the drive fills up, points younger than this go last.",
+        unit: "duration from 0s to 365d",
+        cost: "a longer one stops replication earlier on a full drive",
+        example: "",
+    },
+    KeyDoc {
+        key: "retention.reserve",
+        about: "Bytes of the retention drive that stay free, so that a full one can still recover and expire; at most a twentieth of the drive.",
+        unit: "size from 0 to 1 TiB",
+        cost: "that much disk space",
         example: "",
     },
     KeyDoc {
@@ -258,6 +299,46 @@ impl Settings {
     }
 }
 
+fn resolve_ladder(loaded: &Loaded<RawConfig>) -> Result<Ladder, ConfigError> {
+    const DAY: u64 = 24 * 3600;
+    let raw = &loaded.raw.retention;
+    let seconds = |from, to| DurationText(Duration::from_secs(from))..=DurationText(Duration::from_secs(to));
+    let any_write = loaded.in_range("retention.any_write", raw.any_write, &seconds(0, 30 * DAY))?.0;
+    let every_epoch = loaded.in_range("retention.every_epoch", raw.every_epoch, &seconds(0, 30 * DAY))?.0;
+    let rungs = rungs(&raw.rungs)
+        .map_err(|what| loaded.invalid("retention.rungs", what, "write for example \"1h until 24h\""))?;
+    Ok(Ladder {
+        any_write,
+        every_epoch: every_epoch.max(any_write),
+        rungs,
+        keep: loaded.in_range("retention.keep", raw.keep, &seconds(60, 365 * DAY))?.0,
+        guaranteed: loaded.in_range("retention.guaranteed", raw.guaranteed, &seconds(0, 365 * DAY))?.0,
+    })
+}
+
+/// Reads rungs like `1h until 24h`.
+///
+/// # Errors
+/// Says which is wrong and how.
+pub fn rungs(texts: &[String]) -> Result<Vec<Rung>, String> {
+    let mut rungs: Vec<Rung> = Vec::new();
+    for text in texts {
+        let (every, until) = text.split_once(" until ").ok_or_else(|| format!("{text} is no rung"))?;
+        let duration = |part: &str| {
+            part.trim().parse::<DurationText>().map(|duration| duration.0).map_err(|error| error.to_string())
+        };
+        let rung = Rung { every: duration(every)?, until: duration(until)? };
+        if rung.every.is_zero() || rung.until < rung.every {
+            return Err(format!("{text} keeps nothing"));
+        }
+        if rungs.last().is_some_and(|last| last.until >= rung.until || last.every > rung.every) {
+            return Err(format!("{text} is not longer than the one before it"));
+        }
+        rungs.push(rung);
+    }
+    Ok(rungs)
+}
+
 fn resolve_retention(
     loaded: &Loaded<RawConfig>,
 ) -> Result<Option<(PathBuf, RetentionSettings)>, ConfigError> {
@@ -267,8 +348,10 @@ fn resolve_retention(
     let sizes = ByteSize(SEGMENT_BYTES_MIN)..=ByteSize(4 << 30);
     let settings = RetentionSettings {
         undo_epoch: loaded.in_range("retention.undo_epoch", raw.undo_epoch, &seconds(1, DAY))?.0,
-        any_write: loaded.in_range("retention.any_write", raw.any_write, &seconds(0, 30 * DAY))?.0,
-        keep: loaded.in_range("retention.keep", raw.keep, &seconds(60, 365 * DAY))?.0,
+        ladder: resolve_ladder(loaded)?,
+        reserve_bytes: loaded
+            .in_range("retention.reserve", raw.reserve, &(ByteSize(0)..=ByteSize(1 << 40)))?
+            .0,
         segment_bytes: loaded.in_range("retention.segment_bytes", raw.segment_bytes, &sizes)?.0,
     };
     let Some(path) = &raw.path else { return Ok(None) };

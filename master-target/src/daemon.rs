@@ -32,9 +32,11 @@ use crate::admin::{AdminState, LiveSettings, router};
 use crate::authority::SiteAuthority;
 use crate::catalogue::Catalogue;
 use crate::config::Settings;
-use crate::points::Mounts;
+use crate::housekeeping;
+use crate::mounts::Mounts;
 use crate::registry::{Registry, fs_opener};
 use crate::retention::{Retention, RetentionSettings};
+use crate::retention_policy::RetentionPolicy;
 use crate::session;
 
 /// The site's name where none is configured.
@@ -90,8 +92,11 @@ pub async fn run_reloading(
     };
     let catalogue = Catalogue::open(&settings.places.state_dir)?;
     let chosen = settings.retention.clone();
+    let configured = chosen.as_ref().map(|(_, chosen)| chosen.ladder.clone());
+    let retention_policy = RetentionPolicy::new(&settings.places.state_dir, configured);
+    let policy = retention_policy.clone();
     let (registry, retention) =
-        tokio::task::spawn_blocking(move || open_disks(catalogue, limits, chosen)).await??;
+        tokio::task::spawn_blocking(move || open_disks(catalogue, limits, chosen, &policy)).await??;
     let registry = Arc::new(registry);
     let authority: Arc<dyn Authority> =
         Arc::new(SiteAuthority::new(Arc::clone(&keys.identity), Arc::clone(&keys.trust))?);
@@ -114,6 +119,7 @@ pub async fn run_reloading(
         revocations: Arc::clone(&keys.revocations),
         live: Mutex::new(LiveSettings::of(&settings)),
         mounts: (Mounts::default(), settings.places.state_dir.join("mounts")),
+        retention_policy,
         listen,
         started: Instant::now(),
     });
@@ -135,8 +141,8 @@ pub async fn run_reloading(
     state.mounts.0.stop().await;
     tokio::task::spawn_blocking(move || {
         registry.stop();
-        if let Some((retention, committer)) = retention {
-            retention.close(committer);
+        if let Some((retention, threads)) = retention {
+            retention.close(threads);
         }
     })
     .await?;
@@ -144,27 +150,32 @@ pub async fn run_reloading(
     Ok(())
 }
 
-/// The journal and the thread that commits it.
-type OpenRetention = (Arc<Retention>, std::thread::JoinHandle<()>);
+/// The journal and the threads that commit it and keep house.
+type OpenRetention = (Arc<Retention>, Vec<std::thread::JoinHandle<()>>);
 
 /// Opens the journal, where there is one, then every disk.
 fn open_disks(
     catalogue: Catalogue,
     limits: FlowLimits,
     chosen: Option<(std::path::PathBuf, RetentionSettings)>,
+    policy: &RetentionPolicy,
 ) -> anyhow::Result<(Registry, Option<OpenRetention>)> {
     let Some((folder, settings)) = chosen else {
         tracing::warn!("no `retention.path`: disks can be had at their newest state only");
         return Ok((Registry::open(catalogue, limits)?, None));
     };
     let (retention, recovered) = Retention::open(fs_opener(), &folder, settings)?;
-    let committer = retention.start().context("no thread for the retention journal")?;
+    policy.take_effect(&retention)?; // before the first points are thinned
+    let threads = vec![
+        retention.start().context("no thread for the retention journal")?,
+        housekeeping::start(&retention).context("no thread for the retention journal")?,
+    ];
     // In the log a flush is one for all disks, so the state follows each batch closely.
     let limits = FlowLimits { flush_nanos: limits.flush_nanos.min(JOURNAL_FLUSH_NANOS), ..limits };
     match Registry::open_with(catalogue, limits, fs_opener(), Some((Arc::clone(&retention), recovered))) {
-        Ok(registry) => Ok((registry, Some((retention, committer)))),
+        Ok(registry) => Ok((registry, Some((retention, threads)))),
         Err(error) => {
-            retention.close(committer);
+            retention.close(threads);
             Err(error)
         }
     }

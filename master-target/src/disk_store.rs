@@ -72,9 +72,9 @@ impl DiskStore {
     }
 
     /// A batch was accepted; its write follows.
-    pub(crate) fn accepted(&mut self, kind: EntryKind, body: Bytes) {
+    pub(crate) fn accepted(&mut self, kind: EntryKind, body: Bytes, newest: Sequence) {
         if let Self::Journaled(store) = self {
-            store.accepted(kind, body);
+            store.accepted(kind, body, newest);
         }
     }
 
@@ -121,7 +121,7 @@ impl DiskStore {
     /// Reads the target as it is with every write that returned; `None` where it is a hole.
     pub(crate) fn read(&mut self, range: ByteRange, data: &mut [u8]) -> Result<bool, NotDone> {
         if let Self::Journaled(store) = self {
-            store.apply()?;
+            store.settle(sectors(range))?;
         }
         let target: &mut Target = match self {
             Self::Direct(store) => &mut store.target,
@@ -202,6 +202,10 @@ pub(crate) fn write_pieces(target: &mut Target, pieces: &[Piece]) -> Result<(), 
         }
     }
     if writes.is_empty() { Ok(()) } else { target.write(&writes) }
+}
+
+const fn sectors(range: ByteRange) -> SectorRange {
+    SectorRange { start: range.start / SECTOR_BYTES, end: range.end.div_ceil(SECTOR_BYTES) }
 }
 
 pub(crate) const fn byte_range(range: SectorRange) -> ByteRange {

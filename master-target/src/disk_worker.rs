@@ -172,8 +172,8 @@ impl DiskWorker {
         let arena = BufferArena::new(BATCH_SLOTS, BATCH_PLAIN_BYTES_MAX as usize)?;
         let mut opener = Opener { decompressor: Decompressor::new()?, arena, status: Arc::clone(&status) };
         let mut core = TargetDisk::new(setup.state, setup.limits);
-        if matches!(setup.store, DiskStore::Journaled(_)) {
-            core.set_applied(core.durable()); // everything in the log was applied before the disk is started
+        if let DiskStore::Journaled(store) = &setup.store {
+            core.set_applied(store.applied_sequence());
         }
         let mut writer = Writer {
             disk: core,

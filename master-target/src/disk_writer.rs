@@ -282,7 +282,7 @@ impl Writer {
         let before = self.disk.writes_ordered();
         hand_in(&mut self.disk);
         if self.disk.writes_ordered() > before {
-            self.store.accepted(kind, body);
+            self.store.accepted(kind, body, self.disk.state().sequence);
         }
     }
 

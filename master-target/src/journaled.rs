@@ -2,8 +2,10 @@
 //!
 //! Invariants: entries get their numbers in the order the core accepted their batches and marks; a window is applied
 //! only when all its entries are durable, and lies in one undo epoch (I4); an undo epoch ends at a mark, once that mark
-//! is applied and APPLIED is durable; memory is bounded by `WAITING_MAX` batches. The first undo epoch of a target
-//! that we created begins at the first mark after its initial sync, of an existing one before anything is written.
+//! is applied and APPLIED is durable. The marks at which undo epochs end are told by the source's clock, so that all
+//! disks of a machine end theirs at the same marks; a named, commanded or application-consistent mark ends one, too.
+//! The first undo epoch of a target that we created begins at the first mark after its initial sync, of an existing
+//! one before anything is written. `backlog` bounds the memory.
 //! Units: entry numbers, sequences. Used by the disk's second thread only.
 
 use std::collections::VecDeque;
@@ -14,7 +16,7 @@ use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::batch::{Mark, MarkCause, MarkClass, decode_batch};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::RecordKind;
-use reprotect_engine::format::manifest::{DiskAdded, Edit, EpochCause, PointKept};
+use reprotect_engine::format::manifest::{DiskAdded, Edit, EpochCause, EpochOpened, PointKept};
 use reprotect_engine::format::message::PassMode;
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::format::wire::Text;
@@ -23,25 +25,30 @@ use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::target_disk::Piece;
 use reprotect_engine::store::journal::applier::{Applier, Position};
 use reprotect_engine::store::journal::entry::{Content, Write, bulk_prefix, entry_writes};
+use reprotect_engine::store::journal::ladder::Pressure;
+use reprotect_engine::store::journal::points::own_id;
 use reprotect_engine::store::journal::rollback::{RolledBack, resume, rollback};
 use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::window::Window;
-use reprotect_engine::store::journal::{DiskLog, DiskShape, Journal, JournalError};
+use reprotect_engine::store::journal::{DiskLog, DiskShape, Journal, JournalError, LogEntry};
 use reprotect_engine::store::target::Target;
 use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence, Timestamp};
 
+use crate::backlog::Backlog;
 use crate::disk_store::{NotDone, write_pieces};
 use crate::guard::Guard;
 use crate::retention::Retention;
 
-/// Batches that may wait to be applied: their plain bytes are held in the disk's ten buffers.
-const WAITING_MAX: usize = 4;
 /// Plain bytes of entries that are read back from the log and applied at once after a start.
 const REDO_BYTES: u64 = 16 << 20;
 
+/// A DIFF stretch is not held back any longer once this many segments of the log are its own.
+const HELD_SEGMENTS: u64 = 2;
+
 /// What the core accepted and the log does not hold yet.
 enum Coming {
-    Batch(EntryKind, Bytes),
+    /// Its kind, its body, and the newest sequence with it.
+    Batch(EntryKind, Bytes, Sequence),
     Mark(Mark),
 }
 
@@ -52,14 +59,15 @@ pub struct Journaled {
     applier: Applier<Target>,
     guard: Guard,
     coming: VecDeque<Coming>,
-    /// Coalesced writes that wait.
-    window: Window,
-    /// Batches in it.
-    waiting: usize,
+    /// What waits to be applied.
+    backlog: Backlog,
     /// Number and sequence of the newest entry.
     newest: (u64, Sequence),
+    /// The newest sequence whose state is durable.
+    durable: Sequence,
+    /// The newest sequence on the target.
     applied: Sequence,
-    /// Marks that wait with it, by their entry's number.
+    /// Marks that are not applied, by their entry's number.
     marks: VecDeque<(u64, Mark)>,
     /// The newest entry, if it is a mark and applied: an undo epoch can end there.
     last_mark: Option<(u64, Mark)>,
@@ -107,30 +115,33 @@ impl Journaled {
                 Position { lineage: state.lineage, generation: state.generation, sequence: state.sequence };
             applier.begin_epoch(journal, EpochCause::Time, position, None, now)?;
         }
-        let redone = redo(journal, &mut applier, now)?;
-        if redone > 0 {
-            tracing::info!(disk = %id, entries = redone, "the redo log was applied");
-        }
-        let newest = (applier.applied().number, state.sequence);
-        let applied = state.sequence;
-        let last_mark = newest_mark(journal, id, newest.0)?;
+        keep_last_point(journal, id, now)?;
         drop(locked);
+        let (backlog, waiting) = found(retention, &applier, &state)?;
+        let at = applier.applied().number;
+        let newest = (waiting.max(at), state.sequence);
+        let applied = match waiting > at {
+            true => applied_sequence(retention.lock().get()?, id, at, &state)?,
+            false => state.sequence,
+        };
         let mut disk = Self {
             id,
             retention: Arc::clone(retention),
             applier,
             guard,
             coming: VecDeque::new(),
-            window: Window::default(),
-            waiting: 0,
+            backlog,
             newest,
+            durable: state.sequence,
             applied,
             marks: VecDeque::new(),
-            last_mark,
+            last_mark: None,
             bulk_unflushed: false,
             unguarded: false,
             state,
         };
+        disk.redo()?;
+        disk.last_mark = newest_mark(retention.lock().get()?, id, disk.applier.applied().number)?;
         disk.guard.flushed();
         Ok(disk)
     }
@@ -153,8 +164,9 @@ impl Journaled {
         Ok(locked.get()?.shape().disks.get(&self.id).is_some_and(is_tracked))
     }
 
-    pub(crate) fn accepted(&mut self, kind: EntryKind, body: Bytes) {
-        self.coming.push_back(Coming::Batch(kind, body));
+    /// A batch was accepted; with it `newest` is the newest sequence.
+    pub(crate) fn accepted(&mut self, kind: EntryKind, body: Bytes, newest: Sequence) {
+        self.coming.push_back(Coming::Batch(kind, body, newest));
     }
 
     pub(crate) fn marked(&mut self, mark: &Mark) {
@@ -171,15 +183,13 @@ impl Journaled {
 
     /// The next batch: into the log and onto what waits.
     pub(crate) fn write(&mut self, pieces: &[Piece]) -> Result<(), NotDone> {
-        self.last_mark = None;
-        if self.waiting >= WAITING_MAX {
-            self.apply()?; // before anything of this batch is done, so that a full medium can be tried again
-        }
+        // Before anything of this batch is done, so that a full medium can be tried again.
+        self.make_room()?;
         self.append_marks()?;
-        let Some(Coming::Batch(kind, body)) = self.coming.front() else {
+        let Some(Coming::Batch(kind, body, newest)) = self.coming.front() else {
             return Err(NotDone::Failed("a batch came without its bytes".to_owned()));
         };
-        let (kind, body) = (*kind, body.clone());
+        let (kind, body, newest) = (*kind, body.clone(), *newest);
         if kind == EntryKind::Bulk && self.applier.open_epoch().is_none() {
             self.before_writing()?;
             self.bulk_unflushed = true;
@@ -189,30 +199,54 @@ impl Journaled {
         }
         let keep: Vec<SectorRange> = pieces.iter().flat_map(|piece| piece.keep.iter().copied()).collect();
         let prefix = if kind == EntryKind::Bulk { bulk_prefix(&keep) } else { Vec::new() };
-        let (number, _) =
+        let (number, place) =
             self.retention.lock().get()?.append(self.id, kind, &[&prefix, &body], wall_clock())?;
         self.coming.pop_front();
-        for piece in pieces {
-            for keep in &piece.keep {
-                self.window.put(part_of(piece, *keep));
-            }
-        }
-        self.waiting += 1;
-        self.newest.0 = number;
+        self.last_mark = None;
+        let parts = pieces.iter().flat_map(|piece| piece.keep.iter().map(|keep| part_of(piece, *keep)));
+        let holds = kind == EntryKind::Batch && self.may_hold_back();
+        self.backlog.push(number, newest, place.bytes, holds, Some(parts.collect()));
+        self.newest = (number, newest);
         Ok(())
     }
 
-    /// Marks that stand before the next batch go into the log.
-    fn append_marks(&mut self) -> Result<(), JournalError> {
+    /// Whether a DIFF stretch may wait for its mark.
+    fn may_hold_back(&self) -> bool {
+        let bytes_max = HELD_SEGMENTS * self.retention.segment_bytes();
+        self.state.mode == PassMode::Done
+            && self.backlog.log_bytes() < bytes_max
+            && self.retention.pressure() == Pressure::None
+    }
+
+    fn make_room(&mut self) -> Result<(), NotDone> {
+        if self.retention.pressure() == Pressure::Stop {
+            return Err(NotDone::Full(self.retention.no_room()));
+        }
+        if self.backlog.is_full() {
+            self.apply_ready()?;
+        }
+        if self.backlog.is_full() {
+            self.backlog.leave_to_log();
+        }
+        Ok(())
+    }
+
+    /// Marks that stand before the next batch go into the log; one at which the undo epoch ends is applied at once, so
+    /// that nothing behind it gets into the same window (I4).
+    fn append_marks(&mut self) -> Result<(), NotDone> {
         while let Some(Coming::Mark(mark)) = self.coming.front() {
             let mark = *mark;
             let body = mark.to_bytes();
-            let mut locked = self.retention.lock();
-            let (number, _) = locked.get()?.append(self.id, EntryKind::Mark, &[&body], wall_clock())?;
-            drop(locked);
+            let (number, place) =
+                self.retention.lock().get()?.append(self.id, EntryKind::Mark, &[&body], wall_clock())?;
             self.coming.pop_front();
-            self.newest.0 = number;
+            self.backlog.push(number, mark.sequence, place.bytes, false, None);
+            self.newest = (number, mark.sequence);
             self.marks.push_back((number, mark));
+            if self.is_border(number, &mark)? {
+                self.apply_ready()?;
+                self.end_epoch_at_mark()?;
+            }
         }
         Ok(())
     }
@@ -226,24 +260,82 @@ impl Journaled {
         self.retention.lock().get()?.append_state(state, wall_clock())?;
         self.retention.commit()?;
         self.state.clone_from(state);
-        self.newest.1 = state.sequence;
+        self.durable = state.sequence;
         Ok(())
     }
 
-    /// Applies what waits; answers the newest sequence on the target.
+    /// Applies what may be applied; answers the newest durable sequence on the target.
     pub(crate) fn apply(&mut self) -> Result<Sequence, NotDone> {
-        if self.waiting > 0 || !self.marks.is_empty() {
-            self.retention.commit()?;
-            if self.waiting > 0 {
-                self.before_writing()?;
-            }
-            self.apply_window()?;
-            self.flushed();
-            self.handle_marks()?;
+        self.apply_ready()?;
+        self.end_old_epoch()?;
+        Ok(self.applied.min(self.durable))
+    }
+
+    /// As [`Self::apply`], and what waits for its mark, too.
+    fn apply_all(&mut self) -> Result<(), NotDone> {
+        self.append_marks()?;
+        self.backlog.release();
+        self.apply_ready()
+    }
+
+    /// Makes the target show what it will hold in `range`.
+    pub(crate) fn settle(&mut self, range: SectorRange) -> Result<(), NotDone> {
+        if self.backlog.touches(range) { self.apply_all() } else { Ok(()) }
+    }
+
+    fn apply_ready(&mut self) -> Result<(), NotDone> {
+        let Some(through) = self.backlog.applicable() else { return Ok(()) };
+        self.retention.commit()?;
+        if self.backlog.writes().is_none_or(|window| !window.is_empty()) {
+            self.before_writing()?;
         }
-        // Also while nothing comes: an undo epoch that goes on keeps its part of the log from being given back.
-        self.end_epoch_if_due()?;
-        Ok(self.applied)
+        match self.backlog.writes() {
+            Some(window) => {
+                self.applier.write_window(window)?;
+                self.note_applied(through)?;
+            }
+            None => self.apply_from_log(through)?,
+        }
+        self.flushed();
+        Ok(self.first_epoch()?)
+    }
+
+    /// Applies entries whose writes are not in memory.
+    fn apply_from_log(&mut self, through: u64) -> Result<(), JournalError> {
+        while self.applier.applied().number < through {
+            let (window, number) = window_from_log(&self.retention, &self.applier, through)?;
+            self.applier.write_window(&window)?;
+            self.note_applied(number)?;
+        }
+        Ok(())
+    }
+
+    /// Entries up to `number` are on the target.
+    fn note_applied(&mut self, number: u64) -> Result<(), JournalError> {
+        let applied = self.applier.applied_through(number);
+        self.retention.lock().get()?.append_applied(self.id, applied, wall_clock())?;
+        if let Some(sequence) = self.backlog.applied(number) {
+            self.applied = sequence;
+        }
+        while let Some((mark_number, mark)) = self.marks.front().copied() {
+            if mark_number > number {
+                break;
+            }
+            self.marks.pop_front();
+            // One with something behind it is a point inside the epoch.
+            self.last_mark = (mark_number == number).then_some((mark_number, mark));
+        }
+        Ok(())
+    }
+
+    /// After a start: what the log holds and may be applied.
+    fn redo(&mut self) -> Result<(), JournalError> {
+        let Some(through) = self.backlog.applicable() else { return Ok(()) };
+        let from = self.applier.applied().number;
+        self.apply_from_log(through)?;
+        self.retention.lock().get()?.commit(wall_clock())?;
+        tracing::info!(disk = %self.id, entries = through - from, "the redo log was applied");
+        Ok(())
     }
 
     /// Nobody else may have written since our last flush; what we wrote since then is ours, also where it failed.
@@ -261,52 +353,63 @@ impl Journaled {
         (self.unguarded, self.bulk_unflushed) = (false, false);
     }
 
-    fn apply_window(&mut self) -> Result<(), JournalError> {
-        // Taken out of `self` only when it is on the target: a full medium is tried again with all of it.
-        self.applier.write_window(&self.window)?;
-        self.window = Window::default();
-        let number = self.newest.0;
-        let applied = self.applier.applied_through(number);
-        self.retention.lock().get()?.append_applied(self.id, applied, wall_clock())?;
-        self.waiting = 0;
-        // The state says the durable sequence; what was accepted since the last one is on the target, too.
-        self.applied = self.newest.1;
-        Ok(())
-    }
-
-    /// The marks of the window that was applied: the first undo epoch begins, or one that is old enough ends.
-    fn handle_marks(&mut self) -> Result<(), JournalError> {
-        let applied = self.applier.applied().number;
-        // One with something behind it is a point inside the epoch.
-        self.last_mark = self.marks.drain(..).next_back().filter(|(number, _)| *number == applied);
+    /// The first undo epoch of a disk whose initial sync is done begins at its first mark.
+    fn first_epoch(&mut self) -> Result<(), JournalError> {
         let Some((number, mark)) = self.last_mark else { return Ok(()) };
         if self.state.mode == PassMode::Done && !self.is_tracked()? {
             let epoch = self.begin_epoch(EpochCause::First)?;
-            self.keep_point(At::entry(epoch, number), mark.source_time, mark.class, "")?;
+            let point = self.point(At::entry(epoch, number), &mark);
+            self.retention.lock().get()?.edit(&[Edit::PointKept(point)], wall_clock())?;
         }
         Ok(())
     }
 
-    /// Ends the undo epoch at the newest mark, if it is old enough and holds anything.
-    fn end_epoch_if_due(&mut self) -> Result<(), JournalError> {
-        let Some((number, mark)) = self.last_mark else { return Ok(()) };
-        if !self.epoch_is_due(number)? {
+    /// Whether the undo epoch ends at a mark: somebody wants it kept, or a new slot of the source's clock began.
+    fn is_border(&self, number: u64, mark: &Mark) -> Result<bool, JournalError> {
+        let Some((epoch, began)) = self.epoch_began(number)? else { return Ok(false) };
+        let wanted = mark.class == MarkClass::App
+            || matches!(mark.cause, MarkCause::Command | MarkCause::Stop)
+            || !mark.name.as_str().is_empty();
+        let length = epoch_nanos(&self.retention);
+        let is_old = wall_clock().0.saturating_sub(epoch.time.0) >= length.saturating_mul(2);
+        Ok(wanted || is_old || mark.source_time.0 / length > began.0 / length)
+    }
+
+    /// Also while nothing comes: an undo epoch that goes on keeps its part of the log from being given back.
+    fn end_old_epoch(&mut self) -> Result<(), JournalError> {
+        let Some((number, _)) = self.last_mark else { return Ok(()) };
+        let Some((epoch, _)) = self.epoch_began(number)? else { return Ok(()) };
+        let age = wall_clock().0.saturating_sub(epoch.time.0);
+        if age >= epoch_nanos(&self.retention) { self.end_epoch_at_mark() } else { Ok(()) }
+    }
+
+    /// The undo epoch that goes on, if an entry up to `number` lies in it, and the source's time at its beginning.
+    fn epoch_began(&self, number: u64) -> Result<Option<(EpochOpened, Timestamp)>, JournalError> {
+        let mut locked = self.retention.lock();
+        let Some(shape) = locked.get()?.shape().disks.get(&self.id) else { return Ok(None) };
+        let open = shape.open_epoch().map(|epoch| epoch.opened).filter(|opened| opened.after < number);
+        let newest = shape.points.values().max_by_key(|point| (point.epoch, point.number));
+        let began = newest.map(|point| point.source_time);
+        Ok(open.map(|opened| (opened, began.unwrap_or(opened.time))))
+    }
+
+    /// Ends the undo epoch at the newest entry, which is a mark and applied.
+    fn end_epoch_at_mark(&mut self) -> Result<(), JournalError> {
+        let applied = self.applier.applied().number;
+        let Some((number, mark)) = self.last_mark.filter(|(number, _)| *number == applied) else {
             return Ok(());
-        }
-        let epoch = self.end_epoch()?;
-        self.keep_point(At::entry(epoch, number), mark.source_time, mark.class, "")?;
+        };
+        self.retention.commit()?; // what was applied is durably said to be
+        let Some(epoch) = self.applier.open_epoch() else { return Ok(()) };
+        let point = self.point(At::entry(epoch, number), &mark);
+        self.applier.close_epoch_at(self.retention.lock().get()?, Some(point), wall_clock())?;
+        self.last_mark = None;
         self.begin_epoch(EpochCause::Time)?;
         Ok(())
     }
 
-    /// Whether the undo epoch is old enough and an entry up to `number` lies in it.
-    fn epoch_is_due(&self, number: u64) -> Result<bool, JournalError> {
-        let mut locked = self.retention.lock();
-        let shape = locked.get()?.shape().disks.get(&self.id);
-        let open = shape.and_then(|shape| shape.open_epoch()).map(|epoch| epoch.opened);
-        let Some(opened) = open.filter(|opened| opened.after < number) else { return Ok(false) };
-        let age = wall_clock().0.saturating_sub(opened.time.0);
-        Ok(u128::from(age) >= self.retention.settings().undo_epoch.as_nanos())
+    fn point(&self, at: At, mark: &Mark) -> PointKept {
+        kept_point(self.id, at, self.applied, mark)
     }
 
     fn begin_epoch(&mut self, cause: EpochCause) -> Result<u64, JournalError> {
@@ -315,17 +418,13 @@ impl Journaled {
         self.applier.begin_epoch(locked.get()?, cause, position, None, wall_clock())
     }
 
-    /// Ends the undo epoch; what was applied in it is durably said to be first.
-    fn end_epoch(&mut self) -> Result<u64, JournalError> {
-        self.retention.commit()?;
-        let epoch = self.applier.open_epoch().unwrap_or(0);
-        let mut locked = self.retention.lock();
-        self.applier.close_epoch(locked.get()?, wall_clock())?;
-        Ok(epoch)
+    /// The newest durable sequence on the target.
+    pub(crate) fn applied_sequence(&self) -> Sequence {
+        self.applied.min(self.durable)
     }
 
     fn position(&self) -> Position {
-        Position { lineage: self.state.lineage, generation: self.state.generation, sequence: self.newest.1 }
+        Position { lineage: self.state.lineage, generation: self.state.generation, sequence: self.applied }
     }
 
     fn keep_point(
@@ -337,9 +436,9 @@ impl Journaled {
     ) -> Result<(), JournalError> {
         let point = PointKept {
             disk: self.id,
-            point: point_id(self.id, at),
+            point: own_id(self.id, at),
             number: at.number,
-            sequence: self.newest.1,
+            sequence: self.applied,
             epoch: at.epoch,
             source_time,
             class,
@@ -387,7 +486,7 @@ impl Journaled {
     /// When the point is not kept, or something cannot be written.
     pub fn rollback(&mut self, at: At) -> Result<RolledBack, JournalError> {
         // What waits comes first, or it would be applied over the point.
-        if let Err(NotDone::Full(why) | NotDone::Failed(why)) = self.apply() {
+        if let Err(NotDone::Full(why) | NotDone::Failed(why)) = self.apply_all() {
             return Err(JournalError::Failed { path: "the target".into(), why });
         }
         self.retention.commit()?;
@@ -423,17 +522,6 @@ impl Journaled {
             last.to_epoch, last.to_number
         ))
     }
-}
-
-/// The identity of a disk's point that belongs to no machine's: the same each time it is made.
-#[must_use]
-pub fn point_id(disk: DiskId, at: At) -> [u8; 16] {
-    let mut id = disk.0;
-    let place = at.epoch.to_le_bytes().into_iter().chain(at.number.to_le_bytes());
-    for (slot, byte) in id.iter_mut().zip(place) {
-        *slot ^= byte;
-    }
-    id
 }
 
 /// The newest state of a disk: what the log says, and every batch that stands behind it.
@@ -492,11 +580,113 @@ fn part_of(piece: &Piece, keep: SectorRange) -> Write {
     Write { range: keep, content }
 }
 
-/// Applies what the log holds beyond APPLIED; answers how many entries.
-fn redo(journal: &mut Journal, applier: &mut Applier<Target>, now: Timestamp) -> Result<usize, JournalError> {
+fn kept_point(disk: DiskId, at: At, sequence: Sequence, mark: &Mark) -> PointKept {
+    PointKept {
+        disk,
+        point: if mark.point == [0; 16] { own_id(disk, at) } else { mark.point },
+        number: at.number,
+        sequence,
+        epoch: at.epoch,
+        source_time: mark.source_time,
+        class: mark.class,
+        pinned: false,
+        degraded: false,
+        name: mark.name,
+        cause: mark.cause,
+    }
+}
+
+/// The daemon may have ended between the end of an undo epoch and the note of its point.
+fn keep_last_point(journal: &mut Journal, disk: DiskId, now: Timestamp) -> Result<(), JournalError> {
+    let Some(shape) = journal.shape().disks.get(&disk) else { return Ok(()) };
+    let Some(closed) = shape.epochs.iter().rev().find_map(|epoch| epoch.closed) else { return Ok(()) };
+    if shape.points.values().any(|point| point.epoch == closed.epoch) {
+        return Ok(());
+    }
+    let last = journal.entries(disk).iter().find(|entry| entry.number == closed.last).copied();
+    let Some(entry) = last.filter(|entry| entry.kind == EntryKind::Mark) else { return Ok(()) };
+    let mark = journal.mark(disk, &entry)?;
+    let point = kept_point(disk, At::entry(closed.epoch, entry.number), mark.sequence, &mark);
+    journal.edit(&[Edit::PointKept(point)], now)
+}
+
+/// What a start finds in the log and not on the target, and the newest number: what stands behind the last mark of a
+/// DIFF stretch goes on waiting.
+fn found(
+    retention: &Retention,
+    applier: &Applier<Target>,
+    state: &DiskState,
+) -> Result<(Backlog, u64), JournalError> {
+    let mut locked = retention.lock();
+    let journal = locked.get()?;
     let from = applier.applied().number;
-    let disk = applier.disk();
-    let entries: Vec<_> = journal.entries(disk).iter().filter(|entry| entry.number > from).copied().collect();
+    let entries: Vec<LogEntry> =
+        journal.entries(applier.disk()).iter().filter(|entry| entry.number > from).copied().collect();
+    let may_go = |entry: &LogEntry| entry.kind != EntryKind::Batch || state.mode != PassMode::Done;
+    let ready = entries.iter().rposition(may_go).map_or(0, |at| at + 1);
+    let border = match entries.get(..ready).and_then(<[LogEntry]>::last) {
+        Some(entry) if ready < entries.len() => sequence_of(journal, applier.disk(), entry, state)?,
+        _ => state.sequence,
+    };
+    let mut backlog = Backlog::default();
+    let known: Vec<_> = entries
+        .iter()
+        .enumerate()
+        .map(|(at, entry)| {
+            let sequence = if at < ready { border } else { state.sequence };
+            (entry.number, sequence.min(state.sequence), entry.place.bytes)
+        })
+        .collect();
+    let whole = SectorRange::new(0, state.size_sectors);
+    backlog.found_in_log(known.get(..ready).unwrap_or_default(), whole);
+    backlog.release();
+    backlog.found_in_log(known.get(ready..).unwrap_or_default(), whole);
+    Ok((backlog, entries.last().map_or(0, |entry| entry.number)))
+}
+
+/// The newest sequence with an entry.
+fn sequence_of(
+    journal: &mut Journal,
+    disk: DiskId,
+    entry: &LogEntry,
+    state: &DiskState,
+) -> Result<Sequence, JournalError> {
+    if entry.kind == EntryKind::Mark {
+        return Ok(journal.mark(disk, entry)?.sequence);
+    }
+    let (_, body) = journal.read(entry.place)?;
+    // Bulk has no sequence: what it belongs to is as new as the state.
+    Ok(decode_batch(body.into()).map_or(state.sequence, |(header, _)| header.last_sequence()))
+}
+
+/// The newest sequence on a target that stands behind the log.
+fn applied_sequence(
+    journal: &mut Journal,
+    disk: DiskId,
+    number: u64,
+    state: &DiskState,
+) -> Result<Sequence, JournalError> {
+    let entry = journal.entries(disk).iter().rfind(|entry| entry.number <= number).copied();
+    if let Some(entry) = entry {
+        return sequence_of(journal, disk, &entry, state);
+    }
+    let points = journal.shape().disks.get(&disk).map(|shape| shape.points.values().copied());
+    let newest = points.into_iter().flatten().filter(|point| point.number <= number);
+    Ok(newest.max_by_key(|point| point.number).map_or(Sequence(0), |point| point.sequence))
+}
+
+/// The writes of the next entries that are not on the target, read from the log, and the last of them.
+fn window_from_log(
+    retention: &Retention,
+    applier: &Applier<Target>,
+    through: u64,
+) -> Result<(Window, u64), JournalError> {
+    let mut locked = retention.lock();
+    let journal = locked.get()?;
+    let (disk, mut number) = (applier.disk(), applier.applied().number);
+    let wanted = number + 1..=through;
+    let entries: Vec<LogEntry> =
+        journal.entries(disk).iter().filter(|entry| wanted.contains(&entry.number)).copied().collect();
     let mut decompressor =
         Decompressor::new().map_err(|error| JournalError::Zstd { reason: error.to_string() })?;
     let mut window = Window::default();
@@ -513,13 +703,16 @@ fn redo(journal: &mut Journal, applier: &mut Applier<Target>, now: Timestamp) ->
         for write in writes {
             window.put(write);
         }
+        number = entry.number;
         if window.bytes() >= REDO_BYTES {
-            applier.apply(journal, entry.number, &std::mem::take(&mut window), now)?;
+            return Ok((window, number));
         }
     }
-    if let Some(last) = entries.last() {
-        applier.apply(journal, last.number, &window, now)?;
-        journal.commit(now)?;
-    }
-    Ok(entries.len())
+    // Numbers that are missing were lost to damage; the disk is compared for them.
+    Ok((window, through))
+}
+
+/// Length of an undo epoch.
+fn epoch_nanos(retention: &Retention) -> u64 {
+    u64::try_from(retention.undo_epoch().as_nanos()).unwrap_or(u64::MAX).max(1)
 }

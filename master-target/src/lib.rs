@@ -5,8 +5,10 @@
 //! known is in `registry` and, on disk, in `catalogue`; operators come in through `admin` and `commands`.
 
 pub mod admin;
+mod admin_points;
 pub mod api;
 pub mod authority;
+mod backlog;
 pub mod catalogue;
 pub mod checks;
 pub mod cli;
@@ -20,10 +22,13 @@ pub mod disk_worker;
 mod disk_writer;
 pub mod explain;
 pub mod guard;
+pub mod housekeeping;
 pub mod journaled;
+pub mod mounts;
 mod plan;
 pub mod points;
 pub mod protect;
 pub mod registry;
 pub mod retention;
+pub mod retention_policy;
 pub mod session;

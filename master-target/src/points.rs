@@ -1,123 +1,321 @@
-//! Recovery points of a running master target: listed, mounted over NBD, and gone back to.
+//! Recovery points of a running master target: listed, found by what an operator writes, named, pinned, gone back to.
 //!
-//! A point of a disk is called `EPOCH.NUMBER`, or by its name. Points at the end of an undo epoch outlive the redo log;
-//! points inside one can be had as long as its entries are there. A mount reads on the disk's own thread, between two
-//! windows, so replication goes on and the target never changes under a read.
+//! A point of a disk is called `EPOCH.NUMBER`; the parts of a machine's point share an identity, of which the first
+//! digits are enough, and a name where somebody gave one. What lies between marks is found by time or sequence.
 //!
-//! Invariants: a mount changes nothing; a writable one writes into a scratch file that is deleted with it; a fuzzy
-//! point is shown as what it is. Units: bytes, entry numbers. Called by `admin`.
+//! Invariants: a fuzzy point is listed only when asked for and never chosen by `newest` or a time; a machine's point is
+//! one that all its disks have. Units: entry numbers, sequences, times by the source's clock. Called by `admin`.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, anyhow, bail};
-use reprotect_engine::format::batch::{Mark, MarkClass};
-use reprotect_engine::format::segment::EntryKind;
-use reprotect_engine::io;
-use reprotect_engine::io::durable::create_dir_durable;
-use reprotect_engine::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
-use reprotect_engine::net::nbd::listen::Address;
-use reprotect_engine::net::nbd::{Export, ExportBy, Server, Settings};
-use reprotect_engine::store::journal::view::{At, View};
-use reprotect_engine::store::journal::{DiskShape, Journal, JournalError};
-use reprotect_engine::store::overlay::{Overlay, OverlayState};
-use reprotect_engine::units::DiskId;
+use reprotect_engine::format::batch::{MarkCause, MarkClass};
+use reprotect_engine::format::manifest::{Edit, PointKept};
+use reprotect_engine::format::wire::Text;
+use reprotect_engine::net::wall_clock;
+use reprotect_engine::store::journal::points::{self, Offer, Point};
+use reprotect_engine::store::journal::view::At;
+use reprotect_engine::store::journal::{Journal, JournalError};
+use reprotect_engine::units::{DiskId, Sequence, Timestamp};
 
-use crate::api::{MountInfo, PointInfo, RollbackAnswer};
+use crate::api::{DiskTimeline, IntervalInfo, PointInfo, PointPart, RollbackAnswer};
+use crate::catalogue::ProtectedDisk;
 use crate::disk_worker::DiskInputs;
 use crate::journaled::Journaled;
-use crate::registry::{Registry, fs_opener};
+use crate::registry::Registry;
 
-/// Mounts at a time.
-const MOUNTS_MAX: usize = 32;
-
-/// The points of a disk that can be had now, newest first.
-///
-/// # Errors
-/// When the disk is in no journal, or its marks cannot be read.
-pub fn list(registry: &Registry, disk: DiskId) -> anyhow::Result<Vec<PointInfo>> {
-    let retention = registry.retention().context(NO_JOURNAL)?;
-    let mut locked = retention.lock();
-    let journal = locked.get()?;
-    let shape = journal.shape().disks.get(&disk).cloned().context(NOT_YET)?;
-    let mut points: BTreeMap<At, PointInfo> = BTreeMap::new();
-    for (at, mark) in marks(journal, disk, &shape)? {
-        points.insert(at, info(at, mark.class, mark.source_time.0, "", false, false));
-    }
-    for kept in shape.points.values() {
-        let at = At::entry(kept.epoch, kept.number);
-        let name = kept.name.as_str();
-        points.insert(at, info(at, kept.class, kept.source_time.0, name, kept.pinned, kept.degraded));
-    }
-    Ok(points.into_values().rev().collect())
-}
-
-const NO_JOURNAL: &str =
+pub(crate) const NO_JOURNAL: &str =
     "this master target keeps newest states only; set `retention.path` in its configuration, then restart";
 const NOT_YET: &str = "the disk is not in the retention journal yet; wait for its initial sync";
 
-/// Marks whose entries are in the log and whose undo epoch is known.
-fn marks(journal: &mut Journal, disk: DiskId, shape: &DiskShape) -> Result<Vec<(At, Mark)>, JournalError> {
-    let entries: Vec<_> =
-        journal.entries(disk).iter().filter(|entry| entry.kind == EntryKind::Mark).copied().collect();
-    let first = journal.entries(disk).first().map_or(u64::MAX, |entry| entry.number);
-    let mut found = Vec::new();
-    for entry in entries {
-        let Some(epoch) = shape.epoch_of(entry.number) else { continue };
-        // A point inside an epoch needs every entry of it.
-        let at_end = epoch.closed.is_some_and(|closed| closed.last == entry.number);
-        if !at_end && epoch.opened.after + 1 < first {
-            continue;
-        }
-        let (_, body) = journal.read(entry.place)?;
-        if let Ok(mark) = Mark::read_exact(&body) {
-            found.push((At::entry(epoch.opened.epoch, entry.number), mark));
-        }
-    }
-    Ok(found)
+/// Works on the journal of a running master target.
+fn with_journal<T>(
+    registry: &Registry,
+    work: impl FnOnce(&mut Journal) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let retention = registry.retention().context(NO_JOURNAL)?;
+    work(retention.lock().get()?)
 }
 
-fn info(at: At, class: MarkClass, nanos: u64, name: &str, pinned: bool, degraded: bool) -> PointInfo {
-    let class = match class {
+/// The points of a disk that can be had now, oldest first.
+///
+/// # Errors
+/// When the disk is in no journal, or its marks cannot be read.
+pub(crate) fn of_disk(registry: &Registry, disk: DiskId) -> anyhow::Result<Vec<Point>> {
+    with_journal(registry, |journal| {
+        if !journal.shape().disks.contains_key(&disk) {
+            bail!(NOT_YET);
+        }
+        Ok(points::points(journal, disk)?)
+    })
+}
+
+/// A point of one or several disks.
+#[derive(Clone, Debug)]
+struct Common {
+    point: Point,
+    parts: Vec<(DiskId, At)>,
+}
+
+/// The points of disks, each with the disks that have it, oldest first by time.
+fn common(registry: &Registry, disks: &[DiskId]) -> anyhow::Result<Vec<Common>> {
+    let mut by_id: BTreeMap<[u8; 16], Common> = BTreeMap::new();
+    for disk in disks {
+        for point in of_disk(registry, *disk)? {
+            let known = by_id.entry(point.id).or_insert_with(|| Common { point, parts: Vec::new() });
+            known.point.degraded |= point.degraded;
+            known.point.pinned |= point.pinned;
+            known.parts.push((*disk, point.at));
+        }
+    }
+    let mut all: Vec<Common> = by_id.into_values().collect();
+    all.sort_by_key(|common| (common.point.source_time, common.point.at));
+    Ok(all)
+}
+
+/// The points of disks, newest first; fuzzy ones without a name only when `all` are wanted.
+///
+/// # Errors
+/// When a disk is in no journal, or its marks cannot be read.
+pub fn list(registry: &Registry, disks: &[DiskId], all: bool) -> anyhow::Result<Vec<PointInfo>> {
+    let found = common(registry, disks)?.into_iter().rev();
+    let is_named = |common: &Common| !common.point.name.as_str().is_empty();
+    let wanted = found.filter(|common| all || common.point.class != MarkClass::Fuzzy || is_named(common));
+    Ok(wanted.map(|common| info(&common, disks.len())).collect())
+}
+
+fn info(common: &Common, disks: usize) -> PointInfo {
+    let point = &common.point;
+    let class = match point.class {
         MarkClass::Crash => "crash-consistent",
         MarkClass::Frozen => "frozen",
         MarkClass::App => "application-consistent",
         MarkClass::Fuzzy => "fuzzy",
     };
+    let cause = match point.cause {
+        MarkCause::Pass => "pass",
+        MarkCause::Timer => "timer",
+        MarkCause::Command => "command",
+        MarkCause::Stop => "stop",
+    };
     PointInfo {
-        point: format!("{}.{}", at.epoch, at.number),
-        name: name.to_owned(),
+        point: if disks == 1 { point.at.to_string() } else { short(&point.id) },
+        name: point.name.as_str().to_owned(),
         class: class.to_owned(),
-        source_time_ms: nanos / 1_000_000,
-        pinned,
-        degraded,
+        source_time_ms: point.source_time.0 / 1_000_000,
+        pinned: point.pinned,
+        degraded: point.degraded,
+        id: hex(&point.id),
+        cause: cause.to_owned(),
+        kept: point.kept,
+        complete: common.parts.len() == disks,
+        parts: common
+            .parts
+            .iter()
+            .map(|(disk, at)| PointPart { disk: disk.to_string(), point: at.to_string() })
+            .collect(),
     }
 }
 
-/// The point of a name.
+fn hex(id: &[u8; 16]) -> String {
+    id.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Enough digits to find a point again.
+fn short(id: &[u8; 16]) -> String {
+    hex(id).chars().take(8).collect()
+}
+
+/// What an operator may write for a point.
+enum Asked {
+    Newest(Option<MarkClass>),
+    Time(Timestamp),
+    Sequence(Sequence),
+    Place(At),
+    Label(String),
+}
+
+impl Asked {
+    fn parse(text: &str) -> anyhow::Result<Self> {
+        Ok(match text {
+            "newest" => Self::Newest(None),
+            "newest-app" => Self::Newest(Some(MarkClass::App)),
+            _ => {
+                if let Some(sequence) = text.strip_prefix("seq:") {
+                    let sequence = sequence
+                        .parse()
+                        .map_err(|_| anyhow!("{text} is no sequence; write for example seq:4711"))?;
+                    Self::Sequence(Sequence(sequence))
+                } else if let Some(time) = parse_time(text)? {
+                    Self::Time(time)
+                } else if let Ok(at) = text.parse() {
+                    Self::Place(at)
+                } else {
+                    Self::Label(text.to_owned())
+                }
+            }
+        })
+    }
+}
+
+/// A time as an operator writes it: `@2026-11-23 07:05:00`, with or without `T`, fractions and `Z`, or `@-5m`.
+fn parse_time(text: &str) -> anyhow::Result<Option<Timestamp>> {
+    let Some(time) = text.strip_prefix('@') else { return Ok(None) };
+    let refused =
+        || anyhow!("{text} is no time; write @2026-11-23T07:05:00Z (UTC), or @-5m for five minutes ago");
+    let at = match time.strip_prefix('-') {
+        Some(ago) => {
+            let ago = humantime::parse_duration(ago).map_err(|_| refused())?;
+            SystemTime::now().checked_sub(ago).ok_or_else(refused)?
+        }
+        None => humantime::parse_rfc3339_weak(time).map_err(|_| refused())?,
+    };
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    Ok(Some(Timestamp(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))))
+}
+
+/// Where a point is on each of some disks of one machine.
 ///
 /// # Errors
-/// When there is none; the text says what there is.
-pub fn find(registry: &Registry, disk: DiskId, name: &str) -> anyhow::Result<At> {
-    let points = list(registry, disk)?;
-    let by_name = points.iter().find(|point| point.name == name || point.point == name);
-    let newest = points.first().filter(|_| name == "newest");
-    let point = by_name.or(newest).ok_or_else(|| {
-        let known: Vec<&str> = points.iter().take(5).map(|point| point.point.as_str()).collect();
-        match known.as_slice() {
-            [] => anyhow!("the disk has no point yet; wait for its next mark"),
-            known => {
-                anyhow!("there is no point {name}; the newest are {}; `points` lists all", known.join(", "))
+/// When there is none, or only some of the disks have it; the text says what there is.
+pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result<Vec<(DiskId, At)>> {
+    match Asked::parse(text)? {
+        Asked::Time(time) => {
+            let at = |disk: &DiskId| {
+                with_journal(registry, |journal| Ok((*disk, points::at_time(journal, *disk, time)?.at)))
+            };
+            disks.iter().map(at).collect()
+        }
+        Asked::Sequence(sequence) => {
+            let [disk] = disks else { bail!("a sequence is of one disk; write MACHINE:DISK") };
+            with_journal(registry, |journal| {
+                Ok(vec![(*disk, points::at_sequence(journal, *disk, sequence)?.at)])
+            })
+        }
+        Asked::Place(at) => {
+            let [disk] = disks else { bail!("{text} is a point of one disk; write MACHINE:DISK") };
+            let known = of_disk(registry, *disk)?;
+            // A record of an ordered stretch is no mark; whether it can be had is seen when it is opened.
+            if at.records == 0 && !known.iter().any(|point| point.at == at) {
+                tracing::debug!(%disk, %at, "not a mark");
+            }
+            Ok(vec![(*disk, at)])
+        }
+        Asked::Newest(class) => {
+            let all = common(registry, disks)?;
+            let fits = |common: &&Common| {
+                common.parts.len() == disks.len()
+                    && common.point.is_consistent()
+                    && class.is_none_or(|class| class == common.point.class)
+            };
+            let newest = all.iter().rev().find(fits);
+            newest.map(|common| common.parts.clone()).ok_or_else(|| nothing_newest(&all))
+        }
+        Asked::Label(label) => by_label(registry, disks, &label),
+    }
+}
+
+fn by_label(registry: &Registry, disks: &[DiskId], label: &str) -> anyhow::Result<Vec<(DiskId, At)>> {
+    let all = common(registry, disks)?;
+    let named: Vec<&Common> = all.iter().filter(|common| common.point.name.as_str() == label).collect();
+    let by_id = |common: &&Common| label.len() >= 6 && hex(&common.point.id).starts_with(label);
+    let found = if named.is_empty() { all.iter().filter(by_id).collect() } else { named };
+    match found.as_slice() {
+        [one] if one.parts.len() == disks.len() => Ok(one.parts.clone()),
+        [one] => bail!(
+            "{} of {} disks have the point {label}; name one disk as MACHINE:DISK, or choose a point that all have",
+            one.parts.len(),
+            disks.len()
+        ),
+        [] => {
+            let known: Vec<String> =
+                all.iter().rev().take(5).map(|common| info(common, disks.len()).point).collect();
+            match known.as_slice() {
+                [] => bail!("the disk has no point yet; wait for its next mark"),
+                known => bail!(
+                    "there is no point {label}; the newest are {}; `points --all` lists all",
+                    known.join(", ")
+                ),
             }
         }
+        several => bail!("{} points are called {label}; write the POINT that `points` shows", several.len()),
+    }
+}
+
+fn nothing_newest(all: &[Common]) -> anyhow::Error {
+    match all.last() {
+        None => anyhow!("there is no point yet; wait for the next mark"),
+        Some(newest) => anyhow!(
+            "there is no consistent point; the newest of any kind is {} (`points --all` lists them): make one with the agent's `mark --freeze`, or name a fuzzy one",
+            info(newest, newest.parts.len()).point
+        ),
+    }
+}
+
+/// Changes what is known of a point that outlives the redo log.
+///
+/// # Errors
+/// When the point is not there or lies inside an undo epoch, or the manifest cannot be written.
+pub fn change(
+    registry: &Registry,
+    disks: &[DiskId],
+    text: &str,
+    pinned: Option<bool>,
+    name: Option<&str>,
+) -> anyhow::Result<Vec<(DiskId, At)>> {
+    let places = find(registry, disks, text)?;
+    with_journal(registry, |journal| {
+        let mut edits = Vec::new();
+        for (disk, at) in &places {
+            let known = journal.shape().disks.get(disk).context(NOT_YET)?;
+            let kept = known.points.values().find(|point| At::entry(point.epoch, point.number) == *at);
+            let Some(kept) = kept.copied() else {
+                bail!(
+                    "point {at} lies inside an undo epoch and goes with the redo log; keep it with `export`, or make a lasting one with the agent's `mark --name`"
+                );
+            };
+            edits.push(Edit::PointChanged(PointKept {
+                pinned: pinned.unwrap_or(kept.pinned),
+                name: name.map_or(kept.name, Text::new),
+                ..kept
+            }));
+        }
+        Ok(journal.edit(&edits, wall_clock())?)
     })?;
-    let (epoch, number) = point.point.split_once('.').context("a point is EPOCH.NUMBER")?;
-    Ok(At::entry(epoch.parse()?, number.parse()?))
+    Ok(places)
+}
+
+/// What is offered, disk by disk.
+///
+/// # Errors
+/// As for [`list`].
+pub fn timeline(registry: &Registry, disks: &[ProtectedDisk]) -> anyhow::Result<Vec<DiskTimeline>> {
+    let of = |record: &ProtectedDisk| {
+        let disk = DiskId::parse(&record.disk)?;
+        let points = list(registry, &[disk], false)?;
+        let intervals = with_journal(registry, |journal| Ok(points::timeline(journal, disk)?))?;
+        let intervals = intervals
+            .iter()
+            .map(|interval| IntervalInfo {
+                offer: match interval.offer {
+                    Offer::AnyWrite => "any-write",
+                    Offer::PointsOnly => "point-only",
+                    Offer::Degraded => "degraded",
+                    Offer::Lost => "lost",
+                }
+                .to_owned(),
+                from_ms: interval.from.0 / 1_000_000,
+                to_ms: interval.to.0 / 1_000_000,
+            })
+            .collect();
+        Ok(DiskTimeline { disk: record.disk.clone(), source: record.source_name.clone(), intervals, points })
+    };
+    disks.iter().map(of).collect()
 }
 
 /// Runs on a disk's thread; a disk that stands says so.
-fn on_disk<T: Send + 'static>(
+pub(crate) fn on_disk<T: Send + 'static>(
     inputs: &DiskInputs,
     work: impl FnOnce(&mut Journaled) -> Result<T, JournalError> + Send + 'static,
 ) -> anyhow::Result<T> {
@@ -125,235 +323,74 @@ fn on_disk<T: Send + 'static>(
     Ok(answer.context("the disk is stopped, or not in the retention journal; see `status`")??)
 }
 
-/// Takes a disk back to a point, in place.
+/// Takes disks back to a point, in place, one after another.
 ///
 /// # Errors
-/// When the point is not kept, or the disk stands.
-pub fn rollback(registry: &Registry, disk: DiskId, point: &str) -> anyhow::Result<RollbackAnswer> {
-    let at = find(registry, disk, point)?;
-    let (inputs, _) = registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
-    if registry.is_connected(disk) {
+/// When the point is not kept, or a disk stands; disks before it have gone back by then, which the text says.
+pub fn rollback(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result<Vec<RollbackAnswer>> {
+    let places = find(registry, disks, text)?;
+    if disks.iter().any(|disk| registry.is_connected(*disk)) {
         bail!(
             "its agent is connected and would write on over the point; stop the agent or `unprotect` the disk first, then roll back"
         );
     }
+    let mut done = Vec::new();
+    for (disk, at) in places {
+        let went = rollback_disk(registry, disk, at);
+        let answer = went.with_context(|| {
+            let back: Vec<String> = done.iter().map(|answer: &RollbackAnswer| answer.disk.clone()).collect();
+            match back.as_slice() {
+                [] => format!("disk {disk} was not rolled back"),
+                back => format!(
+                    "disk {disk} was not rolled back, {} was; roll it forward, or try again",
+                    back.join(", ")
+                ),
+            }
+        })?;
+        done.push(answer);
+    }
+    Ok(done)
+}
+
+fn rollback_disk(registry: &Registry, disk: DiskId, at: At) -> anyhow::Result<RollbackAnswer> {
+    let retention = registry.retention().context(NO_JOURNAL)?;
+    let hold = retention.hold(disk, at);
+    let (inputs, _) = registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
     let done = on_disk(&inputs, move |store| store.rollback(at))?;
-    tracing::warn!(%disk, point, written = done.written_bytes, "rolled back");
+    drop(hold);
+    tracing::warn!(%disk, %at, written = done.written_bytes, "rolled back");
     Ok(RollbackAnswer {
         disk: disk.to_string(),
-        point: format!("{}.{}", at.epoch, at.number),
+        point: at.to_string(),
         compared_bytes: done.compared_bytes,
         written_bytes: done.written_bytes,
     })
 }
 
-/// A disk as it was, as a file: every read is a question to the disk's thread.
-struct ViewFile {
-    inputs: DiskInputs,
-    view: Arc<View>,
-    name: String,
-    size_bytes: u64,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl ViewFile {
-    fn error(&self, op: BlockOp, offset: u64, len: u64, reason: String) -> BlockError {
-        BlockError { name: self.name.clone(), op, offset, len, source: std::io::Error::other(reason) }
-    }
-}
-
-impl BlockFile for ViewFile {
-    fn size_bytes(&self) -> u64 {
-        self.size_bytes
-    }
-
-    fn read(&mut self, reads: &mut [ReadAt<'_>]) -> Result<(), BlockError> {
-        for read in reads {
-            let (offset, len, view) = (read.offset, read.data.len(), Arc::clone(&self.view));
-            let bytes = on_disk(&self.inputs, move |store| {
-                let mut bytes = vec![0; len];
-                store.read_view(&view, offset, &mut bytes)?;
-                Ok(bytes)
-            });
-            let bytes =
-                bytes.map_err(|error| self.error(BlockOp::Read, offset, len as u64, error.to_string()))?;
-            read.data.copy_from_slice(&bytes);
-        }
-        Ok(())
-    }
-
-    fn write(&mut self, writes: &[WriteAt<'_>]) -> Result<(), BlockError> {
-        let offset = writes.first().map_or(0, |write| write.offset);
-        Err(self.error(BlockOp::Write, offset, 0, READ_ONLY.to_owned()))
-    }
-
-    fn zero(&mut self, range: ByteRange) -> Result<(), BlockError> {
-        Err(self.error(BlockOp::Zero, range.start, range.len(), READ_ONLY.to_owned()))
-    }
-
-    fn flush(&mut self) -> Result<(), BlockError> {
-        Ok(())
-    }
-
-    fn allocated(&mut self, range: ByteRange) -> Result<Vec<ByteRange>, BlockError> {
-        let view = Arc::clone(&self.view);
-        on_disk(&self.inputs, move |store| store.view_allocated(&view, range))
-            .map_err(|error| self.error(BlockOp::Map, range.start, range.len(), error.to_string()))
-    }
-}
-
-const READ_ONLY: &str = "a point is not written to; mount it with --writable for a throw-away copy";
-
-struct Mount {
-    info: MountInfo,
-    server: Server,
-    scratch: Option<PathBuf>,
-}
-
-/// What is mounted.
-#[derive(Default)]
-pub struct Mounts(Mutex<Vec<Mount>>);
-
-impl std::fmt::Debug for Mounts {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Mounts").finish_non_exhaustive()
-    }
-}
-
-impl Mounts {
-    fn lock(&self) -> MutexGuard<'_, Vec<Mount>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What is mounted now.
-    #[must_use]
-    pub fn list(&self) -> Vec<MountInfo> {
-        self.lock().iter().map(|mount| mount.info.clone()).collect()
-    }
-
-    /// Serves a point of a disk over NBD on a socket below `folder`.
-    ///
-    /// # Errors
-    /// When the point is not kept, or the server cannot start.
-    pub async fn mount(
-        &self,
-        registry: &Arc<Registry>,
-        folder: &Path,
-        disk: DiskId,
-        point: &str,
-        writable: bool,
-    ) -> anyhow::Result<MountInfo> {
-        if self.lock().len() >= MOUNTS_MAX {
-            bail!("{MOUNTS_MAX} points are mounted; `unmount` one first");
-        }
-        let (prepared, folder) = {
-            let (registry, folder, point) = (Arc::clone(registry), folder.to_owned(), point.to_owned());
-            let work = move || {
-                create_dir_durable(&folder)?;
-                let prepared = prepare(&registry, &folder, disk, &point, writable)?;
-                anyhow::Ok((prepared, folder))
-            };
-            tokio::task::spawn_blocking(work).await??
-        };
-        let Prepared { export, at, id, scratch } = prepared;
-        let socket = folder.join(format!("{id}.sock"));
-        let address = Address::Unix(socket.clone());
-        let server = Server::start(&address, vec![export], Settings::default()).await?;
-        let info = MountInfo {
-            id,
-            disk: disk.to_string(),
-            point: format!("{}.{}", at.epoch, at.number),
-            writable,
-            uri: format!("nbd+unix:///?socket={}", socket.display()),
-        };
-        tracing::info!(disk = info.disk, point = info.point, uri = info.uri, writable, "mounted");
-        self.lock().push(Mount { info: info.clone(), server, scratch });
-        Ok(info)
-    }
-
-    /// Ends a mount.
-    ///
-    /// # Errors
-    /// When there is none of that name.
-    pub async fn unmount(&self, id: &str) -> anyhow::Result<MountInfo> {
-        let mount = {
-            let mut mounts = self.lock();
-            let at = mounts.iter().position(|mount| mount.info.id == id);
-            at.map(|at| mounts.remove(at))
-        };
-        let mount =
-            mount.with_context(|| format!("nothing is mounted as {id}; `points` lists the mounts"))?;
-        mount.end().await
-    }
-
-    /// Ends all mounts: the daemon stops.
-    pub async fn stop(&self) {
-        let mounts = std::mem::take(&mut *self.lock());
-        for mount in mounts {
-            if let Err(error) = mount.end().await {
-                tracing::warn!(%error, "a mount could not be ended in order");
-            }
+    #[test]
+    fn times_are_read_with_and_without_date_signs_and_nonsense_is_refused() {
+        let nanos = |text: &str| parse_time(text).unwrap().map(|time| time.0 / 1_000_000);
+        assert_eq!(nanos("@1970-01-02T00:00:01Z"), Some(86_401_000));
+        assert_eq!(nanos("@1970-01-02 00:00:01.5"), Some(86_401_500));
+        assert_eq!(nanos("newest"), None);
+        let ago = nanos("@-10m").unwrap();
+        let now = wall_clock().0 / 1_000_000;
+        assert!((now - 700_000..now - 500_000).contains(&ago));
+        for wrong in ["@", "@yesterday", "@-", "@-x"] {
+            assert!(parse_time(wrong).unwrap_err().to_string().contains("write @"), "{wrong}");
         }
     }
-}
 
-impl Mount {
-    async fn end(self) -> anyhow::Result<MountInfo> {
-        self.server.stop().await;
-        if let Some(scratch) = self.scratch {
-            std::fs::remove_file(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))?;
-        }
-        tracing::info!(disk = self.info.disk, point = self.info.point, "unmounted");
-        Ok(self.info)
+    #[test]
+    fn what_is_no_place_time_or_sequence_is_a_name() {
+        assert!(matches!(Asked::parse("3.152").unwrap(), Asked::Place(at) if at == At::entry(3, 152)));
+        assert!(matches!(Asked::parse("3.152+4").unwrap(), Asked::Place(at) if at.records == 4));
+        assert!(matches!(Asked::parse("seq:9").unwrap(), Asked::Sequence(Sequence(9))));
+        assert!(matches!(Asked::parse("before 3.1").unwrap(), Asked::Label(_)));
+        assert!(Asked::parse("seq:x").is_err());
     }
-}
-
-/// The scratch file once more: several handles of one mount share it, so it is not locked.
-fn open_scratch(path: &Path) -> Result<Box<dyn BlockFile>, BlockError> {
-    io::open(path, &io::OpenOptions { exclusive: false, ..io::OpenOptions::writing() })
-}
-
-struct Prepared {
-    export: Arc<dyn Export>,
-    at: At,
-    id: String,
-    scratch: Option<PathBuf>,
-}
-
-fn prepare(
-    registry: &Registry,
-    folder: &Path,
-    disk: DiskId,
-    point: &str,
-    writable: bool,
-) -> anyhow::Result<Prepared> {
-    let at = find(registry, disk, point)?;
-    let (inputs, sectors) =
-        registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
-    let size_bytes = sectors * reprotect_engine::units::SECTOR_BYTES;
-    let view = Arc::new(on_disk(&inputs, move |store| store.view(at))?);
-    let mut random = [0_u8; 4];
-    getrandom::fill(&mut random).map_err(|error| anyhow!("the system has no randomness: {error}"))?;
-    let id = format!("{:08x}", u32::from_le_bytes(random));
-    let name = format!("{disk} at {}.{}", at.epoch, at.number);
-    let base =
-        move || ViewFile { inputs: inputs.clone(), view: Arc::clone(&view), name: name.clone(), size_bytes };
-    if !writable {
-        let open = move || Ok(Box::new(base()) as Box<dyn BlockFile>);
-        return Ok(Prepared {
-            export: Arc::new(ExportBy::new("", size_bytes, false, open)),
-            at,
-            id,
-            scratch: None,
-        });
-    }
-    let path = folder.join(format!("{id}.scratch"));
-    fs_opener().create(&path, size_bytes)?;
-    let overlay = OverlayState::new(&path.display().to_string(), size_bytes, open_scratch(&path)?)?;
-    let scratch = path.clone();
-    let open = move || {
-        let file = Overlay::new(&overlay, Box::new(base()), open_scratch(&scratch)?)?;
-        Ok(Box::new(file) as Box<dyn BlockFile>)
-    };
-    let export = Arc::new(ExportBy::new("", size_bytes, true, open));
-    Ok(Prepared { export, at, id, scratch: Some(path) })
 }

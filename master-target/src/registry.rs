@@ -434,6 +434,24 @@ impl Registry {
         }
     }
 
+    /// The protected disks of a machine, or the one disk that [`Self::protected`] answers.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn protected_disks(&self, name: &str) -> anyhow::Result<Vec<ProtectedDisk>> {
+        if let Ok(machine) = self.machine(name) {
+            let inner = self.lock();
+            let records = inner.disks.values().map(|known| &known.record);
+            let own: Vec<ProtectedDisk> =
+                records.filter(|record| record.agent == machine.agent).cloned().collect();
+            if own.is_empty() {
+                return Err(anyhow!("no disk of machine {name} is protected; `protect` begins it"));
+            }
+            return Ok(own);
+        }
+        Ok(vec![self.protected(name)?])
+    }
+
     /// Stops replicating a disk: flushes and closes its target, which stays, and forgets the record. Blocks.
     ///
     /// # Errors

@@ -2,47 +2,45 @@
 //!
 //! A disk's thread adds entries under the lock, then waits for a commit; the committer takes all that were added
 //! meanwhile with one write and one flush. After a pause it writes an empty group, which proves the last one durable.
-//! Between commits it keeps house: free segments ahead of need, segments and undo epochs that are past their time.
+//! `housekeeping` gives back what is past its time, on a thread of its own.
 //!
 //! Invariants: what [`Retention::commit`] answered for is durable; a failed commit stops every disk of the journal (I6);
-//! only the log is held while it is flushed, no target is. Units: bytes, times by the target's clock.
-//! Started by `daemon`, used by the disks' threads and by commands.
+//! only the log is held while it is flushed, no target is; a point somebody reads is held until it is let go.
+//! Units: bytes, times by the target's clock. Started by `daemon`, used by the disks' threads and by commands.
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use reprotect_engine::format::manifest::{Edit, EpochsExpired};
 use reprotect_engine::format::segment::JournalId;
 use reprotect_engine::io::durable::create_dir_durable;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::journal::applier::run_path;
-use reprotect_engine::store::journal::{
-    DiskShape, Journal, JournalError, JournalSettings, Recovered, RunFile, Shape,
-};
+use reprotect_engine::store::journal::ladder::{Ladder, Pressure};
+use reprotect_engine::store::journal::view::At;
+use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings, Recovered, RunFile, Shape};
 use reprotect_engine::units::{DiskId, Timestamp};
 
 /// After this pause the last group is proven durable by an empty one.
 const SEAL_AFTER: Duration = Duration::from_millis(50);
-/// How often old segments and epochs are looked for.
-const HOUSEKEEPING: Duration = Duration::from_secs(2);
-/// Segments kept free ahead of need, the one for control entries included.
-const FREE_SEGMENTS: usize = 2;
+/// How long the committer sleeps when nothing comes.
+const IDLE: Duration = Duration::from_secs(2);
 
 /// What the operator chose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RetentionSettings {
     /// An undo epoch is closed at the first mark after this long.
     pub undo_epoch: Duration,
-    /// The redo log is kept this long: within it every mark can be had, and every write where they were ordered.
-    pub any_write: Duration,
-    /// Points are kept this long.
-    pub keep: Duration,
+    /// How long what is kept; may be changed while it runs.
+    pub ladder: Ladder,
     /// Length of a log segment in bytes.
     pub segment_bytes: u64,
+    /// Bytes of the drive that stay free, so that a full one can still recover and expire.
+    pub reserve_bytes: u64,
 }
 
 #[derive(Debug, Default)]
@@ -55,8 +53,13 @@ struct Progress {
 
 /// The journal, shared by all disks.
 pub struct Retention {
+    folder: PathBuf,
     journal: Mutex<Option<Journal>>,
     settings: RetentionSettings,
+    ladder: Mutex<Ladder>,
+    pressure: Mutex<Pressure>,
+    /// Points that are read now, by who reads them.
+    held: Mutex<BTreeMap<u64, (DiskId, At)>>,
     progress: Mutex<Progress>,
     changed: Condvar,
 }
@@ -105,8 +108,17 @@ impl Retention {
             opened => opened?,
         };
         report(&recovered);
-        let (journal, progress) = (Mutex::new(Some(journal)), Mutex::default());
-        Ok((Arc::new(Self { journal, settings, progress, changed: Condvar::new() }), recovered))
+        let retention = Self {
+            folder: folder.to_owned(),
+            journal: Mutex::new(Some(journal)),
+            ladder: Mutex::new(settings.ladder.clone()),
+            settings,
+            pressure: Mutex::default(),
+            held: Mutex::default(),
+            progress: Mutex::default(),
+            changed: Condvar::new(),
+        };
+        Ok((Arc::new(retention), recovered))
     }
 
     /// Starts the committer.
@@ -125,10 +137,70 @@ impl Retention {
         })
     }
 
-    /// What the operator chose.
+    /// The folder.
     #[must_use]
-    pub const fn settings(&self) -> &RetentionSettings {
-        &self.settings
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Length of an undo epoch.
+    #[must_use]
+    pub const fn undo_epoch(&self) -> Duration {
+        self.settings.undo_epoch
+    }
+
+    /// Length of a segment of the log.
+    #[must_use]
+    pub const fn segment_bytes(&self) -> u64 {
+        self.settings.segment_bytes
+    }
+
+    /// Bytes of the drive that stay free.
+    #[must_use]
+    pub const fn reserve_bytes(&self) -> u64 {
+        self.settings.reserve_bytes
+    }
+
+    /// How long what is kept.
+    #[must_use]
+    pub fn ladder(&self) -> Ladder {
+        unpoisoned(&self.ladder).clone()
+    }
+
+    /// From now on this is kept.
+    pub fn set_ladder(&self, ladder: Ladder) {
+        *unpoisoned(&self.ladder) = ladder;
+    }
+
+    /// How full the drive is.
+    #[must_use]
+    pub fn pressure(&self) -> Pressure {
+        *unpoisoned(&self.pressure)
+    }
+
+    /// Answers what it was before.
+    pub(crate) fn set_pressure(&self, pressure: Pressure) -> Pressure {
+        std::mem::replace(&mut *unpoisoned(&self.pressure), pressure)
+    }
+
+    /// Why nothing is taken in.
+    pub(crate) fn no_room(&self) -> String {
+        format!("the retention drive at {} is full", self.folder.display())
+    }
+
+    /// Holds a point while somebody reads it: its runs are neither merged away nor forgotten.
+    #[must_use]
+    pub fn hold(self: &Arc<Self>, disk: DiskId, at: At) -> Hold {
+        let mut held = unpoisoned(&self.held);
+        let id = held.last_key_value().map_or(1, |(newest, _)| newest + 1);
+        held.insert(id, (disk, at));
+        drop(held);
+        Hold { retention: Arc::clone(self), id }
+    }
+
+    /// The points of a disk that are read now.
+    pub(crate) fn held(&self, disk: DiskId) -> Vec<At> {
+        unpoisoned(&self.held).values().filter(|(of, _)| *of == disk).map(|(_, at)| *at).collect()
     }
 
     /// The journal, for short changes and reads.
@@ -167,7 +239,7 @@ impl Retention {
     }
 
     fn progress(&self) -> MutexGuard<'_, Progress> {
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(&self.progress)
     }
 
     /// Waits until everything that this thread added is durable.
@@ -192,9 +264,8 @@ impl Retention {
 
     fn run(&self) {
         let mut sealed = true;
-        let mut kept_house = std::time::Instant::now();
         loop {
-            let (upto, stopping) = self.wait_for_work(if sealed { HOUSEKEEPING } else { SEAL_AFTER });
+            let (upto, stopping) = self.wait_for_work(if sealed { IDLE } else { SEAL_AFTER });
             let worked = match upto {
                 Some(upto) => {
                     sealed = false;
@@ -214,12 +285,6 @@ impl Retention {
             }
             if stopping && upto.is_none() {
                 return;
-            }
-            if kept_house.elapsed() >= HOUSEKEEPING {
-                kept_house = std::time::Instant::now();
-                if let Err(error) = self.keep_house(wall_clock()) {
-                    tracing::warn!(%error, "the retention journal could not be tidied up");
-                }
             }
         }
     }
@@ -248,61 +313,19 @@ impl Retention {
         Ok(())
     }
 
-    /// Gives back what nobody needs, and makes room ahead of need.
-    fn keep_house(&self, now: Timestamp) -> Result<(), JournalError> {
-        let old = now.0.saturating_sub(nanos(self.settings.any_write));
-        loop {
-            let mut locked = self.lock();
-            let journal = locked.get()?;
-            let Some(number) = journal.releasable().first().copied() else { break };
-            if journal.newest_in(number).is_some_and(|newest| newest.0 > old) {
-                break;
-            }
-            journal.release(number, now)?;
-        }
-        self.expire(now)?;
-        self.with(|journal, _| match journal.prepare(FREE_SEGMENTS) {
-            // Without free segments replication goes on in those there are, then waits; that is said where it waits.
-            Err(error) if error.is_full() => Ok(()),
-            prepared => prepared,
-        })
-    }
-
-    /// Forgets undo epochs whose newest point is past its time: one edit, then the files go.
-    fn expire(&self, now: Timestamp) -> Result<(), JournalError> {
-        let old = Timestamp(now.0.saturating_sub(nanos(self.settings.keep)));
-        let mut locked = self.lock();
-        let journal = locked.get()?;
-        let disks: Vec<(DiskId, DiskShape)> =
-            journal.shape().disks.iter().map(|(disk, shape)| (*disk, shape.clone())).collect();
-        for (disk, shape) in disks {
-            let Some(through) = expired(&shape, old) else { continue };
-            let files: Vec<RunFile> =
-                shape.runs.iter().filter(|run| run.last <= through).map(|run| run.file).collect();
-            let gone = shape.points.values().filter(|point| point.epoch <= through);
-            let mut edits: Vec<Edit> = gone
-                .map(|point| {
-                    Edit::PointDropped(reprotect_engine::format::manifest::PointDropped {
-                        disk,
-                        point: point.point,
-                    })
-                })
-                .collect();
-            edits.push(Edit::EpochsExpired(EpochsExpired { disk, through }));
-            journal.edit(&edits, now)?;
-            for file in files {
-                journal.files().remove(&run_path(journal, disk, file))?;
-            }
-        }
-        Ok(())
+    /// Whether the daemon stops.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.progress().stopping
     }
 
     /// Commits what is left and closes the journal; the disks have stopped.
-    pub fn close(&self, committer: std::thread::JoinHandle<()>) {
+    pub fn close(&self, threads: Vec<std::thread::JoinHandle<()>>) {
         self.progress().stopping = true;
         self.changed.notify_all();
-        if committer.join().is_err() {
-            tracing::error!("the committer of the retention journal panicked");
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the retention journal panicked");
+            }
         }
         let journal = self.lock().0.take();
         let failed = self.progress().failed.is_some();
@@ -314,17 +337,28 @@ impl Retention {
     }
 }
 
-/// The newest epoch of a disk that is past its time, with all epochs before it; a pinned point keeps its own and all
-/// later ones, for its view needs them.
-fn expired(shape: &DiskShape, old: Timestamp) -> Option<u64> {
-    let pinned = shape.points.values().filter(|point| point.pinned).map(|point| point.epoch).min();
-    let past = shape.epochs.iter().take_while(|epoch| epoch.closed.is_some_and(|closed| closed.time < old));
-    let free = past.map(|epoch| epoch.opened.epoch).take_while(|epoch| pinned.is_none_or(|pin| *epoch < pin));
-    free.filter(|epoch| !shape.runs.iter().any(|run| run.first <= *epoch && run.last > *epoch)).last()
+/// Somebody reads a point; dropped, it is let go.
+#[must_use = "a point that is not held may be thinned away while it is read"]
+pub struct Hold {
+    retention: Arc<Retention>,
+    id: u64,
 }
 
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+impl std::fmt::Debug for Hold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hold").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        unpoisoned(&self.retention.held).remove(&self.id);
+    }
+}
+
+/// What these locks guard are single values: a panic elsewhere leaves them whole.
+fn unpoisoned<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn report(found: &Recovered) {

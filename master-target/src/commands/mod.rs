@@ -11,8 +11,10 @@ pub mod inspect;
 pub mod peers;
 pub mod points;
 pub mod protect;
+pub mod retention;
 pub mod run;
 pub mod status;
+pub mod timeline;
 
 use std::time::Duration;
 
@@ -77,6 +79,10 @@ fn carry_out(cli: Cli) -> anyhow::Result<u8> {
         Command::Protect(args) => wait(protect::protect(&context, &args))?,
         Command::Unprotect(args) => wait(peers::unprotect(&context, &args))?,
         Command::Points(args) => wait(points::points(&context, &args))?,
+        Command::Timeline(args) => wait(timeline::timeline(&context, &args))?,
+        Command::Pin(args) => wait(points::pin(&context, &args))?,
+        Command::Unpin(args) => wait(points::unpin(&context, &args))?,
+        Command::Retention(args) => wait(retention::retention(&context, &args))?,
         Command::Mount(args) => wait(points::mount(&context, &args))?,
         Command::Unmount(args) => wait(points::unmount(&context, &args))?,
         Command::Rollback(args) => wait(points::rollback(&context, &args))?,

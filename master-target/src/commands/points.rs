@@ -1,4 +1,4 @@
-//! `points`, `mount`, `unmount`, `rollback`: what a disk was, and the way back to it.
+//! `points`, `pin`, `unpin`, `mount`, `unmount`, `rollback`: what a disk was, and the way back to it.
 //!
 //! Invariants: going back asks; a point that promises nothing is shown as such. Called by the dispatcher.
 
@@ -8,17 +8,17 @@ use reprotect_engine::host::output::{Align, Table, bytes};
 
 use super::{Context, ask};
 use crate::api::{
-    MountInfo, MountRequest, PointInfo, PointsAnswer, PointsRequest, RollbackAnswer, RollbackRequest,
-    UnmountRequest,
+    MountAnswer, MountInfo, MountRequest, PinAnswer, PinRequest, PointInfo, PointsAnswer, PointsRequest,
+    RollbackAnswer, RollbackAnswers, RollbackRequest, UnmountRequest,
 };
-use crate::cli::{MountArgs, PointsArgs, RollbackArgs, UnmountArgs};
+use crate::cli::{MountArgs, PinArgs, PointsArgs, RollbackArgs, UnmountArgs, UnpinArgs};
 
 /// `points`: lists them, newest first.
 ///
 /// # Errors
 /// What the daemon refuses.
 pub async fn points(context: &Context, args: &PointsArgs) -> anyhow::Result<()> {
-    let request = PointsRequest { disk: args.disk.clone() };
+    let request = PointsRequest { disk: args.disk.clone(), all: args.all };
     let answer: PointsAnswer = context.daemon().post_json("/v1/points", &request).await?;
     context.output.result(&answer, || render(&answer))?;
     Ok(())
@@ -34,7 +34,8 @@ fn render(answer: &PointsAnswer) -> String {
     for point in &answer.points {
         table.row([point.point.clone(), time(point), class(point), point.name.clone()]);
     }
-    let mut text = if table.is_empty() { "no point yet\n".to_owned() } else { table.render() };
+    let nothing = "no consistent point yet (--all lists fuzzy ones, too)\n";
+    let mut text = if table.is_empty() { nothing.to_owned() } else { table.render() };
     for mount in &answer.mounts {
         text.push_str(&format!(
             "mounted {}: point {} of {} at {}\n",
@@ -47,7 +48,8 @@ fn render(answer: &PointsAnswer) -> String {
 fn class(point: &PointInfo) -> String {
     let pinned = if point.pinned { ", pinned" } else { "" };
     let degraded = if point.degraded { ", degraded" } else { "" };
-    format!("{}{pinned}{degraded}", point.class)
+    let part = if point.complete { "" } else { ", not on all disks" };
+    format!("{}{pinned}{degraded}{part}", point.class)
 }
 
 fn time(point: &PointInfo) -> String {
@@ -62,10 +64,44 @@ fn time(point: &PointInfo) -> String {
 pub async fn mount(context: &Context, args: &MountArgs) -> anyhow::Result<()> {
     let request =
         MountRequest { disk: args.disk.clone(), point: args.point.clone(), writable: args.writable };
-    let answer: MountInfo = context.daemon().post_json("/v1/mount", &request).await?;
-    context.output.note(&format!("point {} of {} is mounted as {}", answer.point, answer.disk, answer.id));
-    // The address alone on standard output, so that it can be handed on by `$(…)`.
-    context.output.result(&answer, || answer.uri.clone())?;
+    let answer: MountAnswer = context.daemon().post_json("/v1/mount", &request).await?;
+    for mount in &answer.mounts {
+        context.output.note(&format!("point {} of {} is mounted as {}", mount.point, mount.disk, mount.id));
+    }
+    // The addresses alone on standard output, so that they can be handed on by `$(…)`.
+    let uris: Vec<&str> = answer.mounts.iter().map(|mount| mount.uri.as_str()).collect();
+    context.output.result(&answer, || uris.join("\n"))?;
+    Ok(())
+}
+
+/// `pin`: keeps a point.
+///
+/// # Errors
+/// What the daemon refuses.
+pub async fn pin(context: &Context, args: &PinArgs) -> anyhow::Result<()> {
+    let request = PinRequest {
+        disk: args.disk.clone(),
+        point: args.point.clone(),
+        pinned: Some(true),
+        name: args.name.clone(),
+    };
+    change(context, &request, "is kept until `unpin`").await
+}
+
+/// `unpin`: lets a point go its way.
+///
+/// # Errors
+/// What the daemon refuses.
+pub async fn unpin(context: &Context, args: &UnpinArgs) -> anyhow::Result<()> {
+    let request =
+        PinRequest { disk: args.disk.clone(), point: args.point.clone(), pinned: Some(false), name: None };
+    change(context, &request, "is thinned and expires like others").await
+}
+
+async fn change(context: &Context, request: &PinRequest, now: &str) -> anyhow::Result<()> {
+    let answer: PinAnswer = context.daemon().post_json("/v1/pin", request).await?;
+    let line = |part: &crate::api::PointPart| format!("point {} of {} {now}", part.point, part.disk);
+    context.output.result(&answer, || answer.parts.iter().map(line).collect::<Vec<_>>().join("\n"))?;
     Ok(())
 }
 
@@ -91,15 +127,16 @@ pub async fn rollback(context: &Context, args: &RollbackArgs) -> anyhow::Result<
     );
     ask::confirm(args.yes, &question)?;
     let request = RollbackRequest { disk: args.disk.clone(), point: args.point.clone() };
-    let answer: RollbackAnswer = context.daemon().post_json("/v1/rollback", &request).await?;
-    context.output.result(&answer, || {
+    let answer: RollbackAnswers = context.daemon().post_json("/v1/rollback", &request).await?;
+    let line = |disk: &RollbackAnswer| {
         format!(
             "{} is as it was at {}: {} compared, {} written",
-            answer.disk,
-            answer.point,
-            bytes(answer.compared_bytes),
-            bytes(answer.written_bytes)
+            disk.disk,
+            disk.point,
+            bytes(disk.compared_bytes),
+            bytes(disk.written_bytes)
         )
-    })?;
+    };
+    context.output.result(&answer, || answer.disks.iter().map(line).collect::<Vec<_>>().join("\n"))?;
     Ok(())
 }

@@ -21,6 +21,7 @@ use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::proto::target_disk::{SessionId, TargetDisk};
 use reprotect_engine::store::files::Files;
+use reprotect_engine::store::journal::ladder::Ladder;
 use reprotect_engine::store::target::{
     CreateOptions, Expectation, Target, TargetError, TargetKind, TargetSpec, create_target, open_target,
 };
@@ -178,8 +179,10 @@ impl Bench {
         state: DiskState,
     ) -> (DiskStore, DiskState) {
         let hour = Duration::from_secs(3600);
+        let ladder =
+            Ladder { any_write: hour, every_epoch: hour, rungs: Vec::new(), keep: hour, guaranteed: hour };
         let settings =
-            RetentionSettings { undo_epoch: hour, any_write: hour, keep: hour, segment_bytes: 32 << 20 };
+            RetentionSettings { undo_epoch: hour, ladder, segment_bytes: 32 << 20, reserve_bytes: 0 };
         let (retention, found) = Retention::open(fs_opener(), folder, settings).unwrap();
         let committer = retention.start().unwrap();
         let log = found.disks.get(&DISK);
@@ -193,7 +196,7 @@ impl Bench {
     pub(crate) fn stop(&mut self) {
         self.worker.take().unwrap().stop();
         if let Some((retention, committer)) = self.journal.take() {
-            retention.close(committer);
+            retention.close(vec![committer]);
         }
     }
 

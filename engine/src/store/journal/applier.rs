@@ -26,7 +26,7 @@ use super::undo::{
 use super::view::At;
 use super::window::Window;
 use super::{DiskShape, Journal};
-use crate::format::manifest::{Edit, EpochCause, EpochClosed, EpochOpened};
+use crate::format::manifest::{Edit, EpochCause, EpochClosed, EpochOpened, PointKept};
 use crate::format::segment::Applied;
 use crate::io::{BlockFile, ByteRange, ReadAt, WriteAt};
 use crate::units::{
@@ -184,6 +184,19 @@ impl<T: BlockFile> Applier<T> {
     /// # Errors
     /// When run or manifest cannot be written.
     pub fn close_epoch(&mut self, journal: &mut Journal, now: Timestamp) -> Result<(), JournalError> {
+        self.close_epoch_at(journal, None, now)
+    }
+
+    /// As [`Self::close_epoch`], and keeps the point at its end with the same write.
+    ///
+    /// # Errors
+    /// As for [`Self::close_epoch`].
+    pub fn close_epoch_at(
+        &mut self,
+        journal: &mut Journal,
+        point: Option<PointKept>,
+        now: Timestamp,
+    ) -> Result<(), JournalError> {
         let Some(run) = self.active.take() else { return Ok(()) };
         let epoch = run.header().undo_epoch;
         let path = run.path().to_owned();
@@ -198,7 +211,9 @@ impl<T: BlockFile> Applier<T> {
             bytes
         };
         let closed = EpochClosed { disk: self.disk, epoch, last: self.applied.number, run_bytes, time: now };
-        journal.edit(&[Edit::EpochClosed(closed)], now)?;
+        let edits: Vec<Edit> =
+            std::iter::once(Edit::EpochClosed(closed)).chain(point.map(Edit::PointKept)).collect();
+        journal.edit(&edits, now)?;
         if run_bytes == 0 {
             journal.files().remove(&path)?; // ours, empty, and no longer named
         }

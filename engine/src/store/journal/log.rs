@@ -284,6 +284,23 @@ impl Log {
         Ok(())
     }
 
+    /// Whether an entry's group was written.
+    #[must_use]
+    pub(super) fn is_written(&self, place: Place) -> bool {
+        let current = self.current.as_ref();
+        current.is_none_or(|current| place.segment != current.opened.number || place.offset < current.at)
+    }
+
+    /// Removes free segments beyond a number.
+    pub(super) fn shrink(&mut self, segments: usize) -> Result<(), JournalError> {
+        while self.free.len() > segments {
+            let Some(slot) = self.free.first().copied() else { break };
+            self.files.remove(&segment_path(&self.folder, slot))?;
+            self.free.remove(0);
+        }
+        Ok(())
+    }
+
     /// Segments that may be used without asking the medium for space.
     #[must_use]
     pub const fn free_segments(&self) -> usize {

@@ -276,10 +276,13 @@ impl Journal {
         Ok((number, place))
     }
 
-    /// The numbered entries of a disk that the log holds, ascending.
+    /// The numbered entries of a disk that the log holds and that can be read, ascending; what was added since the
+    /// last commit is not among them.
     #[must_use]
     pub fn entries(&self, disk: DiskId) -> &[LogEntry] {
-        self.entries.get(&disk).map_or(&[], Vec::as_slice)
+        let all = self.entries.get(&disk).map_or(&[][..], Vec::as_slice);
+        let written = all.partition_point(|entry| self.log.is_written(entry.place));
+        all.get(..written).unwrap_or_default()
     }
 
     /// The mark of an entry; read once.
@@ -390,6 +393,14 @@ impl Journal {
             self.log.prepare()?;
         }
         Ok(())
+    }
+
+    /// Gives free segments beyond a number back to the medium.
+    ///
+    /// # Errors
+    /// When a file cannot be removed.
+    pub fn shrink(&mut self, segments: usize) -> Result<(), JournalError> {
+        self.log.shrink(segments)
     }
 
     /// Segments that hold nothing to be applied any more, and nothing of an undo epoch that goes on (its points are

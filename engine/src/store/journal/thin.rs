@@ -105,6 +105,15 @@ impl Merge {
         Ok(self.files.facts(path)?.map_or(0, |facts| facts.size_bytes))
     }
 
+    /// Gives the merge up: the two runs stay as they are.
+    ///
+    /// # Errors
+    /// When the new file cannot be removed.
+    pub fn discard(self) -> Result<(), JournalError> {
+        let [_, _, path] = &self.paths;
+        Ok(self.files.remove(path)?)
+    }
+
     /// Puts the run that [`Self::write`] made in the place of the two; the disk may have been forgotten meanwhile.
     ///
     /// # Errors

@@ -51,6 +51,23 @@ impl Window {
         }
     }
 
+    /// Puts everything of another window over what is there.
+    pub fn append(&mut self, later: Self) {
+        if self.runs.is_empty() {
+            *self = later;
+            return;
+        }
+        for write in later.runs.into_values() {
+            self.put(write);
+        }
+    }
+
+    /// Whether it writes nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
     /// The runs, ascending.
     pub fn runs(&self) -> impl Iterator<Item = &Write> {
         self.runs.values()

@@ -1,0 +1,63 @@
+//! `retention`: what is kept how long, and how far the drive reaches.
+//!
+//! Invariants: without options nothing is changed. Called by the dispatcher.
+
+use reprotect_engine::host::output::bytes;
+
+use super::Context;
+use crate::api::{RetentionAnswer, RetentionRequest};
+use crate::cli::RetentionArgs;
+
+/// `retention`: shows it, after the changes that were asked for.
+///
+/// # Errors
+/// What the daemon refuses.
+pub async fn retention(context: &Context, args: &RetentionArgs) -> anyhow::Result<()> {
+    let request = RetentionRequest {
+        any_write: args.any_write.clone(),
+        every_epoch: args.every_epoch.clone(),
+        rungs: (!args.rungs.is_empty()).then(|| args.rungs.clone()),
+        keep: args.keep.clone(),
+        guaranteed: args.guaranteed.clone(),
+        reset: args.reset,
+    };
+    let answer: RetentionAnswer = match request == RetentionRequest::default() {
+        true => context.daemon().get_json("/v1/retention").await?,
+        false => context.daemon().post_json("/v1/retention", &request).await?,
+    };
+    context.output.result(&answer, || render(&answer))?;
+    Ok(())
+}
+
+fn render(answer: &RetentionAnswer) -> String {
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    let ladder = &answer.ladder;
+    let reach = match answer.hours_held {
+        Some(hours) => format!("at the last hour's churn this drive holds {hours} h of points"),
+        None => "nothing changed in the last hour: how far the drive reaches cannot be told yet".to_owned(),
+    };
+    format!(
+        "every write for {}, every undo epoch for {}, then {}; nothing unpinned beyond {}{}\n\
+         on a full drive the last {} go last\n\
+         {}: {} of {} free, redo log {}, undo runs {}; {}\n\
+         last hour: {} of redo log, {} of undo runs; {reach}",
+        text(&ladder.any_write),
+        text(&ladder.every_epoch),
+        ladder.rungs.clone().unwrap_or_default().join(", then "),
+        text(&ladder.keep),
+        if answer.changed {
+            " (changed by command; `retention --reset` goes back to the configuration)"
+        } else {
+            ""
+        },
+        text(&ladder.guaranteed),
+        answer.folder,
+        bytes(answer.free_bytes),
+        bytes(answer.total_bytes),
+        bytes(answer.log_bytes),
+        bytes(answer.undo_bytes),
+        answer.pressure,
+        bytes(answer.log_bytes_last_hour),
+        bytes(answer.undo_bytes_last_hour),
+    )
+}

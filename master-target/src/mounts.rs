@@ -1,0 +1,239 @@
+//! Points served over NBD while replication goes on.
+//!
+//! A mount reads on the disk's own thread, between two windows, so the target never changes under a read. A writable one
+//! writes into a scratch file that is deleted with it.
+//!
+//! Invariants: a mount changes nothing; its point is held, so that it is neither merged away nor forgotten; at most
+//! [`MOUNTS_MAX`] at a time. Units: bytes. Called by `admin`.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context as _, anyhow, bail};
+use reprotect_engine::io;
+use reprotect_engine::io::durable::create_dir_durable;
+use reprotect_engine::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
+use reprotect_engine::net::nbd::listen::Address;
+use reprotect_engine::net::nbd::{Export, ExportBy, Server, Settings};
+use reprotect_engine::store::journal::view::{At, View};
+use reprotect_engine::store::overlay::{Overlay, OverlayState};
+use reprotect_engine::units::{DiskId, SECTOR_BYTES};
+
+use crate::api::MountInfo;
+use crate::disk_worker::DiskInputs;
+use crate::points::{NO_JOURNAL, on_disk};
+use crate::registry::{Registry, fs_opener};
+use crate::retention::Hold;
+
+/// Mounts at a time.
+const MOUNTS_MAX: usize = 32;
+
+/// A disk as it was, as a file: every read is a question to the disk's thread.
+struct ViewFile {
+    inputs: DiskInputs,
+    view: Arc<View>,
+    name: String,
+    size_bytes: u64,
+}
+
+impl ViewFile {
+    fn error(&self, op: BlockOp, offset: u64, len: u64, reason: String) -> BlockError {
+        BlockError { name: self.name.clone(), op, offset, len, source: std::io::Error::other(reason) }
+    }
+}
+
+impl BlockFile for ViewFile {
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn read(&mut self, reads: &mut [ReadAt<'_>]) -> Result<(), BlockError> {
+        for read in reads {
+            let (offset, len, view) = (read.offset, read.data.len(), Arc::clone(&self.view));
+            let bytes = on_disk(&self.inputs, move |store| {
+                let mut bytes = vec![0; len];
+                store.read_view(&view, offset, &mut bytes)?;
+                Ok(bytes)
+            });
+            let bytes =
+                bytes.map_err(|error| self.error(BlockOp::Read, offset, len as u64, error.to_string()))?;
+            read.data.copy_from_slice(&bytes);
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, writes: &[WriteAt<'_>]) -> Result<(), BlockError> {
+        let offset = writes.first().map_or(0, |write| write.offset);
+        Err(self.error(BlockOp::Write, offset, 0, READ_ONLY.to_owned()))
+    }
+
+    fn zero(&mut self, range: ByteRange) -> Result<(), BlockError> {
+        Err(self.error(BlockOp::Zero, range.start, range.len(), READ_ONLY.to_owned()))
+    }
+
+    fn flush(&mut self) -> Result<(), BlockError> {
+        Ok(())
+    }
+
+    fn allocated(&mut self, range: ByteRange) -> Result<Vec<ByteRange>, BlockError> {
+        let view = Arc::clone(&self.view);
+        on_disk(&self.inputs, move |store| store.view_allocated(&view, range))
+            .map_err(|error| self.error(BlockOp::Map, range.start, range.len(), error.to_string()))
+    }
+}
+
+const READ_ONLY: &str = "a point is not written to; mount it with --writable for a throw-away copy";
+
+struct Mount {
+    info: MountInfo,
+    server: Server,
+    _hold: Hold,
+    scratch: Option<PathBuf>,
+}
+
+/// What is mounted.
+#[derive(Default)]
+pub struct Mounts(Mutex<Vec<Mount>>);
+
+impl std::fmt::Debug for Mounts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mounts").finish_non_exhaustive()
+    }
+}
+
+impl Mounts {
+    fn lock(&self) -> MutexGuard<'_, Vec<Mount>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is mounted now.
+    #[must_use]
+    pub fn list(&self) -> Vec<MountInfo> {
+        self.lock().iter().map(|mount| mount.info.clone()).collect()
+    }
+
+    /// Serves a point of a disk over NBD on a socket below `folder`.
+    ///
+    /// # Errors
+    /// When the point is not kept, or the server cannot start.
+    pub async fn mount(
+        &self,
+        registry: &Arc<Registry>,
+        folder: &Path,
+        (disk, at): (DiskId, At),
+        writable: bool,
+    ) -> anyhow::Result<MountInfo> {
+        if self.lock().len() >= MOUNTS_MAX {
+            bail!("{MOUNTS_MAX} points are mounted; `unmount` one first");
+        }
+        let (prepared, folder) = {
+            let (registry, folder) = (Arc::clone(registry), folder.to_owned());
+            let work = move || {
+                create_dir_durable(&folder)?;
+                let prepared = prepare(&registry, &folder, (disk, at), writable)?;
+                anyhow::Ok((prepared, folder))
+            };
+            tokio::task::spawn_blocking(work).await??
+        };
+        let Prepared { export, id, scratch, hold } = prepared;
+        let socket = folder.join(format!("{id}.sock"));
+        let address = Address::Unix(socket.clone());
+        let server = Server::start(&address, vec![export], Settings::default()).await?;
+        let info = MountInfo {
+            id,
+            disk: disk.to_string(),
+            point: at.to_string(),
+            writable,
+            uri: format!("nbd+unix:///?socket={}", socket.display()),
+        };
+        tracing::info!(disk = info.disk, point = info.point, uri = info.uri, writable, "mounted");
+        self.lock().push(Mount { info: info.clone(), server, _hold: hold, scratch });
+        Ok(info)
+    }
+
+    /// Ends a mount.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub async fn unmount(&self, id: &str) -> anyhow::Result<MountInfo> {
+        let mount = {
+            let mut mounts = self.lock();
+            let at = mounts.iter().position(|mount| mount.info.id == id);
+            at.map(|at| mounts.remove(at))
+        };
+        let mount =
+            mount.with_context(|| format!("nothing is mounted as {id}; `points` lists the mounts"))?;
+        mount.end().await
+    }
+
+    /// Ends all mounts: the daemon stops.
+    pub async fn stop(&self) {
+        let mounts = std::mem::take(&mut *self.lock());
+        for mount in mounts {
+            if let Err(error) = mount.end().await {
+                tracing::warn!(%error, "a mount could not be ended in order");
+            }
+        }
+    }
+}
+
+impl Mount {
+    async fn end(self) -> anyhow::Result<MountInfo> {
+        self.server.stop().await;
+        if let Some(scratch) = self.scratch {
+            std::fs::remove_file(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))?;
+        }
+        tracing::info!(disk = self.info.disk, point = self.info.point, "unmounted");
+        Ok(self.info)
+    }
+}
+
+/// The scratch file once more: several handles of one mount share it, so it is not locked.
+fn open_scratch(path: &Path) -> Result<Box<dyn BlockFile>, BlockError> {
+    io::open(path, &io::OpenOptions { exclusive: false, ..io::OpenOptions::writing() })
+}
+
+struct Prepared {
+    export: Arc<dyn Export>,
+    id: String,
+    scratch: Option<PathBuf>,
+    hold: Hold,
+}
+
+fn prepare(
+    registry: &Registry,
+    folder: &Path,
+    (disk, at): (DiskId, At),
+    writable: bool,
+) -> anyhow::Result<Prepared> {
+    let hold = registry.retention().context(NO_JOURNAL)?.hold(disk, at);
+    let (inputs, sectors) =
+        registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
+    let size_bytes = sectors * SECTOR_BYTES;
+    let view = Arc::new(on_disk(&inputs, move |store| store.view(at))?);
+    let mut random = [0_u8; 4];
+    getrandom::fill(&mut random).map_err(|error| anyhow!("the system has no randomness: {error}"))?;
+    let id = format!("{:08x}", u32::from_le_bytes(random));
+    let name = format!("{disk} at {at}");
+    let base =
+        move || ViewFile { inputs: inputs.clone(), view: Arc::clone(&view), name: name.clone(), size_bytes };
+    if !writable {
+        let open = move || Ok(Box::new(base()) as Box<dyn BlockFile>);
+        return Ok(Prepared {
+            export: Arc::new(ExportBy::new("", size_bytes, false, open)),
+            id,
+            scratch: None,
+            hold,
+        });
+    }
+    let path = folder.join(format!("{id}.scratch"));
+    fs_opener().create(&path, size_bytes)?;
+    let overlay = OverlayState::new(&path.display().to_string(), size_bytes, open_scratch(&path)?)?;
+    let scratch = path.clone();
+    let open = move || {
+        let file = Overlay::new(&overlay, Box::new(base()), open_scratch(&scratch)?)?;
+        Ok(Box::new(file) as Box<dyn BlockFile>)
+    };
+    let export = Arc::new(ExportBy::new("", size_bytes, true, open));
+    Ok(Prepared { export, id, scratch: Some(path), hold })
+}
