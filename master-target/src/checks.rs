@@ -28,6 +28,7 @@ use crate::config::Settings;
 use crate::device;
 use crate::explain::{explain, reason_and_remedy};
 use crate::registry::fs_opener;
+use crate::retention_checks;
 
 /// Open files a busy target wants: descriptor, extents, rings and sockets of dozens of disks.
 const OPEN_FILES_WANTED: u64 = 4096;
@@ -78,6 +79,12 @@ impl Check {
         Self { name: name.to_owned(), verdict, reason: reason.into(), remedy: remedy.into() }
     }
 
+    /// Whether nothing speaks against going on.
+    #[must_use]
+    pub fn is_fine(&self) -> bool {
+        self.verdict != Verdict::Fail
+    }
+
     /// A check that passed.
     pub fn pass(name: &str, reason: impl Into<String>) -> Self {
         Self::new(Verdict::Pass, name, reason, "")
@@ -106,6 +113,7 @@ pub fn everything(settings: &Settings) -> Vec<Check> {
         let reason = "no datastores are configured: disks may be created in any directory";
         checks.push(Check::pass("datastores", reason));
     }
+    checks.extend(retention_checks::everything(settings));
     let running = is_running(settings);
     checks.push(port(settings, running));
     checks.extend(targets(settings, running));
@@ -120,6 +128,7 @@ pub fn preflight(settings: &Settings) -> Vec<Check> {
         Some(dir) => identity(dir),
         None => own_pki(&settings.credentials),
     });
+    checks.extend(retention_checks::preflight(settings));
     checks.push(open_files());
     checks.push(io_uring());
     checks.push(clock());
@@ -135,14 +144,14 @@ fn is_running(settings: &Settings) -> bool {
 
 /// What a directory's file system is good for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Medium {
+pub(crate) enum Medium {
     Good,
     Fat,
     Network,
     Memory,
 }
 
-fn medium(dir: &Path) -> Medium {
+pub(crate) fn medium(dir: &Path) -> Medium {
     const MSDOS: u64 = 0x4d44;
     const EXFAT: u64 = 0x2011_bab0;
     const NFS: u64 = 0x6969;
@@ -161,7 +170,7 @@ fn medium(dir: &Path) -> Medium {
 }
 
 /// Writes and removes a trial file.
-fn try_writing(dir: &Path) -> std::io::Result<()> {
+pub(crate) fn try_writing(dir: &Path) -> std::io::Result<()> {
     let trial = dir.join(format!(".reprotect-check-{}", std::process::id()));
     let written = fs::File::options()
         .write(true)
@@ -173,7 +182,7 @@ fn try_writing(dir: &Path) -> std::io::Result<()> {
 }
 
 /// The directory itself, or the nearest one above it that exists.
-fn nearest(dir: &Path) -> PathBuf {
+pub(crate) fn nearest(dir: &Path) -> PathBuf {
     dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/")).to_owned()
 }
 

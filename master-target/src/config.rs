@@ -3,7 +3,7 @@
 //! Invariants: every key has a description in [`KEYS`] (asserted by a test that asks the type); settings are valid by
 //! construction, nothing checks them again. Units stand on the keys. Called by `main` and by `check-config`.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -41,6 +41,8 @@ pub struct RawConfig {
     pub flush_interval: DurationText,
     /// Recovery points.
     pub retention: RetentionConfig,
+    /// Points served to NBD clients.
+    pub mounts: MountsConfig,
     /// Name of this site for people.
     pub site: Option<String>,
     /// The site's own certificates.
@@ -73,6 +75,16 @@ pub struct RetentionConfig {
     pub segment_bytes: ByteSize,
 }
 
+/// The table `mounts` as written.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MountsConfig {
+    /// Where NBD clients connect.
+    pub listen: Option<IpAddr>,
+    /// Certificates for them.
+    pub tls_dir: Option<PathBuf>,
+}
+
 impl Default for RetentionConfig {
     fn default() -> Self {
         const HOUR: u64 = 3600;
@@ -100,6 +112,7 @@ impl Default for RawConfig {
             flush_bytes: ByteSize(PROGRESS_BYTES),
             flush_interval: DurationText(Duration::from_nanos(PROGRESS_NANOS)),
             retention: RetentionConfig::default(),
+            mounts: MountsConfig::default(),
             site: None,
             pki: PkiConfig::default(),
             log: LogConfig::default(),
@@ -108,7 +121,7 @@ impl Default for RawConfig {
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 21] = [
+pub const KEYS: [KeyDoc; 23] = [
     KeyDoc {
         key: "state_dir",
         about: "Where the certificate authority, the machines and their progress are kept; setting it moves the admin socket there too.",
@@ -221,6 +234,20 @@ pub const KEYS: [KeyDoc; 21] = [
         cost: "at least three of them are there from the start",
         example: "",
     },
+    KeyDoc {
+        key: "mounts.listen",
+        about: "Mounted points are served over TCP on this address, each on a port of its own; without it on Unix sockets of this machine.",
+        unit: "IP address of this machine; any but loopback needs mounts.tls_dir",
+        cost: "whoever may connect reads whole disks",
+        example: "\"10.0.0.5\"",
+    },
+    KeyDoc {
+        key: "mounts.tls_dir",
+        about: "Folder with ca-cert.pem (who may connect), server-cert.pem and server-key.pem, as qemu and libvirt lay it out.",
+        unit: "absolute path; the key readable by its owner only",
+        cost: "some CPU for each byte read",
+        example: "\"/etc/pki/qemu\"",
+    },
     PKI_KEYS[0],
     PKI_KEYS[1],
     PKI_KEYS[2],
@@ -247,6 +274,8 @@ pub struct Settings {
     pub flush_interval: Duration,
     /// The retention folder and how long it keeps what; `None`: newest state only.
     pub retention: Option<(PathBuf, RetentionSettings)>,
+    /// Where mounted points are served.
+    pub mounts: MountsConfig,
     /// Name of this site.
     pub site: Option<String>,
     /// Identity and roots.
@@ -293,10 +322,24 @@ impl Settings {
             flush_bytes: loaded.in_range("flush_bytes", raw.flush_bytes, &flush_range)?.0,
             flush_interval: loaded.in_range("flush_interval", raw.flush_interval, &interval_range)?.0,
             retention: resolve_retention(loaded)?,
+            mounts: resolve_mounts(loaded)?,
             site: raw.site.clone(),
             log: logging::resolve(loaded, &raw.log, overrides.log_level.as_deref())?,
         })
     }
+}
+
+fn resolve_mounts(loaded: &Loaded<RawConfig>) -> Result<MountsConfig, ConfigError> {
+    let raw = loaded.raw.mounts.clone();
+    if raw.tls_dir.is_none() && raw.listen.is_some_and(|listen| !listen.is_loopback()) {
+        let what = "NBD without TLS is readable by anybody on the way".to_owned();
+        return Err(loaded.invalid("mounts.listen", what, "set mounts.tls_dir, or write 127.0.0.1"));
+    }
+    if let Some(path) = raw.tls_dir.as_ref().filter(|path| path.is_relative()) {
+        let what = format!("{} is a relative path", path.display());
+        return Err(loaded.invalid("mounts.tls_dir", what, "write an absolute one"));
+    }
+    Ok(raw)
 }
 
 fn resolve_ladder(loaded: &Loaded<RawConfig>) -> Result<Ladder, ConfigError> {
@@ -404,6 +447,14 @@ mod tests {
             (
                 "\ndatastores = [\"vm\"]",
                 "mt.toml:2: `datastores`: vm is a relative path; write an absolute one",
+            ),
+            (
+                "[mounts]\nlisten = \"10.0.0.5\"",
+                "mt.toml:2: `mounts.listen`: NBD without TLS is readable by anybody on the way; set mounts.tls_dir, or write 127.0.0.1",
+            ),
+            (
+                "retention = { rungs = [\"1h\"] }",
+                "mt.toml:1: `retention.rungs`: 1h is no rung; write for example \"1h until 24h\"",
             ),
             (
                 "site = \"Lyon\"",

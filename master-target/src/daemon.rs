@@ -118,7 +118,7 @@ pub async fn run_reloading(
         identity: Arc::clone(&keys.identity),
         revocations: Arc::clone(&keys.revocations),
         live: Mutex::new(LiveSettings::of(&settings)),
-        mounts: (Mounts::default(), settings.places.state_dir.join("mounts")),
+        mounts: (Mounts::new(&settings.mounts)?, settings.places.state_dir.join("mounts")),
         retention_policy,
         listen,
         started: Instant::now(),

@@ -30,5 +30,6 @@ pub mod points;
 pub mod protect;
 pub mod registry;
 pub mod retention;
+mod retention_checks;
 pub mod retention_policy;
 pub mod session;

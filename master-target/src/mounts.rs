@@ -6,6 +6,7 @@
 //! Invariants: a mount changes nothing; its point is held, so that it is neither merged away nor forgotten; at most
 //! [`MOUNTS_MAX`] at a time. Units: bytes. Called by `admin`.
 
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,12 +15,14 @@ use reprotect_engine::io;
 use reprotect_engine::io::durable::create_dir_durable;
 use reprotect_engine::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 use reprotect_engine::net::nbd::listen::Address;
+use reprotect_engine::net::nbd::tls::{TlsConfig, server_config};
 use reprotect_engine::net::nbd::{Export, ExportBy, Server, Settings};
 use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::overlay::{Overlay, OverlayState};
 use reprotect_engine::units::{DiskId, SECTOR_BYTES};
 
 use crate::api::MountInfo;
+use crate::config::MountsConfig;
 use crate::disk_worker::DiskInputs;
 use crate::points::{NO_JOURNAL, on_disk};
 use crate::registry::{Registry, fs_opener};
@@ -91,9 +94,13 @@ struct Mount {
     scratch: Option<PathBuf>,
 }
 
-/// What is mounted.
+/// What is mounted, and where it is served.
 #[derive(Default)]
-pub struct Mounts(Mutex<Vec<Mount>>);
+pub struct Mounts {
+    mounted: Mutex<Vec<Mount>>,
+    listen: Option<IpAddr>,
+    tls: Option<Arc<TlsConfig>>,
+}
 
 impl std::fmt::Debug for Mounts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -102,8 +109,33 @@ impl std::fmt::Debug for Mounts {
 }
 
 impl Mounts {
+    /// Nothing is mounted yet.
+    ///
+    /// # Errors
+    /// When the certificates for clients cannot be used.
+    pub fn new(config: &MountsConfig) -> anyhow::Result<Self> {
+        let tls = config.tls_dir.as_deref().map(server_config).transpose()?;
+        Ok(Self { mounted: Mutex::default(), listen: config.listen, tls })
+    }
+
+    /// Where a mount is served, and how clients write that once its port is known.
+    fn address(&self, folder: &Path, id: &str) -> Address {
+        match self.listen {
+            Some(ip) => Address::Tcp(SocketAddr::from((ip, 0))),
+            None => Address::Unix(folder.join(format!("{id}.sock"))),
+        }
+    }
+
+    fn uri(&self, address: &Address) -> String {
+        let scheme = if self.tls.is_some() { "nbds" } else { "nbd" };
+        match address {
+            Address::Unix(socket) => format!("{scheme}+unix:///?socket={}", socket.display()),
+            Address::Tcp(address) => format!("{scheme}://{address}"),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<Mount>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.mounted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is mounted now.
@@ -136,15 +168,14 @@ impl Mounts {
             tokio::task::spawn_blocking(work).await??
         };
         let Prepared { export, id, scratch, hold } = prepared;
-        let socket = folder.join(format!("{id}.sock"));
-        let address = Address::Unix(socket.clone());
-        let server = Server::start(&address, vec![export], Settings::default()).await?;
+        let settings = Settings { tls: self.tls.clone(), ..Settings::default() };
+        let server = Server::start(&self.address(&folder, &id), vec![export], settings).await?;
         let info = MountInfo {
             id,
             disk: disk.to_string(),
             point: at.to_string(),
             writable,
-            uri: format!("nbd+unix:///?socket={}", socket.display()),
+            uri: self.uri(server.address()),
         };
         tracing::info!(disk = info.disk, point = info.point, uri = info.uri, writable, "mounted");
         self.lock().push(Mount { info: info.clone(), server, _hold: hold, scratch });

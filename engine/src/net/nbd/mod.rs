@@ -19,6 +19,7 @@ mod execute;
 pub mod listen;
 mod negotiation;
 mod pool;
+pub mod tls;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

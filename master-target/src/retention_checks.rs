@@ -1,0 +1,220 @@
+//! Is the retention drive fit for a journal? Part of `check`, and of what must hold before a start.
+//!
+//! Invariants: as for `checks`; the folder is not changed but for a trial file. Units: bytes. Called by `checks`.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use reprotect_engine::host::output::bytes;
+use reprotect_engine::store::journal::ladder::Pressure;
+
+use crate::catalogue::Catalogue;
+use crate::checks::{Check, Medium, medium, nearest, try_writing};
+use crate::config::Settings;
+use crate::housekeeping::Room;
+use crate::retention::RetentionSettings;
+
+/// The file that makes a folder a journal.
+const SUPERBLOCK: &str = "superblock";
+/// A trial file may lie in a folder that is otherwise empty, and what makes it a drive's own.
+const HARMLESS: [&str; 1] = ["lost+found"];
+
+/// What must hold before the daemon starts.
+#[must_use]
+pub(crate) fn preflight(settings: &Settings) -> Vec<Check> {
+    let Some((folder, chosen)) = &settings.retention else {
+        return vec![Check::warn(
+            "retention",
+            "no retention folder is configured: disks can be had at their newest state only",
+            "set `retention.path` to a folder on a drive of its own",
+        )];
+    };
+    let mut checks = vec![file_system(folder)];
+    // What follows would only say the same again.
+    if checks.iter().all(Check::is_fine) {
+        checks.push(content(folder));
+        checks.push(capacity(folder, chosen));
+    }
+    checks
+}
+
+/// Also whether it shares its drive with something that it should not share it with.
+#[must_use]
+pub(crate) fn everything(settings: &Settings) -> Vec<Check> {
+    let mut checks = Vec::new();
+    if let Some((folder, _)) = &settings.retention {
+        checks.push(neighbours(settings, folder));
+    }
+    checks
+}
+
+fn file_system(folder: &Path) -> Check {
+    let name = "retention-folder";
+    let (shown, nearest) = (folder.display(), nearest(folder));
+    if folder.exists() && !folder.is_dir() {
+        return Check::fail(name, format!("{shown} is no directory"), "move it away, or name another folder");
+    }
+    let writable = try_writing(&nearest);
+    if let Err(error) = writable {
+        let remedy = match error.kind() {
+            std::io::ErrorKind::ReadOnlyFilesystem => {
+                "mount the drive read/write, and look in the kernel log why it is not"
+            }
+            std::io::ErrorKind::StorageFull => "free some space on the drive, or add some",
+            _ => "correct its owner and mode, or name another folder with `retention.path`",
+        };
+        return Check::fail(name, format!("{} cannot be written: {error}", nearest.display()), remedy);
+    }
+    match medium(&nearest) {
+        Medium::Fat => {
+            let reason = format!("{shown} is on a FAT file system: no files above 4 GiB, no crash safety");
+            Check::fail(name, reason, "format the drive with ext4 or XFS")
+        }
+        Medium::Network => {
+            let reason = format!("{shown} is on a network file system: every change waits for it");
+            Check::warn(name, reason, "put it on a local drive")
+        }
+        Medium::Memory => {
+            let reason = format!("{shown} is in memory and lost with a restart");
+            Check::warn(name, reason, "fine for a trial; otherwise put it on a drive of its own")
+        }
+        Medium::Good if folder.is_dir() => Check::pass(name, format!("{shown} is writable")),
+        Medium::Good => Check::pass(name, format!("{shown} does not exist yet and can be created")),
+    }
+}
+
+/// A journal, or nothing.
+fn content(folder: &Path) -> Check {
+    let name = "retention-content";
+    let Ok(listed) = std::fs::read_dir(folder) else {
+        return Check::pass(name, "there is nothing yet; the first start makes a journal");
+    };
+    let names: Vec<String> =
+        listed.filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned())).collect();
+    if names.iter().any(|name| name == SUPERBLOCK) {
+        return Check::pass(name, "it holds a journal");
+    }
+    let ours = |name: &&String| {
+        !HARMLESS.contains(&name.as_str())
+            && !["redo-", "undo-", "manifest-"].iter().any(|ours| name.starts_with(ours))
+    };
+    match names.iter().find(ours) {
+        Some(found) => Check::fail(
+            name,
+            format!("{} holds no journal and is not empty ({found})", folder.display()),
+            "name an empty folder, or the one with the journal",
+        ),
+        None => Check::pass(name, "it is empty; the first start makes a journal"),
+    }
+}
+
+fn capacity(folder: &Path, chosen: &RetentionSettings) -> Check {
+    let name = "retention-space";
+    let Some(room) = Room::of(&nearest(folder)) else {
+        return Check::warn(name, "the system does not say how large the drive is", "look at it with `df`");
+    };
+    let shown = format!("{} of {} are free", bytes(room.free_bytes), bytes(room.total_bytes));
+    let pressure = room.pressure(chosen.reserve_bytes);
+    // One segment is written, one is kept back, one is made ahead.
+    let least = 3 * chosen.segment_bytes;
+    if room.total_bytes == 0 {
+        return Check::fail(name, "the drive has no capacity", "give it some, or name another drive");
+    }
+    if pressure == Pressure::Stop || (room.free_bytes < least && !folder.join(SUPERBLOCK).exists()) {
+        return Check::fail(
+            name,
+            format!("{shown}: not enough to take anything in"),
+            "free some space, add some, or shorten the retention",
+        );
+    }
+    if pressure > Pressure::None {
+        return Check::warn(
+            name,
+            format!("{shown}: {}", pressure.text()),
+            "add space, or shorten the retention",
+        );
+    }
+    Check::pass(name, format!("{shown}; `retention` says how many hours that holds at the churn it sees"))
+}
+
+/// What else lies on the drive.
+fn neighbours(settings: &Settings, folder: &Path) -> Check {
+    let name = "retention-drive";
+    let disks = Catalogue::open(&settings.places.state_dir).and_then(|catalogue| catalogue.disks());
+    let targets: Vec<PathBuf> =
+        disks.unwrap_or_default().into_iter().map(|(record, _)| record.path).collect();
+    let inside = targets.iter().chain(&settings.datastores).find(|path| path.starts_with(folder));
+    if let Some(path) = inside {
+        return Check::fail(
+            name,
+            format!("{} lies in the retention folder", path.display()),
+            "keep targets and retention apart: name another folder with `retention.path`",
+        );
+    }
+    let own = device(folder);
+    let places = targets.iter().map(|path| ("the target", path));
+    let places = places.chain(settings.datastores.iter().map(|path| ("the datastore", path)));
+    for (what, path) in places.chain([("the state directory", &settings.places.state_dir)]) {
+        if own.is_some() && device(path) == own {
+            return Check::warn(
+                name,
+                format!("{what} {} is on the same drive", path.display()),
+                "give the retention a drive of its own: a full or broken one then stops one thing, not both",
+            );
+        }
+    }
+    if own.is_some() && device(Path::new("/")) == own {
+        let reason = "it is the drive the system is installed on";
+        return Check::warn(name, reason, "give the retention a drive of its own");
+    }
+    Check::pass(name, "nothing else of ours lies on the drive")
+}
+
+fn device(path: &Path) -> Option<u64> {
+    Some(std::fs::metadata(nearest_any(path)).ok()?.dev())
+}
+
+/// The path itself, or the nearest one above it that exists.
+fn nearest_any(path: &Path) -> &Path {
+    path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use reprotect_engine::store::journal::ladder::Ladder;
+
+    use super::*;
+    use crate::checks::Verdict;
+
+    fn chosen(segment_bytes: u64) -> RetentionSettings {
+        let hour = Duration::from_secs(3600);
+        let ladder =
+            Ladder { any_write: hour, every_epoch: hour, rungs: Vec::new(), keep: hour, guaranteed: hour };
+        RetentionSettings { undo_epoch: hour, ladder, segment_bytes, reserve_bytes: 0 }
+    }
+
+    #[test]
+    fn a_folder_with_something_else_in_it_is_refused_and_an_empty_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(content(&dir.path().join("none")).verdict, Verdict::Pass);
+        std::fs::create_dir(dir.path().join("lost+found")).unwrap();
+        assert_eq!(content(dir.path()).verdict, Verdict::Pass);
+        std::fs::write(dir.path().join("holiday.jpg"), b"x").unwrap();
+        let check = content(dir.path());
+        assert_eq!(check.verdict, Verdict::Fail);
+        assert!(check.reason.contains("holiday.jpg"), "{}", check.reason);
+        std::fs::write(dir.path().join(SUPERBLOCK), b"x").unwrap();
+        assert_eq!(content(dir.path()).verdict, Verdict::Pass);
+    }
+
+    #[test]
+    fn a_drive_that_holds_not_even_the_first_segments_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(capacity(dir.path(), &chosen(1 << 50)).verdict, Verdict::Fail);
+        let file = dir.path().join("file");
+        std::fs::write(&file, b"x").unwrap();
+        assert_eq!(file_system(&file).verdict, Verdict::Fail);
+    }
+}
