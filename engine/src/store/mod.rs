@@ -1,4 +1,6 @@
 //! What a disk is written to.
+#[cfg(feature = "io")]
+pub mod export;
 pub mod files;
 pub mod fingerprint;
 pub mod identity;

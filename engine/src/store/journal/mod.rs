@@ -7,6 +7,7 @@
 //! | `recovery` | reading the redo log after a stop or a crash |
 //! | `applier` | one disk: undo run, target, and the order in which they are written |
 //! | `view` | a disk as it was at a point |
+//! | `offline`, `verify` | a folder that nobody has open: read, and judged |
 //! | `rollback` | a disk goes back to a point, and forward again |
 //! | `entry`, `window` | what an entry writes; many of them coalesced |
 //! | `undo` | the first before-images of one undo epoch |
@@ -21,10 +22,12 @@ pub mod entry;
 pub mod error;
 pub mod log;
 pub mod manifest;
+pub mod offline;
 pub mod recovery;
 pub mod rollback;
 pub mod shape;
 pub mod undo;
+pub mod verify;
 pub mod view;
 pub mod window;
 
@@ -156,7 +159,11 @@ impl Journal {
         now: Timestamp,
     ) -> Result<(Self, Recovered), JournalError> {
         let (manifest, opened) = Manifest::open(Arc::clone(&files), folder, now)?;
-        let (slots, set_aside) = sort_files(&*files, folder, &manifest)?;
+        let (slots, strangers) = sort_files(&*files, folder, &manifest)?;
+        let mut set_aside = Vec::new();
+        for path in strangers {
+            set_aside.push(files.set_aside(&path, ASIDE)?);
+        }
         let scan =
             recovery::scan(&*files, folder, manifest.journal(), manifest.shape(), opened.durable_group)?;
         // The last group may stand in a cache only, if the program before us was killed between write and flush: it is
@@ -167,11 +174,24 @@ impl Journal {
                 files.open(&path, true)?.flush()?;
             }
         }
+        let (journal, recovered) = Self::scanned(files, folder, settings, manifest, &slots, scan);
+        Ok((journal, Recovered { set_aside, clean: opened.clean, ..recovered }))
+    }
+
+    /// A journal of what its manifest and the scan of its log said.
+    fn scanned(
+        files: Arc<dyn Files>,
+        folder: &Path,
+        settings: JournalSettings,
+        manifest: Manifest,
+        slots: &[u64],
+        scan: recovery::Scan,
+    ) -> (Self, Recovered) {
         let log = Log::new(
             Arc::clone(&files),
             folder,
             settings.segment_bytes,
-            &slots,
+            slots,
             &manifest,
             scan.last_group,
             scan.previous,
@@ -185,9 +205,8 @@ impl Journal {
         let entries = logs.iter().map(|(disk, log)| (*disk, log.entries.clone())).collect();
         let segments = scan.segments;
         let journal = Self { files, folder: folder.into(), manifest, log, disks, entries, segments };
-        let recovered =
-            Recovered { disks: logs, damage: scan.damage, torn: scan.torn, set_aside, clean: opened.clean };
-        Ok((journal, recovered))
+        let (damage, torn) = (scan.damage, scan.torn);
+        (journal, Recovered { disks: logs, damage, torn, ..Recovered::default() })
     }
 
     /// What the journal consists of.
@@ -472,13 +491,13 @@ fn is_ours(name: &str) -> bool {
         || (["manifest-", "undo-"].iter().any(|ours| name.starts_with(ours)) && !name.contains(ASIDE))
 }
 
-/// Sorts the files of the folder: segment files by number; names of ours that belong to nothing are moved aside.
+/// Sorts the files of the folder: segment files by number; and names of ours that belong to nothing.
 fn sort_files(
     files: &dyn Files,
     folder: &Path,
     manifest: &Manifest,
 ) -> Result<(Vec<u64>, Vec<PathBuf>), JournalError> {
-    let (mut slots, mut aside) = (Vec::new(), Vec::new());
+    let (mut slots, mut strangers) = (Vec::new(), Vec::new());
     let mut known = manifest.names().to_vec();
     for (disk, shape) in &manifest.shape().disks {
         let open = shape.open_epoch().map(|epoch| RunFile::Epoch(epoch.opened.epoch));
@@ -489,9 +508,9 @@ fn sort_files(
         if let Some(slot) = log::segment_slot(&name) {
             slots.push(slot);
         } else if is_ours(&name) && !known.contains(&name) {
-            aside.push(files.set_aside(&folder.join(&name), ASIDE)?);
+            strangers.push(folder.join(&name));
         }
     }
     slots.sort_unstable();
-    Ok((slots, aside))
+    Ok((slots, strangers))
 }

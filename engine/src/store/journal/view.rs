@@ -19,6 +19,7 @@ use super::undo::BlockRange;
 use super::window::Window;
 use super::{Journal, Run};
 use crate::compress::Decompressor;
+use crate::format::manifest::EpochCause;
 use crate::io::{BlockFile, ByteRange, ReadAt};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockIndex, DiskId, SECTOR_BYTES, SectorRange};
 
@@ -47,32 +48,46 @@ impl View {
     /// # Errors
     /// When the point is not in the journal any more (it says what is), or an entry it needs is damaged.
     pub fn open(journal: &mut Journal, disk: DiskId, at: At) -> Result<Self, JournalError> {
-        let known = shape(journal, disk)?;
-        let expired = known.expired;
-        let epoch = known.epochs.iter().find(|epoch| epoch.opened.epoch == at.epoch).copied();
-        let gone = |what: String| JournalError::Gone { disk, what };
-        let Some(epoch) = epoch else {
-            return Err(gone(format!(
-                "undo epoch {} is not kept; the oldest kept is {}",
-                at.epoch,
-                expired + 1
-            )));
+        let mut over = Window::default();
+        let from_epoch = match base(journal, disk, at)? {
+            Base::End => at.epoch + 1,
+            Base::Inside(after) => {
+                redo(journal, disk, after, at.number, &mut over)?;
+                at.epoch
+            }
         };
-        let merged = known.runs.iter().any(|run| run.first <= at.epoch && run.last > at.epoch);
-        let last = epoch.closed.map_or(u64::MAX, |closed| closed.last);
-        if at.number < epoch.opened.after || at.number > last {
-            return Err(gone(format!("entry {} is not in undo epoch {}", at.number, at.epoch)));
-        }
-        if merged {
-            return Err(gone(format!("undo epoch {} was merged with later ones", at.epoch)));
-        }
-        if at.number == last {
-            return Ok(Self { disk, from_epoch: at.epoch + 1, over: Window::default() });
-        }
-        let over = redo(journal, &epoch.opened, at.number, &gone)?;
-        Ok(Self { disk, from_epoch: at.epoch, over })
+        Ok(Self { disk, from_epoch, over })
     }
 
+    /// Whether a point can be had, as far as that is known without reading any data.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    pub fn check(journal: &Journal, disk: DiskId, at: At) -> Result<(), JournalError> {
+        let Base::Inside(after) = base(journal, disk, at)? else { return Ok(()) };
+        let wanted = |entry: &&LogEntry| entry.number > after && entry.number <= at.number;
+        let found = journal.entries(disk).iter().filter(wanted).count() as u64;
+        if found == at.number - after { Ok(()) } else { Err(not_kept(disk, at.number)) }
+    }
+
+    /// The disk as it would be if everything in the log were applied: what stands on the target, which has all entries
+    /// up to `applied` and perhaps parts of later ones, and those entries over it. An interrupted rollback is seen as
+    /// finished.
+    ///
+    /// # Errors
+    /// When an entry behind `applied` is not there or damaged.
+    pub fn newest(journal: &mut Journal, disk: DiskId, applied: u64) -> Result<Self, JournalError> {
+        let open = shape(journal, disk)?.open_epoch().map(|epoch| epoch.opened);
+        let mut view = match open.filter(|epoch| epoch.cause == EpochCause::Rollback) {
+            Some(epoch) => Self::open(journal, disk, At { epoch: epoch.to_epoch, number: epoch.to_number })?,
+            None => Self { disk, from_epoch: u64::MAX, over: Window::default() },
+        };
+        let number = journal.entries(disk).last().map_or(applied, |entry| entry.number.max(applied));
+        redo(journal, disk, applied, number, &mut view.over)?;
+        Ok(view)
+    }
+
+    /// The sealed runs that count now, opened.
     /// The sealed runs that count now, opened. More are added as undo epochs end, so a reader asks each time.
     ///
     /// # Errors
@@ -274,23 +289,55 @@ fn joined(ranges: Vec<BlockRange>) -> Vec<BlockRange> {
     joined
 }
 
-/// The writes of an epoch's entries up to `number`, read from the redo log.
+/// What a point is made from.
+enum Base {
+    /// It is the end of its undo epoch: later runs and the target say it all.
+    End,
+    /// It lies inside its epoch: the images of the epoch, and the entries behind this one over them.
+    Inside(u64),
+}
+
+fn base(journal: &Journal, disk: DiskId, at: At) -> Result<Base, JournalError> {
+    let known = shape(journal, disk)?;
+    let expired = known.expired;
+    let epoch = known.epochs.iter().find(|epoch| epoch.opened.epoch == at.epoch).copied();
+    let gone = |what: String| JournalError::Gone { disk, what };
+    let Some(epoch) = epoch else {
+        return Err(gone(format!("undo epoch {} is not kept; the oldest kept is {}", at.epoch, expired + 1)));
+    };
+    let merged = known.runs.iter().any(|run| run.first <= at.epoch && run.last > at.epoch);
+    let last = epoch.closed.map_or(u64::MAX, |closed| closed.last);
+    if at.number < epoch.opened.after || at.number > last {
+        return Err(gone(format!("entry {} is not in undo epoch {}", at.number, at.epoch)));
+    }
+    if merged {
+        return Err(gone(format!("undo epoch {} was merged with later ones", at.epoch)));
+    }
+    Ok(if at.number == last { Base::End } else { Base::Inside(epoch.opened.after) })
+}
+
+fn not_kept(disk: DiskId, number: u64) -> JournalError {
+    let what = format!("entry {number} of the redo log is not kept; choose the end of an undo epoch");
+    JournalError::Gone { disk, what }
+}
+
+/// Lays the writes of the entries behind `after` up to `number`, read from the redo log, over what is there.
 fn redo(
     journal: &mut Journal,
-    epoch: &crate::format::manifest::EpochOpened,
+    disk: DiskId,
+    after: u64,
     number: u64,
-    gone: &dyn Fn(String) -> JournalError,
-) -> Result<Window, JournalError> {
-    let mut over = Window::default();
+    over: &mut Window,
+) -> Result<(), JournalError> {
     let mut decompressor =
         Decompressor::new().map_err(|error| JournalError::Zstd { reason: error.to_string() })?;
     let wanted: Vec<LogEntry> = journal
-        .entries(epoch.disk)
+        .entries(disk)
         .iter()
-        .filter(|entry| entry.number > epoch.after && entry.number <= number)
+        .filter(|entry| entry.number > after && entry.number <= number)
         .copied()
         .collect();
-    let mut next = epoch.after + 1;
+    let mut next = after + 1;
     for entry in wanted {
         if entry.number != next {
             break;
@@ -303,10 +350,5 @@ fn redo(
         }
         next += 1;
     }
-    if next <= number {
-        return Err(gone(format!(
-            "entry {next} of the redo log is not kept; choose the end of an undo epoch"
-        )));
-    }
-    Ok(over)
+    if next <= number { Err(not_kept(disk, next)) } else { Ok(()) }
 }
