@@ -23,14 +23,15 @@ use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::units::{DiskId, PeerId};
 
 use crate::api::{
-    DiskInfo, InviteAnswer, InviteRequest, MachineDisk, MachineInfo, MountInfo, MountRequest, PointsAnswer,
+    DiskInfo, ExportAnswer, ExportRequest, InviteAnswer, InviteRequest, MachineDisk, MachineInfo, MountInfo, MountRequest, PointsAnswer,
     PointsRequest, RevokeAnswer, RevokeRequest, RollbackAnswer, RollbackRequest, SessionInfo, StatusInfo,
-    UnmountRequest, UnprotectAnswer, UnprotectRequest,
+    UnmountRequest, UnprotectAnswer, UnprotectRequest, VerifyAnswer, VerifyRequest,
 };
 use crate::catalogue::{Machine, ProtectedDisk, SourceDisk};
 use crate::config::Settings;
 use crate::disk_status::sector_bytes;
 use crate::explain::reason_and_remedy;
+use crate::export;
 use crate::points::{self, Mounts};
 use crate::protect::{ProtectAnswer, ProtectRequest, protect};
 use crate::registry::{DiskView, Registry};
@@ -106,6 +107,8 @@ pub fn router(state: Arc<AdminState>) -> Router {
         .route("/v1/mount", post(mount))
         .route("/v1/unmount", post(unmount))
         .route("/v1/rollback", post(rollback))
+        .route("/v1/export", post(export_point))
+        .route("/v1/verify", post(verify_points))
         .with_state(state)
 }
 
@@ -351,6 +354,20 @@ async fn rollback(
         points::rollback(&state.registry, disk, &request.point)
     })
     .await
+}
+
+async fn export_point(
+    State(state): Shared,
+    Json(request): Json<ExportRequest>,
+) -> Result<Json<ExportAnswer>, Refusal> {
+    blocking(move || export::copy_point(&state.registry, &request)).await
+}
+
+async fn verify_points(
+    State(state): Shared,
+    Json(request): Json<VerifyRequest>,
+) -> Result<Json<VerifyAnswer>, Refusal> {
+    blocking(move || export::verify_points(&state.registry, &request)).await
 }
 
 fn refused(error: &anyhow::Error) -> Refusal {

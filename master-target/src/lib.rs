@@ -19,6 +19,7 @@ pub mod disk_store;
 pub mod disk_worker;
 mod disk_writer;
 pub mod explain;
+pub mod export;
 pub mod guard;
 pub mod journaled;
 mod plan;

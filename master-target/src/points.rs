@@ -117,7 +117,7 @@ pub fn find(registry: &Registry, disk: DiskId, name: &str) -> anyhow::Result<At>
 }
 
 /// Runs on a disk's thread; a disk that stands says so.
-fn on_disk<T: Send + 'static>(
+pub(crate) fn on_disk<T: Send + 'static>(
     inputs: &DiskInputs,
     work: impl FnOnce(&mut Journaled) -> Result<T, JournalError> + Send + 'static,
 ) -> anyhow::Result<T> {
@@ -148,11 +148,11 @@ pub fn rollback(registry: &Registry, disk: DiskId, point: &str) -> anyhow::Resul
 }
 
 /// A disk as it was, as a file: every read is a question to the disk's thread.
-struct ViewFile {
-    inputs: DiskInputs,
-    view: Arc<View>,
-    name: String,
-    size_bytes: u64,
+pub(crate) struct ViewFile {
+    pub(crate) inputs: DiskInputs,
+    pub(crate) view: Arc<View>,
+    pub(crate) name: String,
+    pub(crate) size_bytes: u64,
 }
 
 impl ViewFile {

@@ -91,6 +91,9 @@ impl Answer for ExportError {
     }
 }
 
+/// Takes bytes of the disk at a place.
+type Put<'a> = dyn FnMut(u64, &[u8]) -> Result<(), ExportError> + 'a;
+
 /// Copies `source` into new files; `progress` is told bytes of the disk that are done.
 ///
 /// # Errors
@@ -211,7 +214,7 @@ fn stream_spec(out: &Path, sectors: u64) -> std::io::Result<StreamSpec> {
 fn copy(
     source: &mut dyn BlockFile,
     progress: &mut dyn FnMut(u64),
-    put: &mut dyn FnMut(u64, &[u8]) -> Result<(), ExportError>,
+    put: &mut Put<'_>,
 ) -> Result<u64, ExportError> {
     let size = source.size_bytes();
     let mut buffer = vec![0; PIECE_BYTES as usize];
@@ -240,11 +243,7 @@ fn copy(
     Ok(copied)
 }
 
-fn hand_on(
-    at: u64,
-    data: &[u8],
-    put: &mut dyn FnMut(u64, &[u8]) -> Result<(), ExportError>,
-) -> Result<u64, ExportError> {
+fn hand_on(at: u64, data: &[u8], put: &mut Put<'_>) -> Result<u64, ExportError> {
     let grain = GRAIN_BYTES as usize;
     let (mut from, mut copied) = (0, 0);
     while from < data.len() {

@@ -454,7 +454,7 @@ const fn certain_bytes(opened: &EpochOpened, applied: &Applied) -> u64 {
 }
 
 /// Reads the run of the epoch that goes on, and changes nothing; none where nothing was saved in it.
-fn inspect(
+pub(super) fn inspect(
     journal: &Journal,
     opened: &EpochOpened,
     size_sectors: u64,

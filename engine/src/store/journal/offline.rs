@@ -11,17 +11,17 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::applier::{Applier, shape};
+use super::applier::{Applier, identity, inspect, run_path, shape};
 use super::error::JournalError;
 use super::manifest::{Manifest, superblock_copies, walk_manifest};
 use super::recovery::{Damage, Scan, Seen, scan, scan_showing};
-use super::undo::Hole;
+use super::undo::{ActiveRun, Hole, SealedRun};
 use super::view::{At, View};
 use super::{Journal, JournalSettings, Recovered, Run, Shape, sort_files};
 use crate::format::FormatError;
 use crate::format::batch::{Mark, MarkClass};
 use crate::format::manifest::{Edit, EditHead, Superblock};
-use crate::format::segment::EntryKind;
+use crate::format::segment::{Applied, EntryKind};
 use crate::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 use crate::store::files::Files;
 use crate::units::{DiskId, SECTOR_BYTES, Timestamp};
@@ -179,6 +179,29 @@ impl Offline {
         Ok(points)
     }
 
+    /// A sealed undo run of a disk.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn run(&self, disk: DiskId, run: Run) -> Result<SealedRun, JournalError> {
+        let identity = identity(&self.journal, disk, &run)?;
+        let path = run_path(&self.journal, disk, run.file);
+        Ok(SealedRun::open(&**self.journal.files(), &path, &identity)?)
+    }
+
+    /// The undo run of the epoch that goes on, as far as it is whole, and what is damaged in it.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn open_run(&self, disk: DiskId) -> Result<(Option<ActiveRun>, Vec<Hole>), JournalError> {
+        let shape = shape(&self.journal, disk)?;
+        let Some(epoch) = shape.open_epoch() else { return Ok((None, Vec::new())) };
+        let nothing = Applied { number: 0, epoch: 0, undo_bytes: 0 };
+        let log = self.found.disks.get(&disk);
+        let applied = log.and_then(|log| log.applied).map_or(nothing, |(applied, _)| applied);
+        inspect(&self.journal, &epoch.opened, shape.added.size_sectors, &applied)
+    }
+
     /// A disk with its target, which may be behind the log.
     ///
     /// # Errors
@@ -238,6 +261,12 @@ impl<'a, T: BlockFile> OfflineDisk<'a, T> {
     #[must_use]
     pub const fn size_bytes(&self) -> u64 {
         self.applier.size_sectors() * SECTOR_BYTES
+    }
+
+    /// The target's size in bytes: another one than the disk's is the target of another disk.
+    #[must_use]
+    pub fn target_bytes(&mut self) -> u64 {
+        self.applier.target().size_bytes()
     }
 
     /// The disk as it was, as a file to be read.

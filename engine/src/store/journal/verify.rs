@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 use bytes::Bytes;
 
-use super::applier::{Applier, identity, run_path};
+use super::applier::{identity, run_path};
 use super::entry::entry_writes;
 use super::error::JournalError;
 use super::log::segment_path;
@@ -18,14 +18,13 @@ use super::manifest::manifest_path;
 use super::offline::{Offline, Point};
 use super::recovery::Seen;
 use super::shape::{DiskShape, Epoch, Run, RunFile};
-use super::undo::{BlockRange, Hole, Place, SealedRun, UndoError};
+use super::undo::{ActiveRun, BlockRange, Hole, Place, SealedRun, UndoError};
 use super::view::At;
 use crate::checksum::is_zero;
 use crate::compress::Decompressor;
 use crate::format::manifest::{ManifestHeader, SUPERBLOCK_COPIES, Superblock};
 use crate::format::segment::SegmentHeader;
-use crate::io::memory::MemoryFile;
-use crate::io::{BlockFile, ByteRange};
+use crate::io::ByteRange;
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockIndex, DiskId};
 
 /// Something that is not as it was written.
@@ -263,15 +262,13 @@ impl Offline {
         let number = epoch.opened.epoch;
         let path = run_path(&self.journal, disk, RunFile::Epoch(number));
         verdict.runs += 1;
-        let applied = self.found().disks.get(&disk).and_then(|log| log.applied).map(|(applied, _)| applied);
-        let nothing = MemoryFile::new(0); // the target is not asked for anything
-        let opened = Applier::open_to_read(&self.journal, disk, nothing, applied);
-        let checked = match opened {
-            Ok((mut applier, mut holes)) => {
-                verdict.bytes += applier.active_run().map_or(0, |run| run.len_bytes());
-                applier.read_images(&mut holes)?;
+        let checked = match self.open_run(disk) {
+            Ok((Some(mut run), mut holes)) => {
+                verdict.bytes += run.len_bytes();
+                read_images(&mut run, &mut holes)?;
                 Ok(holes)
             }
+            Ok((None, holes)) => Ok(holes),
             Err(JournalError::Undo(error)) => Err(error),
             Err(JournalError::Files(error)) => Err(error.into()),
             Err(error) => return Err(error),
@@ -328,38 +325,35 @@ impl Offline {
 }
 
 /// Something wrong that costs nothing.
-const fn harmless(path: PathBuf, offset: u64, what: String) -> Finding {
+fn harmless(path: PathBuf, offset: u64, what: String) -> Finding {
     let (lost, points) = (Vec::new(), Vec::new());
     Finding { path, offset, what, disk: None, lost, points, newest: false, remedy: HARMLESS }
 }
 
-impl<T: BlockFile> Applier<T> {
-    /// Reads every image of the open run; what cannot be read is added to `holes`.
-    fn read_images(&mut self, holes: &mut Vec<Hole>) -> Result<(), JournalError> {
-        const STEP_BLOCKS: u64 = 16;
-        let whole = BlockRange::new(0, self.size_sectors().div_ceil(BLOCK_SECTORS));
-        let Some(run) = self.active_run() else { return Ok(()) };
-        let mut plain = vec![0; (STEP_BLOCKS * BLOCK_BYTES) as usize];
-        for found in run.lookup(whole).into_iter().filter(|found| matches!(found.place, Place::Stored(_))) {
-            let mut at = found.blocks.start;
-            while at < found.blocks.end {
-                let count = (found.blocks.end - at).min(STEP_BLOCKS);
-                let out = plain.get_mut(..(count * BLOCK_BYTES) as usize).unwrap_or_default();
-                match run.read_blocks(BlockIndex(at), out) {
-                    Ok(()) => at += count,
-                    Err(UndoError::Damaged { blocks, source, offset, .. }) => {
-                        let file = ByteRange { start: offset, end: offset };
-                        at = blocks.end.max(at + 1);
-                        if !holes.iter().any(|hole| hole.file.start == offset) {
-                            holes.push(Hole { file, lost: vec![blocks], reason: source });
-                        }
+/// Reads every image of the open run; what cannot be read is added to `holes`.
+fn read_images(run: &mut ActiveRun, holes: &mut Vec<Hole>) -> Result<(), JournalError> {
+    const STEP_BLOCKS: u64 = 16;
+    let whole = run.header().disk_blocks();
+    let mut plain = vec![0; (STEP_BLOCKS * BLOCK_BYTES) as usize];
+    for found in run.lookup(whole).into_iter().filter(|found| matches!(found.place, Place::Stored(_))) {
+        let mut at = found.blocks.start;
+        while at < found.blocks.end {
+            let count = (found.blocks.end - at).min(STEP_BLOCKS);
+            let out = plain.get_mut(..(count * BLOCK_BYTES) as usize).unwrap_or_default();
+            match run.read_blocks(BlockIndex(at), out) {
+                Ok(()) => at += count,
+                Err(UndoError::Damaged { blocks, source, offset, .. }) => {
+                    let file = ByteRange { start: offset, end: offset };
+                    at = blocks.end.max(at + 1);
+                    if !holes.iter().any(|hole| hole.file.start == offset) {
+                        holes.push(Hole { file, lost: vec![blocks], reason: source });
                     }
-                    // Named when the run was opened.
-                    Err(UndoError::Lost { blocks, .. }) => at = blocks.end.max(at + 1),
-                    Err(error) => return Err(error.into()),
                 }
+                // Named when the run was opened.
+                Err(UndoError::Lost { blocks, .. }) => at = blocks.end.max(at + 1),
+                Err(error) => return Err(error.into()),
             }
         }
-        Ok(())
     }
+    Ok(())
 }

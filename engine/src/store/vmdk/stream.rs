@@ -182,7 +182,7 @@ impl<W: Write> StreamWriter<W> {
     /// Where the next thing stands, as an entry says it.
     fn place(&self) -> io::Result<u32> {
         let beyond = |_| {
-            let limit = FILE_SECTORS_MAX * SECTOR_BYTES >> 40;
+            let limit = (FILE_SECTORS_MAX * SECTOR_BYTES) >> 40;
             io::Error::other(format!("a stream-optimised file ends at {limit} TiB: export as flat"))
         };
         u32::try_from(self.at).map_err(beyond)
