@@ -8,6 +8,7 @@
 //! | `applier` | one disk: undo run, target, and the order in which they are written |
 //! | `view` | a disk as it was at a point |
 //! | `offline`, `verify` | a folder that nobody has open: read, and judged |
+//! | `scrub` | what lies still, read again |
 //! | `rollback` | a disk goes back to a point, and forward again |
 //! | `entry`, `window` | what an entry writes; many of them coalesced |
 //! | `undo` | the first before-images of one undo epoch |
@@ -25,6 +26,7 @@ pub mod manifest;
 pub mod offline;
 pub mod recovery;
 pub mod rollback;
+pub mod scrub;
 pub mod shape;
 pub mod undo;
 pub mod verify;
@@ -35,6 +37,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub(super) use error::random_u64;
 pub use error::JournalError;
 pub use log::{Place, Room};
 pub use recovery::{Damage, DiskLog, LogEntry};
@@ -44,6 +47,7 @@ use crate::format::disk_state::DiskState;
 use crate::format::manifest::{DiskAdded, DiskRemoved, Edit};
 use crate::format::segment::{Applied, EntryHead, EntryKind, JournalId};
 use crate::limits::{SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MIN};
+use crate::store::crc_map::{MAP_PREFIX, map_name};
 use crate::store::files::Files;
 use crate::units::{DiskId, Timestamp};
 use log::{Log, NewEntry};
@@ -488,7 +492,7 @@ impl DiskNumbers {
 fn is_ours(name: &str) -> bool {
     name == manifest::SUPERBLOCK_NAME
         || log::segment_slot(name).is_some()
-        || (["manifest-", "undo-"].iter().any(|ours| name.starts_with(ours)) && !name.contains(ASIDE))
+        || (["manifest-", "undo-", MAP_PREFIX].iter().any(|ours| name.starts_with(ours)) && !name.contains(ASIDE))
 }
 
 /// Sorts the files of the folder: segment files by number; and names of ours that belong to nothing.
@@ -503,6 +507,7 @@ fn sort_files(
         let open = shape.open_epoch().map(|epoch| RunFile::Epoch(epoch.opened.epoch));
         let files = shape.runs.iter().map(|run| run.file).chain(open);
         known.extend(files.map(|file| applier::run_name(*disk, file)));
+        known.push(map_name(*disk));
     }
     for name in files.neighbours(&folder.join(manifest::SUPERBLOCK_NAME))? {
         if let Some(slot) = log::segment_slot(&name) {
