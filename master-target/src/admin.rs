@@ -23,9 +23,10 @@ use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::units::{DiskId, PeerId};
 
 use crate::api::{
-    DiskInfo, ExportAnswer, ExportRequest, InviteAnswer, InviteRequest, MachineDisk, MachineInfo, MountInfo, MountRequest, PointsAnswer,
-    PointsRequest, RevokeAnswer, RevokeRequest, RollbackAnswer, RollbackRequest, SessionInfo, StatusInfo,
-    UnmountRequest, UnprotectAnswer, UnprotectRequest, VerifyAnswer, VerifyRequest,
+    DiskInfo, ExportAnswer, ExportRequest, InviteAnswer, InviteRequest, MachineDisk, MachineInfo, MountInfo,
+    MountRequest, PointsAnswer, PointsRequest, RevokeAnswer, RevokeRequest, RollbackAnswer, RollbackRequest,
+    ScrubInfo, SessionInfo, StatusInfo, UnmountRequest, UnprotectAnswer, UnprotectRequest, VerifyAnswer,
+    VerifyRequest,
 };
 use crate::catalogue::{Machine, ProtectedDisk, SourceDisk};
 use crate::config::Settings;
@@ -153,6 +154,7 @@ fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
         written_bytes: 0,
         zeroed_bytes: 0,
         problem: view.problem.clone(),
+        scrub: None,
     };
     let Some(status) = &view.status else { return info };
     let (snapshot, counters) = (status.snapshot(), status.counters());
@@ -178,7 +180,10 @@ fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
     info.plain_bytes = counters.plain_bytes;
     info.written_bytes = counters.written_bytes;
     info.zeroed_bytes = counters.zeroed_bytes;
-    info.problem = info.problem.or(snapshot.problem);
+    let scrub = status.scrub();
+    info.problem = info.problem.or(snapshot.problem).or_else(|| scrub.findings.first().cloned());
+    info.scrub =
+        Some(ScrubInfo { rounds: scrub.rounds, read_bytes: scrub.read_bytes, findings: scrub.findings });
     info
 }
 

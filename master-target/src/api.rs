@@ -43,6 +43,20 @@ pub struct DiskInfo {
     pub zeroed_bytes: u64,
     /// What is wrong, if anything.
     pub problem: Option<String>,
+    /// What the scrub read and found; none where there is no journal.
+    #[serde(default)]
+    pub scrub: Option<ScrubInfo>,
+}
+
+/// What the scrub did at a disk since the daemon started.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ScrubInfo {
+    /// Rounds that ended.
+    pub rounds: u64,
+    /// Bytes of target, undo runs and redo log that were read.
+    pub read_bytes: u64,
+    /// What is not as it was written.
+    pub findings: Vec<String>,
 }
 
 /// A live session.

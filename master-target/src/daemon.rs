@@ -35,6 +35,7 @@ use crate::config::Settings;
 use crate::points::Mounts;
 use crate::registry::{Registry, fs_opener};
 use crate::retention::{Retention, RetentionSettings};
+use crate::scrub::Scrub;
 use crate::session;
 
 /// The site's name where none is configured.
@@ -117,6 +118,10 @@ pub async fn run_reloading(
         listen,
         started: Instant::now(),
     });
+    let scrub = match &retention {
+        Some((retention, _)) => Scrub::start(&registry, retention)?,
+        None => None,
+    };
     let admin_task = tokio::spawn(admin.serve(router(Arc::clone(&state)), shutdown.clone()));
     let notifier = Notifier::from_env()?;
     notifier.send("READY=1")?;
@@ -134,6 +139,9 @@ pub async fn run_reloading(
     server.close().await;
     state.mounts.0.stop().await;
     tokio::task::spawn_blocking(move || {
+        if let Some(scrub) = scrub {
+            scrub.stop();
+        }
         registry.stop();
         if let Some((retention, committer)) = retention {
             retention.close(committer);

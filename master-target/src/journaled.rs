@@ -21,6 +21,7 @@ use reprotect_engine::format::wire::Text;
 use reprotect_engine::io::BlockFile as _;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::target_disk::Piece;
+use reprotect_engine::store::crc_map::Checked;
 use reprotect_engine::store::journal::applier::{Applier, Position};
 use reprotect_engine::store::journal::entry::{Content, Write, bulk_prefix, entry_writes};
 use reprotect_engine::store::journal::rollback::{RolledBack, resume, rollback};
@@ -33,6 +34,7 @@ use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence, Times
 use crate::disk_store::{NotDone, write_pieces};
 use crate::guard::Guard;
 use crate::retention::Retention;
+use crate::target_map::TargetMap;
 
 /// Batches that may wait to be applied: their plain bytes are held in the disk's ten buffers.
 const WAITING_MAX: usize = 4;
@@ -69,6 +71,8 @@ pub struct Journaled {
     unguarded: bool,
     /// What the core last said.
     state: DiskState,
+    /// CRCs of what is on the target.
+    map: TargetMap,
 }
 
 impl Journaled {
@@ -99,6 +103,11 @@ impl Journaled {
         for hole in holes {
             tracing::error!(disk = %id, ?hole, "the undo run is damaged; older points lack these blocks");
         }
+        let scrubbed = retention.settings().scrub.bytes_per_second > 0;
+        let mut map = TargetMap::open(journal, id, applier.size_sectors(), scrubbed)?;
+        if is_rolling_back(journal, id) {
+            map.forget_all()?;
+        }
         resume(journal, &mut applier, now)?;
         let tracked = journal.shape().disks.get(&id).is_some_and(is_tracked);
         if tracked && applier.open_epoch().is_none() {
@@ -107,7 +116,7 @@ impl Journaled {
                 Position { lineage: state.lineage, generation: state.generation, sequence: state.sequence };
             applier.begin_epoch(journal, EpochCause::Time, position, (0, 0), now)?;
         }
-        let redone = redo(journal, &mut applier, now)?;
+        let redone = redo(journal, &mut applier, &mut map, now)?;
         if redone > 0 {
             tracing::info!(disk = %id, entries = redone, "the redo log was applied");
         }
@@ -130,6 +139,7 @@ impl Journaled {
             bulk_unflushed: false,
             unguarded: false,
             state,
+            map,
         };
         disk.guard.flushed();
         Ok(disk)
@@ -165,7 +175,8 @@ impl Journaled {
         self.applier.target()
     }
 
-    pub(crate) fn into_target(self) -> Target {
+    pub(crate) fn into_target(mut self) -> Target {
+        self.map.settle(); // every window was flushed
         self.applier.into_target()
     }
 
@@ -183,6 +194,7 @@ impl Journaled {
         if kind == EntryKind::Bulk && self.applier.open_epoch().is_none() {
             self.before_writing()?;
             self.bulk_unflushed = true;
+            self.map.forget_all()?; // there is none before before-images are kept
             write_pieces(self.applier.target(), pieces)?;
             self.coming.pop_front();
             return Ok(());
@@ -243,6 +255,7 @@ impl Journaled {
         }
         // Also while nothing comes: an undo epoch that goes on keeps its part of the log from being given back.
         self.end_epoch_if_due()?;
+        self.map.idle();
         Ok(self.applied)
     }
 
@@ -263,7 +276,9 @@ impl Journaled {
 
     fn apply_window(&mut self) -> Result<(), JournalError> {
         // Taken out of `self` only when it is on the target: a full medium is tried again with all of it.
+        self.map.before(&self.window)?;
         self.applier.write_window(&self.window)?;
+        self.map.after(&self.window);
         self.window = Window::default();
         let number = self.newest.0;
         let applied = self.applier.applied_through(number);
@@ -380,6 +395,17 @@ impl Journaled {
         view.allocated(&runs, &mut self.applier, range)
     }
 
+    /// Compares a part of the target with what was written there; `None` where nothing is kept of it.
+    ///
+    /// # Errors
+    /// When target or map cannot be read.
+    pub fn scrub(&mut self, range: reprotect_engine::io::ByteRange) -> Result<Option<Checked>, JournalError> {
+        if self.applier.open_epoch().is_none() || self.bulk_unflushed {
+            return Ok(None);
+        }
+        self.map.check(self.applier.target(), range)
+    }
+
     /// Takes the target back to a point; what it held stays a point.
     ///
     /// # Errors
@@ -393,6 +419,7 @@ impl Journaled {
         self.last_mark = None;
         let position = self.position();
         let before = self.applier.open_epoch().unwrap_or(0);
+        self.map.forget_all()?;
         let mut locked = self.retention.lock();
         let done = rollback(locked.get()?, &mut self.applier, at, position, wall_clock())?;
         drop(locked);
@@ -467,6 +494,12 @@ fn is_tracked(shape: &DiskShape) -> bool {
     !shape.epochs.is_empty() || shape.expired > 0
 }
 
+/// Whether a rollback was interrupted.
+fn is_rolling_back(journal: &Journal, disk: DiskId) -> bool {
+    let open = journal.shape().disks.get(&disk).and_then(DiskShape::open_epoch);
+    open.is_some_and(|epoch| epoch.opened.cause == EpochCause::Rollback)
+}
+
 /// The newest entry of a disk, if it is a mark and the newest applied one.
 fn newest_mark(
     journal: &mut Journal,
@@ -492,7 +525,12 @@ fn part_of(piece: &Piece, keep: SectorRange) -> Write {
 }
 
 /// Applies what the log holds beyond APPLIED; answers how many entries.
-fn redo(journal: &mut Journal, applier: &mut Applier<Target>, now: Timestamp) -> Result<usize, JournalError> {
+fn redo(
+    journal: &mut Journal,
+    applier: &mut Applier<Target>,
+    map: &mut TargetMap,
+    now: Timestamp,
+) -> Result<usize, JournalError> {
     let from = applier.applied().number;
     let disk = applier.disk();
     let entries: Vec<_> = journal.entries(disk).iter().filter(|entry| entry.number > from).copied().collect();
@@ -513,11 +551,15 @@ fn redo(journal: &mut Journal, applier: &mut Applier<Target>, now: Timestamp) ->
             window.put(write);
         }
         if window.bytes() >= REDO_BYTES {
-            applier.apply(journal, entry.number, &std::mem::take(&mut window), now)?;
+            map.before(&window)?;
+            applier.apply(journal, entry.number, &window, now)?;
+            map.after(&std::mem::take(&mut window));
         }
     }
     if let Some(last) = entries.last() {
+        map.before(&window)?;
         applier.apply(journal, last.number, &window, now)?;
+        map.after(&window);
         journal.commit(now)?;
     }
     Ok(entries.len())

@@ -27,4 +27,6 @@ pub mod points;
 pub mod protect;
 pub mod registry;
 pub mod retention;
+pub mod scrub;
 pub mod session;
+mod target_map;

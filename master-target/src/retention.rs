@@ -18,12 +18,15 @@ use reprotect_engine::format::manifest::{Edit, EpochsExpired};
 use reprotect_engine::format::segment::JournalId;
 use reprotect_engine::io::durable::create_dir_durable;
 use reprotect_engine::net::wall_clock;
+use reprotect_engine::store::crc_map::map_path;
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::journal::applier::run_path;
 use reprotect_engine::store::journal::{
     DiskShape, Journal, JournalError, JournalSettings, Recovered, RunFile, Shape,
 };
 use reprotect_engine::units::{DiskId, Timestamp};
+
+use crate::scrub::ScrubSettings;
 
 /// After this pause the last group is proven durable by an empty one.
 const SEAL_AFTER: Duration = Duration::from_millis(50);
@@ -43,6 +46,8 @@ pub struct RetentionSettings {
     pub keep: Duration,
     /// Length of a log segment in bytes.
     pub segment_bytes: u64,
+    /// How what lies still is read again.
+    pub scrub: ScrubSettings,
 }
 
 #[derive(Debug, Default)]
@@ -157,6 +162,7 @@ impl Retention {
         for file in shape.runs.iter().map(|run| run.file).chain(open) {
             journal.files().remove(&run_path(journal, disk, file))?;
         }
+        journal.files().remove(&map_path(journal.folder(), disk))?;
         Ok(())
     }
 

@@ -33,6 +33,7 @@ use reprotect_master_target::guard::Guard;
 use reprotect_master_target::journaled::{Journaled, newest_state};
 use reprotect_master_target::registry::fs_opener;
 use reprotect_master_target::retention::{Retention, RetentionSettings};
+use reprotect_master_target::scrub::ScrubSettings;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
@@ -178,8 +179,14 @@ impl Bench {
         state: DiskState,
     ) -> (DiskStore, DiskState) {
         let hour = Duration::from_secs(3600);
-        let settings =
-            RetentionSettings { undo_epoch: hour, any_write: hour, keep: hour, segment_bytes: 32 << 20 };
+        let scrub = ScrubSettings { bytes_per_second: 0, pause: hour };
+        let settings = RetentionSettings {
+            undo_epoch: hour,
+            any_write: hour,
+            keep: hour,
+            segment_bytes: 32 << 20,
+            scrub,
+        };
         let (retention, found) = Retention::open(fs_opener(), folder, settings).unwrap();
         let committer = retention.start().unwrap();
         let log = found.disks.get(&DISK);
