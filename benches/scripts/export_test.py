@@ -109,8 +109,9 @@ def check_damage(target, folder):
     """One byte of the largest sealed undo run, and back."""
     listing, _ = offline(target, "list", folder)
     oldest = listing["disks"][0]["points"][-1]["point"]
-    runs = sorted((file for file in folder.glob("undo-*")), key=lambda file: file.name)
-    victim, at = runs[0], 8192 + 200
+    runs = sorted(folder.glob("undo-*"))[:-1]  # the last one may be open
+    victim = max(runs, key=lambda file: file.stat().st_size)
+    at = 8192 + (victim.stat().st_size - 8192) // 4
     with open(victim, "r+b") as file:
         file.seek(at)
         byte = file.read(1)
@@ -121,7 +122,7 @@ def check_damage(target, folder):
         file.seek(at)
         file.write(byte)
     found = [finding for finding in verdict["findings"] if finding["path"] == str(victim)]
-    if done.returncode != 1 or not found:
+    if done.returncode != 1 or not found or not any(finding["points"] for finding in found):
         raise LabError(f"a flipped bit in {victim.name} was not found: {verdict}")
     say(f"  a flipped bit in {victim.name} was found at byte {found[0]['offset']}; {len(found[0]['points'])} points named"
         f" (oldest {oldest}): {found[0]['what']}")

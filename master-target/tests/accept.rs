@@ -78,6 +78,11 @@ fn points_are_exported_and_read_from_the_folder_alone_after_a_kill() {
 }
 
 #[test]
+fn the_scrub_finds_rot_and_outside_writes_and_nothing_else() {
+    script("scrub_test.py", &[("SIZE", "128M")]);
+}
+
+#[test]
 fn the_demonstration_tells_its_story_to_the_end() {
     script("demo.py", &[("SIZE", "256M"), ("TARGET", "sparse")]);
 }
