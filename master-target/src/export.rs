@@ -31,7 +31,7 @@ use crate::registry::{Registry, fs_opener, short_name};
 /// How often the log says how far an export is.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 /// Bytes that a verification reads in one go.
-const PIECE_BYTES: u64 = 1 << 20;
+const PIECE_BYTES: u64 = 4 << 20;
 /// Bytes whose holes are asked for in one go.
 const MAP_BYTES: u64 = 1 << 30;
 /// Damaged ranges that an answer names; more are counted.
@@ -233,7 +233,7 @@ fn read_piece(point: &OpenPoint, range: ByteRange, done: &mut VerifiedPoint) -> 
         note(range, &error, done);
         return Ok(());
     }
-    let step = if range.len() > 16 * BLOCK_BYTES { 16 * BLOCK_BYTES } else { BLOCK_BYTES };
+    let step = if range.len() > 64 * BLOCK_BYTES { 64 * BLOCK_BYTES } else { BLOCK_BYTES };
     let mut at = range.start;
     while at < range.end {
         let end = range.end.min((at / step + 1) * step);

@@ -22,10 +22,11 @@ use crate::error::{Answer, Severity};
 use crate::io::{BlockError, BlockFile, ByteRange, ReadAt, WriteAt};
 use crate::units::SECTOR_BYTES;
 
-/// Bytes read and written in one go; whole grains.
-const PIECE_BYTES: u64 = 16 * GRAIN_BYTES;
+/// Bytes read and written in one go; whole grains. A live disk answers between two windows, so smaller pieces wait
+/// longer all together.
+const PIECE_BYTES: u64 = 64 * GRAIN_BYTES;
 /// Bytes of the disk whose holes are asked for in one go.
-const MAP_BYTES: u64 = 64 * PIECE_BYTES;
+const MAP_BYTES: u64 = 256 * PIECE_BYTES;
 
 /// How a copy is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
