@@ -23,6 +23,12 @@ use reprotect_engine::units::{BLOCK_BYTES, BLOCK_SECTORS, DiskId, SECTOR_BYTES};
 /// Pages that were written to are settled this long after the last time: hot ones are marked once in that time.
 const SETTLE_EVERY: Duration = Duration::from_secs(60);
 
+/// Pages that may be marked in a minute, 64 MiB of them: writes all over a large disk would cost too much, so the map is
+/// given up and begun again later.
+const MARKS_MAX: u64 = 16_384;
+/// How long it is then left alone.
+const HOLD: Duration = Duration::from_secs(3600);
+
 /// The map of one target.
 pub(crate) struct TargetMap {
     map: Option<CrcMap>,
@@ -33,6 +39,10 @@ pub(crate) struct TargetMap {
     /// A window was announced and is not written and flushed yet; it may have failed halfway.
     writing: bool,
     settled: Instant,
+    /// Pages that were marked since then.
+    marks: (Instant, u64),
+    /// No map is begun before.
+    hold: Option<Instant>,
 }
 
 impl TargetMap {
@@ -55,7 +65,9 @@ impl TargetMap {
         } else {
             files.remove(&path)?;
         }
-        Ok(Self { map, files, folder, owner, enabled, writing: false, settled: Instant::now() })
+        let now = Instant::now();
+        let (marks, hold) = ((now, 0), None);
+        Ok(Self { map, files, folder, owner, enabled, writing: false, settled: now, marks, hold })
     }
 
     /// Everything may be written: the map begins anew when the scrub next looks.
@@ -85,10 +97,27 @@ impl TargetMap {
         // What was written before is flushed, unless that window failed and this one tries again.
         let flushed = !std::mem::replace(&mut self.writing, true);
         let full = if map.is_full() && flushed { map.settle() } else { Ok(()) };
-        if let Err(error) = full.and_then(|()| map.before(&blocks)) {
-            self.give_up(&error)?;
+        match full.and_then(|()| map.before(&blocks)) {
+            Ok(marked) => self.count(marked),
+            Err(error) => self.give_up(&error),
         }
-        Ok(())
+    }
+
+    /// Bounds what the map costs.
+    fn count(&mut self, marked: u64) -> Result<(), JournalError> {
+        if self.marks.0.elapsed() >= SETTLE_EVERY {
+            self.marks = (Instant::now(), 0);
+        }
+        self.marks.1 += marked;
+        if self.marks.1 <= MARKS_MAX {
+            return Ok(());
+        }
+        tracing::info!(
+            disk = %self.owner.disk,
+            "so much is written all over the disk that its CRC map is given up for an hour; outside writes are not noticed meanwhile"
+        );
+        self.hold = Some(Instant::now() + HOLD);
+        self.forget_all()
     }
 
     /// The window was written and flushed.
@@ -143,7 +172,7 @@ impl TargetMap {
         target: &mut dyn BlockFile,
         range: ByteRange,
     ) -> Result<Option<Checked>, JournalError> {
-        if !self.enabled {
+        if !self.enabled || self.hold.is_some_and(|until| Instant::now() < until) {
             return Ok(None);
         }
         let map = match &mut self.map {

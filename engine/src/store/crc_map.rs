@@ -126,35 +126,31 @@ impl CrcMap {
         &self.path
     }
 
-    /// Blocks will be written: from when this returns until they are known again, nothing is said of them.
+    /// Blocks will be written: from when this returns until they are known again, nothing is said of them. Answers how
+    /// many pages had to be marked.
     ///
     /// # Errors
     /// When that cannot be made durable; the blocks must not be written then.
-    pub fn before(&mut self, blocks: &[BlockRange]) -> Result<(), JournalError> {
+    pub fn before(&mut self, blocks: &[BlockRange]) -> Result<u64, JournalError> {
         let touched: BTreeSet<u64> = blocks
             .iter()
             .filter(|range| !range.is_empty())
             .flat_map(|range| range.start / PAGE_ENTRIES..=(range.end - 1) / PAGE_ENTRIES)
             .collect();
-        let mut marks = Vec::new();
-        let mut opened = Vec::new();
-        for page in touched {
-            if !self.open.contains_key(&page) {
-                opened.push((page, self.read_page(page)?));
-                marks.push((page, encode_page(self.salt, page, true, &[])));
-            }
-        }
-        if !marks.is_empty() {
-            self.write_pages(&marks)?;
+        let new: Vec<u64> = touched.into_iter().filter(|page| !self.open.contains_key(page)).collect();
+        if !new.is_empty() {
+            let pages = self.read_pages(&new)?;
+            let mark = |page: &u64| (*page, encode_page(self.salt, *page, true, &[]));
+            self.write_pages(&new.iter().map(mark).collect::<Vec<_>>())?;
             self.file.flush()?;
-            self.open.extend(opened);
+            self.open.extend(pages);
         }
         for range in blocks {
             for block in range.start..range.end {
                 self.note(block, UNKNOWN);
             }
         }
-        Ok(())
+        Ok(new.len() as u64)
     }
 
     /// The block holds `data`, flushed; it was announced to [`Self::before`].
@@ -254,10 +250,23 @@ impl CrcMap {
     }
 
     fn read_page(&mut self, page: u64) -> Result<Vec<u32>, JournalError> {
-        let mut block = vec![0; BLOCK_BYTES as usize];
-        self.file.read(&mut [ReadAt { offset: (1 + page) * BLOCK_BYTES, data: &mut block }])?;
+        Ok(self.read_pages(&[page])?.pop().map(|(_, entries)| entries).unwrap_or_default())
+    }
+
+    fn read_pages(&mut self, pages: &[u64]) -> Result<Vec<(u64, Vec<u32>)>, JournalError> {
+        let mut bytes = vec![0; pages.len() * BLOCK_BYTES as usize];
+        let places = pages.iter().map(|page| (1 + page) * BLOCK_BYTES);
+        let mut reads: Vec<ReadAt<'_>> = places
+            .zip(bytes.chunks_mut(BLOCK_BYTES as usize))
+            .map(|(offset, data)| ReadAt { offset, data })
+            .collect();
+        self.file.read(&mut reads)?;
         let unknown = || vec![UNKNOWN; PAGE_ENTRIES as usize];
-        Ok(decode_page(&block, self.salt, page).unwrap_or_else(unknown))
+        let blocks = bytes.chunks(BLOCK_BYTES as usize);
+        let entries = |(page, block): (&u64, &[u8])| {
+            (*page, decode_page(block, self.salt, *page).unwrap_or_else(unknown))
+        };
+        Ok(pages.iter().zip(blocks).map(entries).collect())
     }
 
     fn write_pages(&mut self, pages: &[(u64, Vec<u8>)]) -> Result<(), JournalError> {
