@@ -8,7 +8,7 @@ export SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS PERCENT ROUNDS CASES LEVEL
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test delta-test points-test crash flips bench-sync sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test delta-test points-test export-test scrub-test crash flips bench-sync sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,12 @@ bench-sync: setup ## speed and cost of the initial sync, release build: [SIZE=8G
 
 points-test: build ## recovery points mounted, compared, gone back to: [SIZE=1G] [POINTS=6] [TARGET=flat] [SEED=n]
 	@$(SCRIPTS)/points_test.py
+
+export-test: build ## points exported, and extracted from the folder alone after kills: [SIZE=1G] [POINTS=3] [KILLS=3] [SEED=n]
+	@$(SCRIPTS)/export_test.py
+
+scrub-test: build ## the scrub under load, after kills, with rot and outside writes: [SIZE=1G] [SEED=n]
+	@$(SCRIPTS)/scrub_test.py
 
 crash: ## the journal against power loss at every write of many workloads: [CASES=2000]
 	CRASH_CASES=$(or $(CASES),2000) $(CARGO) test -p reprotect-engine --all-features --test journal_store --test redo_log -- --nocapture

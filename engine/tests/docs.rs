@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use reprotect_engine::format::undo::{frame as undo_frame, index as undo_index};
 use reprotect_engine::format::wire::{Row, ValueRow};
 use reprotect_engine::format::{
-    batch, disk_state, extent, frame, handshake, manifest, message, segment, undo,
+    batch, crc_map, disk_state, extent, frame, handshake, manifest, message, segment, undo,
 };
 
 enum Table {
@@ -43,6 +43,7 @@ fn tables() -> Vec<(&'static str, Table)> {
         segment: SegmentHeader GroupHeader EntryHead Applied | EntryKind;
         manifest: Superblock ManifestHeader EditHead SegmentOpened Released DiskAdded DiskRemoved EpochOpened
             EpochClosed RunsMerged EpochsExpired PointKept PointDropped | EditKind EpochCause;
+        crc_map: MapHeader MapPageHead |;
         undo: RunHeader |;
         undo_frame: FrameHead | UndoCodec;
         undo_index: PageHead IndexEntry Trailer | PageKind;

@@ -8,7 +8,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use proptest::prelude::*;
@@ -21,7 +21,10 @@ use reprotect_engine::io::{BlockFile, ReadAt};
 use reprotect_engine::store::files::memory::MemoryFiles;
 use reprotect_engine::store::journal::applier::{Applier, Position};
 use reprotect_engine::store::journal::entry::entry_writes;
+use reprotect_engine::store::journal::offline::{Offline, Which};
+use reprotect_engine::store::journal::recovery::Seen;
 use reprotect_engine::store::journal::rollback::{resume, rollback};
+use reprotect_engine::store::journal::verify::Finding;
 use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::window::Window;
 use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings};
@@ -313,6 +316,41 @@ fn check(files: &MemoryFiles, promise: &Oracle, full: bool) -> Result<(), Journa
     Ok(())
 }
 
+/// The folder as a crash left it, read without recovering anything: the same states, and not a byte written.
+fn check_offline(files: &MemoryFiles, promise: &Oracle) {
+    let before = files.trace().len();
+    let mut offline = Offline::open(files.opener(), Path::new(FOLDER)).unwrap();
+    assert_eq!(offline.damage(), []);
+    let (newest, _) = offline.numbers(DISK);
+    let shape = offline.shape().disks[&DISK].clone();
+    let mut read = |which| {
+        let target = files.opener().open(Path::new(TARGET), false).unwrap();
+        let mut disk = vec![0; (SECTORS * SECTOR_BYTES) as usize];
+        let mut file = offline.disk(DISK, target).unwrap().into_file(which).unwrap();
+        file.read(&mut [ReadAt { offset: 0, data: &mut disk }]).unwrap();
+        disk
+    };
+    let target = read(Which::Newest);
+    let expected = match &promise.rolling {
+        Some(rolled) if target == *rolled => rolled,
+        _ => promise.ahead.get(&newest).unwrap_or(&promise.newest),
+    };
+    assert_eq!(&target, expected, "the newest state, entry {newest}");
+    for (at, disk) in &promise.points {
+        assert_eq!(&read(Which::At(*at)), disk, "{at:?}");
+    }
+    for (number, disk) in promise.ahead.range(..=newest) {
+        // Behind the last epoch, between two.
+        let Some(epoch) = shape.epoch_of(*number) else { continue };
+        assert_eq!(&read(Which::At(At::entry(epoch.opened.epoch, *number))), disk);
+    }
+    let verdict = offline.verify().unwrap();
+    // A copy of the superblock that the crash tore is the only thing that is not as it should be.
+    let torn = |finding: &Finding| finding.path.ends_with("superblock") && finding.points.is_empty();
+    assert!(verdict.findings.iter().all(torn), "{:?}", verdict.findings);
+    assert_eq!(files.trace().len(), before, "something was written");
+}
+
 fn lands(seed: u64) -> impl FnMut() -> bool {
     // xorshift; its low bits choose how many sectors land.
     let (mut state, often) = (seed | 1, seed % 4);
@@ -345,7 +383,75 @@ proptest! {
                 let at = (seed >> (round * 7)) as usize % (again.len() + 1);
                 files = after.crashed(&again, at, lands(seed ^ round));
             }
+            check_offline(&files, promise);
             check(&files, promise, true).unwrap();
         }
     }
+}
+
+/// What stands in the folder, as far as it was ever written: file and bytes.
+fn written(files: &MemoryFiles) -> Vec<(PathBuf, u64)> {
+    let offline = Offline::open(files.opener(), Path::new(FOLDER)).unwrap();
+    let mut ends: BTreeMap<PathBuf, u64> = BTreeMap::new();
+    let folder = Path::new(FOLDER);
+    let manifest = folder.join(format!("manifest-{:08}", offline.superblock().manifest));
+    offline
+        .edits(|at, head, _| *ends.entry(manifest.clone()).or_default() = at + head.stored_bytes())
+        .unwrap();
+    let mut segment = PathBuf::new();
+    let seen = offline.log(|seen| match seen {
+        Seen::Segment(_, path) => segment = path.to_owned(),
+        Seen::Group { offset, header, .. } => {
+            ends.insert(segment.clone(), offset + header.stored_bytes());
+        }
+        Seen::Entry { .. } => {}
+    });
+    seen.unwrap();
+    for name in files.opener().neighbours(&folder.join("any")).unwrap() {
+        let path = folder.join(&name);
+        if name == "superblock" || name.starts_with("undo-") {
+            ends.insert(
+                path.clone(),
+                files.bytes_sparse(&path).last().map_or(0, |(at, run)| at + run.len() as u64),
+            );
+        }
+    }
+    ends.into_iter().collect()
+}
+
+#[test]
+fn a_flipped_bit_anywhere_in_a_folder_is_found_and_what_it_costs_is_named() {
+    let write = |start| Step::Write(start, 9, false);
+    let steps =
+        [write(3), write(20), Step::Commit, Step::Apply(2), Step::Epoch, write(8), write(40), Step::Commit];
+    let played =
+        play(&[&steps[..], &[Step::Apply(9), Step::Epoch, write(1), Step::Commit, Step::Apply(9)]].concat());
+    let ends = written(&played.files);
+    let bits: u64 = ends.iter().map(|(_, end)| end * 8).sum();
+    let mut costly = 0;
+    // A step without a common factor with anything of the layout.
+    for bit in (0..bits).step_by(1511) {
+        let mut at = bit;
+        let (path, _) = ends
+            .iter()
+            .find(|(_, end)| {
+                let here = at < end * 8;
+                at -= if here { 0 } else { end * 8 };
+                here
+            })
+            .unwrap();
+        let files = played.files.snapshot();
+        let mut byte = [0];
+        let mut file = files.opener().open(path, false).unwrap();
+        file.read(&mut [ReadAt { offset: at / 8, data: &mut byte }]).unwrap();
+        drop(file);
+        files.poke(path, at / 8, &[byte[0] ^ 1 << (at % 8)]);
+        let Ok(mut offline) = Offline::open(files.opener(), Path::new(FOLDER)) else { continue };
+        let Ok(verdict) = offline.verify() else { continue };
+        // Damage to the last edit or group cannot be told from a torn end; that there is one is said.
+        let named = !verdict.findings.is_empty() || verdict.notes.iter().any(|note| note.contains("torn"));
+        assert!(named, "{} byte {} bit {}", path.display(), at / 8, at % 8);
+        costly += u64::from(verdict.findings.iter().any(|finding| !finding.points.is_empty()));
+    }
+    assert!(costly > 0, "no point was named");
 }

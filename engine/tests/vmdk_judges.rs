@@ -14,6 +14,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use reprotect_engine::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
+use reprotect_engine::store::export::{ExportFormat, export};
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::files::fs::FsFiles;
 use reprotect_engine::store::target::{
@@ -329,6 +330,57 @@ fn a_stream_optimised_disk_is_refused_with_the_remedy() {
     let error = detect_target(&opener(), &disk).unwrap_err();
     assert!(matches!(error, TargetError::Unsupported { .. }), "{error}");
     assert!(error.to_string().contains("convert"), "{error}");
+}
+
+#[test]
+fn a_copy_in_each_format_is_read_the_same_by_all_judges_and_leaves_nothing_when_it_fails() {
+    if !installed("qemu-img") {
+        return;
+    }
+    for (seed, size) in [(5, SIZE), (6, (200 << 20) - 512)] {
+        let dir = tempfile::tempdir().unwrap();
+        let source_spec = spec(dir.path(), VmdkKind::MonolithicFlat);
+        let target =
+            create_target(&opener(), &source_spec, size, &BTreeSet::new(), &CreateOptions::default());
+        let mut twin = Twin::new(target.unwrap(), dir.path(), seed);
+        twin.scribble(40);
+        for (format, name) in [
+            (ExportFormat::Stream, "stream.vmdk"),
+            (ExportFormat::Flat, "flat.vmdk"),
+            (ExportFormat::Sparse, "sparse.vmdk"),
+            (ExportFormat::Raw, "raw.img"),
+        ] {
+            let out = dir.path().join(name);
+            let mut done = 0;
+            let made =
+                export(&opener(), &mut twin.target, &out, format, &mut |at| done = done.max(at)).unwrap();
+            assert_eq!((made.size_bytes, done), (size, size));
+            assert!(made.data_bytes < size && made.files.contains(&out), "{made:?}");
+            if format == ExportFormat::Raw {
+                run("cmp", &[&out, &twin.raw_path]);
+            } else {
+                judge(&out, &twin.raw_path, format != ExportFormat::Flat);
+            }
+            let again = export(&opener(), &mut twin.target, &out, format, &mut |_| {});
+            assert!(again.unwrap_err().to_string().contains("exists already"), "{name}");
+            assert!(made.files.iter().all(|file| file.exists()), "a refused copy took {name} away");
+        }
+        // A source that cannot be read to its end leaves nothing behind.
+        let before = std::fs::read_dir(dir.path()).unwrap().count();
+        for (format, name) in [
+            (ExportFormat::Stream, "x.vmdk"),
+            (ExportFormat::Flat, "y.vmdk"),
+            (ExportFormat::Sparse, "z.vmdk"),
+        ] {
+            let mut short = opener().open(&twin.raw_path, false).unwrap();
+            let cut = OpenOptions::new().write(true).open(&twin.raw_path).unwrap();
+            cut.set_len(size / 2).unwrap();
+            let failed = export(&opener(), &mut short, &dir.path().join(name), format, &mut |_| {});
+            cut.set_len(size).unwrap();
+            assert!(failed.unwrap_err().to_string().contains("nothing was left behind"));
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), before, "{name}");
+        }
+    }
 }
 
 #[test]

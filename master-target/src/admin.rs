@@ -24,13 +24,15 @@ use reprotect_engine::units::{DiskId, PeerId};
 
 use crate::admin_points;
 use crate::api::{
-    DiskInfo, InviteAnswer, InviteRequest, MachineDisk, MachineInfo, RevokeAnswer, RevokeRequest,
-    SessionInfo, StatusInfo, UnprotectAnswer, UnprotectRequest,
+    DiskInfo, ExportAnswer, ExportRequest, InviteAnswer, InviteRequest, MachineDisk, MachineInfo,
+    RevokeAnswer, RevokeRequest, ScrubInfo, SessionInfo, StatusInfo, UnprotectAnswer, UnprotectRequest,
+    VerifyAnswer, VerifyRequest,
 };
 use crate::catalogue::{Machine, ProtectedDisk, SourceDisk};
 use crate::config::Settings;
 use crate::disk_status::sector_bytes;
 use crate::explain::reason_and_remedy;
+use crate::export;
 use crate::mounts::Mounts;
 use crate::protect::{ProtectAnswer, ProtectRequest, protect};
 use crate::registry::{DiskView, Registry};
@@ -105,6 +107,8 @@ pub fn router(state: Arc<AdminState>) -> Router {
         .route("/v1/revoke", post(revoke))
         .route("/v1/protect", post(protect_machine))
         .route("/v1/unprotect", post(unprotect))
+        .route("/v1/export", post(export_point))
+        .route("/v1/verify", post(verify_points))
         .merge(admin_points::routes())
         .with_state(state)
 }
@@ -150,6 +154,7 @@ fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
         written_bytes: 0,
         zeroed_bytes: 0,
         problem: view.problem.clone(),
+        scrub: None,
     };
     let Some(status) = &view.status else { return info };
     let (snapshot, counters) = (status.snapshot(), status.counters());
@@ -175,7 +180,10 @@ fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
     info.plain_bytes = counters.plain_bytes;
     info.written_bytes = counters.written_bytes;
     info.zeroed_bytes = counters.zeroed_bytes;
-    info.problem = info.problem.or(snapshot.problem);
+    let scrub = status.scrub();
+    info.problem = info.problem.or(snapshot.problem).or_else(|| scrub.findings.first().cloned());
+    info.scrub =
+        Some(ScrubInfo { rounds: scrub.rounds, read_bytes: scrub.read_bytes, findings: scrub.findings });
     info
 }
 
@@ -311,6 +319,20 @@ async fn unprotect(
         })
     })
     .await
+}
+
+async fn export_point(
+    State(state): Shared,
+    Json(request): Json<ExportRequest>,
+) -> Result<Json<ExportAnswer>, Refusal> {
+    blocking(move || export::copy_point(&state.registry, &request)).await
+}
+
+async fn verify_points(
+    State(state): Shared,
+    Json(request): Json<VerifyRequest>,
+) -> Result<Json<VerifyAnswer>, Refusal> {
+    blocking(move || export::verify_points(&state.registry, &request)).await
 }
 
 pub(crate) fn refused(error: &anyhow::Error) -> Refusal {

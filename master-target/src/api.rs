@@ -43,6 +43,20 @@ pub struct DiskInfo {
     pub zeroed_bytes: u64,
     /// What is wrong, if anything.
     pub problem: Option<String>,
+    /// What the scrub read and found; none where there is no journal.
+    #[serde(default)]
+    pub scrub: Option<ScrubInfo>,
+}
+
+/// What the scrub did at a disk since the daemon started.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ScrubInfo {
+    /// Rounds that ended.
+    pub rounds: u64,
+    /// Bytes of target, undo runs and redo log that were read.
+    pub read_bytes: u64,
+    /// What is not as it was written.
+    pub findings: Vec<String>,
 }
 
 /// A live session.
@@ -381,4 +395,91 @@ pub struct RollbackAnswer {
     pub compared_bytes: u64,
     /// Bytes that did differ and were written.
     pub written_bytes: u64,
+}
+
+/// `POST /v1/export`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ExportRequest {
+    /// As in [`PointsRequest`], or a machine.
+    pub what: String,
+    /// `EPOCH.NUMBER`, a name, or `newest`.
+    pub point: String,
+    /// `flat`, `sparse`, `stream` or `raw`.
+    pub format: String,
+    /// The new file, or of a machine a folder; absolute, on the master target.
+    pub path: std::path::PathBuf,
+}
+
+/// A copy that was made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ExportedInfo {
+    /// The disk's UUID.
+    pub disk: String,
+    /// `EPOCH.NUMBER`.
+    pub point: String,
+    /// The files of the copy.
+    pub files: Vec<String>,
+    /// Bytes of the disk.
+    pub size_bytes: u64,
+    /// Bytes that held something.
+    pub data_bytes: u64,
+    /// Length of the files.
+    pub file_bytes: u64,
+}
+
+/// The answer to [`ExportRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ExportAnswer {
+    /// One per disk.
+    pub copies: Vec<ExportedInfo>,
+}
+
+/// `POST /v1/verify`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VerifyRequest {
+    /// As in [`PointsRequest`].
+    pub disk: String,
+    /// `EPOCH.NUMBER`, a name, `newest` or `all`.
+    pub point: String,
+}
+
+/// Bytes of a point that cannot be had.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DamagedRange {
+    /// First byte.
+    pub start: u64,
+    /// One past the last byte.
+    pub end: u64,
+    /// What is wrong with the first of them.
+    pub reason: String,
+}
+
+/// A point that was read to its last block.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VerifiedPoint {
+    /// `EPOCH.NUMBER`.
+    pub point: String,
+    /// Bytes that were read; what was never written is left out.
+    pub read_bytes: u64,
+    /// Blocks of 4 KiB in them.
+    pub blocks: u64,
+    /// Bytes that cannot be had.
+    pub damaged_bytes: u64,
+    /// Where they are.
+    pub damaged: Vec<DamagedRange>,
+    /// Ranges that are not in `damaged`, for there are too many.
+    pub left_out: u64,
+    /// Why the point cannot be opened at all.
+    pub refused: Option<String>,
+}
+
+/// The answer to [`VerifyRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VerifyAnswer {
+    /// The disk's UUID.
+    pub disk: String,
+    /// Everything could be read.
+    pub sound: bool,
+    /// The points, in the order in which they were read.
+    pub points: Vec<VerifiedPoint>,
 }

@@ -4,6 +4,8 @@
 //! a command is a function of it. Exit status: 0 done, 1 failed, 2 wrong command line or configuration.
 //! Called by `main`.
 
+pub mod copies;
+
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -97,6 +99,12 @@ pub enum Command {
     Unmount(UnmountArgs),
     /// Take a target back to a point, in place; what it held stays a point.
     Rollback(RollbackArgs),
+    /// Copy a point into a VMDK of its own, while replication goes on.
+    Export(copies::ExportArgs),
+    /// Read a point to its last block and say what is damaged.
+    Verify(copies::VerifyArgs),
+    /// List, verify, dump and extract from a retention folder, without a master target.
+    Journal(copies::JournalArgs),
     /// Show machines, progress and health.
     Status(StatusArgs),
     /// Describe a VMDK or attached disk: format, size, extents, locks, what is on it.

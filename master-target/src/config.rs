@@ -22,6 +22,7 @@ use reprotect_engine::store::journal::ladder::{Ladder, Rung};
 use serde::{Deserialize, Serialize};
 
 use crate::retention::RetentionSettings;
+use crate::scrub::ScrubSettings;
 
 /// The file as written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +74,10 @@ pub struct RetentionConfig {
     pub reserve: ByteSize,
     /// Length of a segment of the redo log.
     pub segment_bytes: ByteSize,
+    /// Speed of the scrub.
+    pub scrub_mib_per_s: u32,
+    /// Between two rounds of the scrub.
+    pub scrub_pause: DurationText,
 }
 
 /// The table `mounts` as written.
@@ -98,6 +103,8 @@ impl Default for RetentionConfig {
             guaranteed: DurationText(Duration::from_secs(2 * HOUR)),
             reserve: ByteSize(2 << 30),
             segment_bytes: ByteSize(SEGMENT_BYTES_DEFAULT),
+            scrub_mib_per_s: 4,
+            scrub_pause: DurationText(Duration::from_secs(HOUR)),
         }
     }
 }
@@ -121,7 +128,7 @@ impl Default for RawConfig {
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 23] = [
+pub const KEYS: [KeyDoc; 25] = [
     KeyDoc {
         key: "state_dir",
         about: "Where the certificate authority, the machines and their progress are kept; setting it moves the admin socket there too.",
@@ -232,6 +239,20 @@ pub const KEYS: [KeyDoc; 23] = [
         about: "Length of a file of the redo log; each is written once as a whole before it is used.",
         unit: "size from 32 MiB to 4 GiB",
         cost: "at least three of them are there from the start",
+        example: "",
+    },
+    KeyDoc {
+        key: "retention.scrub_mib_per_s",
+        about: "Undo runs, redo log and targets are read again at this speed, a quarter of it while the disks have work; finds rot, and writes to a target by somebody else.",
+        unit: "MiB per second from 1 to 10000, or 0 for no scrub",
+        cost: "this much reading; 1 MiB per GiB of the targets in the retention folder for their checksums",
+        example: "",
+    },
+    KeyDoc {
+        key: "retention.scrub_pause",
+        about: "Pause between the end of one round of the scrub and the beginning of the next.",
+        unit: "duration from 1s to 30d",
+        cost: "longer finds damage later",
         example: "",
     },
     KeyDoc {
@@ -396,6 +417,7 @@ fn resolve_retention(
             .in_range("retention.reserve", raw.reserve, &(ByteSize(0)..=ByteSize(1 << 40)))?
             .0,
         segment_bytes: loaded.in_range("retention.segment_bytes", raw.segment_bytes, &sizes)?.0,
+        scrub: resolve_scrub(loaded)?,
     };
     let Some(path) = &raw.path else { return Ok(None) };
     if path.is_relative() {
@@ -403,6 +425,19 @@ fn resolve_retention(
         return Err(loaded.invalid("retention.path", what, "write an absolute one"));
     }
     Ok(Some((path.clone(), settings)))
+}
+
+fn resolve_scrub(loaded: &Loaded<RawConfig>) -> Result<ScrubSettings, ConfigError> {
+    let raw = &loaded.raw.retention;
+    if raw.scrub_mib_per_s > 10_000 {
+        let what = format!("{} is too large", raw.scrub_mib_per_s);
+        return Err(loaded.invalid("retention.scrub_mib_per_s", what, "write a number from 0 to 10000"));
+    }
+    let pauses = DurationText(Duration::from_secs(1))..=DurationText(Duration::from_secs(30 * 24 * 3600));
+    Ok(ScrubSettings {
+        bytes_per_second: u64::from(raw.scrub_mib_per_s) << 20,
+        pause: loaded.in_range("retention.scrub_pause", raw.scrub_pause, &pauses)?.0,
+    })
 }
 
 #[cfg(test)]

@@ -37,6 +37,7 @@ use crate::mounts::Mounts;
 use crate::registry::{Registry, fs_opener};
 use crate::retention::{Retention, RetentionSettings};
 use crate::retention_policy::RetentionPolicy;
+use crate::scrub::Scrub;
 use crate::session;
 
 /// The site's name where none is configured.
@@ -123,6 +124,10 @@ pub async fn run_reloading(
         listen,
         started: Instant::now(),
     });
+    let scrub = match &retention {
+        Some((retention, _)) => Scrub::start(&registry, retention)?,
+        None => None,
+    };
     let admin_task = tokio::spawn(admin.serve(router(Arc::clone(&state)), shutdown.clone()));
     let notifier = Notifier::from_env()?;
     notifier.send("READY=1")?;
@@ -140,6 +145,9 @@ pub async fn run_reloading(
     server.close().await;
     state.mounts.0.stop().await;
     tokio::task::spawn_blocking(move || {
+        if let Some(scrub) = scrub {
+            scrub.stop();
+        }
         registry.stop();
         if let Some((retention, threads)) = retention {
             retention.close(threads);

@@ -13,6 +13,8 @@ use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::proto::target_disk::{DiskNotice, Piece, TargetDisk};
 use reprotect_engine::units::{Generation, SECTOR_BYTES, Sequence};
 
+use crate::scrub::ScrubState;
+
 /// The slow-moving part.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
@@ -47,6 +49,7 @@ pub struct DiskStatus {
     zeroed_bytes: AtomicU64,
     records: AtomicU64,
     snapshot: Mutex<Snapshot>,
+    scrub: Mutex<ScrubState>,
 }
 
 /// The counters since the daemon started.
@@ -74,6 +77,7 @@ impl DiskStatus {
             written_bytes: AtomicU64::new(0),
             zeroed_bytes: AtomicU64::new(0),
             records: AtomicU64::new(0),
+            scrub: Mutex::default(),
             snapshot: Mutex::new(Snapshot {
                 phase: TargetDiskPhase::Closed,
                 closed: false,
@@ -98,6 +102,16 @@ impl DiskStatus {
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
         self.lock().clone()
+    }
+
+    /// What the scrub found.
+    #[must_use]
+    pub fn scrub(&self) -> ScrubState {
+        self.scrub.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn update_scrub(&self, change: impl FnOnce(&mut ScrubState)) {
+        change(&mut self.scrub.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// A copy of the counters.

@@ -23,6 +23,7 @@ use reprotect_engine::format::wire::Text;
 use reprotect_engine::io::BlockFile as _;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::target_disk::Piece;
+use reprotect_engine::store::crc_map::Checked;
 use reprotect_engine::store::journal::applier::{Applier, Position};
 use reprotect_engine::store::journal::entry::{Content, Write, bulk_prefix, entry_writes};
 use reprotect_engine::store::journal::ladder::Pressure;
@@ -38,6 +39,7 @@ use crate::backlog::Backlog;
 use crate::disk_store::{NotDone, write_pieces};
 use crate::guard::Guard;
 use crate::retention::Retention;
+use crate::target_map::TargetMap;
 
 /// Plain bytes of entries that are read back from the log and applied at once after a start.
 const REDO_BYTES: u64 = 16 << 20;
@@ -77,6 +79,8 @@ pub struct Journaled {
     unguarded: bool,
     /// What the core last said.
     state: DiskState,
+    /// CRCs of what is on the target.
+    map: TargetMap,
 }
 
 impl Journaled {
@@ -106,6 +110,11 @@ impl Journaled {
         let (mut applier, holes) = Applier::open(journal, id, target, applied)?;
         for hole in holes {
             tracing::error!(disk = %id, ?hole, "the undo run is damaged; older points lack these blocks");
+        }
+        let scrubbed = retention.scrub().bytes_per_second > 0;
+        let mut map = TargetMap::open(journal, id, applier.size_sectors(), scrubbed)?;
+        if is_rolling_back(journal, id) {
+            map.forget_all()?;
         }
         resume(journal, &mut applier, now)?;
         let tracked = journal.shape().disks.get(&id).is_some_and(is_tracked);
@@ -139,6 +148,7 @@ impl Journaled {
             bulk_unflushed: false,
             unguarded: false,
             state,
+            map,
         };
         disk.redo()?;
         disk.last_mark = newest_mark(retention.lock().get()?, id, disk.applier.applied().number)?;
@@ -177,7 +187,8 @@ impl Journaled {
         self.applier.target()
     }
 
-    pub(crate) fn into_target(self) -> Target {
+    pub(crate) fn into_target(mut self) -> Target {
+        self.map.settle(); // every window was flushed
         self.applier.into_target()
     }
 
@@ -193,6 +204,7 @@ impl Journaled {
         if kind == EntryKind::Bulk && self.applier.open_epoch().is_none() {
             self.before_writing()?;
             self.bulk_unflushed = true;
+            self.map.forget_all()?; // there is none before before-images are kept
             write_pieces(self.applier.target(), pieces)?;
             self.coming.pop_front();
             return Ok(());
@@ -268,7 +280,8 @@ impl Journaled {
     pub(crate) fn apply(&mut self) -> Result<Sequence, NotDone> {
         self.apply_ready()?;
         self.end_old_epoch()?;
-        Ok(self.applied.min(self.durable))
+        self.map.idle();
+        Ok(self.applied_sequence())
     }
 
     /// As [`Self::apply`], and what waits for its mark, too.
@@ -291,7 +304,9 @@ impl Journaled {
         }
         match self.backlog.writes() {
             Some(window) => {
+                self.map.before(window)?;
                 self.applier.write_window(window)?;
+                self.map.after(window);
                 self.note_applied(through)?;
             }
             None => self.apply_from_log(through)?,
@@ -304,7 +319,9 @@ impl Journaled {
     fn apply_from_log(&mut self, through: u64) -> Result<(), JournalError> {
         while self.applier.applied().number < through {
             let (window, number) = window_from_log(&self.retention, &self.applier, through)?;
+            self.map.before(&window)?;
             self.applier.write_window(&window)?;
+            self.map.after(&window);
             self.note_applied(number)?;
         }
         Ok(())
@@ -480,6 +497,17 @@ impl Journaled {
         view.allocated(&runs, &mut self.applier, range)
     }
 
+    /// Compares a part of the target with what was written there; `None` where nothing is kept of it.
+    ///
+    /// # Errors
+    /// When target or map cannot be read.
+    pub fn scrub(&mut self, range: reprotect_engine::io::ByteRange) -> Result<Option<Checked>, JournalError> {
+        if self.applier.open_epoch().is_none() || self.bulk_unflushed {
+            return Ok(None);
+        }
+        self.map.check(self.applier.target(), range)
+    }
+
     /// Takes the target back to a point; what it held stays a point.
     ///
     /// # Errors
@@ -493,6 +521,7 @@ impl Journaled {
         self.last_mark = None;
         let position = self.position();
         let before = self.applier.open_epoch().unwrap_or(0);
+        self.map.forget_all()?;
         let mut locked = self.retention.lock();
         let done = rollback(locked.get()?, &mut self.applier, at, position, wall_clock())?;
         drop(locked);
@@ -554,6 +583,12 @@ pub fn newest_state(journal: &mut Journal, log: &DiskLog) -> Result<Option<DiskS
 /// Whether before-images of a disk are kept.
 fn is_tracked(shape: &DiskShape) -> bool {
     !shape.epochs.is_empty() || shape.expired > 0
+}
+
+/// Whether a rollback was interrupted.
+fn is_rolling_back(journal: &Journal, disk: DiskId) -> bool {
+    let open = journal.shape().disks.get(&disk).and_then(DiskShape::open_epoch);
+    open.is_some_and(|epoch| epoch.opened.cause == EpochCause::Rollback)
 }
 
 /// The newest entry of a disk, if it is a mark and the newest applied one.

@@ -32,11 +32,11 @@ use crate::retention::Hold;
 const MOUNTS_MAX: usize = 32;
 
 /// A disk as it was, as a file: every read is a question to the disk's thread.
-struct ViewFile {
-    inputs: DiskInputs,
-    view: Arc<View>,
-    name: String,
-    size_bytes: u64,
+pub(crate) struct ViewFile {
+    pub(crate) inputs: DiskInputs,
+    pub(crate) view: Arc<View>,
+    pub(crate) name: String,
+    pub(crate) size_bytes: u64,
 }
 
 impl ViewFile {

@@ -18,12 +18,15 @@ use anyhow::Context as _;
 use reprotect_engine::format::segment::JournalId;
 use reprotect_engine::io::durable::create_dir_durable;
 use reprotect_engine::net::wall_clock;
+use reprotect_engine::store::crc_map::map_path;
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::journal::applier::run_path;
 use reprotect_engine::store::journal::ladder::{Ladder, Pressure};
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings, Recovered, RunFile, Shape};
 use reprotect_engine::units::{DiskId, Timestamp};
+
+use crate::scrub::ScrubSettings;
 
 /// After this pause the last group is proven durable by an empty one.
 const SEAL_AFTER: Duration = Duration::from_millis(50);
@@ -41,6 +44,8 @@ pub struct RetentionSettings {
     pub segment_bytes: u64,
     /// Bytes of the drive that stay free, so that a full one can still recover and expire.
     pub reserve_bytes: u64,
+    /// How what lies still is read again.
+    pub scrub: ScrubSettings,
 }
 
 #[derive(Debug, Default)]
@@ -143,6 +148,12 @@ impl Retention {
         &self.folder
     }
 
+    /// How what lies still is read again.
+    #[must_use]
+    pub const fn scrub(&self) -> ScrubSettings {
+        self.settings.scrub
+    }
+
     /// Length of an undo epoch.
     #[must_use]
     pub const fn undo_epoch(&self) -> Duration {
@@ -229,6 +240,7 @@ impl Retention {
         for file in shape.runs.iter().map(|run| run.file).chain(open) {
             journal.files().remove(&run_path(journal, disk, file))?;
         }
+        journal.files().remove(&map_path(journal.folder(), disk))?;
         Ok(())
     }
 

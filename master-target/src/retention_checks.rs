@@ -192,7 +192,8 @@ mod tests {
         let hour = Duration::from_secs(3600);
         let ladder =
             Ladder { any_write: hour, every_epoch: hour, rungs: Vec::new(), keep: hour, guaranteed: hour };
-        RetentionSettings { undo_epoch: hour, ladder, segment_bytes, reserve_bytes: 0 }
+        let scrub = crate::scrub::ScrubSettings { bytes_per_second: 0, pause: hour };
+        RetentionSettings { undo_epoch: hour, ladder, segment_bytes, reserve_bytes: 0, scrub }
     }
 
     #[test]

@@ -73,6 +73,16 @@ fn what_an_existing_disk_held_can_be_had_back_and_a_rollback_holds_it() {
 }
 
 #[test]
+fn points_are_exported_and_read_from_the_folder_alone_after_a_kill() {
+    script("export_test.py", &[("SIZE", "128M"), ("POINTS", "2"), ("KILLS", "2")]);
+}
+
+#[test]
+fn the_scrub_finds_rot_and_outside_writes_and_nothing_else() {
+    script("scrub_test.py", &[("SIZE", "128M")]);
+}
+
+#[test]
 fn the_demonstration_tells_its_story_to_the_end() {
     script("demo.py", &[("SIZE", "256M"), ("TARGET", "sparse")]);
 }

@@ -22,6 +22,9 @@ fn every_command_has_help_and_unknown_options_exit_with_2() {
         "unprotect",
         "status",
         "inspect",
+        "export",
+        "verify",
+        "journal",
     ] {
         let help = program(&[command, "--help"]);
         assert_eq!(help.status.code(), Some(0), "{command}");

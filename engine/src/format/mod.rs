@@ -7,6 +7,7 @@
 #![cfg_attr(not(test), deny(clippy::indexing_slicing, clippy::unwrap_used, clippy::expect_used))]
 
 pub mod batch;
+pub mod crc_map;
 pub mod disk_state;
 pub mod extent;
 pub mod frame;

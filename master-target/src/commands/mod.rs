@@ -2,12 +2,14 @@
 //!
 //! Invariants: a command prints its result to standard output once and everything else to standard error, says in its
 //! error what to do, and asks before it destroys anything; without a terminal it never waits for an answer. Commands
-//! that need the daemon talk to its admin socket; `run`, `check-config`, `check` and `inspect` need none.
+//! that need the daemon talk to its admin socket; `run`, `check-config`, `check`, `inspect` and `journal` need none.
 
 pub mod ask;
 pub mod check;
 pub mod config;
+pub mod copies;
 pub mod inspect;
+pub mod journal;
 pub mod peers;
 pub mod points;
 pub mod protect;
@@ -69,6 +71,9 @@ fn carry_out(cli: Cli) -> anyhow::Result<u8> {
     if let Command::Check(_) = &cli.command {
         return check::check(&overrides, output);
     }
+    if let Command::Journal(args) = &cli.command {
+        return journal::journal(args, output).map(exit_status);
+    }
     let settings = Settings::load(&overrides)?;
     let context = Context { settings, output };
     match cli.command {
@@ -86,7 +91,10 @@ fn carry_out(cli: Cli) -> anyhow::Result<u8> {
         Command::Mount(args) => wait(points::mount(&context, &args))?,
         Command::Unmount(args) => wait(points::unmount(&context, &args))?,
         Command::Rollback(args) => wait(points::rollback(&context, &args))?,
+        Command::Export(args) => wait(copies::export(&context, &args))?,
+        Command::Verify(args) => return wait(copies::verify(&context, &args)).map(exit_status),
         Command::Status(args) => wait(status::status(&context, &args))?,
+        Command::Journal(_) => {}     // above: it needs no configuration
         Command::CheckConfig(_) => {} // above: it must work when the configuration does not
         Command::Inspect(args) => inspect::inspect(&args, context.output)?,
         Command::Check(_) => {} // above, for the same reason
@@ -94,8 +102,13 @@ fn carry_out(cli: Cli) -> anyhow::Result<u8> {
     Ok(EXIT_OK)
 }
 
+/// Whether all was well, as an exit status.
+const fn exit_status(sound: bool) -> u8 {
+    if sound { EXIT_OK } else { EXIT_FAILED }
+}
+
 /// Runs a command's conversation with the daemon.
-fn wait(command: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+fn wait<T>(command: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -200,6 +200,7 @@ mod tests {
             written_bytes: 0,
             zeroed_bytes: 0,
             problem: Some("no space".into()),
+            scrub: None,
         }
     }
 

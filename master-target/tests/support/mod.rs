@@ -34,6 +34,7 @@ use reprotect_master_target::guard::Guard;
 use reprotect_master_target::journaled::{Journaled, newest_state};
 use reprotect_master_target::registry::fs_opener;
 use reprotect_master_target::retention::{Retention, RetentionSettings};
+use reprotect_master_target::scrub::ScrubSettings;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
@@ -181,8 +182,9 @@ impl Bench {
         let hour = Duration::from_secs(3600);
         let ladder =
             Ladder { any_write: hour, every_epoch: hour, rungs: Vec::new(), keep: hour, guaranteed: hour };
+        let scrub = ScrubSettings { bytes_per_second: 0, pause: hour };
         let settings =
-            RetentionSettings { undo_epoch: hour, ladder, segment_bytes: 32 << 20, reserve_bytes: 0 };
+            RetentionSettings { undo_epoch: hour, ladder, segment_bytes: 32 << 20, reserve_bytes: 0, scrub };
         let (retention, found) = Retention::open(fs_opener(), folder, settings).unwrap();
         let committer = retention.start().unwrap();
         let log = found.disks.get(&DISK);

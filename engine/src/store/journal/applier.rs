@@ -29,6 +29,7 @@ use super::{DiskShape, Journal};
 use crate::format::manifest::{Edit, EpochCause, EpochClosed, EpochOpened, PointKept};
 use crate::format::segment::Applied;
 use crate::io::{BlockFile, ByteRange, ReadAt, WriteAt};
+use crate::store::files::FilesError;
 use crate::units::{
     BLOCK_BYTES, BLOCK_SECTORS, BlockIndex, DiskId, Generation, LineageId, SECTOR_BYTES, SectorRange,
     Sequence, Timestamp,
@@ -100,6 +101,31 @@ impl<T: BlockFile> Applier<T> {
         target: T,
         applied: Option<Applied>,
     ) -> Result<(Self, Vec<Hole>), JournalError> {
+        Self::open_with(journal, disk, target, applied, |journal, opened, size_sectors, applied| {
+            reopen(journal, opened, size_sectors, applied).map(|(run, holes)| (Some(run), holes))
+        })
+    }
+
+    /// As [`Self::open`], for reading: no file is changed, and a window is not taken.
+    ///
+    /// # Errors
+    /// As for [`Self::open`].
+    pub fn open_to_read(
+        journal: &Journal,
+        disk: DiskId,
+        target: T,
+        applied: Option<Applied>,
+    ) -> Result<(Self, Vec<Hole>), JournalError> {
+        Self::open_with(journal, disk, target, applied, inspect)
+    }
+
+    fn open_with(
+        journal: &Journal,
+        disk: DiskId,
+        target: T,
+        applied: Option<Applied>,
+        reopen: OpenRun,
+    ) -> Result<(Self, Vec<Hole>), JournalError> {
         let shape = shape(journal, disk)?;
         let size_sectors = shape.added.size_sectors;
         let mut applied = applied.unwrap_or(Applied { number: 0, epoch: 0, undo_bytes: 0 });
@@ -107,10 +133,7 @@ impl<T: BlockFile> Applier<T> {
         let closed = shape.epochs.iter().rev().find_map(|epoch| epoch.closed).map_or(0, |closed| closed.last);
         applied.number = applied.number.max(closed);
         let (active, holes) = match shape.open_epoch() {
-            Some(epoch) => {
-                let (run, holes) = reopen(journal, &epoch.opened, size_sectors, &applied)?;
-                (Some(run), holes)
-            }
+            Some(epoch) => reopen(journal, &epoch.opened, size_sectors, &applied)?,
             None => (None, Vec::new()),
         };
         Ok((Self { disk, size_sectors, target, active, sealed: Vec::new(), applied, version: 0 }, holes))
@@ -437,6 +460,44 @@ fn create_run(journal: &Journal, opened: &EpochOpened, size_sectors: u64) -> Res
     Ok(ActiveRun::create(&**journal.files(), &path, header, run_bytes_max(size_sectors))?)
 }
 
+/// How the run of the epoch that goes on is opened.
+type OpenRun =
+    fn(&Journal, &EpochOpened, u64, &Applied) -> Result<(Option<ActiveRun>, Vec<Hole>), JournalError>;
+
+/// Whether anything can be in the run of the epoch that goes on. Its header is durable before the first image is saved:
+/// where there is no image, the header may be torn.
+fn is_begun(journal: &Journal, opened: &EpochOpened, certain: u64) -> Result<bool, JournalError> {
+    let path = run_path(journal, opened.disk, RunFile::Epoch(opened.epoch));
+    let there = journal.files().facts(&path)?.is_some();
+    if certain > FRAMES_START {
+        // Images were durable in it: an empty run in its place would save what is newer as if it were older.
+        return if there { Ok(true) } else { Err(FilesError::Missing { path }.into()) };
+    }
+    Ok(there && !is_blank(journal, &path)?)
+}
+
+/// Up to where images are certain to be in the run of the epoch that goes on.
+const fn certain_bytes(opened: &EpochOpened, applied: &Applied) -> u64 {
+    if applied.epoch == opened.epoch { applied.undo_bytes } else { 0 }
+}
+
+/// Reads the run of the epoch that goes on, and changes nothing; none where nothing was saved in it.
+pub(super) fn inspect(
+    journal: &Journal,
+    opened: &EpochOpened,
+    size_sectors: u64,
+    applied: &Applied,
+) -> Result<(Option<ActiveRun>, Vec<Hole>), JournalError> {
+    let certain = certain_bytes(opened, applied);
+    if !is_begun(journal, opened, certain)? {
+        return Ok((None, Vec::new()));
+    }
+    let path = run_path(journal, opened.disk, RunFile::Epoch(opened.epoch));
+    let identity = run_header(journal, opened, size_sectors).identity();
+    let (run, holes) = ActiveRun::open_to_read(&**journal.files(), &path, &identity, certain)?;
+    Ok((Some(run), holes))
+}
+
 /// Opens the run of the epoch that goes on, or makes it where the crash came before it was there.
 fn reopen(
     journal: &Journal,
@@ -446,10 +507,8 @@ fn reopen(
 ) -> Result<(ActiveRun, Vec<Hole>), JournalError> {
     let files = &**journal.files();
     let path = run_path(journal, opened.disk, RunFile::Epoch(opened.epoch));
-    let certain = if applied.epoch == opened.epoch { applied.undo_bytes } else { 0 };
-    // Its header is durable before the first image is saved: where there is none, the header may be torn.
-    let begun = files.facts(&path)?.is_some() && (certain > FRAMES_START || !is_blank(journal, &path)?);
-    if !begun {
+    let certain = certain_bytes(opened, applied);
+    if !is_begun(journal, opened, certain)? {
         files.remove(&path)?;
         return Ok((create_run(journal, opened, size_sectors)?, Vec::new()));
     }

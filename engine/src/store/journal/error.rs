@@ -153,7 +153,7 @@ fn oldest_text(oldest: Option<Timestamp>) -> String {
 }
 
 /// A random number for `path`; never zero.
-pub(super) fn random_u64(path: &Path) -> Result<u64, JournalError> {
+pub(in crate::store) fn random_u64(path: &Path) -> Result<u64, JournalError> {
     let mut bytes = [0_u8; 8];
     let refused =
         |error: getrandom::Error| JournalError::NoRandomness { path: path.into(), reason: error.to_string() };

@@ -367,6 +367,11 @@ impl Log {
         Ok((head, body))
     }
 
+    /// Refuses all writes from now on: the journal was opened for reading.
+    pub(super) fn forbid_writes(&mut self) {
+        self.failed = Some(super::manifest::TO_READ.to_owned());
+    }
+
     fn check(&self) -> Result<(), JournalError> {
         match &self.failed {
             None => Ok(()),

@@ -21,6 +21,8 @@ use crate::limits::{MANIFEST_BYTES_MAX, MANIFEST_CHECKPOINT_BYTES};
 use crate::store::files::Files;
 use crate::units::{BLOCK_BYTES, Timestamp};
 
+/// Why a journal that was opened for reading takes no writes.
+pub(super) const TO_READ: &str = "it was opened for reading only";
 /// Name of the superblock's file.
 pub(super) const SUPERBLOCK_NAME: &str = "superblock";
 
@@ -42,7 +44,7 @@ pub struct Manifest {
 }
 
 /// Path of a manifest.
-fn manifest_path(folder: &Path, number: u64) -> PathBuf {
+pub(super) fn manifest_path(folder: &Path, number: u64) -> PathBuf {
     folder.join(format!("manifest-{number:08}"))
 }
 
@@ -93,6 +95,20 @@ pub(super) struct Read {
     pub(super) torn: bool,
 }
 
+/// Each copy of the superblock as it stands; `None` where none was ever written.
+///
+/// # Errors
+/// When the file cannot be read.
+pub(super) fn superblock_copies(
+    files: &dyn Files,
+    folder: &Path,
+) -> Result<Vec<Option<Result<Superblock, FormatError>>>, JournalError> {
+    let path = folder.join(SUPERBLOCK_NAME);
+    let bytes = files.read_head(&path, (SUPERBLOCK_COPIES * BLOCK_BYTES) as usize)?;
+    let written = |copy: &[u8]| copy.iter().any(|byte| *byte != 0);
+    Ok(bytes.chunks(BLOCK_BYTES as usize).map(|copy| written(copy).then(|| Superblock::open(copy))).collect())
+}
+
 /// Reads a manifest from its file.
 ///
 /// # Errors
@@ -101,6 +117,16 @@ pub(super) fn read_manifest(
     files: &dyn Files,
     folder: &Path,
     superblock: &Superblock,
+) -> Result<Read, JournalError> {
+    walk_manifest(files, folder, superblock, &mut |_, _, _| {})
+}
+
+/// As [`read_manifest`], and shows every edit: where it stands, its head, what it says.
+pub(super) fn walk_manifest(
+    files: &dyn Files,
+    folder: &Path,
+    superblock: &Superblock,
+    see: &mut dyn FnMut(u64, &EditHead, &Edit),
 ) -> Result<Read, JournalError> {
     const REMEDY: &str = "restore the folder from its newest copy, or run `journal verify` on it";
     let path = manifest_path(folder, superblock.manifest);
@@ -130,6 +156,7 @@ pub(super) fn read_manifest(
             }
         };
         let (head, edit) = edit;
+        see(read.at, &head, &edit);
         read.shape
             .apply(&edit)
             .map_err(|what| JournalError::damaged(&path, format!("edit {}: {what}", head.index)))?;
@@ -321,10 +348,44 @@ impl Manifest {
         Ok((manifest, opened))
     }
 
+    /// Opens the manifest of a journal to which nothing is written: no file is opened for writing, and
+    /// [`Self::append`] refuses.
+    ///
+    /// # Errors
+    /// As for [`Self::open`]; features that only forbid writing are no hindrance.
+    pub(super) fn open_to_read(files: Arc<dyn Files>, folder: &Path) -> Result<(Self, Opened), JournalError> {
+        let superblock = read_superblock(&*files, folder)?;
+        let superblock_file = files.open(&folder.join(SUPERBLOCK_NAME), false)?;
+        let read = read_manifest(&*files, folder, &superblock)?;
+        let opened = Opened {
+            clean: superblock.clean,
+            durable_group: superblock.durable_group.max(read.durable_group),
+        };
+        let file = files.open(&manifest_path(folder, superblock.manifest), false)?;
+        let manifest = Self {
+            files,
+            folder: folder.into(),
+            superblock_file,
+            superblock,
+            file,
+            at: read.at,
+            index: read.index,
+            base: read.at,
+            shape: read.shape,
+            failed: Some(TO_READ.to_owned()),
+        };
+        Ok((manifest, opened))
+    }
+
     /// The journal's identity.
     #[must_use]
     pub const fn journal(&self) -> JournalId {
         self.superblock.journal
+    }
+
+    /// The copy of the superblock that counts.
+    pub(super) const fn superblock(&self) -> Superblock {
+        self.superblock
     }
 
     /// What the journal consists of.

@@ -9,6 +9,8 @@
 //! | `view` | a disk as it was at a point |
 //! | `points` | what can be had of a disk: marks, times, sequences |
 //! | `ladder`, `thin` | which points stay, and their undo runs made one |
+//! | `offline`, `verify` | a folder that nobody has open: read, and judged |
+//! | `scrub` | what lies still, read again |
 //! | `rollback` | a disk goes back to a point, and forward again |
 //! | `entry`, `window` | what an entry writes; many of them coalesced |
 //! | `undo` | the first before-images of one undo epoch |
@@ -24,12 +26,15 @@ pub mod error;
 pub mod ladder;
 pub mod log;
 pub mod manifest;
+pub mod offline;
 pub mod points;
 pub mod recovery;
 pub mod rollback;
+pub mod scrub;
 pub mod shape;
 pub mod thin;
 pub mod undo;
+pub mod verify;
 pub mod view;
 pub mod window;
 
@@ -38,6 +43,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use error::JournalError;
+pub(super) use error::random_u64;
 pub use log::{Place, Room};
 pub use recovery::{Damage, DiskLog, LogEntry};
 pub use shape::{DiskShape, Epoch, Run, RunFile, Shape};
@@ -48,6 +54,7 @@ use crate::format::manifest::{DiskAdded, DiskRemoved, Edit};
 use crate::format::segment::{Applied, EntryHead, EntryKind, JournalId};
 use crate::format::undo::RUN_MAGIC;
 use crate::limits::{SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MIN};
+use crate::store::crc_map::{MAP_PREFIX, map_name};
 use crate::store::files::Files;
 use crate::units::{DiskId, Timestamp};
 use log::{Log, NewEntry};
@@ -166,7 +173,15 @@ impl Journal {
         now: Timestamp,
     ) -> Result<(Self, Recovered), JournalError> {
         let (manifest, opened) = Manifest::open(Arc::clone(&files), folder, now)?;
-        let (slots, set_aside) = sort_files(&*files, folder, &manifest)?;
+        let (slots, strangers) = sort_files(&*files, folder, &manifest)?;
+        let mut set_aside = Vec::new();
+        for path in strangers {
+            if is_leftover(&*files, &path, &manifest)? {
+                files.remove(&path)?;
+                continue;
+            }
+            set_aside.push(files.set_aside(&path, ASIDE)?);
+        }
         let scan =
             recovery::scan(&*files, folder, manifest.journal(), manifest.shape(), opened.durable_group)?;
         // The last group may stand in a cache only, if the program before us was killed between write and flush: it is
@@ -177,11 +192,24 @@ impl Journal {
                 files.open(&path, true)?.flush()?;
             }
         }
+        let (journal, recovered) = Self::scanned(files, folder, settings, manifest, &slots, scan);
+        Ok((journal, Recovered { set_aside, clean: opened.clean, ..recovered }))
+    }
+
+    /// A journal of what its manifest and the scan of its log said.
+    fn scanned(
+        files: Arc<dyn Files>,
+        folder: &Path,
+        settings: JournalSettings,
+        manifest: Manifest,
+        slots: &[u64],
+        scan: recovery::Scan,
+    ) -> (Self, Recovered) {
         let log = Log::new(
             Arc::clone(&files),
             folder,
             settings.segment_bytes,
-            &slots,
+            slots,
             &manifest,
             scan.last_group,
             scan.previous,
@@ -196,9 +224,8 @@ impl Journal {
         let segments = scan.segments;
         let marks = BTreeMap::new();
         let journal = Self { files, folder: folder.into(), manifest, log, disks, entries, marks, segments };
-        let recovered =
-            Recovered { disks: logs, damage: scan.damage, torn: scan.torn, set_aside, clean: opened.clean };
-        Ok((journal, recovered))
+        let (damage, torn) = (scan.damage, scan.torn);
+        (journal, Recovered { disks: logs, damage, torn, ..Recovered::default() })
     }
 
     /// What the journal consists of.
@@ -513,18 +540,15 @@ impl DiskNumbers {
 fn is_ours(name: &str) -> bool {
     name == manifest::SUPERBLOCK_NAME
         || log::segment_slot(name).is_some()
-        || (["manifest-", "undo-"].iter().any(|ours| name.starts_with(ours)) && !name.contains(ASIDE))
+        || (["manifest-", "undo-", MAP_PREFIX].iter().any(|ours| name.starts_with(ours))
+            && !name.contains(ASIDE))
 }
 
 /// Whether a file is an undo run of this journal that was removed, replaced or never finished when the program ended:
 /// the manifest is changed first, so what it does not name and could have named before is of no use to anybody.
-fn is_leftover(
-    files: &dyn Files,
-    folder: &Path,
-    manifest: &Manifest,
-    name: &str,
-) -> Result<bool, JournalError> {
-    let Some((disk, file)) = applier::run_of_name(name) else { return Ok(false) };
+fn is_leftover(files: &dyn Files, path: &Path, manifest: &Manifest) -> Result<bool, JournalError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let Some((disk, file)) = applier::run_of_name(&name) else { return Ok(false) };
     let Some(shape) = manifest.shape().disks.get(&disk) else { return Ok(false) };
     let once_named = match file {
         RunFile::Epoch(epoch) => {
@@ -532,37 +556,34 @@ fn is_leftover(
         }
         RunFile::Merged(_) => true,
     };
-    let head = files.read_head(&folder.join(name), undo::RunHeader::BYTES)?;
+    let head = files.read_head(path, undo::RunHeader::BYTES)?;
     let ours = undo::RunHeader::read_prefix(&head)
         .is_ok_and(|(header, _)| header.magic == RUN_MAGIC && header.journal == manifest.journal());
     // A run whose header was not written yet is empty.
     Ok(once_named && (ours || head.iter().all(|byte| *byte == 0)))
 }
 
-/// Sorts the files of the folder: segment files by number; names of ours that belong to nothing are moved aside.
+/// Sorts the files of the folder: segment files by number; and names of ours that belong to nothing.
 fn sort_files(
     files: &dyn Files,
     folder: &Path,
     manifest: &Manifest,
 ) -> Result<(Vec<u64>, Vec<PathBuf>), JournalError> {
-    let (mut slots, mut aside) = (Vec::new(), Vec::new());
+    let (mut slots, mut strangers) = (Vec::new(), Vec::new());
     let mut known = manifest.names().to_vec();
     for (disk, shape) in &manifest.shape().disks {
         let open = shape.open_epoch().map(|epoch| RunFile::Epoch(epoch.opened.epoch));
         let files = shape.runs.iter().map(|run| run.file).chain(open);
         known.extend(files.map(|file| applier::run_name(*disk, file)));
+        known.push(map_name(*disk));
     }
     for name in files.neighbours(&folder.join(manifest::SUPERBLOCK_NAME))? {
         if let Some(slot) = log::segment_slot(&name) {
             slots.push(slot);
         } else if is_ours(&name) && !known.contains(&name) {
-            if is_leftover(files, folder, manifest, &name)? {
-                files.remove(&folder.join(&name))?;
-                continue;
-            }
-            aside.push(files.set_aside(&folder.join(&name), ASIDE)?);
+            strangers.push(folder.join(&name));
         }
     }
     slots.sort_unstable();
-    Ok((slots, aside))
+    Ok((slots, strangers))
 }

@@ -13,7 +13,7 @@ use super::applier::shape;
 use super::error::JournalError;
 use super::recovery::LogEntry;
 use super::shape::{DiskShape, Epoch};
-use super::view::At;
+use super::view::{At, View};
 use crate::format::batch::{BatchHeader, Mark, MarkCause, MarkClass};
 use crate::format::manifest::PointKept;
 use crate::format::segment::EntryKind;
@@ -99,13 +99,22 @@ pub fn own_id(disk: DiskId, at: At) -> [u8; 16] {
 /// # Errors
 /// When the disk is not in the journal, or a mark cannot be read.
 pub fn points(journal: &mut Journal, disk: DiskId) -> Result<Vec<Point>, JournalError> {
+    let mut points = all_points(journal, disk)?;
+    points.retain(|point| View::check(journal, disk, point.at).is_ok());
+    Ok(points)
+}
+
+/// The marks of a disk that are known, oldest first; some may not be had any more.
+///
+/// # Errors
+/// As for [`points`].
+pub fn all_points(journal: &mut Journal, disk: DiskId) -> Result<Vec<Point>, JournalError> {
     let known = shape(journal, disk)?.clone();
     let mut points: Vec<Point> = known.points.values().map(Point::kept).collect();
-    let first = first_entry(journal, disk);
     for entry in of_kind(journal, disk, EntryKind::Mark) {
         let Some(epoch) = known.epoch_of(entry.number) else { continue };
         let at = At::entry(epoch.opened.epoch, entry.number);
-        if !can_be_had(&known, epoch, entry.number, first) || points.iter().any(|point| point.at == at) {
+        if points.iter().any(|point| point.at == at) {
             continue;
         }
         points.push(Point::mark(disk, at, &journal.mark(disk, &entry)?));

@@ -77,7 +77,33 @@ pub struct Scan {
     pub segments: BTreeMap<u64, BTreeMap<DiskId, u64>>,
 }
 
+/// What a scan comes by, in the order of the log; shown to who wants to see more than [`Scan`].
+#[derive(Debug)]
+pub enum Seen<'a> {
+    /// A segment.
+    Segment(&'a SegmentOpened, &'a Path),
+    /// A group whose every byte was checked.
+    Group {
+        /// Its segment.
+        segment: u64,
+        /// Where it stands.
+        offset: u64,
+        /// Its head.
+        header: &'a GroupHeader,
+    },
+    /// An entry that was checked, of the last group or taken out of a damaged one.
+    Entry {
+        /// Where it stands.
+        place: Place,
+        /// Its head.
+        head: &'a EntryHead,
+        /// Its body.
+        body: &'a [u8],
+    },
+}
+
 struct Scanner<'a> {
+    see: &'a mut dyn FnMut(Seen<'_>),
     files: &'a dyn Files,
     folder: &'a Path,
     journal: JournalId,
@@ -98,7 +124,23 @@ pub(super) fn scan(
     shape: &Shape,
     known_durable: u64,
 ) -> Result<Scan, JournalError> {
-    let mut scanner = Scanner { files, folder, journal, known_durable, scan: Scan::default(), next_group: 0 };
+    scan_showing(files, folder, journal, shape, known_durable, &mut |_| {})
+}
+
+/// As [`scan`], and shows what it comes by.
+///
+/// # Errors
+/// As for [`scan`].
+pub(super) fn scan_showing(
+    files: &dyn Files,
+    folder: &Path,
+    journal: JournalId,
+    shape: &Shape,
+    known_durable: u64,
+    see: &mut dyn FnMut(Seen<'_>),
+) -> Result<Scan, JournalError> {
+    let scan = Scan::default();
+    let mut scanner = Scanner { see, files, folder, journal, known_durable, scan, next_group: 0 };
     let segments: Vec<&SegmentOpened> = shape.segments.values().collect();
     for (at, segment) in segments.iter().enumerate() {
         let next = segments.get(at + 1).map(|next| next.first_group);
@@ -137,6 +179,7 @@ impl Scanner<'_> {
             self.next_group = 0;
             return Ok(());
         }
+        (self.see)(Seen::Segment(segment, &path));
         let mut file = self.files.open(&path, false)?;
         let mut block = vec![0; BLOCK_BYTES as usize];
         file.read(&mut [ReadAt { offset: 0, data: &mut block }])?;
@@ -281,6 +324,7 @@ impl Scanner<'_> {
         if padding.iter().any(|byte| *byte != 0) {
             return Ok(Err("its padding is not zero".to_owned()));
         }
+        (self.see)(Seen::Group { segment: segment.number, offset: at, header: &header });
         let mut count = 0;
         for entry in entries(payload) {
             match entry {
@@ -353,6 +397,7 @@ impl Scanner<'_> {
         let disk = self.scan.disks.entry(head.disk).or_default();
         let newest = self.scan.segments.entry(segment).or_default().entry(head.disk).or_default();
         let place = Place { segment, offset, bytes: (EntryHead::BYTES + body.len()) as u64 };
+        (self.see)(Seen::Entry { place, head, body });
         match head.kind {
             EntryKind::State => {
                 let state = DiskState::decode(body).map_err(|error| error.to_string())?;

@@ -22,6 +22,7 @@ use super::undo::BlockRange;
 use super::window::Window;
 use super::{Journal, Run};
 use crate::compress::Decompressor;
+use crate::format::manifest::EpochCause;
 use crate::io::{BlockFile, ByteRange, ReadAt};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockIndex, DiskId, SECTOR_BYTES, SectorRange};
 
@@ -83,31 +84,48 @@ impl View {
     /// # Errors
     /// When the point is not in the journal any more (it says what is), or an entry it needs is damaged.
     pub fn open(journal: &mut Journal, disk: DiskId, at: At) -> Result<Self, JournalError> {
-        let known = shape(journal, disk)?;
-        let expired = known.expired;
-        let epoch = known.epochs.iter().find(|epoch| epoch.opened.epoch == at.epoch).copied();
-        let gone = |what: String| JournalError::Gone { disk, what };
-        let Some(epoch) = epoch else {
-            return Err(gone(format!(
-                "undo epoch {} is not kept; the oldest kept is {}",
-                at.epoch,
-                expired + 1
-            )));
+        let mut over = Window::default();
+        let from_epoch = match base(journal, disk, at)? {
+            Base::Border(from) => from,
+            Base::Inside(after) => {
+                redo(journal, disk, after, (at.number, at.records), &mut over)?;
+                at.epoch
+            }
         };
-        let from_epoch = known.runs_from(at.epoch, at.number).filter(|_| at.records == 0).unwrap_or(at.epoch);
-        let merged = known.is_merged_across(from_epoch);
-        let last = epoch.closed.map_or(u64::MAX, |closed| closed.last);
-        if at.number < epoch.opened.after || at.number + u64::from(at.records > 0) > last {
-            return Err(gone(format!("entry {} is not in undo epoch {}", at.number, at.epoch)));
-        }
-        if merged {
-            return Err(gone(format!("the undo run of epoch {} was made one with others", at.epoch)));
-        }
-        if from_epoch > at.epoch {
-            return Ok(Self { disk, from_epoch, over: Window::default() });
-        }
-        let over = redo(journal, &epoch.opened, at, &gone)?;
         Ok(Self { disk, from_epoch, over })
+    }
+
+    /// Whether a point can be had, as far as that is known without reading any data.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    pub fn check(journal: &Journal, disk: DiskId, at: At) -> Result<(), JournalError> {
+        let Base::Inside(after) = base(journal, disk, at)? else { return Ok(()) };
+        let number = at.number + u64::from(at.records > 0);
+        let wanted = |entry: &&LogEntry| entry.number > after && entry.number <= number;
+        let found = journal.entries(disk).iter().filter(wanted).count() as u64;
+        if found == number - after { Ok(()) } else { Err(not_kept(disk, number)) }
+    }
+
+    /// The disk as it would be if everything in the log were applied: what stands on the target, which has all entries
+    /// up to `applied` and perhaps parts of later ones, and those entries over it. An interrupted rollback is seen as
+    /// finished.
+    ///
+    /// # Errors
+    /// When an entry behind `applied` is not there or damaged.
+    pub fn newest(journal: &mut Journal, disk: DiskId, applied: u64) -> Result<Self, JournalError> {
+        let open = shape(journal, disk)?.open_epoch().map(|epoch| epoch.opened);
+        let mut view = match open.filter(|epoch| epoch.cause == EpochCause::Rollback) {
+            Some(epoch) => Self::open(
+                journal,
+                disk,
+                At { epoch: epoch.to_epoch, number: epoch.to_number, records: epoch.to_records },
+            )?,
+            None => Self { disk, from_epoch: u64::MAX, over: Window::default() },
+        };
+        let number = journal.entries(disk).last().map_or(applied, |entry| entry.number.max(applied));
+        redo(journal, disk, applied, (number, 0), &mut view.over)?;
+        Ok(view)
     }
 
     /// The sealed runs that count now, opened. More are added as undo epochs end, so a reader asks each time.
@@ -311,24 +329,57 @@ fn joined(ranges: Vec<BlockRange>) -> Vec<BlockRange> {
     joined
 }
 
-/// The writes of an epoch's entries up to a point, read from the redo log.
+/// What a point is made from.
+enum Base {
+    /// It is the beginning or the end of an undo epoch: runs from this one on and the target say it all.
+    Border(u64),
+    /// It lies inside its epoch: the images of the epoch, and the entries behind this one over them.
+    Inside(u64),
+}
+
+fn base(journal: &Journal, disk: DiskId, at: At) -> Result<Base, JournalError> {
+    let known = shape(journal, disk)?;
+    let gone = |what: String| JournalError::Gone { disk, what };
+    let Some(epoch) = known.epochs.iter().find(|epoch| epoch.opened.epoch == at.epoch) else {
+        let oldest = known.expired + 1;
+        return Err(gone(format!("undo epoch {} is not kept; the oldest kept is {oldest}", at.epoch)));
+    };
+    let (after, last) = (epoch.opened.after, epoch.closed.map_or(u64::MAX, |closed| closed.last));
+    if at.number < after || at.number + u64::from(at.records > 0) > last {
+        return Err(gone(format!("entry {} is not in undo epoch {}", at.number, at.epoch)));
+    }
+    let from = known.runs_from(at.epoch, at.number).filter(|_| at.records == 0).unwrap_or(at.epoch);
+    if known.is_merged_across(from) {
+        return Err(gone(format!("the undo run of epoch {} was made one with others", at.epoch)));
+    }
+    let at_border = from > at.epoch || (at.number == after && at.records == 0);
+    Ok(if at_border { Base::Border(from) } else { Base::Inside(after) })
+}
+
+fn not_kept(disk: DiskId, number: u64) -> JournalError {
+    let what = format!("entry {number} of the redo log is not kept; choose the end of an undo epoch");
+    JournalError::Gone { disk, what }
+}
+
+/// Lays the writes of the entries behind `after` up to `number`, and of so many records of the next, read from the redo
+/// log, over what is there.
 fn redo(
     journal: &mut Journal,
-    epoch: &crate::format::manifest::EpochOpened,
-    at: At,
-    gone: &dyn Fn(String) -> JournalError,
-) -> Result<Window, JournalError> {
-    let number = at.number + u64::from(at.records > 0);
-    let mut over = Window::default();
+    disk: DiskId,
+    after: u64,
+    (whole, records): (u64, u32),
+    over: &mut Window,
+) -> Result<(), JournalError> {
+    let number = whole + u64::from(records > 0);
     let mut decompressor =
         Decompressor::new().map_err(|error| JournalError::Zstd { reason: error.to_string() })?;
     let wanted: Vec<LogEntry> = journal
-        .entries(epoch.disk)
+        .entries(disk)
         .iter()
-        .filter(|entry| entry.number > epoch.after && entry.number <= number)
+        .filter(|entry| entry.number > after && entry.number <= number)
         .copied()
         .collect();
-    let mut next = epoch.after + 1;
+    let mut next = after + 1;
     for entry in wanted {
         if entry.number != next {
             break;
@@ -337,16 +388,11 @@ fn redo(
         let writes = entry_writes(head.kind, Bytes::from(body), &mut decompressor)
             .map_err(JournalError::format(journal.folder(), entry.place.offset, "choose another point"))?;
         // A batch has one write for each of its records, in their order.
-        let counts = if entry.number > at.number { at.records as usize } else { usize::MAX };
+        let counts = if entry.number > whole { records as usize } else { usize::MAX };
         for write in writes.into_iter().take(counts) {
             over.put(write);
         }
         next += 1;
     }
-    if next <= number {
-        return Err(gone(format!(
-            "entry {next} of the redo log is not kept; choose the end of an undo epoch"
-        )));
-    }
-    Ok(over)
+    if next <= number { Err(not_kept(disk, next)) } else { Ok(()) }
 }

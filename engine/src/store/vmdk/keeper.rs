@@ -125,7 +125,7 @@ pub(super) fn sector_writes(sectors: &[(u64, [u8; SECTOR_BYTES as usize])]) -> V
 }
 
 /// A random content identity that differs from `old` and has no special meaning.
-pub(super) fn random_cid(old: u32) -> Result<u32, std::io::Error> {
+pub(in crate::store) fn random_cid(old: u32) -> Result<u32, std::io::Error> {
     loop {
         let cid = getrandom::u32().map_err(|error| std::io::Error::other(error.to_string()))?;
         // 0 and all ones mean "none"; 0xfffffffe is what fresh disks of some tools carry.

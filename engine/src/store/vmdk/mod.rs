@@ -6,6 +6,7 @@
 //! | `create` | a new disk of one of five kinds |
 //! | `flat` | plain extents |
 //! | `sparse` | grains: planning of writes, the crash-safe order |
+//! | `stream` | a compressed copy for transport, written front to back |
 //! | `tables` | grain tables: load, repair, pending changes |
 //! | `layout` | splitting operations at extent borders |
 //! | `keeper` | the descriptor of an open disk: new content identity at the first write |
@@ -20,11 +21,14 @@ mod keeper;
 mod layout;
 pub mod open;
 mod sparse;
+pub mod stream;
 mod tables;
 
 pub use create::{CreateSpec, create_vmdk};
 pub use error::TargetError;
 pub use flat::FlatVmdk;
+#[cfg(feature = "io")]
+pub(in crate::store) use keeper::random_cid;
 pub use open::{OpenedVmdk, open_vmdk};
 pub use sparse::SparseVmdk;
 pub use tables::Repair;

@@ -160,6 +160,35 @@ impl ActiveRun {
         Ok((active, holes))
     }
 
+    /// Opens such a run to read it: nothing is cut, recorded or written. What is damaged is answered, and blocks that it
+    /// may have lost are lost.
+    ///
+    /// # Errors
+    /// When the file is not that run, or cannot be read.
+    pub fn open_to_read(
+        files: &dyn Files,
+        path: &Path,
+        expected: &RunIdentity,
+        certain_bytes: u64,
+    ) -> Result<(Self, Vec<Hole>), UndoError> {
+        let certain = certain_bytes.max(FRAMES_START).next_multiple_of(UNDO_ALIGN_BYTES);
+        let (mut run, mut holes) = RunFile::open(files, path, expected, false)?;
+        let rebuilt = Rebuilt::scan(&mut run, certain)?;
+        let mut index = rebuilt.index;
+        for gap in rebuilt.gaps {
+            let lost = index.missing(gap.blocks);
+            for blocks in &lost {
+                lose(&mut index, *blocks);
+            }
+            holes.push(Hole { file: gap.file, lost, reason: gap.reason });
+        }
+        holes.extend(rebuilt.holes);
+        holes.sort_by_key(|hole| hole.file);
+        let mut active = Self::new(run, rebuilt.end, rebuilt.next_number, index, 0)?;
+        active.failed = true; // whatever wants to write is refused
+        Ok((active, holes))
+    }
+
     fn new(run: RunFile, end: u64, number: u64, index: RunIndex, max_bytes: u64) -> Result<Self, UndoError> {
         let writer = FrameWriter::new(run.header.salt, end, number)?;
         Ok(Self { run, writer, reader: FrameReader::new()?, index, max_bytes, failed: false })
@@ -354,6 +383,23 @@ impl ActiveRun {
         drop((file, index));
         files.resize(&path, trailer.places().file_bytes())?;
         SealedRun::open(files, &path, &header.identity())
+    }
+}
+
+/// Notes blocks as lost in an index.
+fn lose(index: &mut RunIndex, blocks: BlockRange) {
+    let mut at = blocks.start;
+    while at < blocks.end {
+        let count = (blocks.end - at).min(EMPTY_FRAME_BLOCKS_MAX);
+        let codec = UndoCodec::Lost;
+        index.insert(&IndexEntry {
+            first_block: at,
+            offset: 0,
+            block_count: count as u32,
+            frame_units: 0,
+            codec,
+        });
+        at += count;
     }
 }
 
