@@ -106,26 +106,30 @@ def check_folder(lab, target, folder, path, disk, copies, number):
 
 
 def check_damage(target, folder):
-    """One byte of the largest sealed undo run, and back."""
-    listing, _ = offline(target, "list", folder)
-    oldest = listing["disks"][0]["points"][-1]["point"]
-    runs = sorted(folder.glob("undo-*"))[:-1]  # the last one may be open
-    victim = max(runs, key=lambda file: file.stat().st_size)
-    at = 8192 + (victim.stat().st_size - 8192) // 4
-    with open(victim, "r+b") as file:
+    """One byte of the largest sealed undo run, here and there, and back: found each time, and what it costs is named."""
+    victim = max(sorted(folder.glob("undo-*"))[:-1], key=lambda file: file.stat().st_size)
+    costs = []
+    for part in range(1, 8):
+        at = 8192 + (victim.stat().st_size - 8192) * part // 8
+        flip(victim, at)
+        verdict, done = offline(target, "verify", folder, sound=False)
+        flip(victim, at)
+        found = [finding for finding in verdict["findings"] if finding["path"] == str(victim)]
+        if done.returncode != 1 or not found:
+            raise LabError(f"a flipped bit at byte {at} of {victim.name} was not found: {verdict}")
+        costs += [finding for finding in found if finding["points"] and finding["lost"]]
+    if not costs:
+        raise LabError(f"seven flipped bits in {victim.name} cost no point")
+    say(f"  flipped bits in {victim.name} were found; at byte {costs[0]['offset']}: {costs[0]['what']}, "
+        f"bytes {costs[0]['lost']} are lost to {len(costs[0]['points'])} points")
+
+
+def flip(path, at):
+    with open(path, "r+b") as file:
         file.seek(at)
         byte = file.read(1)
         file.seek(at)
         file.write(bytes([byte[0] ^ 1]))
-    verdict, done = offline(target, "verify", folder, sound=False)
-    with open(victim, "r+b") as file:
-        file.seek(at)
-        file.write(byte)
-    found = [finding for finding in verdict["findings"] if finding["path"] == str(victim)]
-    if done.returncode != 1 or not found or not any(finding["points"] for finding in found):
-        raise LabError(f"a flipped bit in {victim.name} was not found: {verdict}")
-    say(f"  a flipped bit in {victim.name} was found at byte {found[0]['offset']}; {len(found[0]['points'])} points named"
-        f" (oldest {oldest}): {found[0]['what']}")
 
 
 def body(lab):

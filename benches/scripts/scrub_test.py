@@ -10,7 +10,7 @@ import random
 import sys
 import time
 
-from export_test import Writer
+from export_test import Writer, flip
 from lab import AGENT, LabError, mib, wait_for
 from pipeline import Pipeline
 from points_test import change, wait_point
@@ -39,14 +39,6 @@ def expect_none(scrub, when):
     if scrub["findings"]:
         raise LabError(f"{when}: {scrub['findings']}")
     say(f"  {when}: {scrub['rounds']} rounds, {mib(scrub['read_bytes'])} read, nothing found")
-
-
-def flip(path, at):
-    with open(path, "r+b") as file:
-        file.seek(at)
-        byte = file.read(1)
-        file.seek(at)
-        file.write(bytes([byte[0] ^ 1]))
 
 
 def body(lab):

@@ -13,10 +13,11 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use proptest::prelude::*;
 use reprotect_engine::compress::Decompressor;
-use reprotect_engine::format::batch::{BatchHeader, CHAIN_START, Stretch, encode_batch};
+use reprotect_engine::format::batch::{BatchHeader, CHAIN_START, MarkClass, Stretch, encode_batch};
 use reprotect_engine::format::extent::Record;
-use reprotect_engine::format::manifest::{DiskAdded, EpochCause};
+use reprotect_engine::format::manifest::{DiskAdded, Edit, EpochCause, PointKept};
 use reprotect_engine::format::segment::EntryKind;
+use reprotect_engine::format::wire::Text;
 use reprotect_engine::io::{BlockFile, ReadAt};
 use reprotect_engine::store::files::memory::MemoryFiles;
 use reprotect_engine::store::journal::applier::{Applier, Position};
@@ -419,6 +420,21 @@ fn written(files: &MemoryFiles) -> Vec<(PathBuf, u64)> {
     ends.into_iter().collect()
 }
 
+fn point(epoch: u64, number: u64) -> PointKept {
+    PointKept {
+        disk: DISK,
+        point: [epoch as u8; 16],
+        number,
+        sequence: Sequence(number),
+        epoch,
+        source_time: NOW,
+        class: MarkClass::Crash,
+        pinned: false,
+        degraded: false,
+        name: Text::new(""),
+    }
+}
+
 #[test]
 fn a_flipped_bit_anywhere_in_a_folder_is_found_and_what_it_costs_is_named() {
     let write = |start| Step::Write(start, 9, false);
@@ -426,6 +442,11 @@ fn a_flipped_bit_anywhere_in_a_folder_is_found_and_what_it_costs_is_named() {
         [write(3), write(20), Step::Commit, Step::Apply(2), Step::Epoch, write(8), write(40), Step::Commit];
     let played =
         play(&[&steps[..], &[Step::Apply(9), Step::Epoch, write(1), Step::Commit, Step::Apply(9)]].concat());
+    let mut store = open(&played.files).unwrap();
+    for (epoch, number) in [(1, 0), (1, 2), (2, 4)] {
+        store.journal.edit(&[Edit::PointKept(point(epoch, number))], NOW).unwrap();
+    }
+    drop(store);
     let ends = written(&played.files);
     let bits: u64 = ends.iter().map(|(_, end)| end * 8).sum();
     let mut costly = 0;
