@@ -91,7 +91,7 @@ impl AdminState {
     }
 }
 
-type Shared = State<Arc<AdminState>>;
+pub(crate) type Shared = State<Arc<AdminState>>;
 
 /// The routes.
 pub fn router(state: Arc<AdminState>) -> Router {
@@ -102,6 +102,7 @@ pub fn router(state: Arc<AdminState>) -> Router {
         .route("/v1/revoke", post(revoke))
         .route("/v1/protect", post(protect_machine))
         .route("/v1/unprotect", post(unprotect))
+        .route("/v1/policy", post(crate::policy::serve))
         .route("/v1/points", post(list_points))
         .route("/v1/mount", post(mount))
         .route("/v1/unmount", post(unmount))
@@ -359,7 +360,7 @@ fn refused(error: &anyhow::Error) -> Refusal {
 }
 
 /// Runs what touches files on a thread of its own; its error becomes a refusal whose text carries the remedy.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
 ) -> Result<Json<T>, Refusal> {
     match tokio::task::spawn_blocking(work).await {

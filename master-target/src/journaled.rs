@@ -14,11 +14,12 @@ use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::batch::{Mark, MarkClass, decode_batch};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::RecordKind;
-use reprotect_engine::format::manifest::{DiskAdded, Edit, EpochCause, PointKept};
-use reprotect_engine::format::message::PassMode;
+use reprotect_engine::format::manifest::{DiskAdded, Edit, EpochCause, PointKept, StretchDegraded};
+use reprotect_engine::format::message::{PassMode, PointDegrade};
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::io::BlockFile as _;
+use reprotect_engine::limits::MARKS_PENDING_MAX;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::target_disk::Piece;
 use reprotect_engine::store::journal::applier::{Applier, Position};
@@ -36,6 +37,8 @@ use crate::retention::Retention;
 
 /// Batches that may wait to be applied: their plain bytes are held in the disk's ten buffers.
 const WAITING_MAX: usize = 4;
+/// Parts of a stream whose points are to be degraded and wait for a full medium.
+const DEGRADING_MAX: usize = 64;
 /// Plain bytes of entries that are read back from the log and applied at once after a start.
 const REDO_BYTES: u64 = 16 << 20;
 
@@ -61,6 +64,10 @@ pub struct Journaled {
     applied: Sequence,
     /// Marks that wait with it, by their entry's number.
     marks: VecDeque<(u64, Mark)>,
+    /// The marks behind the newest batch: one of them that comes again after a reconnect is not a second one.
+    newest_marks: Vec<Mark>,
+    /// Parts of the stream whose points promise less, not recorded yet.
+    degrading: VecDeque<PointDegrade>,
     /// The newest entry, if it is a mark and applied: an undo epoch can end there.
     last_mark: Option<(u64, Mark)>,
     /// Bulk passed the journal by and is not flushed.
@@ -113,7 +120,10 @@ impl Journaled {
         }
         let newest = (applier.applied().number, state.sequence);
         let applied = state.sequence;
-        let last_mark = newest_mark(journal, id, newest.0)?;
+        let newest_marks = newest_marks(journal, id)?;
+        let at_end = newest_marks.last().filter(|(number, _)| *number == newest.0);
+        let last_mark = at_end.copied();
+        let newest_marks = newest_marks.into_iter().map(|(_, mark)| mark).collect();
         drop(locked);
         let mut disk = Self {
             id,
@@ -126,6 +136,8 @@ impl Journaled {
             newest,
             applied,
             marks: VecDeque::new(),
+            newest_marks,
+            degrading: VecDeque::new(),
             last_mark,
             bulk_unflushed: false,
             unguarded: false,
@@ -154,11 +166,65 @@ impl Journaled {
     }
 
     pub(crate) fn accepted(&mut self, kind: EntryKind, body: Bytes) {
+        self.newest_marks.clear();
         self.coming.push_back(Coming::Batch(kind, body));
     }
 
     pub(crate) fn marked(&mut self, mark: &Mark) {
+        let is_same = |known: &Mark| known.sequence == mark.sequence && known.label() == mark.label();
+        if self.newest_marks.iter().any(is_same) {
+            return; // sent again, because its acknowledgement was lost
+        }
+        if self.newest_marks.len() == MARKS_PENDING_MAX {
+            self.newest_marks.remove(0); // an agent has no more of them under way
+        }
+        self.newest_marks.push(*mark);
         self.coming.push_back(Coming::Mark(*mark));
+    }
+
+    /// Points in a part of the stream promise less than was said: recorded when nothing else waits, and tried again
+    /// where the medium is full.
+    pub(crate) fn degrade(&mut self, degrade: &PointDegrade) {
+        let full = self.degrading.len() >= DEGRADING_MAX;
+        match self.degrading.back_mut().filter(|last| full && last.lineage == degrade.lineage) {
+            // One that says too much is better than one that is forgotten.
+            Some(last) => (last.from, last.to) = (last.from.min(degrade.from), last.to.max(degrade.to)),
+            None => self.degrading.push_back(*degrade),
+        }
+    }
+
+    /// What was said of points becomes durable: for those that are kept, and for marks in the log.
+    fn record_degraded(&mut self) -> Result<(), JournalError> {
+        while let Some(degrade) = self.degrading.front() {
+            let now = wall_clock();
+            let mut locked = self.retention.lock();
+            let journal = locked.get()?;
+            let Some(shape) = journal.shape().disks.get(&self.id) else { break };
+            let lineage_of = |number: u64| {
+                // The last entry of an epoch belongs to it; so does the point a first epoch begins at.
+                let epoch = shape.epoch_of(number).or(shape.epochs.first());
+                epoch.map(|epoch| epoch.opened.lineage)
+            };
+            let concerned = shape.points.values().filter(|point| {
+                !point.degraded
+                    && (degrade.from..=degrade.to).contains(&point.sequence)
+                    && lineage_of(point.number) == Some(degrade.lineage)
+            });
+            let changed = concerned.map(|point| Edit::PointChanged(PointKept { degraded: true, ..*point }));
+            let part = StretchDegraded {
+                disk: self.id,
+                lineage: degrade.lineage,
+                from: degrade.from,
+                to: degrade.to,
+                time: now,
+                cause: degrade.cause,
+            };
+            let edits: Vec<Edit> = std::iter::once(Edit::StretchDegraded(part)).chain(changed).collect();
+            journal.edit(&edits, now)?;
+            drop(locked);
+            self.degrading.pop_front();
+        }
+        Ok(())
     }
 
     pub(crate) const fn target(&mut self) -> &mut Target {
@@ -241,6 +307,7 @@ impl Journaled {
             self.flushed();
             self.handle_marks()?;
         }
+        self.record_degraded()?;
         // Also while nothing comes: an undo epoch that goes on keeps its part of the log from being given back.
         self.end_epoch_if_due()?;
         Ok(self.applied)
@@ -335,6 +402,10 @@ impl Journaled {
         class: MarkClass,
         name: &str,
     ) -> Result<(), JournalError> {
+        let mut locked = self.retention.lock();
+        let journal = locked.get()?;
+        let shape = journal.shape().disks.get(&self.id);
+        let degraded = shape.is_some_and(|shape| shape.is_degraded(self.state.lineage, self.newest.1));
         let point = PointKept {
             disk: self.id,
             point: point_id(self.id, at),
@@ -344,10 +415,10 @@ impl Journaled {
             source_time,
             class,
             pinned: false,
-            degraded: false,
+            degraded,
             name: Text::new(name),
         };
-        self.retention.lock().get()?.edit(&[Edit::PointKept(point)], wall_clock())
+        journal.edit(&[Edit::PointKept(point)], wall_clock())
     }
 
     /// The disk as it was at a point.
@@ -467,18 +538,17 @@ fn is_tracked(shape: &DiskShape) -> bool {
     !shape.epochs.is_empty() || shape.expired > 0
 }
 
-/// The newest entry of a disk, if it is a mark and the newest applied one.
-fn newest_mark(
-    journal: &mut Journal,
-    disk: DiskId,
-    applied: u64,
-) -> Result<Option<(u64, Mark)>, JournalError> {
-    let newest = journal.entries(disk).last().copied();
-    let Some(entry) = newest.filter(|entry| entry.kind == EntryKind::Mark && entry.number == applied) else {
-        return Ok(None);
-    };
-    let (_, body) = journal.read(entry.place)?;
-    Ok(Mark::read_exact(&body).ok().map(|mark| (entry.number, mark)))
+/// The marks behind a disk's newest batch, with their entries' numbers, oldest first.
+fn newest_marks(journal: &mut Journal, disk: DiskId) -> Result<Vec<(u64, Mark)>, JournalError> {
+    let newest = journal.entries(disk).iter().rev().take_while(|entry| entry.kind == EntryKind::Mark);
+    let mut entries: Vec<_> = newest.take(MARKS_PENDING_MAX).copied().collect();
+    entries.reverse();
+    let mut marks = Vec::with_capacity(entries.len());
+    for entry in entries {
+        let (_, body) = journal.read(entry.place)?;
+        marks.extend(Mark::read_exact(&body).ok().map(|mark| (entry.number, mark)));
+    }
+    Ok(marks)
 }
 
 fn part_of(piece: &Piece, keep: SectorRange) -> Write {

@@ -23,6 +23,7 @@ pub mod guard;
 pub mod journaled;
 mod plan;
 pub mod points;
+pub mod policy;
 pub mod protect;
 pub mod registry;
 pub mod retention;

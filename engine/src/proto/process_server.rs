@@ -275,6 +275,7 @@ impl RelaySession {
             | FrameKind::CompareRequest
             | FrameKind::PassBegin
             | FrameKind::PassEnd
+            | FrameKind::PointDegrade
             | FrameKind::Error => {
                 // The target decodes the others; here their kind and length are enough.
                 if kind == FrameKind::OpenDisk
@@ -380,6 +381,7 @@ impl RelaySession {
             | FrameKind::Fenced
             | FrameKind::CompareHashes
             | FrameKind::PassState
+            | FrameKind::Policy
             | FrameKind::Grant
             | FrameKind::Credit => {}
             _ => {

@@ -10,6 +10,7 @@ pub mod config;
 pub mod inspect;
 pub mod peers;
 pub mod points;
+pub mod policy;
 pub mod protect;
 pub mod run;
 pub mod status;
@@ -76,6 +77,7 @@ fn carry_out(cli: Cli) -> anyhow::Result<u8> {
         Command::Machines(_) => wait(peers::machines(&context))?,
         Command::Protect(args) => wait(protect::protect(&context, &args))?,
         Command::Unprotect(args) => wait(peers::unprotect(&context, &args))?,
+        Command::Policy(args) => wait(policy::policy(&context, &args))?,
         Command::Points(args) => wait(points::points(&context, &args))?,
         Command::Mount(args) => wait(points::mount(&context, &args))?,
         Command::Unmount(args) => wait(points::unmount(&context, &args))?,

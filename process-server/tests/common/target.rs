@@ -360,6 +360,7 @@ impl World {
                 self.seen.extend(records.iter().map(|record| see(id, None, record)));
                 disk.core.handle_bulk(now, session, &header, records);
             }
+            DiskInput::PointDegrade(degrade) => drop(disk.core.handle_degrade(session, &degrade)),
             DiskInput::Mark(mark) => disk.core.handle_mark(now, session, &mark),
             DiskInput::Compare(head, units) => disk.core.handle_compare(session, head, units),
             DiskInput::PassBegin(begin) => disk.core.handle_pass_begin(now, session, &begin),
