@@ -46,7 +46,9 @@ pub enum FreezeError {
     )]
     Nothing,
     /// More than the guard can keep.
-    #[error("{0} file systems are mounted from the protected disks, {MOUNTS_MAX} can be frozen at once; unmount some")]
+    #[error(
+        "{0} file systems are mounted from the protected disks, {MOUNTS_MAX} can be frozen at once; unmount some"
+    )]
     TooMany(usize),
     /// The mount point cannot be opened.
     #[error("{} cannot be opened: {source}; nothing is frozen", path.display())]
@@ -157,7 +159,9 @@ impl Freeze {
                 continue;
             }
             match ioctl(file.as_raw_fd(), FITHAW) {
-                Ok(()) => tracing::warn!(path = %path.display(), "the guard of the freeze was gone; thawed without it"),
+                Ok(()) => {
+                    tracing::warn!(path = %path.display(), "the guard of the freeze was gone; thawed without it")
+                }
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
                 Err(error) => {
                     tracing::error!(path = %path.display(), %error, "cannot be thawed; run `fsfreeze --unfreeze` on it");
@@ -288,7 +292,7 @@ fn keep_guard(fds: &[RawFd], limit_ms: i64, parents: [RawFd; 2], input: RawFd, o
             if ready == 0 && now_ms() - start >= limit_ms {
                 thaw_all(fds, set);
                 if !late {
-                    libc::write(output, (&raw const LATE).cast(), 1);
+                    libc::write(output, [LATE].as_ptr().cast(), 1);
                 }
                 late = true;
                 continue;
@@ -309,7 +313,7 @@ fn keep_guard(fds: &[RawFd], limit_ms: i64, parents: [RawFd; 2], input: RawFd, o
             }
         }
         thaw_all(fds, set);
-        libc::write(output, (&raw const DONE).cast(), 1);
+        libc::write(output, [DONE].as_ptr().cast(), 1);
         libc::_exit(0)
     }
 }
@@ -343,10 +347,7 @@ mod tests {
         let missing = dir.path().join("missing");
         let error = Freeze::begin(&[missing.clone()], Duration::from_secs(1), dir.path()).unwrap_err();
         assert!(error.to_string().contains(&missing.display().to_string()), "{error}");
-        assert!(matches!(
-            Freeze::begin(&[], Duration::from_secs(1), dir.path()),
-            Err(FreezeError::Nothing)
-        ));
+        assert!(matches!(Freeze::begin(&[], Duration::from_secs(1), dir.path()), Err(FreezeError::Nothing)));
         assert!(!dir.path().join(FROZEN_FILE).exists());
     }
 
@@ -354,8 +355,7 @@ mod tests {
     fn what_cannot_be_frozen_leaves_no_guard_and_no_record() {
         let dir = tempfile::tempdir().unwrap();
         // procfs knows no freeze.
-        let error =
-            Freeze::begin(&["/proc".into()], Duration::from_secs(60), dir.path()).unwrap_err();
+        let error = Freeze::begin(&["/proc".into()], Duration::from_secs(60), dir.path()).unwrap_err();
         assert!(matches!(error, FreezeError::Freeze { .. }), "{error}");
         assert!(error.to_string().contains("/proc"), "{error}");
         assert!(!dir.path().join(FROZEN_FILE).exists());

@@ -110,7 +110,9 @@ impl Machine {
             }
         }
         if self.disks.is_empty() {
-            return Err("no disk is protected; run `reprotect-master-target protect` for this machine".to_owned());
+            return Err(
+                "no disk is protected; run `reprotect-master-target protect` for this machine".to_owned()
+            );
         }
         let mut point = [0; 16];
         rustix::rand::getrandom(&mut point, rustix::rand::GetRandomFlags::empty())
@@ -286,7 +288,9 @@ impl Machine {
     /// A mark will never be durable.
     pub(crate) fn handle_mark_lost(&mut self, disk: DiskId, label: &MarkLabel) {
         if self.marking.as_ref().is_some_and(|run| run.point == label.point) {
-            self.fail_run(&format!("the stream of disk {disk} was given up before its mark was durable; try again"));
+            self.fail_run(&format!(
+                "the stream of disk {disk} was given up before its mark was durable; try again"
+            ));
         }
     }
 

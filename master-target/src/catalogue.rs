@@ -174,7 +174,7 @@ impl Catalogue {
             };
             match read_json::<PolicyRecord>(&path) {
                 Ok(PolicyRecord { revision, points_every_ms }) => {
-                    policies.insert(agent, Policy { revision, points_every_ms });
+                    policies.insert(agent, Policy { revision, points_every_ms, target: PeerId::NONE });
                 }
                 Err(error) => tracing::error!(
                     "{error:#}; its agent keeps the policy it has until `policy` sets another one"

@@ -245,8 +245,10 @@ pub struct UnprotectArgs {
 
 /// Arguments of `policy`.
 #[derive(Clone, Debug, Args)]
-#[command(after_help = "Without an option it shows the policy in force. A connected agent takes a change over at once, another one when\n\
-    it connects; it keeps the policy while it is away.\n\nExample:\n  reprotect-master-target policy web1 --points-every 5m")]
+#[command(
+    after_help = "Without an option it shows the policy in force. A connected agent takes a change over at once, another one when\n\
+    it connects; it keeps the policy while it is away.\n\nExample:\n  reprotect-master-target policy web1 --points-every 5m"
+)]
 pub struct PolicyArgs {
     /// The machine's name or its agent's UUID.
     #[arg(value_name = "MACHINE")]

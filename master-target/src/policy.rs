@@ -8,7 +8,6 @@ use std::time::Duration;
 use anyhow::Context as _;
 use axum::Json;
 use axum::extract::State;
-use reprotect_engine::format::message::Policy;
 use reprotect_engine::host::admin::Refusal;
 use reprotect_engine::host::values::DurationText;
 
@@ -39,8 +38,8 @@ pub fn change(registry: &Registry, request: &PolicyRequest) -> anyhow::Result<Po
     let _alone = registry.changing();
     let machine = registry.machine(&request.machine)?;
     let agent = peer(&machine.agent).context("the machine's record names no agent; let it connect again")?;
-    let policy = match request.points_every_ms {
-        None => registry.policy(agent).unwrap_or(Policy { revision: 0, points_every_ms: 0 }),
+    let (revision, points_every_ms) = match request.points_every_ms {
+        None => registry.policy(agent).map_or((0, 0), |policy| (policy.revision, policy.points_every_ms)),
         Some(pause) => {
             anyhow::ensure!(
                 pause == 0 || POINTS_EVERY_MS.contains(&pause),
@@ -49,15 +48,15 @@ pub fn change(registry: &Registry, request: &PolicyRequest) -> anyhow::Result<Po
             );
             let policy = registry.set_policy(agent, pause)?;
             tracing::info!(%agent, revision = policy.revision, points_every_ms = pause, "policy changed");
-            policy
+            (policy.revision, pause)
         }
     };
     let connected = registry.sessions().iter().any(|(_, session)| session.agent == Some(agent));
     Ok(PolicyAnswer {
         machine: machine.host_name,
         agent: machine.agent,
-        revision: policy.revision,
-        points_every_ms: policy.points_every_ms,
+        revision,
+        points_every_ms,
         connected,
     })
 }

@@ -339,7 +339,7 @@ impl Registry {
     /// When it cannot be recorded; the old one then stays in force.
     pub fn set_policy(&self, agent: PeerId, points_every_ms: u64) -> anyhow::Result<Policy> {
         let revision = self.policy(agent).map_or(0, |policy| policy.revision) + 1;
-        let policy = Policy { revision, points_every_ms };
+        let policy = Policy { revision, points_every_ms, target: PeerId::NONE };
         self.catalogue.save_policy(agent, &policy)?;
         let mut inner = self.lock();
         inner.policies.insert(agent, policy);

@@ -333,7 +333,9 @@ wire! {
         revision: u64,
         /// Pause between two scan rounds in milliseconds; zero: as the agent's configuration says.
         points_every_ms: u64,
-        ; reserved: [u8; 48],
+        /// The master target that counts the revisions.
+        target: PeerId,
+        ; reserved: [u8; 32],
     }
 }
 

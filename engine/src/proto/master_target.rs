@@ -283,7 +283,7 @@ impl TargetSession {
 
     /// Tells the agent its machine's policy: when it proved itself, and at every change.
     pub fn send_policy(&mut self, policy: Policy) {
-        self.control(&Message::Policy(policy));
+        self.control(&Message::Policy(Policy { target: self.target, ..policy }));
     }
 
     /// Sends a disk's reply; a GRANT gets the signed grant of its new generation here. An OPEN_DISK that came too late

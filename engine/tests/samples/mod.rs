@@ -162,7 +162,7 @@ fn disk_messages() -> Vec<(&'static str, Message)> {
         ("PASS_BEGIN", Message::PassBegin(PassBegin { disk, generation, cause: PassCause::TrackingLost })),
         ("PASS_STATE", Message::PassState(PassState { disk, generation, pass: 4, mode: PassMode::Copy })),
         ("PASS_END", Message::PassEnd(PassEnd { disk, generation, pass: 4 })),
-        ("POLICY", Message::Policy(Policy { revision: 5, points_every_ms: 300_000 })),
+        ("POLICY", Message::Policy(Policy { revision: 5, points_every_ms: 300_000, target: TARGET })),
         ("POINT_DEGRADE", Message::PointDegrade(degrade)),
         ("ERROR", Message::error(disk, ErrorCode::Size, "the source has 8 sectors, the target 16")),
     ]
