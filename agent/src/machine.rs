@@ -132,6 +132,7 @@ impl Machine {
         };
         machine.set_sources(plan.sources.clone());
         machine.status.send_modify(|status| status.warnings.clone_from(&plan.warnings));
+        machine.publish(false);
         Ok(machine)
     }
 
