@@ -345,7 +345,8 @@ mod tests {
     fn a_mount_point_that_is_not_there_is_named_and_nothing_is_frozen() {
         let dir = tempfile::tempdir().unwrap();
         let missing = dir.path().join("missing");
-        let error = Freeze::begin(&[missing.clone()], Duration::from_secs(1), dir.path()).unwrap_err();
+        let error =
+            Freeze::begin(std::slice::from_ref(&missing), Duration::from_secs(1), dir.path()).unwrap_err();
         assert!(error.to_string().contains(&missing.display().to_string()), "{error}");
         assert!(matches!(Freeze::begin(&[], Duration::from_secs(1), dir.path()), Err(FreezeError::Nothing)));
         assert!(!dir.path().join(FROZEN_FILE).exists());

@@ -343,7 +343,7 @@ const LATE_TEXT: &str = "the file systems were frozen for as long as they may be
 /// What is mounted from these devices, through partitions, LVM and md. Blocks.
 fn mount_points(devices: &[String]) -> Result<Vec<PathBuf>, String> {
     let disks = enumerate(&SystemRoot::default()).map_err(|error| error.to_string())?;
-    let ours = disks.iter().filter(|disk| devices.iter().any(|path| disk.path == PathBuf::from(path)));
+    let ours = disks.iter().filter(|disk| devices.iter().any(|path| disk.path.as_os_str() == path.as_str()));
     Ok(ours.flat_map(|disk| &disk.mounts).map(|mount| PathBuf::from(&mount.mount_point)).collect())
 }
 

@@ -8,7 +8,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use reprotect_engine::format::FormatError;
-use reprotect_engine::format::batch::{MarkCause, MarkClass, MarkLabel, Stretch, credit_cost, decode_batch, decode_bulk};
+use reprotect_engine::format::batch::{
+    MarkCause, MarkClass, MarkLabel, Stretch, credit_cost, decode_batch, decode_bulk,
+};
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::handshake::{HELLO_MAGIC, HelloAck, Role};
@@ -95,7 +97,9 @@ impl World {
             22 => {
                 let id = disk(input);
                 let label = MarkLabel::of_disk(input.pick(MarkClass::ALL), MarkCause::Command, Timestamp(1));
-                (0..=input.byte() % 4).for_each(|_| drop(self.agent.submit_mark(id, label)));
+                for _ in 0..=input.byte() % 4 {
+                    let _ = self.agent.submit_mark(id, label); // refused when too many wait
+                }
             }
             _ => {
                 let id = disk(input);

@@ -308,7 +308,7 @@ impl World {
                     node.marks.push_back(mark.point);
                 }
             }
-            DiskInput::PointDegrade(degrade) => drop(node.td.handle_degrade(id, &degrade)),
+            DiskInput::PointDegrade(_) => {} // no agent here says so
             DiskInput::Compare(head, units) => node.td.handle_compare(id, head, units),
             DiskInput::PassBegin(begin) => {
                 let before = node.td.state().pass;

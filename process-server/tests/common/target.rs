@@ -13,7 +13,7 @@ use reprotect_engine::format::batch::{Mark, credit_cost, decode_batch, decode_bu
 use reprotect_engine::format::extent::{Codec, Record, RecordKind};
 use reprotect_engine::format::handshake;
 use reprotect_engine::format::message::{
-    Auth, ErrorCode, InventoryDisk, Message, PassMode, Policy, SourceId,
+    Auth, ErrorCode, InventoryDisk, Message, PassMode, PointDegrade, Policy, SourceId,
 };
 use reprotect_engine::net::endpoint::{Accepted, PeerConnection, Server, TransportSettings, bind_server};
 use reprotect_engine::net::identity::{Identity, Purpose, Role};
@@ -57,6 +57,7 @@ struct World {
     seen: Vec<Seen>,
     relays: Vec<u8>,
     marks: Vec<Mark>,
+    degraded: Vec<PointDegrade>,
     policy: Option<Policy>,
     inventories: Vec<Vec<InventoryDisk>>,
     /// Nothing is executed: no write, so no credit.
@@ -203,6 +204,11 @@ impl FakeTarget {
     /// Marks that were accepted, in order.
     pub fn marks(&self) -> Vec<Mark> {
         self.world().marks.clone()
+    }
+
+    /// What was said of points later, where it counts.
+    pub fn degraded(&self) -> Vec<PointDegrade> {
+        self.world().degraded.clone()
     }
 
     /// What agents are told when they prove themselves, from now on.
@@ -377,7 +383,11 @@ impl World {
                 self.seen.extend(records.iter().map(|record| see(id, None, record)));
                 disk.core.handle_bulk(now, session, &header, records);
             }
-            DiskInput::PointDegrade(degrade) => drop(disk.core.handle_degrade(session, &degrade)),
+            DiskInput::PointDegrade(degrade) => {
+                if disk.core.handle_degrade(session, &degrade) {
+                    self.degraded.push(degrade);
+                }
+            }
             DiskInput::Mark(mark) => {
                 let before = disk.core.marks_accepted();
                 disk.core.handle_mark(now, session, &mark);
