@@ -22,7 +22,7 @@ use super::credit::Balance;
 use super::pass::{Pass, PassAction, Sink};
 use super::resume::{Decision, Ours, Theirs, decide};
 use super::state::{AgentDiskPhase, AgentLink};
-use super::{Outgoing, ProtoError, Prover};
+use super::{Outgoing, ProtoError, Prover, frame_name};
 use crate::checksum::UnitHash;
 use crate::format::batch::{
     BatchHeader, BulkHeader, MarkCause, MarkClass, MarkLabel, Stretch, credit_cost, encode_bulk,
@@ -778,36 +778,5 @@ const fn mark_event(disk: DiskId, news: MarkNews) -> AgentEvent {
     match news {
         MarkNews::Durable(label) => AgentEvent::Marked { disk, label },
         MarkNews::Lost(label) => AgentEvent::MarkLost { disk, label },
-    }
-}
-
-/// The frame's name, for messages.
-#[must_use]
-pub(super) const fn frame_name(kind: FrameKind) -> &'static str {
-    match kind {
-        FrameKind::Hello => "HELLO",
-        FrameKind::HelloAck => "HELLO_ACK",
-        FrameKind::Auth => "AUTH",
-        FrameKind::Welcome => "WELCOME",
-        FrameKind::Inventory => "INVENTORY",
-        FrameKind::Offer => "OFFER",
-        FrameKind::OpenDisk => "OPEN_DISK",
-        FrameKind::Grant => "GRANT",
-        FrameKind::Batch => "BATCH",
-        FrameKind::Mark => "MARK",
-        FrameKind::Bulk => "BULK",
-        FrameKind::Ack => "ACK",
-        FrameKind::BulkAck => "BULK_ACK",
-        FrameKind::Credit => "CREDIT",
-        FrameKind::Nack => "NACK",
-        FrameKind::Fenced => "FENCED",
-        FrameKind::CompareRequest => "COMPARE_REQUEST",
-        FrameKind::CompareHashes => "COMPARE_HASHES",
-        FrameKind::PassBegin => "PASS_BEGIN",
-        FrameKind::PassState => "PASS_STATE",
-        FrameKind::PassEnd => "PASS_END",
-        FrameKind::Error => "ERROR",
-        FrameKind::Policy => "POLICY",
-        FrameKind::PointDegrade => "POINT_DEGRADE",
     }
 }

@@ -14,10 +14,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::agent::frame_name;
 use super::state::TargetLink;
 use super::target_disk::{HASHES_WAITING_MAX, SessionId};
-use super::{Authority, Outgoing, ProtoError};
+use super::{Authority, Outgoing, ProtoError, frame_name};
 use crate::format::batch::Mark;
 use crate::format::frame::FrameKind;
 use crate::format::handshake::{HELLO_MAGIC, Hello, HelloAck, Role};

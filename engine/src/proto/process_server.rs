@@ -13,9 +13,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 
-use super::agent::frame_name;
 use super::state::RelayLink;
-use super::{Lane, Outgoing, ProtoError};
+use super::{Lane, Outgoing, ProtoError, frame_name};
 use crate::format::batch::{
     BatchHeader, BulkHeader, credit_cost, decode_batch, decode_bulk, encode_batch, encode_bulk,
 };
