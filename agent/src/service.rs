@@ -178,13 +178,20 @@ fn render(info: &StatusInfo) -> String {
             disk.problem.clone().unwrap_or_default(),
         ]);
     }
+    let rounds = match info.policy_revision {
+        0 => String::new(),
+        revision => format!(
+            ", rounds {} apart (policy revision {revision})",
+            output::duration(Duration::from_millis(info.scan_interval_ms))
+        ),
+    };
     let warnings: String = info.warnings.iter().map(|warning| format!("\nwarning: {warning}")).collect();
     let disks = if table.is_empty() {
         "No disk is protected yet: run `reprotect-master-target protect` for this machine.".to_owned()
     } else {
         table.render()
     };
-    format!("agent {}, {link}{warnings}\n{disks}", info.agent)
+    format!("agent {}, {link}{rounds}{warnings}\n{disks}", info.agent)
 }
 
 fn percent(disk: &DiskInfo) -> String {

@@ -552,7 +552,10 @@ impl World {
         node.undurable = node.unwritten;
         if sabotage != Some(Sabotage::AcknowledgeEarly) || self.rng.chance(500) {
             node.sim.state_file = state.to_bytes();
-            let marks = node.marks_persisted();
+            let mut marks = node.marks_persisted();
+            if sabotage == Some(Sabotage::LoseMarks) {
+                marks.pop();
+            }
             self.checker.persisted(disk, state);
             marks.into_iter().for_each(|mark| self.checker.mark_persisted(disk, mark));
         }
