@@ -8,7 +8,7 @@ export SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS PERCENT ROUNDS CASES LEVEL
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test delta-test points-test export-test scrub-test crash flips bench-sync sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test delta-test points-test export-test scrub-test ordered-test crash flips bench-sync sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ export-test: build ## points exported, and extracted from the folder alone after
 
 scrub-test: build ## the scrub under load, after kills, with rot and outside writes: [SIZE=1G] [SEED=n]
 	@$(SCRIPTS)/scrub_test.py
+
+ordered-test: setup ## ext4 and SQLite under load, points mounted and judged: [POINTS=50] [BETWEEN=1 points by sequence, too]
+	ORDERED_POINTS=$(or $(POINTS),50) ORDERED_BETWEEN=$(or $(BETWEEN),0) ORDERED_MEBIBYTES=256 ORDERED_MILLISECONDS=2000 \
+		$(CARGO) test -p reprotect-master-target --all-features --test ordered -- --nocapture
 
 crash: ## the journal against power loss at every write of many workloads: [CASES=2000]
 	CRASH_CASES=$(or $(CASES),2000) $(CARGO) test -p reprotect-engine --all-features --test journal_store --test redo_log -- --nocapture

@@ -68,8 +68,56 @@ pub struct StatusInfo {
     /// What the configuration asks for and cannot be had; the configuration that was refused, if one was.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// Revision of the master target's policy that holds; zero without one.
+    #[serde(default)]
+    pub policy_revision: u64,
+    /// Pause between two scan rounds, by policy or configuration.
+    #[serde(default)]
+    pub scan_interval_ms: u64,
     /// zstd level in use, where this agent compresses.
     pub level: Option<i32>,
     /// Its protected disks.
     pub disks: Vec<DiskInfo>,
+}
+
+/// `POST /v1/mark`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MarkRequest {
+    /// Name of the point; empty for none.
+    pub name: String,
+    /// Freeze the file systems of the protected disks while they are read.
+    pub freeze: bool,
+    /// How long they may be frozen; from 1 s to 10 min.
+    pub freeze_limit_ms: u64,
+}
+
+impl MarkRequest {
+    /// Longest name.
+    pub const NAME_BYTES_MAX: usize = 64;
+}
+
+/// A disk of a point.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MarkedDisk {
+    /// Its UUID.
+    pub disk: String,
+    /// Its path on this machine.
+    pub source: String,
+}
+
+/// The answer to [`MarkRequest`]: the point is durable.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MarkAnswer {
+    /// The point's identity, 32 hexadecimal digits; all disks' marks have it.
+    pub point: String,
+    /// `frozen` or `fuzzy`.
+    pub class: String,
+    /// Its name; empty without one.
+    pub name: String,
+    /// Its time by this machine's clock.
+    pub source_time_ms: u64,
+    /// The disks it is of.
+    pub disks: Vec<MarkedDisk>,
+    /// The mount points that were frozen for it.
+    pub frozen: Vec<String>,
 }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use reprotect_engine::host::config::Overrides;
+use reprotect_engine::host::values::DurationText;
 
 /// Protects this machine's disks: reads them and replicates them to a master target.
 #[derive(Debug, Parser)]
@@ -75,6 +76,8 @@ pub enum Command {
     Run(RunArgs),
     /// Show what the running daemon is doing.
     Status(StatusArgs),
+    /// Make a recovery point of all protected disks of this machine.
+    Mark(MarkArgs),
 }
 
 /// Arguments of `disks`.
@@ -129,6 +132,29 @@ pub struct StatusArgs {
     /// Keep showing it until interrupted.
     #[arg(long)]
     pub watch: bool,
+}
+
+/// Arguments of `mark`.
+#[derive(Clone, Debug, Args)]
+#[command(
+    after_help = "Reads every protected disk once (twice with --freeze) and waits until the point is durable at the master target.\n\
+    Without --freeze the disks change while they are read: the point is fuzzy, no consistent state.\n\
+    With --freeze programs that write to the disks' file systems wait during the second reading.\n\n\
+    Example:\n  reprotect-agent mark --freeze --name before-upgrade"
+)]
+pub struct MarkArgs {
+    /// Name of the point, shown by `reprotect-master-target points`.
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub name: String,
+    /// Freeze the file systems mounted from the protected disks while they are read the second time.
+    #[arg(long)]
+    pub freeze: bool,
+    /// Thaw after this long in any case; the point is not made then.
+    #[arg(long, value_name = "DURATION", default_value = "30s", requires = "freeze")]
+    pub freeze_limit: DurationText,
+    /// An application-consistent point, by hooks.
+    #[arg(long)]
+    pub app: bool,
 }
 
 #[cfg(test)]

@@ -8,9 +8,9 @@ use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
-use reprotect_engine::host::admin::AdminServer;
+use reprotect_engine::host::admin::{AdminServer, Refusal};
 use reprotect_engine::host::places::Program;
 use reprotect_engine::host::run_lock::RunLock;
 use reprotect_engine::host::shutdown::{Notifier, Shutdown, reloads};
@@ -19,16 +19,23 @@ use reprotect_engine::net::endpoint::CloseCode;
 use reprotect_engine::net::identity::{IDENTITY_FILE, Identity, Role};
 use reprotect_engine::proto::agent::Agent;
 use reprotect_engine::units::PeerId;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::api::StatusInfo;
+use crate::api::{MarkAnswer, MarkRequest, StatusInfo};
 use crate::config::Settings;
 use crate::dial::{Dial, Ended, KeyProver, Rota, SharedIdentity};
+use crate::freeze::thaw_left_behind;
 use crate::machine::Machine;
+use crate::marking::MarkOrder;
 use crate::plan::{Plan, follow_reloads};
 
 /// Longest wait for answers of the admin interface that are under way.
 const ADMIN_GRACE: Duration = Duration::from_millis(500);
+
+/// Orders for points that may wait; they are taken one after another.
+const ORDERS_MAX: usize = 4;
+/// How long file systems may be frozen, in milliseconds.
+const FREEZE_LIMIT_MS: std::ops::RangeInclusive<u64> = 1000..=600_000;
 
 /// Runs until `shutdown`; SIGHUP reads the configuration again.
 ///
@@ -61,12 +68,18 @@ pub async fn run_reloading(
         ..StatusInfo::default()
     });
     let admin = AdminServer::bind(&socket).await?;
-    let router = Router::new().route("/v1/status", get(show_status)).with_state((watched, Instant::now()));
+    thaw_left_behind(&state_dir);
+    let (orders, from_operators) = mpsc::channel(ORDERS_MAX);
+    let router = Router::new()
+        .route("/v1/status", get(show_status))
+        .with_state((watched, Instant::now()))
+        .route("/v1/mark", post(mark))
+        .with_state(orders);
     let admin_task = tokio::spawn(admin.serve(router, shutdown.clone()));
     let shared: SharedIdentity = Arc::new(RwLock::new(Arc::clone(&identity)));
     let core = Agent::new(identity.own().peer, PeerId::NONE, Box::new(KeyProver(Arc::clone(&shared))));
     let host_name = host_name();
-    let mut machine = Machine::new(core, &host_name, plan, status)?;
+    let mut machine = Machine::new(core, &host_name, plan, from_operators, status)?;
     let mut dial = Dial::new(shared, credentials, host_name.clone())?;
     let reloading = tokio::spawn(follow_reloads(reloads, plans));
     let notifier = Notifier::from_env()?;
@@ -89,6 +102,28 @@ pub async fn run_reloading(
         Err(_) => tracing::debug!("an answer of the admin interface was cut"),
     }
     Ok(())
+}
+
+/// Makes a point of the machine; answers when it is durable.
+async fn mark(
+    State(orders): State<mpsc::Sender<MarkOrder>>,
+    Json(request): Json<MarkRequest>,
+) -> Result<Json<MarkAnswer>, Refusal> {
+    let refused = |reason: &str| {
+        let (reason, remedy) = reason.split_once("; ").unwrap_or((reason, "see the agent's log"));
+        Refusal::conflict("no point was made", reason, remedy)
+    };
+    if !FREEZE_LIMIT_MS.contains(&request.freeze_limit_ms) {
+        return Err(refused("a freeze may last from 1 s to 10 min; write another --freeze-limit"));
+    }
+    let (answer, answered) = oneshot::channel();
+    let stopping = "the agent is stopping; ask again when it runs";
+    orders.send(MarkOrder { request, answer }).await.map_err(|_| refused(stopping))?;
+    match answered.await {
+        Ok(Ok(answer)) => Ok(Json(answer)),
+        Ok(Err(reason)) => Err(refused(&reason)),
+        Err(_) => Err(refused(stopping)),
+    }
 }
 
 async fn show_status(
@@ -133,6 +168,14 @@ async fn sessions(machine: &mut Machine, dial: &mut Dial) {
         let Some((address, at)) = rota.next(&machine.plan().upstream, Instant::now()) else { return };
         tokio::select! {
             () = tokio::time::sleep_until(at.into()) => {}
+            Some(order) = machine.inputs.orders.recv() => {
+                machine.handle_mark_order(order); // refused, as there is no session
+                continue;
+            }
+            Some(news) = machine.inputs.freezes.recv() => {
+                machine.handle_freeze_news(news);
+                continue;
+            }
             Ok(()) = machine.plans.changed() => {
                 machine.replan();
                 rota.hurry();

@@ -2,7 +2,7 @@
 //!
 //! A write's way: `reader` (the disk) → `workers` (hash, cut, checksum, compress) → `session` (the protocol core and
 //! the lanes), all kept by `machine`. Which disks there are is told by `disks` and `sources`; what to do by `plan`;
-//! whom to talk to by `dial`; operators come in through `commands` and `service`.
+//! whom to talk to by `dial`; points of the machine are made by `marking` and `freeze`; operators come in through `commands` and `service`.
 
 pub mod api;
 pub mod budget;
@@ -14,9 +14,12 @@ pub mod daemon;
 pub mod dial;
 pub mod disks;
 pub mod faults;
+pub mod freeze;
 pub mod machine;
+mod marking;
 mod opening;
 pub mod plan;
+mod policy;
 mod protected;
 pub mod reader;
 pub mod service;

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use reprotect_engine::checksum::UnitHash;
 use reprotect_engine::compress::{LevelController, Load};
-use reprotect_engine::format::message::{ErrorCode, PassCause, PassMode, SourceId};
+use reprotect_engine::format::message::{ErrorCode, PassCause, PassMode, Policy, SourceId};
 use reprotect_engine::host::output;
 use reprotect_engine::host::values::LevelText;
 use reprotect_engine::limits::{CHUNKS_OPEN_MAX, UNWRITTEN_BYTES_MAX};
@@ -26,8 +26,10 @@ use tokio::sync::{mpsc, watch};
 
 use crate::api::{DiskInfo, StatusInfo};
 use crate::budget::Budget;
+use crate::marking::{FreezeNews, MarkOrders, MarkRun};
 use crate::opening::{Missing, Opened, Opening, Purpose, share_bytes};
 use crate::plan::{Plan, Plans};
+use crate::policy::PolicyKeeper;
 use crate::protected::{Activity, Kept, Protected};
 use crate::reader::{FromDisk, ReadJob};
 use crate::sources::{Found, Sources, inventory};
@@ -57,7 +59,12 @@ pub struct Machine {
     pub(crate) inputs: Inputs,
     deliver: mpsc::UnboundedSender<(DiskId, FromDisk)>,
     openings: mpsc::UnboundedSender<Opened>,
-    disks: BTreeMap<DiskId, Protected>,
+    pub(crate) disks: BTreeMap<DiskId, Protected>,
+    /// The point of the machine that is being made.
+    pub(crate) marking: Option<MarkRun>,
+    /// Where the threads that freeze and thaw tell.
+    pub(crate) freezer: mpsc::UnboundedSender<FreezeNews>,
+    policy: PolicyKeeper,
     missing: BTreeMap<DiskId, Missing>,
     /// Disks that are being opened.
     opening: BTreeMap<DiskId, Purpose>,
@@ -71,6 +78,8 @@ pub(crate) struct Inputs {
     pub(crate) done: mpsc::UnboundedReceiver<Done>,
     pub(crate) reads: mpsc::UnboundedReceiver<(DiskId, FromDisk)>,
     pub(crate) opened: mpsc::UnboundedReceiver<Opened>,
+    pub(crate) orders: MarkOrders,
+    pub(crate) freezes: mpsc::UnboundedReceiver<FreezeNews>,
 }
 
 impl Machine {
@@ -78,10 +87,11 @@ impl Machine {
     ///
     /// # Errors
     /// When threads or compression contexts cannot be had.
-    pub fn new(
+    pub(crate) fn new(
         core: Agent,
         host_name: &str,
         mut plans: Plans,
+        orders: MarkOrders,
         status: watch::Sender<StatusInfo>,
     ) -> anyhow::Result<Self> {
         let plan = Arc::clone(&plans.borrow_and_update());
@@ -97,6 +107,8 @@ impl Machine {
         let (done_in, done) = mpsc::unbounded_channel();
         let (deliver, reads) = mpsc::unbounded_channel();
         let (openings, opened) = mpsc::unbounded_channel();
+        let (freezer, freezes) = mpsc::unbounded_channel();
+        let policy = PolicyKeeper::load(&plan.settings.places.state_dir);
         let mut machine = Self {
             core,
             host_name: host_name.to_owned(),
@@ -105,10 +117,13 @@ impl Machine {
             plan: Arc::clone(&plan),
             sources: Sources::new(),
             workers: Workers::start(threads, level, &done_in)?,
-            inputs: Inputs { done, reads, opened },
+            inputs: Inputs { done, reads, opened, orders, freezes },
             deliver,
             openings,
             disks: BTreeMap::new(),
+            marking: None,
+            freezer,
+            policy,
             missing: BTreeMap::new(),
             opening: BTreeMap::new(),
             controller,
@@ -117,6 +132,7 @@ impl Machine {
         };
         machine.set_sources(plan.sources.clone());
         machine.status.send_modify(|status| status.warnings.clone_from(&plan.warnings));
+        machine.publish(false);
         Ok(machine)
     }
 
@@ -144,6 +160,7 @@ impl Machine {
         self.set_sources(plan.sources.clone());
         self.status.send_modify(|status| status.warnings.clone_from(&plan.warnings));
         self.plan = plan;
+        let pause = self.scan_pause();
         let now = Instant::now();
         let mut stopped = false;
         for (disk, state) in &mut self.disks {
@@ -154,7 +171,6 @@ impl Machine {
                 tracing::warn!(%disk, path = state.path, "not among the sources any more: stopped");
                 state.stop("`disks.exclude` names this disk, `disks.include` does not name it any more, or it is not attached; correct that, then reload the agent".to_owned());
             }
-            let pause = self.plan.settings.scan_interval;
             state.next_scan = state.next_scan.map(|at| at.min(now + pause));
         }
         for missing in self.missing.values_mut().filter(|missing| missing.again_at.is_some()) {
@@ -177,6 +193,7 @@ impl Machine {
                 state.activity = Activity::Disconnected;
             }
         }
+        self.advance_run();
     }
 
     /// Hands over what the core wants done.
@@ -216,12 +233,17 @@ impl Machine {
                 });
             }
             AgentEvent::ScanDone { disk } => {
-                let pause = self.plan.settings.scan_interval;
+                let pause = self.scan_pause();
                 self.with(disk, |state| {
                     state.scan_rounds += 1;
                     state.finish_walk(Instant::now() + pause);
                 });
+                self.handle_round_done(disk);
             }
+            AgentEvent::ScanRead { disk } => self.handle_scan_read(disk),
+            AgentEvent::Marked { disk, label } => self.handle_marked(disk, &label),
+            AgentEvent::MarkLost { disk, label } => self.handle_mark_lost(disk, &label),
+            AgentEvent::Policy(policy) => self.take_policy(&policy),
             AgentEvent::Resync { disk, cause } => {
                 let problem = (cause == PassCause::DamagedStream).then(|| DAMAGED_TEXT.to_owned());
                 match &problem {
@@ -248,6 +270,23 @@ impl Machine {
                 tracing::warn!(%disk, ?code, "{text}");
                 self.with(disk, |state| state.problem = Some(text));
             }
+        }
+    }
+
+    /// Pause between two scan rounds: the policy's, else the configuration's.
+    fn scan_pause(&self) -> Duration {
+        self.policy.points_every().unwrap_or(self.plan.settings.scan_interval)
+    }
+
+    fn take_policy(&mut self, policy: &Policy) {
+        if !self.policy.take(policy) {
+            return;
+        }
+        let pause = self.scan_pause();
+        tracing::info!(revision = policy.revision, ?pause, "the master target's policy holds now");
+        let latest = Instant::now() + pause;
+        for state in self.disks.values_mut() {
+            state.next_scan = state.next_scan.map(|at| at.min(latest));
         }
     }
 
@@ -487,8 +526,11 @@ impl Machine {
     pub(crate) fn handle_tick(&mut self) {
         let now = Instant::now();
         let mut wanted = Vec::new();
+        self.advance_run();
+        let held: Vec<DiskId> = self.disks.keys().copied().filter(|disk| self.is_marking(*disk)).collect();
         for (disk, state) in &mut self.disks {
-            if state.next_scan.is_some_and(|at| now >= at) && self.core.begin_scan(*disk) {
+            let due = state.next_scan.is_some_and(|at| now >= at) && !held.contains(disk);
+            if due && self.core.begin_scan(*disk) {
                 state.begin_walk(Activity::Scanning);
             }
             for job in state.faults.due(now) {
@@ -547,6 +589,8 @@ impl Machine {
         self.status.send_modify(|status| {
             status.disks = disks;
             status.level = level;
+            status.policy_revision = self.policy.revision();
+            status.scan_interval_ms = u64::try_from(self.scan_pause().as_millis()).unwrap_or(u64::MAX);
         });
     }
 

@@ -35,5 +35,6 @@ fn dispatch(cli: &Cli) -> anyhow::Result<()> {
         Command::Enroll(args) => service::enroll(&settings, args, output),
         Command::Run(args) => service::run(settings, args),
         Command::Status(args) => service::status(&settings, args, output),
+        Command::Mark(args) => service::mark(&settings, args, output),
     }
 }

@@ -1,4 +1,4 @@
-//! The agent's commands around the running daemon: `run`, `check`, `enroll`, `status`.
+//! The agent's commands around the running daemon: `run`, `check`, `enroll`, `status`, `mark`.
 //!
 //! Invariant: a command prints its result to standard output once, and says in its error what to do.
 //! Called by `main`.
@@ -16,15 +16,18 @@ use reprotect_engine::net::identity::Role;
 use reprotect_engine::net::token::Token;
 use serde_json::json;
 
-use crate::api::{DiskInfo, StatusInfo};
+use crate::api::{DiskInfo, MarkAnswer, MarkRequest, StatusInfo};
 use crate::check;
-use crate::cli::{EnrollArgs, RunArgs, StatusArgs};
+use crate::cli::{EnrollArgs, MarkArgs, RunArgs, StatusArgs};
 use crate::config::Settings;
 use crate::daemon;
 use crate::plan::UPSTREAM_FILE;
 
 /// How often `status --watch` looks.
 const WATCH: Duration = Duration::from_millis(500);
+
+/// How long `mark` waits: reading large disks takes its time.
+const MARK_WAIT: Duration = Duration::from_secs(7 * 86_400);
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
@@ -101,6 +104,33 @@ pub fn status(settings: &Settings, args: &StatusArgs, output: Output) -> anyhow:
     })
 }
 
+/// `mark`: a recovery point of all disks of the machine; waits until it is durable.
+///
+/// # Errors
+/// What the daemon refuses; no point is made then, and nothing stays frozen.
+pub fn mark(settings: &Settings, args: &MarkArgs, output: Output) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        !args.app,
+        "application-consistent points need hooks, which this version has not; make a frozen one with `mark --freeze`"
+    );
+    let freeze_limit_ms = u64::try_from(args.freeze_limit.0.as_millis()).unwrap_or(u64::MAX);
+    let request = MarkRequest { name: args.name.clone(), freeze: args.freeze, freeze_limit_ms };
+    let client = AdminClient::new(Program::Agent, &settings.places.socket).with_wait(MARK_WAIT);
+    let answer: MarkAnswer = runtime()?.block_on(client.post_json("/v1/mark", &request))?;
+    output.result(&answer, || render_mark(&answer))?;
+    Ok(())
+}
+
+fn render_mark(answer: &MarkAnswer) -> String {
+    let named = if answer.name.is_empty() { String::new() } else { format!(" \"{}\"", answer.name) };
+    let disks: Vec<&str> = answer.disks.iter().map(|disk| disk.source.as_str()).collect();
+    let frozen = match answer.frozen.as_slice() {
+        [] => "nothing was frozen, so it is no consistent state".to_owned(),
+        frozen => format!("frozen meanwhile: {}", frozen.join(", ")),
+    };
+    format!("Point {}{named} ({}) of {} is durable; {frozen}.", answer.point, answer.class, disks.join(", "))
+}
+
 async fn watch(client: &AdminClient, output: Output) -> anyhow::Result<()> {
     let mut bars = std::collections::BTreeMap::new();
     loop {
@@ -148,13 +178,20 @@ fn render(info: &StatusInfo) -> String {
             disk.problem.clone().unwrap_or_default(),
         ]);
     }
+    let rounds = match info.policy_revision {
+        0 => String::new(),
+        revision => format!(
+            ", rounds {} apart (policy revision {revision})",
+            output::duration(Duration::from_millis(info.scan_interval_ms))
+        ),
+    };
     let warnings: String = info.warnings.iter().map(|warning| format!("\nwarning: {warning}")).collect();
     let disks = if table.is_empty() {
         "No disk is protected yet: run `reprotect-master-target protect` for this machine.".to_owned()
     } else {
         table.render()
     };
-    format!("agent {}, {link}{warnings}\n{disks}", info.agent)
+    format!("agent {}, {link}{rounds}{warnings}\n{disks}", info.agent)
 }
 
 fn percent(disk: &DiskInfo) -> String {

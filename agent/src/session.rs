@@ -101,6 +101,8 @@ impl Machine {
                 Some((disk, news)) = self.inputs.reads.recv() => self.handle_from_disk(disk, news),
                 Some(done) = self.inputs.done.recv() => self.handle_done(done),
                 Some(opened) = self.inputs.opened.recv() => self.handle_opened(opened),
+                Some(order) = self.inputs.orders.recv() => self.handle_mark_order(order),
+                Some(news) = self.inputs.freezes.recv() => self.handle_freeze_news(news),
                 Ok(()) = self.plans.changed() => {
                     let stopped = self.replan();
                     link.compress = self.compresses(link.relayed);

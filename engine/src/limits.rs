@@ -54,6 +54,9 @@ pub const MANIFEST_CHECKPOINT_BYTES: u64 = 4 << 20;
 /// A delta batch that fails its checks at the target so many times in a row is not sent again: the disk is compared.
 pub const DAMAGED_BATCHES_MAX: u32 = 4;
 
+/// Marks of a disk that may wait to become durable: those of some minutes without a session, at one every 10 s.
+pub const MARKS_PENDING_MAX: usize = 64;
+
 /// Disks one agent may announce or open.
 pub const DISKS_PER_AGENT_MAX: usize = 64;
 /// Largest disk: one sparse VMDK file ends at 2 TiB, VMware disks at 62 TiB; addresses are checked against this.

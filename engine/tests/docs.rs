@@ -35,14 +35,14 @@ fn tables() -> Vec<(&'static str, Table)> {
         frame: FrameHeader | FrameKind;
         handshake: Hello HelloAck | Role;
         message: AuthHead Welcome InventoryHead InventoryDisk OfferHead OpenDiskHead GrantHead Ack BulkAckHead Credit
-            Nack Fenced CompareRequestHead CompareHashesHead PassBegin PassState PassEnd ErrorHead
+            Nack Fenced CompareRequestHead CompareHashesHead PassBegin PassState PassEnd PointDegrade Policy ErrorHead
             | PassMode PassCause NackReason ErrorCode;
         batch: BatchHeader BulkHeader Mark | Stretch MarkClass;
         extent: RecordHeader | RecordKind Codec;
         disk_state: DiskStateHead |;
         segment: SegmentHeader GroupHeader EntryHead Applied | EntryKind;
         manifest: Superblock ManifestHeader EditHead SegmentOpened Released DiskAdded DiskRemoved EpochOpened
-            EpochClosed RunsMerged EpochsExpired PointKept PointDropped | EditKind EpochCause;
+            EpochClosed RunsMerged EpochsExpired PointKept PointDropped StretchDegraded | EditKind EpochCause;
         crc_map: MapHeader MapPageHead |;
         undo: RunHeader |;
         undo_frame: FrameHead | UndoCodec;

@@ -129,6 +129,7 @@ impl Store {
             class,
             cause: MarkCause::Timer,
             name: Text::new(name),
+            number: self.clock,
         };
         self.journal.append(DISK, EntryKind::Mark, &[&mark.to_bytes()], self.now()).unwrap().0
     }

@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use proptest::prelude::*;
 use reprotect_engine::compress::Decompressor;
-use reprotect_engine::format::batch::{BatchHeader, CHAIN_START, MarkClass, Stretch, encode_batch};
+use reprotect_engine::format::batch::{
+    BatchHeader, CHAIN_START, MarkCause, MarkClass, Stretch, encode_batch,
+};
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::manifest::{DiskAdded, Edit, EpochCause, PointKept};
 use reprotect_engine::format::segment::EntryKind;
@@ -432,6 +434,7 @@ fn point(epoch: u64, number: u64) -> PointKept {
         pinned: false,
         degraded: false,
         name: Text::new(""),
+        cause: MarkCause::Timer,
     }
 }
 

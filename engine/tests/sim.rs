@@ -145,5 +145,6 @@ every_rule_can_fail! {
     a_write_of_a_fenced_session_is_seen: WriteFenced => Generation;
     memory_without_bound_is_seen: IgnoreCredit => Bounded;
     a_payload_nobody_checked_is_seen: TrustPayload => Prefix;
+    a_mark_that_nobody_kept_is_seen: LoseMarks => Acknowledgement;
     a_disk_that_never_gets_synced_is_seen: NeverRead => Liveness;
 }

@@ -8,7 +8,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use reprotect_engine::format::FormatError;
-use reprotect_engine::format::batch::{MarkClass, Stretch, credit_cost, decode_batch, decode_bulk};
+use reprotect_engine::format::batch::{
+    MarkCause, MarkClass, MarkLabel, Stretch, credit_cost, decode_batch, decode_bulk,
+};
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::handshake::{HELLO_MAGIC, HelloAck, Role};
@@ -94,7 +96,10 @@ impl World {
             }
             22 => {
                 let id = disk(input);
-                self.agent.submit_mark(id, input.pick(MarkClass::ALL), Timestamp(1));
+                let label = MarkLabel::of_disk(input.pick(MarkClass::ALL), MarkCause::Command, Timestamp(1));
+                for _ in 0..=input.byte() % 4 {
+                    let _ = self.agent.submit_mark(id, label); // refused when too many wait
+                }
             }
             _ => {
                 let id = disk(input);
@@ -168,7 +173,8 @@ impl World {
         let last = self.peers.get(&disk).map_or(0, |peer| peer.last);
         let mut sequence = || Sequence(input.near(last));
         let (received, durable, applied, marked) = (sequence(), sequence(), sequence(), sequence());
-        self.tell(input, &Message::Ack(Ack { disk, generation, received, durable, applied, marked }));
+        let mark = input.near(1);
+        self.tell(input, &Message::Ack(Ack { disk, generation, received, durable, applied, marked, mark }));
     }
 
     fn bulk_ack(&mut self, input: &mut Input<'_>) {

@@ -212,7 +212,8 @@ impl World {
         let generation = GENERATION;
         match input.byte() % 3 {
             0 => {
-                let ack = Ack { disk, generation, received: at, durable: at, applied: at, marked: at };
+                let ack =
+                    Ack { disk, generation, received: at, durable: at, applied: at, marked: at, mark: 0 };
                 self.tell(Side::Target, input, &Message::Ack(ack))
             }
             1 => {

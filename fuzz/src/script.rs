@@ -151,6 +151,7 @@ pub fn mark(input: &mut Input<'_>, disk: DiskId, at: (LineageId, Generation, Seq
         chain: chain(input, at.3),
         source_time: Timestamp(input.short()),
         point: [input.byte(); 16],
+        number: input.near(1),
         class: input.pick(MarkClass::ALL),
         cause: input.pick(MarkCause::ALL),
         name: Text::new(""),

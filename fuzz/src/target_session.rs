@@ -18,6 +18,7 @@ use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::handshake::{Hello, Role};
 use reprotect_engine::format::message::{
     Auth, CompareRequestHead, InventoryHead, Message, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode,
+    PointDegrade,
 };
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::proto::credit::FlowLimits;
@@ -122,7 +123,7 @@ impl World {
                 disk.queue.clear();
             }
             _ if input.byte() > 128 => self.crash(),
-            _ => {}
+            _ => self.degrade(input),
         }
     }
 
@@ -210,6 +211,21 @@ impl World {
         };
         let body = damaged(input, &encode_bulk(&header, &records).body());
         self.deliver(slot, FrameKind::Bulk, body);
+    }
+
+    fn degrade(&mut self, input: &mut Input<'_>) {
+        let (slot, id) = (slot(input), disk(input));
+        let Some(state) = self.state(id) else { return };
+        let (generation, last) = (state.generation.0, state.sequence.0);
+        let degrade = PointDegrade {
+            disk: id,
+            lineage: lineage(input, LINEAGE),
+            generation: Generation(input.near(generation)),
+            from: Sequence(input.near(last)),
+            to: Sequence(input.near(last)),
+            cause: Text::new("fuzz"),
+        };
+        self.tell(slot, input, &Message::PointDegrade(degrade));
     }
 
     fn mark(&mut self, input: &mut Input<'_>) {
@@ -325,6 +341,13 @@ impl World {
                 }
             }
             DiskInput::Mark(mark) => core.handle_mark(now, session, &mark),
+            DiskInput::PointDegrade(degrade) => {
+                let told = core.handle_degrade(session, &degrade);
+                assert!(
+                    !told || degrade.generation == core.state().generation,
+                    "an older generation is believed"
+                );
+            }
             DiskInput::Compare(request, units) => core.handle_compare(session, request, units),
             DiskInput::PassBegin(begin) => core.handle_pass_begin(now, session, &begin),
             DiskInput::PassEnd(end) => core.handle_pass_end(now, session, &end),

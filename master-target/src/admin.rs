@@ -110,6 +110,7 @@ pub fn router(state: Arc<AdminState>) -> Router {
         .route("/v1/export", post(export_point))
         .route("/v1/verify", post(verify_points))
         .merge(admin_points::routes())
+        .route("/v1/policy", post(crate::policy::serve))
         .with_state(state)
 }
 

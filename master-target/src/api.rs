@@ -175,6 +175,30 @@ pub struct MachineInfo {
     pub disks: Vec<MachineDisk>,
 }
 
+/// `POST /v1/policy`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PolicyRequest {
+    /// Name or agent UUID of a machine.
+    pub machine: String,
+    /// Pause between two scan rounds in milliseconds; zero for the agent's own configuration; none to change nothing.
+    pub points_every_ms: Option<u64>,
+}
+
+/// The answer to [`PolicyRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PolicyAnswer {
+    /// The machine's name.
+    pub machine: String,
+    /// Its agent.
+    pub agent: String,
+    /// Counts changes; zero where nobody ever set a policy.
+    pub revision: u64,
+    /// Pause between two scan rounds in milliseconds; zero for the agent's own configuration.
+    pub points_every_ms: u64,
+    /// Whether its agent is connected, and so knows already.
+    pub connected: bool,
+}
+
 /// A recovery point of a disk in `GET /v1/points`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PointInfo {

@@ -1,14 +1,15 @@
 //! What the master target knows of machines and disks, one JSON file each, replaced durably.
 //!
-//! Layout below the state directory: `machines/<agent>.json`, `disks/<disk>/disk.json`, `disks/<disk>/state` (the
+//! Layout below the state directory: `machines/<agent>.json`, `machines/<agent>.policy` (JSON too), `disks/<disk>/disk.json`, `disks/<disk>/state` (the
 //! binary state file of `format::disk_state`). Invariants: a file that does not parse is named and left alone, the
 //! others are loaded; nothing here is derived from the wire without bounds. Units: bytes. Used by `registry`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
 use reprotect_engine::format::disk_state::DiskState;
-use reprotect_engine::format::message::InventoryDisk;
+use reprotect_engine::format::message::{InventoryDisk, Policy};
 use reprotect_engine::io::durable::{Access, create_dir_durable, read_bounded, replace_file};
 use reprotect_engine::store::fingerprint::{Fingerprint, TAGS_MAX};
 use reprotect_engine::store::target::TargetKind;
@@ -74,6 +75,13 @@ pub struct Machine {
     pub host_name: String,
     /// Its disks, from its last inventory.
     pub disks: Vec<SourceDisk>,
+}
+
+/// A machine's policy as it is kept.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct PolicyRecord {
+    revision: u64,
+    points_every_ms: u64,
 }
 
 /// A protected disk.
@@ -151,6 +159,39 @@ impl Catalogue {
     pub fn save_machine(&self, machine: &Machine) -> anyhow::Result<()> {
         let path = self.root.join("machines").join(format!("{}.json", machine.agent));
         Ok(replace_file(&path, &serde_json::to_vec_pretty(machine)?, Access::Private)?)
+    }
+
+    /// The policies of all machines that have one; files that are damaged are named in the log.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed.
+    pub fn policies(&self) -> anyhow::Result<BTreeMap<PeerId, Policy>> {
+        let mut policies = BTreeMap::new();
+        for path in entries(&self.root.join("machines"))? {
+            let agent = path.file_stem().and_then(|stem| peer(&stem.to_string_lossy()));
+            let Some(agent) = agent.filter(|_| path.extension().is_some_and(|ext| ext == "policy")) else {
+                continue;
+            };
+            match read_json::<PolicyRecord>(&path) {
+                Ok(PolicyRecord { revision, points_every_ms }) => {
+                    policies.insert(agent, Policy { revision, points_every_ms, target: PeerId::NONE });
+                }
+                Err(error) => tracing::error!(
+                    "{error:#}; its agent keeps the policy it has until `policy` sets another one"
+                ),
+            }
+        }
+        Ok(policies)
+    }
+
+    /// Records a machine's policy.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save_policy(&self, agent: PeerId, policy: &Policy) -> anyhow::Result<()> {
+        let path = self.root.join("machines").join(format!("{agent}.policy"));
+        let record = PolicyRecord { revision: policy.revision, points_every_ms: policy.points_every_ms };
+        Ok(replace_file(&path, &serde_json::to_vec_pretty(&record)?, Access::Private)?)
     }
 
     /// All disks whose record is readable.

@@ -83,6 +83,8 @@ pub enum Command {
     Protect(ProtectArgs),
     /// Stop replicating a disk; its target stays as it is.
     Unprotect(UnprotectArgs),
+    /// Show or change by what policy a machine's agent works.
+    Policy(PolicyArgs),
     /// List the recovery points of a machine or disk, and what is mounted.
     Points(PointsArgs),
     /// Draw what can be had of a machine or disk: every write, points only, degraded, lost.
@@ -255,6 +257,24 @@ pub struct UnprotectArgs {
     /// Do not ask.
     #[arg(long)]
     pub yes: bool,
+}
+
+/// Arguments of `policy`.
+#[derive(Clone, Debug, Args)]
+#[command(
+    after_help = "Without an option it shows the policy in force. A connected agent takes a change over at once, another one when\n\
+    it connects; it keeps the policy while it is away.\n\nExample:\n  reprotect-master-target policy web1 --points-every 5m"
+)]
+pub struct PolicyArgs {
+    /// The machine's name or its agent's UUID.
+    #[arg(value_name = "MACHINE")]
+    pub machine: String,
+    /// Pause between two scan rounds of each disk.
+    #[arg(long, value_name = "DURATION", conflicts_with = "agents_own")]
+    pub points_every: Option<DurationText>,
+    /// Let the agent work by its own configuration again.
+    #[arg(long)]
+    pub agents_own: bool,
 }
 
 /// Arguments of `points`.

@@ -17,6 +17,7 @@ use reprotect_engine::error::{Answer as _, Severity};
 use reprotect_engine::format::batch::Mark;
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::RecordKind;
+use reprotect_engine::format::message::PointDegrade;
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::io::durable::{Access, replace_file};
 use reprotect_engine::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
@@ -82,6 +83,13 @@ impl DiskStore {
     pub(crate) fn marked(&mut self, mark: &Mark) {
         if let Self::Journaled(store) = self {
             store.marked(mark);
+        }
+    }
+
+    /// Points in a part of the stream promise less than was said.
+    pub(crate) fn degrade(&mut self, degrade: &PointDegrade) {
+        if let Self::Journaled(store) = self {
+            store.degrade(degrade);
         }
     }
 

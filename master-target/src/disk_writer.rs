@@ -121,6 +121,13 @@ impl Writer {
             DiskInput::Compare(request, units) => self.disk.handle_compare(session, request, units),
             DiskInput::PassBegin(begin) => self.disk.handle_pass_begin(now, session, &begin),
             DiskInput::PassEnd(end) => self.disk.handle_pass_end(now, session, &end),
+            DiskInput::PointDegrade(degrade) => {
+                if self.disk.handle_degrade(session, &degrade) {
+                    let (from, to, cause) = (degrade.from, degrade.to, degrade.cause.as_str());
+                    tracing::warn!(disk = %self.id, %from, %to, cause, "points are degraded by the agent");
+                    self.store.degrade(&degrade);
+                }
+            }
             DiskInput::Batch(_) | DiskInput::Bulk(_) => {} // taken by the opener
         }
     }
@@ -287,9 +294,9 @@ impl Writer {
     }
 
     fn accept_mark(&mut self, session: SessionId, mark: &Mark) {
-        let before = self.disk.state().marked;
+        let before = self.disk.marks_accepted();
         self.disk.handle_mark(mono_clock(), session, mark);
-        if self.disk.state().marked != before {
+        if self.disk.marks_accepted() > before {
             self.store.marked(mark);
         }
     }

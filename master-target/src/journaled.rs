@@ -16,11 +16,14 @@ use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::batch::{Mark, MarkCause, MarkClass, decode_batch};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::RecordKind;
-use reprotect_engine::format::manifest::{DiskAdded, Edit, EpochCause, EpochOpened, PointKept};
-use reprotect_engine::format::message::PassMode;
+use reprotect_engine::format::manifest::{
+    DiskAdded, Edit, EpochCause, EpochOpened, PointKept, StretchDegraded,
+};
+use reprotect_engine::format::message::{PassMode, PointDegrade};
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::io::BlockFile as _;
+use reprotect_engine::limits::MARKS_PENDING_MAX;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::target_disk::Piece;
 use reprotect_engine::store::crc_map::Checked;
@@ -41,6 +44,8 @@ use crate::guard::Guard;
 use crate::retention::Retention;
 use crate::target_map::TargetMap;
 
+/// Parts of a stream whose points are to be degraded and wait for a full medium.
+const DEGRADING_MAX: usize = 64;
 /// Plain bytes of entries that are read back from the log and applied at once after a start.
 const REDO_BYTES: u64 = 16 << 20;
 
@@ -71,6 +76,10 @@ pub struct Journaled {
     applied: Sequence,
     /// Marks that are not applied, by their entry's number.
     marks: VecDeque<(u64, Mark)>,
+    /// The marks behind the newest batch: one of them that comes again after a reconnect is not a second one.
+    newest_marks: Vec<Mark>,
+    /// Parts of the stream whose points promise less, not recorded yet.
+    degrading: VecDeque<PointDegrade>,
     /// The newest entry, if it is a mark and applied: an undo epoch can end there.
     last_mark: Option<(u64, Mark)>,
     /// Bulk passed the journal by and is not flushed.
@@ -125,6 +134,7 @@ impl Journaled {
             applier.begin_epoch(journal, EpochCause::Time, position, None, now)?;
         }
         keep_last_point(journal, id, now)?;
+        let newest_marks = newest_marks(journal, id)?;
         drop(locked);
         let (backlog, waiting) = found(retention, &applier, &state)?;
         let at = applier.applied().number;
@@ -144,6 +154,8 @@ impl Journaled {
             durable: state.sequence,
             applied,
             marks: VecDeque::new(),
+            newest_marks: newest_marks.iter().map(|(_, mark)| *mark).collect(),
+            degrading: VecDeque::new(),
             last_mark: None,
             bulk_unflushed: false,
             unguarded: false,
@@ -151,7 +163,8 @@ impl Journaled {
             map,
         };
         disk.redo()?;
-        disk.last_mark = newest_mark(retention.lock().get()?, id, disk.applier.applied().number)?;
+        let at = disk.applier.applied().number;
+        disk.last_mark = newest_marks.last().filter(|(number, _)| *number == at).copied();
         disk.guard.flushed();
         Ok(disk)
     }
@@ -176,11 +189,65 @@ impl Journaled {
 
     /// A batch was accepted; with it `newest` is the newest sequence.
     pub(crate) fn accepted(&mut self, kind: EntryKind, body: Bytes, newest: Sequence) {
+        self.newest_marks.clear();
         self.coming.push_back(Coming::Batch(kind, body, newest));
     }
 
     pub(crate) fn marked(&mut self, mark: &Mark) {
+        let is_same = |known: &Mark| known.sequence == mark.sequence && known.label() == mark.label();
+        if self.newest_marks.iter().any(is_same) {
+            return; // sent again, because its acknowledgement was lost
+        }
+        if self.newest_marks.len() == MARKS_PENDING_MAX {
+            self.newest_marks.remove(0); // an agent has no more of them under way
+        }
+        self.newest_marks.push(*mark);
         self.coming.push_back(Coming::Mark(*mark));
+    }
+
+    /// Points in a part of the stream promise less than was said: recorded when nothing else waits, and tried again
+    /// where the medium is full.
+    pub(crate) fn degrade(&mut self, degrade: &PointDegrade) {
+        let full = self.degrading.len() >= DEGRADING_MAX;
+        match self.degrading.back_mut().filter(|last| full && last.lineage == degrade.lineage) {
+            // One that says too much is better than one that is forgotten.
+            Some(last) => (last.from, last.to) = (last.from.min(degrade.from), last.to.max(degrade.to)),
+            None => self.degrading.push_back(*degrade),
+        }
+    }
+
+    /// What was said of points becomes durable: for those that are kept, and for marks in the log.
+    fn record_degraded(&mut self) -> Result<(), JournalError> {
+        while let Some(degrade) = self.degrading.front() {
+            let now = wall_clock();
+            let mut locked = self.retention.lock();
+            let journal = locked.get()?;
+            let Some(shape) = journal.shape().disks.get(&self.id) else { break };
+            let lineage_of = |number: u64| {
+                // The last entry of an epoch belongs to it; so does the point a first epoch begins at.
+                let epoch = shape.epoch_of(number).or(shape.epochs.first());
+                epoch.map(|epoch| epoch.opened.lineage)
+            };
+            let concerned = shape.points.values().filter(|point| {
+                !point.degraded
+                    && (degrade.from..=degrade.to).contains(&point.sequence)
+                    && lineage_of(point.number) == Some(degrade.lineage)
+            });
+            let changed = concerned.map(|point| Edit::PointChanged(PointKept { degraded: true, ..*point }));
+            let part = StretchDegraded {
+                disk: self.id,
+                lineage: degrade.lineage,
+                from: degrade.from,
+                to: degrade.to,
+                time: now,
+                cause: degrade.cause,
+            };
+            let edits: Vec<Edit> = std::iter::once(Edit::StretchDegraded(part)).chain(changed).collect();
+            journal.edit(&edits, now)?;
+            drop(locked);
+            self.degrading.pop_front();
+        }
+        Ok(())
     }
 
     pub(crate) const fn target(&mut self) -> &mut Target {
@@ -279,6 +346,7 @@ impl Journaled {
     /// Applies what may be applied; answers the newest durable sequence on the target.
     pub(crate) fn apply(&mut self) -> Result<Sequence, NotDone> {
         self.apply_ready()?;
+        self.record_degraded()?;
         self.end_old_epoch()?;
         self.map.idle();
         Ok(self.applied_sequence())
@@ -426,7 +494,10 @@ impl Journaled {
     }
 
     fn point(&self, at: At, mark: &Mark) -> PointKept {
-        kept_point(self.id, at, self.applied, mark)
+        let mut locked = self.retention.lock();
+        let shape = locked.get().ok().and_then(|journal| journal.shape().disks.get(&self.id));
+        let degraded = shape.is_some_and(|shape| shape.is_degraded(mark.lineage, mark.sequence));
+        PointKept { degraded, ..kept_point(self.id, at, self.applied, mark) }
     }
 
     fn begin_epoch(&mut self, cause: EpochCause) -> Result<u64, JournalError> {
@@ -451,6 +522,10 @@ impl Journaled {
         class: MarkClass,
         name: &str,
     ) -> Result<(), JournalError> {
+        let mut locked = self.retention.lock();
+        let journal = locked.get()?;
+        let shape = journal.shape().disks.get(&self.id);
+        let degraded = shape.is_some_and(|shape| shape.is_degraded(self.state.lineage, self.newest.1));
         let point = PointKept {
             disk: self.id,
             point: own_id(self.id, at),
@@ -460,11 +535,11 @@ impl Journaled {
             source_time,
             class,
             pinned: false,
-            degraded: false,
+            degraded,
             name: Text::new(name),
             cause: MarkCause::Pass,
         };
-        self.retention.lock().get()?.edit(&[Edit::PointKept(point)], wall_clock())
+        journal.edit(&[Edit::PointKept(point)], wall_clock())
     }
 
     /// The disk as it was at a point.
@@ -591,18 +666,12 @@ fn is_rolling_back(journal: &Journal, disk: DiskId) -> bool {
     open.is_some_and(|epoch| epoch.opened.cause == EpochCause::Rollback)
 }
 
-/// The newest entry of a disk, if it is a mark and the newest applied one.
-fn newest_mark(
-    journal: &mut Journal,
-    disk: DiskId,
-    applied: u64,
-) -> Result<Option<(u64, Mark)>, JournalError> {
-    let newest = journal.entries(disk).last().copied();
-    let Some(entry) = newest.filter(|entry| entry.kind == EntryKind::Mark && entry.number == applied) else {
-        return Ok(None);
-    };
-    let (_, body) = journal.read(entry.place)?;
-    Ok(Mark::read_exact(&body).ok().map(|mark| (entry.number, mark)))
+/// The marks behind a disk's newest batch, with their entries' numbers, oldest first.
+fn newest_marks(journal: &mut Journal, disk: DiskId) -> Result<Vec<(u64, Mark)>, JournalError> {
+    let newest = journal.entries(disk).iter().rev().take_while(|entry| entry.kind == EntryKind::Mark);
+    let mut entries: Vec<_> = newest.take(MARKS_PENDING_MAX).copied().collect();
+    entries.reverse();
+    entries.iter().map(|entry| Ok((entry.number, journal.mark(disk, entry)?))).collect()
 }
 
 fn part_of(piece: &Piece, keep: SectorRange) -> Write {

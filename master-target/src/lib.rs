@@ -28,6 +28,7 @@ pub mod journaled;
 pub mod mounts;
 mod plan;
 pub mod points;
+pub mod policy;
 pub mod protect;
 pub mod registry;
 pub mod retention;

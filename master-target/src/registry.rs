@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow};
 use reprotect_engine::format::disk_state::DiskState;
-use reprotect_engine::format::message::{InventoryDisk, PassMode};
+use reprotect_engine::format::message::{InventoryDisk, PassMode, Policy};
 use reprotect_engine::format::vmdk::descriptor::DiskUuid;
 use reprotect_engine::io;
 use reprotect_engine::io::durable::{Access, replace_file};
@@ -50,6 +50,15 @@ pub struct Offer {
     pub generation: Generation,
 }
 
+/// What a session is told while it lasts.
+#[derive(Clone, Debug)]
+pub enum News {
+    /// A disk is to be offered.
+    Offer(Offer),
+    /// The machine's policy changed.
+    Policy(Policy),
+}
+
 /// A live session.
 #[derive(Clone, Debug)]
 pub struct LiveSession {
@@ -59,8 +68,8 @@ pub struct LiveSession {
     pub address: SocketAddr,
     /// The process server it comes through.
     pub relay: Option<PeerId>,
-    /// Where offers go.
-    offers: mpsc::UnboundedSender<Offer>,
+    /// Where news go.
+    news: mpsc::UnboundedSender<News>,
 }
 
 /// A disk the registry knows.
@@ -86,6 +95,7 @@ pub struct DiskView {
 #[derive(Debug, Default)]
 struct Inner {
     machines: BTreeMap<PeerId, Machine>,
+    policies: BTreeMap<PeerId, Policy>,
     disks: BTreeMap<DiskId, KnownDisk>,
     sessions: BTreeMap<SessionId, LiveSession>,
     next_session: u64,
@@ -138,6 +148,7 @@ impl Registry {
                 registry.lock().machines.insert(agent, machine);
             }
         }
+        registry.lock().policies = registry.catalogue.policies()?;
         for (record, state) in registry.catalogue.disks()? {
             registry.start_known(record, state);
         }
@@ -262,7 +273,7 @@ impl Registry {
         for session in inner.sessions.values().filter(|session| session.agent == Some(agent)) {
             if let Some(offer) = &offer {
                 // A closed channel means that the session just ended; its next one is offered the disk.
-                let _ = session.offers.send(offer.clone());
+                let _ = session.news.send(News::Offer(offer.clone()));
             }
         }
         Ok(())
@@ -290,17 +301,17 @@ impl Registry {
         self.lock().disks.values().filter_map(|disk| disk.uuid).collect()
     }
 
-    /// Registers a session that began; answers its name and where its offers arrive.
+    /// Registers a session that began; answers its name and where its news arrive.
     pub fn begin_session(
         &self,
         address: SocketAddr,
         relay: Option<PeerId>,
-    ) -> (SessionId, mpsc::UnboundedReceiver<Offer>) {
-        let (offers, receiver) = mpsc::unbounded_channel();
+    ) -> (SessionId, mpsc::UnboundedReceiver<News>) {
+        let (news, receiver) = mpsc::unbounded_channel();
         let mut inner = self.lock();
         inner.next_session += 1;
         let id = SessionId(inner.next_session);
-        inner.sessions.insert(id, LiveSession { agent: None, address, relay, offers });
+        inner.sessions.insert(id, LiveSession { agent: None, address, relay, news });
         (id, receiver)
     }
 
@@ -313,6 +324,30 @@ impl Registry {
         let name = agent.to_string();
         let own = inner.disks.iter().filter(|(_, known)| known.record.agent == name);
         own.filter_map(|(disk, known)| offer_of(*disk, known)).collect()
+    }
+
+    /// A machine's policy; none as long as nobody set one.
+    #[must_use]
+    pub fn policy(&self, agent: PeerId) -> Option<Policy> {
+        self.lock().policies.get(&agent).copied()
+    }
+
+    /// Changes a machine's policy: durable, then told to its live sessions. Blocks; the caller holds
+    /// [`Self::changing`].
+    ///
+    /// # Errors
+    /// When it cannot be recorded; the old one then stays in force.
+    pub fn set_policy(&self, agent: PeerId, points_every_ms: u64) -> anyhow::Result<Policy> {
+        let revision = self.policy(agent).map_or(0, |policy| policy.revision) + 1;
+        let policy = Policy { revision, points_every_ms, target: PeerId::NONE };
+        self.catalogue.save_policy(agent, &policy)?;
+        let mut inner = self.lock();
+        inner.policies.insert(agent, policy);
+        for session in inner.sessions.values().filter(|session| session.agent == Some(agent)) {
+            // A closed channel means that the session just ended; its next one is told.
+            let _ = session.news.send(News::Policy(policy));
+        }
+        Ok(policy)
     }
 
     /// The session is over.

@@ -22,7 +22,7 @@ use reprotect_engine::units::{DiskId, PeerId};
 use tokio::sync::mpsc;
 
 use crate::disk_worker::{DiskGone, Replies};
-use crate::registry::{Offer, Registry};
+use crate::registry::{News, Offer, Registry};
 
 /// How long a connection may take to open its control lane.
 const CONTROL_WAIT: Duration = Duration::from_secs(10);
@@ -55,7 +55,7 @@ pub async fn serve(
         tracing::error!("the system has no randomness; the session is refused");
         return CloseCode::Violation.close(&peer.connection);
     }
-    let (id, offers) = registry.begin_session(address, relay);
+    let (id, news) = registry.begin_session(address, relay);
     let transport = Transport { role, peer: peer.peer.peer };
     let (replies, from_disks) = mpsc::unbounded_channel();
     let mut session = Session {
@@ -69,7 +69,7 @@ pub async fn serve(
         unwritten_bytes: 0,
         replies,
     };
-    let result = session.run(reader, offers, from_disks).await;
+    let result = session.run(reader, news, from_disks).await;
     if let Err(error) = &result {
         let message = Message::error(DiskId::NONE, error.code(), &error.to_string());
         session.queue(Outgoing::control(message.encode()));
@@ -103,7 +103,7 @@ impl Session {
     async fn run(
         &mut self,
         mut reader: LaneReader,
-        mut offers: mpsc::UnboundedReceiver<Offer>,
+        mut news: mpsc::UnboundedReceiver<News>,
         mut from_disks: mpsc::UnboundedReceiver<Message>,
     ) -> Result<(), ProtoError> {
         loop {
@@ -131,7 +131,10 @@ impl Session {
                         return Ok(());
                     }
                 },
-                Some(offer) = offers.recv() => self.offer(&offer),
+                Some(news) = news.recv() => match news {
+                    News::Offer(offer) => self.offer(&offer),
+                    News::Policy(policy) => self.core.send_policy(policy),
+                },
                 Some(message) = from_disks.recv() => {
                     if let Message::Error(head, text) = &message
                         && head.disk == DiskId::NONE
@@ -178,9 +181,11 @@ impl Session {
             match event {
                 SessionEvent::Ready { agent, relays } => {
                     tracing::info!(session = self.id.0, %agent, relays, "agent connected");
-                    for offer in self.registry.session_ready(self.id, agent) {
-                        self.offer(&offer);
+                    let offers = self.registry.session_ready(self.id, agent);
+                    if let Some(policy) = self.registry.policy(agent) {
+                        self.core.send_policy(policy);
                     }
+                    offers.iter().for_each(|offer| self.offer(offer));
                 }
                 SessionEvent::Inventory { host_name, disks } => self.take_inventory(host_name, disks).await,
                 SessionEvent::ToDisk(disk, input) => self.route(disk, input).await,

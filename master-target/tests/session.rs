@@ -27,7 +27,7 @@ use reprotect_engine::net::token::Token;
 use reprotect_engine::net::trust::{PeerRule, ROOTS_FILE, Trust};
 use reprotect_engine::proto::{Outgoing, session_proof_message};
 use reprotect_engine::units::{DiskId, Generation, LineageId, PeerId, Sequence};
-use reprotect_master_target::api::{MachineInfo, RevokeAnswer, RevokeRequest};
+use reprotect_master_target::api::{MachineInfo, PolicyAnswer, PolicyRequest, RevokeAnswer, RevokeRequest};
 use tokio::sync::mpsc;
 
 /// Longer than anything here takes; only a hang reaches it.
@@ -142,6 +142,36 @@ async fn a_revoked_agent_is_cut_off_behind_a_process_server_and_its_neighbours_a
     let refused = again.handshake(&doomed, 1).await;
     assert!(matches!(&refused, Message::Error(head, _) if head.code == ErrorCode::Identity), "{refused:?}");
     kept.tells(&daemon, "after").await;
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_is_told_live_and_at_every_session_and_survives_a_restart() {
+    let dir = dir();
+    let daemon = start(dir.path()).await;
+    let agent = Peer::enrolled(&daemon, "agent", &dir.path().join("agent")).await;
+    let mut live = agent.dial(&daemon, TransportSettings::default()).await;
+    assert!(matches!(live.handshake(&agent, 0).await, Message::Welcome(_)));
+    live.tells(&daemon, "web1").await;
+    let ask = |points_every_ms| PolicyRequest { machine: "web1".to_owned(), points_every_ms };
+    let none: PolicyAnswer = daemon.client.post_json("/v1/policy", &ask(None)).await.unwrap();
+    assert_eq!((none.revision, none.connected), (0, true));
+    let set: PolicyAnswer = daemon.client.post_json("/v1/policy", &ask(Some(5000))).await.unwrap();
+    assert_eq!((set.revision, set.points_every_ms), (1, 5000));
+    let Ok(Message::Policy(told)) = live.next().await else { panic!("not told") };
+    assert_eq!((told.revision, told.points_every_ms), (1, 5000));
+    let refused = daemon.client.post_json::<_, PolicyAnswer>("/v1/policy", &ask(Some(1))).await.unwrap_err();
+    assert!(refused.to_string().contains("from 100ms to 7d"), "{refused}");
+    drop(live);
+    let set: PolicyAnswer = daemon.client.post_json("/v1/policy", &ask(Some(9000))).await.unwrap();
+    assert_eq!(set.revision, 2);
+    daemon.stop().await;
+
+    let daemon = start(dir.path()).await;
+    let mut later = agent.dial(&daemon, TransportSettings::default()).await;
+    assert!(matches!(later.handshake(&agent, 0).await, Message::Welcome(_)));
+    let Ok(Message::Policy(again)) = later.next().await else { panic!("not told") };
+    assert_eq!((again.revision, again.points_every_ms, again.target), (2, 9000, told.target));
     daemon.stop().await;
 }
 

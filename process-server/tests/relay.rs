@@ -15,7 +15,7 @@ use reprotect_engine::format::batch::{BulkHeader, encode_bulk};
 use reprotect_engine::format::extent::{Codec, Record};
 use reprotect_engine::format::frame::{Frame, FrameKind};
 use reprotect_engine::format::handshake::Hello;
-use reprotect_engine::format::message::{ErrorCode, Message};
+use reprotect_engine::format::message::{ErrorCode, Message, Policy};
 use reprotect_engine::net::endpoint::TransportSettings;
 use reprotect_engine::net::identity::Role;
 use reprotect_engine::net::lanes::{self, Arrival};
@@ -34,6 +34,52 @@ fn run<F: Future>(future: F) -> F::Output {
         .build()
         .unwrap()
         .block_on(future)
+}
+
+#[test]
+fn policies_marks_and_words_about_points_pass_the_relay() {
+    run(async {
+        let site = Site::new();
+        let target = FakeTarget::start(&site);
+        let policy = Policy { revision: 3, points_every_ms: 60_000, target: target.id };
+        target.set_policy(policy);
+        let server = Server::start(&site.state_dir("ps"), target.address, "").await;
+        let mut agent = FakeAgent::new(&site, target.id);
+        let disk = target.protect(agent.id, MIB);
+        agent.add_disk(disk, noise(MIB, 1));
+        let mut link = patiently("initial sync", agent.sync(server.address)).await;
+        assert!(agent.events.contains(&AgentEvent::Policy(policy)), "{:?}", agent.events);
+        for byte in 1..=3 {
+            let batch = vec![vec![Record::data(0, Bytes::from(vec![byte; 4096]))]];
+            let ended = patiently("delta", agent.send_delta(&mut link, disk, batch)).await;
+            assert!(matches!(ended, Ended::Done), "{ended:?}");
+        }
+        let all_told = |agent: &mut FakeAgent| {
+            agent.events.iter().filter(|event| matches!(event, AgentEvent::Marked { .. })).count() == 3
+        };
+        assert!(matches!(patiently("marks", agent.go(&mut link, all_told)).await, Ended::Done));
+        assert_eq!(target.marks().len(), 3);
+
+        assert!(agent.core.degrade(disk, Sequence(1), Sequence(2), "the oracle differs"));
+        assert!(!agent.core.degrade(disk, Sequence(2), Sequence(1), "backwards"));
+        assert!(!agent.core.degrade(DiskId([9; 16]), Sequence(1), Sequence(2), "another disk"));
+        // What comes behind it on its way is there: so is it.
+        let arrived = patiently("the words arrive", async {
+            loop {
+                let turn = agent.go(&mut link, |_| true).await;
+                assert!(matches!(turn, Ended::Done), "{turn:?}");
+                if let [degraded] = target.degraded().as_slice() {
+                    return *degraded;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        });
+        let told = arrived.await;
+        assert_eq!((told.disk, told.from, told.to), (disk, Sequence(1), Sequence(2)));
+        assert_eq!(told.cause.as_str(), "the oracle differs");
+        link.cut();
+        server.stop().await;
+    });
 }
 
 #[test]

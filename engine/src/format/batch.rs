@@ -127,13 +127,52 @@ wire! {
         source_time: Timestamp,
         /// The machine's point it is part of: the marks of one point have the same on all disks. Zeros: of this disk only.
         point: [u8; 16],
+        /// Counts the marks of this generation from 1: a higher one was placed later, also at the same sequence.
+        number: u64,
         /// What it promises.
         class: MarkClass,
         /// Why it was placed.
         cause: MarkCause,
         /// The name somebody gave the point; empty without one.
         name: Text<64>,
-        ; reserved: [u8; 14],
+        ; reserved: [u8; 6],
+    }
+}
+
+/// What whoever places a mark says of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MarkLabel {
+    /// The machine's point it is part of; zeros: of this disk only.
+    pub point: [u8; 16],
+    /// What it promises.
+    pub class: MarkClass,
+    /// Why it is placed.
+    pub cause: MarkCause,
+    /// The name somebody gave the point; empty without one.
+    pub name: Text<64>,
+    /// The mark's time by the source's clock.
+    pub source_time: Timestamp,
+}
+
+impl MarkLabel {
+    /// A mark of one disk without a name.
+    #[must_use]
+    pub fn of_disk(class: MarkClass, cause: MarkCause, source_time: Timestamp) -> Self {
+        Self { point: [0; 16], class, cause, name: Text::new(""), source_time }
+    }
+}
+
+impl Mark {
+    /// What was said of it when it was placed.
+    #[must_use]
+    pub const fn label(&self) -> MarkLabel {
+        MarkLabel {
+            point: self.point,
+            class: self.class,
+            cause: self.cause,
+            name: self.name,
+            source_time: self.source_time,
+        }
     }
 }
 

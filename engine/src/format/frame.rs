@@ -60,6 +60,10 @@ wire_enum! {
         PassEnd = 21,
         /// Something is wrong.
         Error = 22,
+        /// The machine's policy, target to agent.
+        Policy = 23,
+        /// Points promise less than was said.
+        PointDegrade = 24,
     }
 }
 

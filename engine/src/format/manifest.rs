@@ -101,6 +101,8 @@ wire_enum! {
         PointChanged = 10,
         /// A point is gone; the body is [`PointDropped`].
         PointDropped = 11,
+        /// Points of a part of a disk's stream promise less than their marks say; the body is [`StretchDegraded`].
+        StretchDegraded = 16,
     }
 }
 
@@ -306,6 +308,25 @@ wire! {
     }
 }
 
+wire! {
+    /// Body of [`EditKind::StretchDegraded`].
+    pub struct StretchDegraded / StretchDegradedWire = 192 {
+        /// The disk.
+        disk: DiskId,
+        /// The history the sequences belong to.
+        lineage: LineageId,
+        /// The first sequence concerned …
+        from: Sequence,
+        /// … and the last.
+        to: Sequence,
+        /// When it was told.
+        time: Timestamp,
+        /// What was found, in the agent's words.
+        cause: Text<120>,
+        ; reserved: [u8; 16],
+    }
+}
+
 /// One change of the journal's shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Edit {
@@ -331,6 +352,8 @@ pub enum Edit {
     PointChanged(PointKept),
     /// A point is gone.
     PointDropped(PointDropped),
+    /// Points promise less than their marks say.
+    StretchDegraded(StretchDegraded),
 }
 
 /// A block-sized structure: magic, checksum over what follows it, and no feature this program does not know.
@@ -431,6 +454,7 @@ impl Edit {
             Self::PointKept(_) => EditKind::PointKept,
             Self::PointChanged(_) => EditKind::PointChanged,
             Self::PointDropped(_) => EditKind::PointDropped,
+            Self::StretchDegraded(_) => EditKind::StretchDegraded,
         }
     }
 
@@ -446,6 +470,7 @@ impl Edit {
             Self::EpochsExpired(body) => body.to_bytes().to_vec(),
             Self::PointKept(body) | Self::PointChanged(body) => body.to_bytes().to_vec(),
             Self::PointDropped(body) => body.to_bytes().to_vec(),
+            Self::StretchDegraded(body) => body.to_bytes().to_vec(),
         }
     }
 
@@ -496,6 +521,7 @@ impl Edit {
             EditKind::PointKept => Self::PointKept(PointKept::read_exact(body)?),
             EditKind::PointChanged => Self::PointChanged(PointKept::read_exact(body)?),
             EditKind::PointDropped => Self::PointDropped(PointDropped::read_exact(body)?),
+            EditKind::StretchDegraded => Self::StretchDegraded(StretchDegraded::read_exact(body)?),
         })
     }
 }

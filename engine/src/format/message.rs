@@ -160,9 +160,10 @@ wire! {
         durable: Sequence,
         /// On the target.
         applied: Sequence,
-        /// The last durable mark.
+        /// Sequence of the last durable mark.
         marked: Sequence,
-        ; reserved: [u8; 8],
+        /// Number of the last durable mark of this generation; zero before the first.
+        mark: u64,
     }
 }
 
@@ -325,6 +326,38 @@ wire! {
     }
 }
 
+wire! {
+    /// The machine's policy: the agent keeps the newest revision and works by it, also while it has no session.
+    pub struct Policy / PolicyWire = 64 {
+        /// Counts changes; a lower one is older.
+        revision: u64,
+        /// Pause between two scan rounds in milliseconds; zero: as the agent's configuration says.
+        points_every_ms: u64,
+        /// The master target that counts the revisions.
+        target: PeerId,
+        ; reserved: [u8; 32],
+    }
+}
+
+wire! {
+    /// Something was found out about a part of the stream: points in it promise less than was said.
+    pub struct PointDegrade / PointDegradeWire = 192 {
+        /// The disk.
+        disk: DiskId,
+        /// The history the sequences belong to.
+        lineage: LineageId,
+        /// The sender's fencing token.
+        generation: Generation,
+        /// The first sequence concerned …
+        from: Sequence,
+        /// … and the last.
+        to: Sequence,
+        /// What was found, for people.
+        cause: Text<120>,
+        ; reserved: [u8; 16],
+    }
+}
+
 wire_enum! {
     /// What went wrong at the other end; the catalogue is in the operations document.
     pub enum ErrorCode: u16 {
@@ -400,6 +433,8 @@ pub enum Message {
     PassBegin(PassBegin),
     PassState(PassState),
     PassEnd(PassEnd),
+    Policy(Policy),
+    PointDegrade(PointDegrade),
     Error(ErrorHead, String),
 }
 
@@ -467,6 +502,8 @@ impl Message {
             Self::PassBegin(m) => put(&mut out, FrameKind::PassBegin, &m.to_bytes()),
             Self::PassState(m) => put(&mut out, FrameKind::PassState, &m.to_bytes()),
             Self::PassEnd(m) => put(&mut out, FrameKind::PassEnd, &m.to_bytes()),
+            Self::Policy(m) => put(&mut out, FrameKind::Policy, &m.to_bytes()),
+            Self::PointDegrade(m) => put(&mut out, FrameKind::PointDegrade, &m.to_bytes()),
             Self::Error(m, text) => {
                 put(&mut out, FrameKind::Error, &m.to_bytes());
                 put(&mut out, FrameKind::Error, text.as_bytes())
@@ -520,6 +557,8 @@ impl Message {
             FrameKind::PassBegin => Self::PassBegin(PassBegin::read_exact(body)?),
             FrameKind::PassState => Self::PassState(PassState::read_exact(body)?),
             FrameKind::PassEnd => Self::PassEnd(PassEnd::read_exact(body)?),
+            FrameKind::Policy => Self::Policy(Policy::read_exact(body)?),
+            FrameKind::PointDegrade => Self::PointDegrade(take_point_degrade(body)?),
             FrameKind::Error => {
                 let (head, rest) = ErrorHead::read_prefix(body)?;
                 let text = take_blob_of(rest, head.text_bytes.into(), usize::from(u16::MAX), "Error")?;
@@ -632,6 +671,19 @@ fn take_compare_request(body: &Bytes) -> Result<Message, FormatError> {
         return field("units", 0, "ascending units");
     }
     Ok(Message::CompareRequest(head, units))
+}
+
+fn take_point_degrade(body: &Bytes) -> Result<PointDegrade, FormatError> {
+    let degrade = PointDegrade::read_exact(body)?;
+    if degrade.from > degrade.to {
+        return Err(FormatError::Field {
+            what: "PointDegrade",
+            field: "from",
+            got: degrade.from.0,
+            expected: "no sequence behind the last one",
+        });
+    }
+    Ok(degrade)
 }
 
 /// Refuses a disk larger than any that may be protected: sizes and addresses below may then be computed with.

@@ -6,7 +6,7 @@
 //! after which the next `handle_connected` goes on where durable progress stands.
 //!
 //! Invariants: a delta batch is forgotten only when the target called it durable (I7); nothing is sent beyond the
-//! credit granted; a disk's work items carry the epoch of
+//! credit granted; every mark is told of once, as durable or as lost; a disk's work items carry the epoch of
 //! the walk that wanted them and are ignored when it is over.
 //! Units: sectors, sequences, bytes of credit cost. Called by `agent/src/session.rs` and by the simulator.
 
@@ -15,20 +15,25 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::Bytes;
 
 pub use super::agent_disk::SentBytes;
-use super::agent_disk::{AgentDisk, SentBatch, WaitingBulk, WantedPass, next_bulk, next_delta};
+use super::agent_disk::{
+    AgentDisk, MarkNews, ScanEnd, SentBatch, WaitingBulk, WantedPass, next_bulk, next_delta,
+};
 use super::credit::Balance;
 use super::pass::{Pass, PassAction, Sink};
 use super::resume::{Decision, Ours, Theirs, decide};
 use super::state::{AgentDiskPhase, AgentLink};
-use super::{Outgoing, ProtoError, Prover};
+use super::{Outgoing, ProtoError, Prover, frame_name};
 use crate::checksum::UnitHash;
-use crate::format::batch::{BatchHeader, BulkHeader, MarkClass, Stretch, credit_cost, encode_bulk};
+use crate::format::batch::{
+    BatchHeader, BulkHeader, MarkCause, MarkClass, MarkLabel, Stretch, credit_cost, encode_bulk,
+};
 use crate::format::extent::Record;
 use crate::format::frame::FrameKind;
 use crate::format::handshake::{Hello, Version};
 use crate::format::message::{
     Ack, CompareRequestHead, ErrorCode, Fenced, GrantHead, InventoryDisk, InventoryHead, Message, Nack,
-    NackReason, OfferHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
+    NackReason, OfferHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade, Policy,
+    SourceId,
 };
 use crate::format::wire::Text;
 use crate::limits::{
@@ -81,6 +86,27 @@ pub enum AgentEvent {
         /// The disk.
         disk: DiskId,
     },
+    /// A scan round that was begun by [`Agent::begin_scan_to_mark`] has submitted all it read: place its mark.
+    ScanRead {
+        /// The disk.
+        disk: DiskId,
+    },
+    /// A mark is durable.
+    Marked {
+        /// The disk.
+        disk: DiskId,
+        /// What was said of it.
+        label: MarkLabel,
+    },
+    /// A mark will never be durable: the stream it stood in was given up.
+    MarkLost {
+        /// The disk.
+        disk: DiskId,
+        /// What was said of it.
+        label: MarkLabel,
+    },
+    /// The machine's policy, at every session and whenever it changes.
+    Policy(Policy),
     /// A compare pass was asked for, and why.
     Resync {
         /// The disk.
@@ -252,6 +278,9 @@ impl Agent {
                 }
             }
             (AgentLink::Ready, Message::PassState(state)) => self.handle_pass_state(&state),
+            (AgentLink::Ready, Message::Policy(policy)) => {
+                self.events.push_back(AgentEvent::Policy(policy));
+            }
             (state, _) => return Err(ProtoError::Unexpected { got: frame_name(kind), state: state.name() }),
         }
         Ok(())
@@ -294,8 +323,10 @@ impl Agent {
 
     /// Drops all that is known of a disk: it is not protected any more.
     pub fn forget(&mut self, disk: DiskId) {
-        if let Some(gone) = self.disks.remove(&disk) {
+        if let Some(mut gone) = self.disks.remove(&disk) {
             self.epochs_used = self.epochs_used.max(gone.epoch);
+            gone.lose_marks();
+            self.events.extend(gone.mark_news.drain(..).map(|news| mark_event(disk, news)));
         }
     }
 
@@ -362,8 +393,7 @@ impl Agent {
                 for batch in &mut disk.unacked {
                     batch.header.generation = head.generation;
                 }
-                disk.mark = disk.mark.filter(|mark| mark.sequence >= head.durable);
-                disk.mark_sent = false;
+                disk.renew_marks(head.durable);
             }
             Decision::Compare(why) => {
                 disk.adopt(head);
@@ -409,14 +439,24 @@ impl Agent {
     /// it began: the disk is open, synced, not already being walked, and all it submitted is durable. Without the last,
     /// hashes would overtake older data on their way, and find equal what those are about to overwrite.
     pub fn begin_scan(&mut self, disk: DiskId) -> bool {
+        self.begin_scan_ending(disk, ScanEnd::Itself)
+    }
+
+    /// As [`Self::begin_scan`], but with a mark that the caller submits after [`AgentEvent::ScanRead`].
+    pub fn begin_scan_to_mark(&mut self, disk: DiskId) -> bool {
+        self.begin_scan_ending(disk, ScanEnd::Told)
+    }
+
+    fn begin_scan_ending(&mut self, disk: DiskId, end: ScanEnd) -> bool {
         let Some(state) = self.disks.get_mut(&disk) else { return false };
         let walking = state.pass.is_some() || state.wanted.is_some();
-        let drained = state.mark.is_none() && state.unacked.is_empty();
+        let drained = state.marks.is_empty() && state.unacked.is_empty();
         if state.phase != AgentDiskPhase::Open || walking || !drained {
             return false;
         }
         let pass = Pass::new(0, PassMode::Compare, Sink::Delta, state.whole(), RangeSet::new());
         state.begin_walk(pass.with_chunk_bytes(self.chunk_bytes));
+        state.scan_end = end;
         true
     }
 
@@ -440,17 +480,12 @@ impl Agent {
     fn handle_ack(&mut self, ack: &Ack) {
         let Some(disk) = self.open_disk(ack.disk, ack.generation) else { return };
         disk.forget_durable(ack.durable);
-        if let Some(mark) = &disk.mark
-            && disk.mark_sent
-            && ack.marked >= mark.sequence
-            && ack.durable >= mark.sequence
-        {
-            disk.mark = None;
-            // The walk's own mark, or a later one: either way all it submitted is durable.
-            if disk.pass.as_ref().is_some_and(|pass| pass.sink() == Sink::Delta && pass.has_ended()) {
-                disk.end_walk();
-                self.events.push_back(AgentEvent::ScanDone { disk: ack.disk });
-            }
+        disk.marks_durable(ack.mark);
+        // The walk's mark was the last one, or a later one was: either way all it submitted is durable.
+        let walked = disk.pass.as_ref().is_some_and(|pass| pass.sink() == Sink::Delta && pass.has_ended());
+        if walked && disk.scan_end == ScanEnd::Placed && disk.marks.is_empty() {
+            disk.end_walk();
+            self.events.push_back(AgentEvent::ScanDone { disk: ack.disk });
         }
     }
 
@@ -465,7 +500,7 @@ impl Agent {
         }
         let from = disk.unacked.iter().position(|batch| batch.header.last_sequence() >= nack.resume_from);
         disk.unsent_from = from.unwrap_or(disk.unacked.len());
-        disk.resend_mark(Sequence(nack.resume_from.0.saturating_sub(1)));
+        disk.resend_marks(Sequence(nack.resume_from.0.saturating_sub(1)));
     }
 
     fn open_disk(&mut self, disk: DiskId, generation: Generation) -> Option<&mut AgentDisk> {
@@ -593,11 +628,25 @@ impl Agent {
         Some(state.last)
     }
 
-    /// Places a mark after everything submitted so far; one that is not durable yet is replaced.
-    pub fn submit_mark(&mut self, disk: DiskId, class: MarkClass, source_time: Timestamp) {
-        if let Some(state) = self.disks.get_mut(&disk) {
-            state.place_mark(disk, class, source_time);
-        }
+    /// Places a mark after everything submitted so far. Answers whether it could be: the disk has a stream, and fewer
+    /// than [`MARKS_PENDING_MAX`] marks wait to become durable.
+    ///
+    /// [`MARKS_PENDING_MAX`]: crate::limits::MARKS_PENDING_MAX
+    pub fn submit_mark(&mut self, disk: DiskId, label: MarkLabel) -> bool {
+        self.disks.get_mut(&disk).is_some_and(|state| state.place_mark(disk, label))
+    }
+
+    /// Says that points between two sequences of a disk's stream promise less than their marks did; answers whether
+    /// it could be sent: the disk is open.
+    pub fn degrade(&mut self, disk: DiskId, from: Sequence, to: Sequence, cause: &str) -> bool {
+        let Some(state) = self.disks.get(&disk).filter(|state| state.phase == AgentDiskPhase::Open) else {
+            return false;
+        };
+        let Some(lineage) = state.lineage.filter(|_| from <= to) else { return false };
+        let generation = state.generation;
+        let cause = Text::new(cause);
+        self.control(&Message::PointDegrade(PointDegrade { disk, lineage, generation, from, to, cause }));
+        true
     }
 
     /// The next frame to send, if credit allows one.
@@ -629,6 +678,7 @@ impl Agent {
     fn advance_passes(&mut self) {
         let mut out = Vec::new();
         for (id, disk) in &mut self.disks {
+            self.events.extend(disk.mark_news.drain(..).map(|news| mark_event(*id, news)));
             if disk.phase != AgentDiskPhase::Open {
                 continue;
             }
@@ -668,7 +718,14 @@ impl Agent {
                         generation: disk.generation,
                         pass: pass.number(),
                     })),
-                    Sink::Delta => disk.place_mark(*id, MarkClass::Fuzzy, disk.newest_time),
+                    Sink::Delta if disk.scan_end == ScanEnd::Told => {
+                        self.events.push_back(AgentEvent::ScanRead { disk: *id });
+                    }
+                    Sink::Delta => {
+                        let time = disk.newest_time;
+                        disk.place_mark(*id, MarkLabel::of_disk(MarkClass::Fuzzy, MarkCause::Pass, time));
+                        disk.scan_end = ScanEnd::Placed;
+                    }
                 }
             }
         }
@@ -698,7 +755,7 @@ impl Agent {
     /// Whether a mark waits to become durable.
     #[must_use]
     pub fn mark_pending(&self, disk: DiskId) -> bool {
-        self.disks.get(&disk).is_some_and(|disk| disk.mark.is_some())
+        self.disks.get(&disk).is_some_and(|disk| !disk.marks.is_empty())
     }
 
     /// The durable and the last given sequence.
@@ -717,31 +774,9 @@ impl Agent {
     }
 }
 
-/// The frame's name, for messages.
-#[must_use]
-pub(super) const fn frame_name(kind: FrameKind) -> &'static str {
-    match kind {
-        FrameKind::Hello => "HELLO",
-        FrameKind::HelloAck => "HELLO_ACK",
-        FrameKind::Auth => "AUTH",
-        FrameKind::Welcome => "WELCOME",
-        FrameKind::Inventory => "INVENTORY",
-        FrameKind::Offer => "OFFER",
-        FrameKind::OpenDisk => "OPEN_DISK",
-        FrameKind::Grant => "GRANT",
-        FrameKind::Batch => "BATCH",
-        FrameKind::Mark => "MARK",
-        FrameKind::Bulk => "BULK",
-        FrameKind::Ack => "ACK",
-        FrameKind::BulkAck => "BULK_ACK",
-        FrameKind::Credit => "CREDIT",
-        FrameKind::Nack => "NACK",
-        FrameKind::Fenced => "FENCED",
-        FrameKind::CompareRequest => "COMPARE_REQUEST",
-        FrameKind::CompareHashes => "COMPARE_HASHES",
-        FrameKind::PassBegin => "PASS_BEGIN",
-        FrameKind::PassState => "PASS_STATE",
-        FrameKind::PassEnd => "PASS_END",
-        FrameKind::Error => "ERROR",
+const fn mark_event(disk: DiskId, news: MarkNews) -> AgentEvent {
+    match news {
+        MarkNews::Durable(label) => AgentEvent::Marked { disk, label },
+        MarkNews::Lost(label) => AgentEvent::MarkLost { disk, label },
     }
 }

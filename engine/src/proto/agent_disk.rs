@@ -1,7 +1,8 @@
-//! One disk at the agent: its position, what is not durable yet, its mark, its credit and its walk.
+//! One disk at the agent: its position, what is not durable yet, its marks, its credit and its walk.
 //!
 //! Invariants: `durable ≤ last`; `unacked` holds the batches from `durable + 1` to `last` without a gap, of which the
-//! first `unsent_from` went out in this session; a mark goes exactly behind its last record; work of a walk carries
+//! first `unsent_from` went out in this session; a mark goes exactly behind its last record, and marks in the
+//! order they were placed, at most `MARKS_PENDING_MAX` of them; work of a walk carries
 //! the walk's epoch. Units: sectors, sequences, bytes of credit cost. Called by [`super::agent`].
 
 use std::collections::{BTreeMap, VecDeque};
@@ -12,11 +13,11 @@ use super::credit::Balance;
 use super::pass::Pass;
 use super::state::AgentDiskPhase;
 use super::{Lane, Outgoing};
-use crate::format::batch::{BatchHeader, CHAIN_START, Chain, Mark, MarkCause, MarkClass, encode_batch};
+use crate::format::batch::{BatchHeader, CHAIN_START, Chain, Mark, MarkLabel, encode_batch};
 use crate::format::extent::Record;
 use crate::format::frame::Frame;
 use crate::format::message::{GrantHead, Message, OfferHead, OpenDiskHead, PassCause, SourceId};
-use crate::format::wire::Text;
+use crate::limits::MARKS_PENDING_MAX;
 use crate::units::{DiskId, Generation, LineageId, SectorRange, Sequence, Timestamp};
 
 /// A delta batch that is not yet durable.
@@ -64,8 +65,14 @@ pub(super) struct AgentDisk {
     pub(super) last_chain: Chain,
     pub(super) unacked: VecDeque<SentBatch>,
     pub(super) unsent_from: usize,
-    pub(super) mark: Option<Mark>,
-    pub(super) mark_sent: bool,
+    /// Marks that are not durable yet, in their order.
+    pub(super) marks: VecDeque<WaitingMark>,
+    /// Number of the last mark sent in this generation.
+    pub(super) mark_number: u64,
+    /// What became of marks and was not told yet.
+    pub(super) mark_news: VecDeque<MarkNews>,
+    /// How the running scan round ends.
+    pub(super) scan_end: ScanEnd,
     pub(super) balance: Balance,
     pub(super) bulk: VecDeque<WaitingBulk>,
     pub(super) pass: Option<Pass>,
@@ -79,6 +86,33 @@ pub(super) struct AgentDisk {
     pub(super) wanted: Option<WantedPass>,
     /// Where the target last found the stream damaged, and how often in a row.
     pub(super) damaged: (Sequence, u32),
+}
+
+/// A mark that is not durable yet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WaitingMark {
+    /// With the number it got when it was first sent in this generation; zero before.
+    pub(super) mark: Mark,
+    /// Sent in this session, and not wanted again since.
+    pub(super) sent: bool,
+}
+
+/// What became of a mark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MarkNews {
+    Durable(MarkLabel),
+    Lost(MarkLabel),
+}
+
+/// How a scan round ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ScanEnd {
+    /// With a fuzzy mark of its own.
+    Itself,
+    /// With a mark that somebody else places when told.
+    Told,
+    /// Its mark is placed.
+    Placed,
 }
 
 /// A compare pass that must happen: asked for again in every session until the target says that it began.
@@ -106,8 +140,10 @@ impl AgentDisk {
             last_chain: CHAIN_START,
             unacked: VecDeque::new(),
             unsent_from: 0,
-            mark: None,
-            mark_sent: false,
+            marks: VecDeque::new(),
+            mark_number: 0,
+            mark_news: VecDeque::new(),
+            scan_end: ScanEnd::Itself,
             balance: Balance::default(),
             bulk: VecDeque::new(),
             pass: None,
@@ -193,18 +229,57 @@ impl AgentDisk {
         self.pass = Some(pass);
     }
 
-    /// Whether the mark stands before the next batch to be sent, so that it must be sent now.
-    pub(super) fn mark_is_next(&self) -> bool {
+    /// The first mark that is to be sent, if it stands before the next batch and so must be sent now.
+    fn next_mark(&mut self) -> Option<Mark> {
         let next = self.unacked.get(self.unsent_from).map(|batch| batch.header.first_sequence);
-        !self.mark_sent && self.mark.as_ref().is_some_and(|mark| next.is_none_or(|next| next > mark.sequence))
+        let waiting = self.marks.iter_mut().find(|waiting| !waiting.sent)?;
+        if next.is_some_and(|next| next <= waiting.mark.sequence) {
+            return None;
+        }
+        if waiting.mark.number == 0 {
+            self.mark_number += 1;
+            waiting.mark.number = self.mark_number;
+        }
+        waiting.sent = true;
+        waiting.mark.generation = self.generation;
+        Some(waiting.mark)
     }
 
-    /// The stream goes on behind `received`: a mark there or later is still to be sent, one before it cannot be
-    /// placed any more unless it arrived.
-    pub(super) fn resend_mark(&mut self, received: Sequence) {
-        if self.mark.as_ref().is_some_and(|mark| mark.sequence >= received) {
-            self.mark_sent = false;
+    /// The stream goes on behind `received`: marks there or later are still to be sent, those before it arrived.
+    pub(super) fn resend_marks(&mut self, received: Sequence) {
+        for waiting in self.marks.iter_mut().filter(|waiting| waiting.mark.sequence >= received) {
+            waiting.sent = false;
         }
+    }
+
+    /// A new generation goes on behind `durable`. A batch is sent only after the marks before it, so what the target
+    /// went past is durable there; a mark exactly at `durable` may be, and is sent again.
+    pub(super) fn renew_marks(&mut self, durable: Sequence) {
+        while let Some(waiting) = self.marks.front()
+            && waiting.mark.sequence < durable
+        {
+            self.mark_news.push_back(MarkNews::Durable(waiting.mark.label()));
+            self.marks.pop_front();
+        }
+        self.mark_number = 0;
+        for waiting in &mut self.marks {
+            (waiting.sent, waiting.mark.number) = (false, 0);
+        }
+    }
+
+    /// The target says that marks up to a number of this generation are durable.
+    pub(super) fn marks_durable(&mut self, number: u64) {
+        while let Some(waiting) = self.marks.front()
+            && (1..=number).contains(&waiting.mark.number)
+        {
+            self.mark_news.push_back(MarkNews::Durable(waiting.mark.label()));
+            self.marks.pop_front();
+        }
+    }
+
+    /// The stream they stand in is given up.
+    pub(super) fn lose_marks(&mut self) {
+        self.mark_news.extend(self.marks.drain(..).map(|waiting| MarkNews::Lost(waiting.mark.label())));
     }
 
     /// The target found the stream damaged from `resume_from` on; answers how often in a row it said so.
@@ -220,27 +295,35 @@ impl AgentDisk {
         self.lineage = None;
         self.unacked.clear();
         self.unsent_from = 0;
-        self.mark = None;
+        self.lose_marks();
         self.balance = Balance::default();
         self.damaged = (Sequence::ZERO, 0);
         self.wanted = Some(WantedPass { cause, asked_in: None });
     }
 
-    /// A mark after everything submitted so far.
-    pub(super) fn place_mark(&mut self, disk: DiskId, class: MarkClass, source_time: Timestamp) {
-        self.mark_sent = false;
-        self.mark = self.lineage.map(|lineage| Mark {
+    /// A mark after everything submitted so far; answers whether there was room for it.
+    pub(super) fn place_mark(&mut self, disk: DiskId, label: MarkLabel) -> bool {
+        let Some(lineage) = self.lineage.filter(|_| self.marks.len() < MARKS_PENDING_MAX) else {
+            return false;
+        };
+        let mark = Mark {
             disk,
             lineage,
             generation: self.generation,
             sequence: self.last,
             chain: self.last_chain,
-            source_time,
-            point: [0; 16],
-            class,
-            cause: MarkCause::Pass,
-            name: Text::new(""),
-        });
+            source_time: label.source_time,
+            point: label.point,
+            number: 0,
+            class: label.class,
+            cause: label.cause,
+            name: label.name,
+        };
+        self.marks.push_back(WaitingMark { mark, sent: false });
+        if self.scan_end == ScanEnd::Told && self.pass.as_ref().is_some_and(Pass::has_ended) {
+            self.scan_end = ScanEnd::Placed;
+        }
+        true
     }
 
     /// Takes over the target's position, dropping what is not durable: a pass will carry it.
@@ -252,17 +335,13 @@ impl AgentDisk {
         self.last_chain = head.chain;
         self.unacked.clear();
         self.unsent_from = 0;
-        self.mark = None;
+        self.lose_marks();
     }
 }
 
 /// The next delta batch or mark of a disk that credit allows; a mark goes exactly behind its last record.
 pub(super) fn next_delta(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
-    if disk.mark_is_next()
-        && let Some(mark) = &disk.mark
-    {
-        disk.mark_sent = true;
-        let mark = Mark { generation: disk.generation, ..*mark };
+    if let Some(mark) = disk.next_mark() {
         return Some(Outgoing { lane: Lane::Delta(id), frame: Message::Mark(mark).encode() });
     }
     let batch = disk.unacked.get_mut(disk.unsent_from)?;

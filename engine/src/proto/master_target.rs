@@ -14,16 +14,15 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::agent::frame_name;
 use super::state::TargetLink;
 use super::target_disk::{HASHES_WAITING_MAX, SessionId};
-use super::{Authority, Outgoing, ProtoError};
+use super::{Authority, Outgoing, ProtoError, frame_name};
 use crate::format::batch::Mark;
 use crate::format::frame::FrameKind;
 use crate::format::handshake::{HELLO_MAGIC, Hello, HelloAck, Role};
 use crate::format::message::{
     CompareRequestHead, ErrorCode, InventoryDisk, Message, OfferHead, OpenDiskHead, PassBegin, PassEnd,
-    SourceId, Welcome,
+    PointDegrade, Policy, SourceId, Welcome,
 };
 use crate::limits::HANDSHAKE_NANOS_MAX;
 use crate::units::{DiskId, Generation, MonoTime, PeerId};
@@ -54,6 +53,8 @@ pub enum DiskInput {
     PassBegin(PassBegin),
     /// The disk is covered.
     PassEnd(PassEnd),
+    /// Points promise less than was said.
+    PointDegrade(PointDegrade),
 }
 
 /// What the driver is told.
@@ -197,6 +198,7 @@ impl TargetSession {
             }
             Message::PassBegin(begin) => self.route(begin.disk, DiskInput::PassBegin(begin)),
             Message::PassEnd(end) => self.route(end.disk, DiskInput::PassEnd(end)),
+            Message::PointDegrade(degrade) => self.route(degrade.disk, DiskInput::PointDegrade(degrade)),
             Message::Error(head, text) => Err(ProtoError::Peer { code: head.code, text }),
             _ => Err(ProtoError::Unexpected { got: frame_name(kind), state: self.link.name() }),
         }
@@ -276,6 +278,11 @@ impl TargetSession {
             OfferHead { disk, source, size_sectors, generation, grant_bytes },
             grant,
         ));
+    }
+
+    /// Tells the agent its machine's policy: when it proved itself, and at every change.
+    pub fn send_policy(&mut self, policy: Policy) {
+        self.control(&Message::Policy(Policy { target: self.target, ..policy }));
     }
 
     /// Sends a disk's reply; a GRANT gets the signed grant of its new generation here. An OPEN_DISK that came too late

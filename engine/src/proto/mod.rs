@@ -29,7 +29,7 @@ use bytes::Bytes;
 
 use crate::error::{Answer, Severity};
 use crate::format::FormatError;
-use crate::format::frame::Frame;
+use crate::format::frame::{Frame, FrameKind};
 use crate::format::message::{Auth, ErrorCode};
 use crate::units::{DiskId, Generation, PeerId};
 
@@ -166,5 +166,36 @@ impl Answer for ProtoError {
                 _ => Severity::Retry,
             },
         }
+    }
+}
+
+/// The frame's name, for messages.
+#[must_use]
+const fn frame_name(kind: FrameKind) -> &'static str {
+    match kind {
+        FrameKind::Hello => "HELLO",
+        FrameKind::HelloAck => "HELLO_ACK",
+        FrameKind::Auth => "AUTH",
+        FrameKind::Welcome => "WELCOME",
+        FrameKind::Inventory => "INVENTORY",
+        FrameKind::Offer => "OFFER",
+        FrameKind::OpenDisk => "OPEN_DISK",
+        FrameKind::Grant => "GRANT",
+        FrameKind::Batch => "BATCH",
+        FrameKind::Mark => "MARK",
+        FrameKind::Bulk => "BULK",
+        FrameKind::Ack => "ACK",
+        FrameKind::BulkAck => "BULK_ACK",
+        FrameKind::Credit => "CREDIT",
+        FrameKind::Nack => "NACK",
+        FrameKind::Fenced => "FENCED",
+        FrameKind::CompareRequest => "COMPARE_REQUEST",
+        FrameKind::CompareHashes => "COMPARE_HASHES",
+        FrameKind::PassBegin => "PASS_BEGIN",
+        FrameKind::PassState => "PASS_STATE",
+        FrameKind::PassEnd => "PASS_END",
+        FrameKind::Error => "ERROR",
+        FrameKind::Policy => "POLICY",
+        FrameKind::PointDegrade => "POINT_DEGRADE",
     }
 }

@@ -13,9 +13,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 
-use super::agent::frame_name;
 use super::state::RelayLink;
-use super::{Lane, Outgoing, ProtoError};
+use super::{Lane, Outgoing, ProtoError, frame_name};
 use crate::format::batch::{
     BatchHeader, BulkHeader, credit_cost, decode_batch, decode_bulk, encode_batch, encode_bulk,
 };
@@ -275,6 +274,7 @@ impl RelaySession {
             | FrameKind::CompareRequest
             | FrameKind::PassBegin
             | FrameKind::PassEnd
+            | FrameKind::PointDegrade
             | FrameKind::Error => {
                 // The target decodes the others; here their kind and length are enough.
                 if kind == FrameKind::OpenDisk
@@ -380,6 +380,7 @@ impl RelaySession {
             | FrameKind::Fenced
             | FrameKind::CompareHashes
             | FrameKind::PassState
+            | FrameKind::Policy
             | FrameKind::Grant
             | FrameKind::Credit => {}
             _ => {

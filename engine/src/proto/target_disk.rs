@@ -22,7 +22,8 @@ use crate::format::disk_state::DiskState;
 use crate::format::extent::Record;
 use crate::format::message::{
     Ack, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead, Message,
-    Nack, NackReason, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, SourceId,
+    Nack, NackReason, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade,
+    SourceId,
 };
 use crate::limits::{CHUNKS_OPEN_MAX, RANGES_PER_MESSAGE_MAX};
 use crate::range_set::RangeSet;
@@ -99,6 +100,9 @@ struct Checkpoint {
     cost: u64,
     sequence: Sequence,
     marked: Sequence,
+    /// Number of the last mark, of this generation.
+    mark: u64,
+    generation: Generation,
     /// The pass that `settled` and `ends_pass` speak of: another may have begun when the checkpoint is done.
     pass: u64,
     settled: RangeSet,
@@ -132,6 +136,11 @@ pub struct TargetDisk {
     applied: Option<Sequence>,
     /// How many writes were ever ordered.
     writes_ordered: u64,
+    /// Number of the last mark accepted in this generation, and of the last one that a finished checkpoint recorded.
+    mark: u64,
+    durable_mark: u64,
+    /// How many marks were ever accepted.
+    marks_accepted: u64,
     /// Sequence of the last mark that a finished checkpoint recorded.
     durable_marked: Sequence,
     ever_opened: bool,
@@ -180,6 +189,9 @@ impl TargetDisk {
             durable: state.sequence,
             applied: None,
             writes_ordered: 0,
+            mark: 0,
+            durable_mark: 0,
+            marks_accepted: 0,
             durable_marked: state.marked,
             ever_opened: state.generation > Generation::ZERO,
             state,
@@ -238,6 +250,12 @@ impl TargetDisk {
         self.writes_ordered
     }
 
+    /// How many marks were ever accepted: tells a driver whether what it handed in was.
+    #[must_use]
+    pub const fn marks_accepted(&self) -> u64 {
+        self.marks_accepted
+    }
+
     /// OPEN_DISK by a session whose grant was checked.
     pub fn handle_open(&mut self, now: MonoTime, session: SessionId, open: &OpenDiskHead) {
         if self.phase == TargetDiskPhase::Failed {
@@ -266,6 +284,7 @@ impl TargetDisk {
             self.notices.push_back(DiskNotice::FencedSession(old));
         }
         self.received = self.state.sequence;
+        (self.mark, self.durable_mark) = (0, 0);
         self.nacked = false;
         self.pass_end_wanted = false;
         self.pass_announce = false;
@@ -350,11 +369,22 @@ impl TargetDisk {
         if mark.lineage != self.state.lineage || mark.sequence > self.received {
             return; // its batches were refused and are being sent again, the mark with them
         }
-        if mark.sequence == self.received && mark.chain == self.state.chain {
+        if mark.sequence == self.received && mark.chain == self.state.chain && mark.number > self.mark {
             self.state.marked = mark.sequence;
+            self.mark = mark.number;
+            self.marks_accepted += 1;
             self.touch(now);
             self.checkpoint_if_due(now, true);
         }
+    }
+
+    /// Points promise less than was said; answers whether the driver is to record it.
+    pub fn handle_degrade(&mut self, session: SessionId, degrade: &PointDegrade) -> bool {
+        if !self.may_write(session, degrade.generation) {
+            self.fence(session);
+            return false;
+        }
+        true
     }
 
     /// A bulk batch whose payload was checked.
@@ -494,6 +524,9 @@ impl TargetDisk {
         let Some(done) = self.running.take() else { return };
         self.durable = done.sequence;
         self.durable_marked = done.marked;
+        if done.generation == self.state.generation {
+            self.durable_mark = done.mark;
+        }
         self.window.made_durable(done.cost);
         if done.marked > Sequence::ZERO && done.marked == done.sequence {
             self.notices.push_back(DiskNotice::Marked(done.marked));
@@ -661,6 +694,8 @@ impl TargetDisk {
             cost: std::mem::take(&mut self.unflushed_bytes),
             sequence: self.state.sequence,
             marked: self.state.marked,
+            mark: self.mark,
+            generation: self.state.generation,
             pass: self.state.pass,
             settled: std::mem::take(&mut self.fresh_settled),
             ends_pass,
@@ -697,6 +732,7 @@ impl TargetDisk {
             durable: self.durable,
             applied: self.applied.unwrap_or(self.durable),
             marked: self.durable_marked,
+            mark: self.durable_mark,
         };
         self.reply(session, Message::Ack(ack));
     }

@@ -14,7 +14,7 @@ use super::scenario::{Mode, Sabotage};
 use super::workload::WriteKind;
 use super::world::{Event, World};
 use crate::checksum::unit_hash;
-use crate::format::batch::{MarkClass, Stretch};
+use crate::format::batch::{MarkCause, MarkClass, MarkLabel, Stretch};
 use crate::format::extent::Record;
 use crate::format::frame::FrameKind;
 use crate::format::message::{Auth, ErrorCode, Message, PassCause, PassMode};
@@ -274,7 +274,15 @@ impl World {
     fn agent_event(&mut self, agent: usize, event: AgentEvent) {
         let life = self.agents[agent].life;
         match event {
-            AgentEvent::Ready | AgentEvent::Warned { .. } => {}
+            AgentEvent::Ready
+            | AgentEvent::Warned { .. }
+            | AgentEvent::Policy(_)
+            | AgentEvent::ScanRead { .. } => {}
+            AgentEvent::Marked { disk, label } => {
+                self.checker.mark_acknowledged(self.disk_index(disk), label.point);
+                self.count("marks durable", 1);
+            }
+            AgentEvent::MarkLost { .. } => self.count("marks lost", 1),
             AgentEvent::Resync { disk, cause } => {
                 let disk = self.disk_index(disk);
                 self.note(|| format!("agent{agent} asks for a compare pass of disk{disk}: {cause:?}"));
@@ -482,9 +490,18 @@ impl World {
     pub(super) fn agent_marks(&mut self, disk: usize) {
         let agent = self.plan.disks[disk].0;
         if self.agents[agent].alive {
-            let (id, time) = (self.target.disks[disk].id, Timestamp(self.now));
-            self.agents[agent].core.submit_mark(id, MarkClass::Crash, time);
-            self.count("marks", 1);
+            let (id, source_time) = (self.target.disks[disk].id, Timestamp(self.now));
+            // Several at one sequence, too: each is durable or lost by itself.
+            for _ in 0..self.rng.between(1, 4) {
+                let mut point = [0; 16];
+                point[..8].copy_from_slice(&self.fresh_name().to_le_bytes());
+                let label = MarkLabel {
+                    point,
+                    ..MarkLabel::of_disk(MarkClass::Crash, MarkCause::Timer, source_time)
+                };
+                let placed = self.agents[agent].core.submit_mark(id, label);
+                self.count(if placed { "marks" } else { "marks without room" }, 1);
+            }
             self.agent_pump(agent);
         }
     }

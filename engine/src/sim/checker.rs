@@ -3,7 +3,7 @@
 //! Invariants: the checker never influences a run; the first broken rule ends it. It knows the truth (sources, what
 //! was persisted) that no core may know. Units: sectors, sequences. Called by `sim::world` and the drivers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use super::disk::SimDisk;
@@ -88,6 +88,8 @@ struct Watch {
     persisted_settled: BTreeMap<u64, RangeSet>,
     done_passes: u64,
     acknowledged: BTreeMap<u64, Sequence>,
+    /// Marks that survive any crash.
+    marks: BTreeSet<[u8; 16]>,
     taint: Taint,
     /// Newest write and newest sequence given out when the running pass began: a finished pass holds at least that.
     floor: (u64, u64),
@@ -114,6 +116,7 @@ impl Checker {
             persisted_settled: BTreeMap::new(),
             done_passes: 0,
             acknowledged: BTreeMap::new(),
+            marks: BTreeSet::new(),
             taint: Taint::None,
             floor: (0, 0),
         };
@@ -238,6 +241,20 @@ impl Checker {
         });
         self.require(ack.durable >= before, Rule::Acknowledgement, || {
             format!("disk {disk}: durable went from {before} back to {}", ack.durable)
+        });
+    }
+
+    /// A mark was made durable.
+    pub(super) fn mark_persisted(&mut self, disk: usize, point: [u8; 16]) {
+        self.watches[disk].marks.insert(point);
+    }
+
+    /// An agent was told that its mark is durable.
+    pub(super) fn mark_acknowledged(&mut self, disk: usize, point: [u8; 16]) {
+        // Marks that end scan rounds have no point of their own.
+        let known = point == [0; 16] || self.watches[disk].marks.contains(&point);
+        self.require(known, Rule::Acknowledgement, || {
+            format!("disk {disk}: mark {point:02x?} is acknowledged and not durable")
         });
     }
 

@@ -38,6 +38,8 @@ pub enum Sabotage {
     TrustPayload,
     /// The agent never answers a read.
     NeverRead,
+    /// The target does not keep the last mark of a checkpoint.
+    LoseMarks,
 }
 
 /// How often what goes wrong, while faults last.

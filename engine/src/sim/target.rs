@@ -58,6 +58,11 @@ pub(super) struct DiskNode {
     undurable: u64,
     /// Kept to be written wrongly later (sabotage).
     fenced: Option<(Generation, Vec<Piece>)>,
+    /// Marks that were accepted and are not durable, and how many ever became so.
+    marks: VecDeque<[u8; 16]>,
+    marks_durable: u64,
+    /// How many marks each ordered checkpoint covers.
+    covered: VecDeque<u64>,
 }
 
 /// Signs and checks, with a secret that never leaves it.
@@ -135,7 +140,18 @@ impl DiskNode {
             unwritten: 0,
             undurable: 0,
             fenced: None,
+            marks: VecDeque::new(),
+            marks_durable: 0,
+            covered: VecDeque::new(),
         }
+    }
+
+    /// A checkpoint is on the medium: the marks that are durable with it.
+    fn marks_persisted(&mut self) -> Vec<[u8; 16]> {
+        let covered = self.covered.pop_front().unwrap_or(0);
+        let fresh = covered.saturating_sub(self.marks_durable) as usize;
+        self.marks_durable = self.marks_durable.max(covered);
+        self.marks.drain(..fresh.min(self.marks.len())).collect()
     }
 }
 
@@ -285,7 +301,14 @@ impl World {
                 }
                 Err(error) => return self.session_refused(id, ErrorCode::Protocol, &error.to_string()),
             },
-            DiskInput::Mark(mark) => node.td.handle_mark(now, id, &mark),
+            DiskInput::Mark(mark) => {
+                let before = node.td.marks_accepted();
+                node.td.handle_mark(now, id, &mark);
+                if node.td.marks_accepted() > before {
+                    node.marks.push_back(mark.point);
+                }
+            }
+            DiskInput::PointDegrade(_) => {} // no agent here says so
             DiskInput::Compare(head, units) => node.td.handle_compare(id, head, units),
             DiskInput::PassBegin(begin) => {
                 let before = node.td.state().pass;
@@ -357,6 +380,9 @@ impl World {
                 if self.plan.sabotage == Some(Sabotage::IgnoreCredit) {
                     node.td.handle_written(*cost);
                 }
+            }
+            if matches!(action, DiskAction::Checkpoint { .. }) {
+                node.covered.push_back(node.td.marks_accepted());
             }
             node.queue.push_back((generation, action));
         }
@@ -513,6 +539,7 @@ impl World {
             node.sim.crash(&mut self.rng);
             node.td.handle_failed("a flush failed; look at the disk, then restart the master target");
             node.queue.clear();
+            node.covered.clear();
             node.busy = None;
             (node.unwritten, node.undurable) = (0, 0);
             return;
@@ -525,7 +552,12 @@ impl World {
         node.undurable = node.unwritten;
         if sabotage != Some(Sabotage::AcknowledgeEarly) || self.rng.chance(500) {
             node.sim.state_file = state.to_bytes();
+            let mut marks = node.marks_persisted();
+            if sabotage == Some(Sabotage::LoseMarks) {
+                marks.pop();
+            }
             self.checker.persisted(disk, state);
+            marks.into_iter().for_each(|mark| self.checker.mark_persisted(disk, mark));
         }
         self.target.disks[disk].td.handle_checkpointed(now);
     }
@@ -543,7 +575,7 @@ impl World {
                 self.leave(session.connection, 1);
             }
         }
-        for node in &mut self.target.disks {
+        for (disk, node) in self.target.disks.iter_mut().enumerate() {
             match node.busy.take() {
                 Some((_, DiskAction::Write { pieces, .. })) => {
                     let done = self.rng.below(pieces.len() as u64 + 1) as usize;
@@ -557,6 +589,8 @@ impl World {
                     _ => {
                         node.sim.flush();
                         node.sim.state_file = state.to_bytes();
+                        let marks = node.marks_persisted();
+                        marks.into_iter().for_each(|mark| self.checker.mark_persisted(disk, mark));
                     }
                 },
                 _ => {}

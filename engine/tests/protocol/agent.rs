@@ -1,14 +1,19 @@
 //! What an agent keeps, sends, sends again and believes.
 
 use bytes::Bytes;
-use reprotect_engine::format::batch::{CHAIN_START, Chain, MarkClass, Stretch, credit_cost, decode_batch};
+use reprotect_engine::checksum::UnitHash;
+use reprotect_engine::format::batch::{
+    CHAIN_START, Chain, MarkCause, MarkClass, MarkLabel, Stretch, credit_cost, decode_batch,
+};
 use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::message::{
-    Ack, Credit, Fenced, Message, Nack, NackReason, OfferHead, PassCause, PassMode, PassState, Welcome,
+    Ack, CompareHashesHead, Credit, Fenced, Message, Nack, NackReason, OfferHead, PassCause, PassMode,
+    PassState, Welcome,
 };
-use reprotect_engine::limits::{DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX};
+use reprotect_engine::limits::{DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX, MARKS_PENDING_MAX};
 use reprotect_engine::proto::Lane;
 use reprotect_engine::proto::agent::{Agent, AgentEvent};
+use reprotect_engine::proto::pass::{PassAction, unit_count};
 use reprotect_engine::units::{Generation, Sequence, Timestamp};
 
 use super::*;
@@ -86,14 +91,15 @@ impl Source {
         last.unwrap()
     }
 
-    fn ack(&mut self, generation: u64, durable: u64, marked: u64) {
+    fn ack(&mut self, generation: u64, durable: u64, mark: u64) {
         self.gets(&Message::Ack(Ack {
             disk: DISK,
             generation: Generation(generation),
             received: Sequence(durable),
             durable: Sequence(durable),
             applied: Sequence(durable),
-            marked: Sequence(marked),
+            marked: Sequence(0),
+            mark,
         }));
     }
 
@@ -112,10 +118,61 @@ impl Source {
             .collect()
     }
 
+    /// Answers a scan round's work: every hash is equal at both ends.
+    fn scan_finds_nothing(&mut self) {
+        let mut answered = 0;
+        while let Some((_, _, body)) =
+            self.sent.iter().filter(|(_, kind, _)| *kind == FrameKind::CompareRequest).nth(answered)
+        {
+            answered += 1;
+            let Ok(Message::CompareRequest(head, _)) = Message::decode(FrameKind::CompareRequest, body)
+            else {
+                panic!("not a request");
+            };
+            let read = self.events.iter().find_map(|event| match event {
+                AgentEvent::Work { epoch, action: PassAction::Read { chunk, .. }, .. }
+                    if *chunk == head.range =>
+                {
+                    Some(*epoch)
+                }
+                _ => None,
+            });
+            let hashes = vec![UnitHash::ZEROS; unit_count(head.range)];
+            self.agent.handle_read(DISK, read.unwrap(), head.range, Some(hashes.clone())).unwrap();
+            let (generation, request, hash_count) = (head.generation, head.request, hashes.len() as u32);
+            let answer = CompareHashesHead { disk: DISK, generation, request, hash_count };
+            self.gets(&Message::CompareHashes(answer, hashes));
+            self.submit_empty_chunks();
+        }
+    }
+
+    /// Chunks whose every unit is equal are sent without a record.
+    fn submit_empty_chunks(&mut self) {
+        let chunks: Vec<_> = self
+            .events
+            .iter()
+            .filter_map(|event| match event {
+                AgentEvent::Work { epoch, as_of, action: PassAction::Send { chunk, pieces }, .. } => {
+                    assert_eq!(pieces, &[]);
+                    Some((*epoch, *chunk, *as_of))
+                }
+                _ => None,
+            })
+            .collect();
+        for (epoch, chunk, as_of) in chunks {
+            self.agent.submit_chunk(DISK, epoch, chunk, as_of, Timestamp(2), Vec::new());
+        }
+        self.pump();
+    }
+
     fn chain_before(&self, batch: usize) -> Chain {
         let (_, _, body) = &self.sent.iter().filter(|(_, k, _)| *k == FrameKind::Batch).nth(batch).unwrap();
         decode_batch(body.clone()).unwrap().0.chain
     }
+}
+
+fn label(point: u8) -> MarkLabel {
+    MarkLabel { point: [point; 16], ..MarkLabel::of_disk(MarkClass::Crash, MarkCause::Command, Timestamp(1)) }
 }
 
 #[test]
@@ -164,7 +221,7 @@ fn a_mark_travels_exactly_behind_its_last_record() {
     source.open(1, (0, CHAIN_START), 1, PassMode::Done);
     source.agent.handle_disconnected();
     source.submit(1);
-    source.agent.submit_mark(DISK, MarkClass::Crash, Timestamp(1));
+    source.agent.submit_mark(DISK, label(1));
     source.submit(2);
     source.open(2, (0, CHAIN_START), 1, PassMode::Done);
     assert_eq!(source.kinds(), [FrameKind::Batch, FrameKind::Mark, FrameKind::Batch]);
@@ -174,11 +231,86 @@ fn a_mark_travels_exactly_behind_its_last_record() {
 }
 
 #[test]
-fn a_mark_that_the_target_went_past_is_given_up() {
+fn marks_at_one_sequence_are_durable_one_by_one_and_sent_again_until_they_are() {
+    let marks = |source: &Source| -> Vec<(u64, u8)> {
+        let frames = source.sent.iter().filter(|(_, kind, _)| *kind == FrameKind::Mark);
+        frames
+            .map(|(_, kind, body)| match Message::decode(*kind, body).unwrap() {
+                Message::Mark(mark) => (mark.number, mark.point[0]),
+                other => panic!("{other:?}"),
+            })
+            .collect()
+    };
+    let told = |source: &Source| -> Vec<u8> {
+        let durable = source.events.iter().filter_map(|event| match event {
+            AgentEvent::Marked { label, .. } => Some(label.point[0]),
+            _ => None,
+        });
+        durable.collect()
+    };
     let mut source = Source::new();
     source.open(1, (0, CHAIN_START), 1, PassMode::Done);
     source.submit(1);
-    source.agent.submit_mark(DISK, MarkClass::Crash, Timestamp(1));
+    for point in 1..=3 {
+        assert!(source.agent.submit_mark(DISK, label(point)));
+    }
+    source.submit(2);
+    assert!(source.agent.submit_mark(DISK, label(4)));
+    source.pump();
+    assert_eq!(marks(&source), [(1, 1), (2, 2), (3, 3), (4, 4)]);
+    source.ack(1, 1, 1);
+    assert_eq!(told(&source), [1]);
+    let chain = source.chain_before(1);
+    source.agent.handle_disconnected();
+    source.open(2, (1, chain), 1, PassMode::Done);
+    assert_eq!(marks(&source), [(1, 2), (2, 3), (3, 4)], "numbered anew in the new generation");
+    source.ack(1, 2, 9);
+    assert!(told(&source).is_empty(), "words about an older generation");
+    source.ack(2, 2, 3);
+    assert_eq!(told(&source), [2, 3, 4]);
+    assert!(!source.agent.mark_pending(DISK));
+}
+
+#[test]
+fn marks_without_room_are_refused_and_those_of_a_stream_given_up_are_lost() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    source.submit(1);
+    source.agent.handle_disconnected();
+    for _ in 0..MARKS_PENDING_MAX {
+        assert!(source.agent.submit_mark(DISK, label(1)));
+    }
+    assert!(!source.agent.submit_mark(DISK, label(2)));
+    source.open(2, (7, [9; 16]), 1, PassMode::Done);
+    let lost = source.events.iter().filter(|event| matches!(event, AgentEvent::MarkLost { .. })).count();
+    assert_eq!(lost, MARKS_PENDING_MAX);
+    assert!(!source.agent.mark_pending(DISK));
+}
+
+#[test]
+fn a_scan_to_a_mark_waits_for_the_mark_it_is_told() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    assert!(source.agent.begin_scan_to_mark(DISK));
+    source.pump();
+    source.scan_finds_nothing();
+    assert!(source.events.contains(&AgentEvent::ScanRead { disk: DISK }));
+    assert!(!source.agent.mark_pending(DISK), "nobody placed one yet");
+    source.ack(1, 0, 0);
+    assert!(!source.events.contains(&AgentEvent::ScanDone { disk: DISK }));
+    source.agent.submit_mark(DISK, label(5));
+    source.pump();
+    source.ack(1, 0, 1);
+    assert!(source.events.contains(&AgentEvent::ScanDone { disk: DISK }));
+    assert!(source.agent.begin_scan(DISK), "another may begin");
+}
+
+#[test]
+fn a_mark_that_the_target_went_past_is_durable() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    source.submit(1);
+    source.agent.submit_mark(DISK, label(1));
     source.submit(2);
     source.submit(3);
     source.pump();
@@ -187,6 +319,7 @@ fn a_mark_that_the_target_went_past_is_given_up() {
     source.open(2, (2, chain), 1, PassMode::Done);
     assert_eq!(source.kinds(), [FrameKind::Batch]);
     assert!(!source.agent.mark_pending(DISK));
+    assert!(source.events.iter().any(|event| matches!(event, AgentEvent::Marked { .. })));
 }
 
 #[test]
@@ -237,7 +370,7 @@ fn a_mark_of_somebody_else_does_not_end_a_scan_round() {
     let mut source = Source::new();
     source.open(1, (0, CHAIN_START), 1, PassMode::Done);
     assert!(source.agent.begin_scan(DISK));
-    source.agent.submit_mark(DISK, MarkClass::Crash, Timestamp(1));
+    source.agent.submit_mark(DISK, label(1));
     source.pump();
     source.ack(1, 0, 0);
     assert!(!source.events.contains(&AgentEvent::ScanDone { disk: DISK }));

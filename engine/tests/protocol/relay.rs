@@ -131,6 +131,7 @@ fn a_relay_refuses_what_has_no_credit_no_grant_or_another_name() {
         chain: CHAIN_START,
         source_time: Timestamp(1),
         point: [0; 16],
+        number: 1,
         class: MarkClass::Crash,
         cause: MarkCause::Timer,
         name: Text::new(""),

@@ -153,6 +153,7 @@ impl Target {
             chain: self.td.chain(),
             source_time: Timestamp(1),
             point: [0; 16],
+            number: self.td.marks_accepted() + 1,
             class: MarkClass::Crash,
             cause: MarkCause::Timer,
             name: Text::new(""),

@@ -11,7 +11,7 @@ use reprotect_engine::format::extent::{Codec, Record};
 use reprotect_engine::format::message::{
     Ack, Auth, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead,
     InventoryDisk, InventoryHead, Message, Nack, NackReason, OfferHead, OpenDiskHead, PassBegin, PassCause,
-    PassEnd, PassMode, PassState, Welcome,
+    PassEnd, PassMode, PassState, PointDegrade, Policy, Welcome,
 };
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::limits::DISK_BYTES_MAX;
@@ -107,10 +107,12 @@ pub(crate) fn opening() -> impl Strategy<Value = Message> {
 }
 
 pub(crate) fn flow() -> impl Strategy<Value = Message> {
-    let ack = (key(), [counter(), counter(), counter(), counter()]).prop_map(|((disk, generation), s)| {
-        let [received, durable, applied, marked] = s.map(Sequence);
-        Message::Ack(Ack { disk, generation, received, durable, applied, marked })
-    });
+    let ack = (key(), [counter(), counter(), counter(), counter()], any::<u64>()).prop_map(
+        |((disk, generation), s, mark)| {
+            let [received, durable, applied, marked] = s.map(Sequence);
+            Message::Ack(Ack { disk, generation, received, durable, applied, marked, mark })
+        },
+    );
     let bulk_ack =
         (key(), any::<u64>(), vec(range(), 0..20)).prop_map(|((disk, generation), pass, ranges)| {
             let range_count = ranges.len() as u32;
@@ -123,9 +125,9 @@ pub(crate) fn flow() -> impl Strategy<Value = Message> {
             Message::Nack(Nack { disk, generation, resume_from: Sequence(resume_from), reason })
         });
     let fenced = key().prop_map(|(disk, generation)| Message::Fenced(Fenced { disk, generation }));
-    let label = (id(), of(MarkClass::ALL), of(MarkCause::ALL), "[a-zA-Z0-9 ]{0,60}");
+    let label = (id(), any::<u64>(), of(MarkClass::ALL), of(MarkCause::ALL), "[a-zA-Z0-9 ]{0,60}");
     let mark = (key(), id(), counter(), id(), any::<u64>(), label).prop_map(
-        |((disk, generation), lineage, sequence, chain, source_time, (point, class, cause, name))| {
+        |((disk, generation), lineage, sequence, chain, source_time, (point, number, class, cause, name))| {
             Message::Mark(Mark {
                 disk,
                 lineage: LineageId(lineage),
@@ -134,6 +136,7 @@ pub(crate) fn flow() -> impl Strategy<Value = Message> {
                 chain,
                 source_time: Timestamp(source_time),
                 point,
+                number,
                 class,
                 cause,
                 name: Text::new(&name),
@@ -174,8 +177,23 @@ pub(crate) fn passes() -> impl Strategy<Value = Message> {
         .prop_map(|((disk, generation), pass)| Message::PassEnd(PassEnd { disk, generation, pass }));
     let error = (id(), of(ErrorCode::ALL), ".{0,60}")
         .prop_map(|(disk, code, text)| Message::error(DiskId(disk), code, &text));
+    let policy = (any::<u64>(), any::<u64>(), id()).prop_map(|(revision, points_every_ms, target)| {
+        Message::Policy(Policy { revision, points_every_ms, target: PeerId(target) })
+    });
+    let degrade = (key(), id(), 0..u64::MAX >> 2, 0..u64::MAX >> 2, "[a-zA-Z0-9 ]{0,100}").prop_map(
+        |((disk, generation), lineage, from, more, cause)| {
+            Message::PointDegrade(PointDegrade {
+                disk,
+                lineage: LineageId(lineage),
+                generation,
+                from: Sequence(from),
+                to: Sequence(from + more),
+                cause: Text::new(&cause),
+            })
+        },
+    );
     let welcome = any::<u32>().prop_map(|offers| Message::Welcome(Welcome { offers }));
-    prop_oneof![request, hashes, begin, state, end, error, welcome]
+    prop_oneof![request, hashes, begin, state, end, policy, degrade, error, welcome]
 }
 
 pub(crate) fn message() -> impl Strategy<Value = Message> {

@@ -14,7 +14,7 @@ use reprotect_engine::format::handshake::{HELLO_MAGIC, Hello, HelloAck, Role};
 use reprotect_engine::format::message::{
     Ack, Auth, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead,
     InventoryDisk, InventoryHead, Message, Nack, NackReason, OfferHead, OpenDiskHead, PassBegin, PassCause,
-    PassEnd, PassMode, PassState, Welcome,
+    PassEnd, PassMode, PassState, PointDegrade, Policy, Welcome,
 };
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence, Timestamp};
@@ -53,6 +53,7 @@ pub(crate) fn mark() -> Mark {
         chain: CHAIN,
         source_time: Timestamp(1_700_000_000_000_000_000),
         point: [0x0b; 16],
+        number: 3,
         class: MarkClass::Crash,
         cause: MarkCause::Command,
         name: Text::new("before the upgrade"),
@@ -128,6 +129,7 @@ fn disk_messages() -> Vec<(&'static str, Message)> {
         durable: Sequence(43),
         applied: Sequence(42),
         marked: Sequence(41),
+        mark: 3,
     };
     let bulk_ack = BulkAckHead { disk, generation, pass: 3, range_count: 1 };
     let nack = Nack { disk, generation, resume_from: Sequence(45), reason: NackReason::Gap };
@@ -140,6 +142,14 @@ fn disk_messages() -> Vec<(&'static str, Message)> {
         unit_count: 2,
     };
     let hashes = CompareHashesHead { disk, generation, request: 9, hash_count: 2 };
+    let degrade = PointDegrade {
+        disk,
+        lineage: LINEAGE,
+        generation,
+        from: Sequence(40),
+        to: Sequence(42),
+        cause: Text::new("512 bytes differ"),
+    };
     vec![
         ("MARK", Message::Mark(mark())),
         ("ACK", Message::Ack(ack)),
@@ -152,6 +162,8 @@ fn disk_messages() -> Vec<(&'static str, Message)> {
         ("PASS_BEGIN", Message::PassBegin(PassBegin { disk, generation, cause: PassCause::TrackingLost })),
         ("PASS_STATE", Message::PassState(PassState { disk, generation, pass: 4, mode: PassMode::Copy })),
         ("PASS_END", Message::PassEnd(PassEnd { disk, generation, pass: 4 })),
+        ("POLICY", Message::Policy(Policy { revision: 5, points_every_ms: 300_000, target: TARGET })),
+        ("POINT_DEGRADE", Message::PointDegrade(degrade)),
         ("ERROR", Message::error(disk, ErrorCode::Size, "the source has 8 sectors, the target 16")),
     ]
 }

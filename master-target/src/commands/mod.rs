@@ -12,6 +12,7 @@ pub mod inspect;
 pub mod journal;
 pub mod peers;
 pub mod points;
+pub mod policy;
 pub mod protect;
 pub mod retention;
 pub mod run;
@@ -83,6 +84,7 @@ fn carry_out(cli: Cli) -> anyhow::Result<u8> {
         Command::Machines(_) => wait(peers::machines(&context))?,
         Command::Protect(args) => wait(protect::protect(&context, &args))?,
         Command::Unprotect(args) => wait(peers::unprotect(&context, &args))?,
+        Command::Policy(args) => wait(policy::policy(&context, &args))?,
         Command::Points(args) => wait(points::points(&context, &args))?,
         Command::Timeline(args) => wait(timeline::timeline(&context, &args))?,
         Command::Pin(args) => wait(points::pin(&context, &args))?,

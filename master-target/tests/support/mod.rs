@@ -4,6 +4,7 @@
 //! within a minute fails the test.
 
 #![expect(clippy::unwrap_used, reason = "test support: a failed step is a failed test")]
+#![allow(dead_code, clippy::allow_attributes, reason = "each test program uses its part")]
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -12,15 +13,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use reprotect_engine::format::batch::{
-    BatchHeader, BulkHeader, CHAIN_START, Chain, Stretch, encode_batch, encode_bulk,
+    BatchHeader, BulkHeader, CHAIN_START, Chain, Mark, MarkCause, MarkClass, Stretch, encode_batch,
+    encode_bulk,
 };
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::message::{ErrorCode, GrantHead, Message, OpenDiskHead, PassEnd, PassMode};
+use reprotect_engine::format::wire::Text;
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::proto::target_disk::{SessionId, TargetDisk};
 use reprotect_engine::store::files::Files;
+use reprotect_engine::store::journal::Journal;
 use reprotect_engine::store::journal::ladder::Ladder;
 use reprotect_engine::store::target::{
     CreateOptions, Expectation, Target, TargetError, TargetKind, TargetSpec, create_target, open_target,
@@ -227,6 +231,12 @@ impl Bench {
         panic!("the status shows {:?}", self.problem());
     }
 
+    /// Looks at the journal.
+    pub(crate) fn journal<T>(&self, look: impl FnOnce(&mut Journal) -> T) -> T {
+        let (retention, _) = self.journal.as_ref().unwrap();
+        look(retention.lock().get().unwrap())
+    }
+
     /// A session of an agent that was granted `generation`.
     pub(crate) fn session(&mut self) -> Agent {
         self.sessions += 1;
@@ -345,6 +355,33 @@ impl Agent {
             record_count: records.len() as u32,
         };
         self.send(bench, DiskInput::Bulk(encode_bulk(&header, records).body()));
+    }
+
+    /// Places a mark behind everything sent.
+    pub(crate) fn mark(&self, bench: &Bench, number: u64, point: u8) {
+        let mark = Mark {
+            disk: DISK,
+            lineage: LINEAGE,
+            generation: self.generation,
+            sequence: self.sequence,
+            chain: self.chain,
+            source_time: Timestamp(u64::from(point)),
+            point: [point; 16],
+            number,
+            class: MarkClass::Crash,
+            cause: MarkCause::Timer,
+            name: Text::new(""),
+        };
+        self.send(bench, DiskInput::Mark(mark));
+    }
+
+    /// Waits until marks up to a number are durable.
+    pub(crate) fn until_marked(&mut self, bench: &Bench, number: u64) {
+        self.wait(bench, |message| match message {
+            Message::Ack(ack) => (ack.mark >= number).then_some(()),
+            Message::Error(_, text) => panic!("{text}"),
+            _ => None,
+        });
     }
 
     pub(crate) fn until_durable(&mut self, bench: &Bench, sequence: Sequence) {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use reprotect_engine::checksum::unit_hash;
-use reprotect_engine::format::batch::{MarkClass, Stretch};
+use reprotect_engine::format::batch::{MarkCause, MarkClass, MarkLabel, Stretch};
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::message::{Auth, ErrorCode};
 use reprotect_engine::limits::{
@@ -160,7 +160,8 @@ impl FakeAgent {
         for records in batches {
             self.core.submit_delta(disk, Stretch::Ordered, wall_clock(), records).unwrap();
         }
-        self.core.submit_mark(disk, MarkClass::Crash, wall_clock());
+        let label = MarkLabel::of_disk(MarkClass::Crash, MarkCause::Timer, wall_clock());
+        assert!(self.core.submit_mark(disk, label));
         self.go(link, |agent| agent.core.position(disk).is_some_and(|(durable, last)| durable == last)).await
     }
 

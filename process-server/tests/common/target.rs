@@ -9,10 +9,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use reprotect_engine::checksum::unit_hash;
 use reprotect_engine::compress::Decompressor;
-use reprotect_engine::format::batch::{credit_cost, decode_batch, decode_bulk};
+use reprotect_engine::format::batch::{Mark, credit_cost, decode_batch, decode_bulk};
 use reprotect_engine::format::extent::{Codec, Record, RecordKind};
 use reprotect_engine::format::handshake;
-use reprotect_engine::format::message::{Auth, ErrorCode, InventoryDisk, Message, PassMode, SourceId};
+use reprotect_engine::format::message::{
+    Auth, ErrorCode, InventoryDisk, Message, PassMode, PointDegrade, Policy, SourceId,
+};
 use reprotect_engine::net::endpoint::{Accepted, PeerConnection, Server, TransportSettings, bind_server};
 use reprotect_engine::net::identity::{Identity, Purpose, Role};
 use reprotect_engine::net::lanes::{self, Arrival};
@@ -54,6 +56,9 @@ struct World {
     next_session: u64,
     seen: Vec<Seen>,
     relays: Vec<u8>,
+    marks: Vec<Mark>,
+    degraded: Vec<PointDegrade>,
+    policy: Option<Policy>,
     inventories: Vec<Vec<InventoryDisk>>,
     /// Nothing is executed: no write, so no credit.
     stalled: bool,
@@ -196,6 +201,21 @@ impl FakeTarget {
         self.world().inventories.clone()
     }
 
+    /// Marks that were accepted, in order.
+    pub fn marks(&self) -> Vec<Mark> {
+        self.world().marks.clone()
+    }
+
+    /// What was said of points later, where it counts.
+    pub fn degraded(&self) -> Vec<PointDegrade> {
+        self.world().degraded.clone()
+    }
+
+    /// What agents are told when they prove themselves, from now on.
+    pub fn set_policy(&self, policy: Policy) {
+        self.world().policy = Some(policy);
+    }
+
     /// Runs `look` on a disk's bytes without copying them.
     pub fn with_bytes<T>(&self, disk: DiskId, look: impl FnOnce(&[u8]) -> T) -> T {
         look(&self.world().disks[&disk].bytes)
@@ -329,6 +349,9 @@ impl World {
         match event {
             SessionEvent::Ready { agent, relays } => {
                 self.relays.push(relays);
+                if let Some(policy) = self.policy {
+                    session.send_policy(policy);
+                }
                 for (id, disk) in self.disks.iter().filter(|(_, disk)| disk.agent == agent) {
                     let state = disk.core.state();
                     session.offer(*id, state.source, state.size_sectors, state.generation);
@@ -360,7 +383,18 @@ impl World {
                 self.seen.extend(records.iter().map(|record| see(id, None, record)));
                 disk.core.handle_bulk(now, session, &header, records);
             }
-            DiskInput::Mark(mark) => disk.core.handle_mark(now, session, &mark),
+            DiskInput::PointDegrade(degrade) => {
+                if disk.core.handle_degrade(session, &degrade) {
+                    self.degraded.push(degrade);
+                }
+            }
+            DiskInput::Mark(mark) => {
+                let before = disk.core.marks_accepted();
+                disk.core.handle_mark(now, session, &mark);
+                if disk.core.marks_accepted() > before {
+                    self.marks.push(mark);
+                }
+            }
             DiskInput::Compare(head, units) => disk.core.handle_compare(session, head, units),
             DiskInput::PassBegin(begin) => disk.core.handle_pass_begin(now, session, &begin),
             DiskInput::PassEnd(end) => disk.core.handle_pass_end(now, session, &end),

@@ -117,7 +117,9 @@ pub fn all_points(journal: &mut Journal, disk: DiskId) -> Result<Vec<Point>, Jou
         if points.iter().any(|point| point.at == at) {
             continue;
         }
-        points.push(Point::mark(disk, at, &journal.mark(disk, &entry)?));
+        let mark = journal.mark(disk, &entry)?;
+        let degraded = known.is_degraded(mark.lineage, mark.sequence);
+        points.push(Point { degraded, ..Point::mark(disk, at, &mark) });
     }
     points.sort_by_key(|point| point.at);
     Ok(points)
@@ -209,6 +211,9 @@ pub fn at_time(journal: &mut Journal, disk: DiskId, time: Timestamp) -> Result<F
             continue;
         };
         let header = header(journal, entry)?;
+        if shape(journal, disk)?.is_degraded(header.lineage, header.last_sequence()) {
+            continue;
+        }
         let at = At::entry(*epoch, entry.number);
         if best.is_none_or(|best| best.at < at) {
             best = Some(Found { at, source_time: header.source_time, sequence: header.last_sequence() });
@@ -230,7 +235,8 @@ pub fn at_sequence(journal: &mut Journal, disk: DiskId, sequence: Sequence) -> R
         let before = search(&run, |entry| Ok(header(journal, entry)?.last_sequence() < sequence))?;
         let Some((epoch, entry)) = run.entries.get(before) else { continue };
         let header = header(journal, entry)?;
-        if header.first_sequence > sequence {
+        let degraded = shape(journal, disk)?.is_degraded(header.lineage, sequence);
+        if header.first_sequence > sequence || degraded {
             continue;
         }
         let records = (sequence.0 - header.first_sequence.0 + 1) as u32;

@@ -8,8 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::format::manifest::{
     DiskAdded, Edit, EpochClosed, EpochOpened, EpochsExpired, PointKept, RunsMerged, SegmentOpened,
+    StretchDegraded,
 };
-use crate::units::DiskId;
+use crate::units::{DiskId, LineageId, Sequence};
 
 /// An undo epoch of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +56,8 @@ pub struct DiskShape {
     pub expired: u64,
     /// Its points, by identity.
     pub points: BTreeMap<[u8; 16], PointKept>,
+    /// Parts of its stream whose points promise less than their marks say, as they were told.
+    pub degraded: Vec<StretchDegraded>,
 }
 
 impl DiskShape {
@@ -62,6 +65,14 @@ impl DiskShape {
     #[must_use]
     pub fn open_epoch(&self) -> Option<&Epoch> {
         self.epochs.last().filter(|epoch| epoch.closed.is_none())
+    }
+
+    /// Whether a mark at a sequence promises less than it says.
+    #[must_use]
+    pub fn is_degraded(&self, lineage: LineageId, sequence: Sequence) -> bool {
+        let concerns =
+            |part: &StretchDegraded| part.lineage == lineage && (part.from..=part.to).contains(&sequence);
+        self.degraded.iter().any(concerns)
     }
 
     /// The epoch an entry belongs to; `None` before the first, and in epochs that were folded away.
@@ -145,6 +156,17 @@ impl Shape {
                 }
                 Ok(())
             }
+            Edit::StretchDegraded(part) => {
+                let shape = self.disk(part.disk)?;
+                // Told twice is told once: the edit may be repeated after a crash.
+                let known = |other: &StretchDegraded| {
+                    (other.lineage, other.from, other.to) == (part.lineage, part.from, part.to)
+                };
+                if !shape.degraded.iter().any(known) {
+                    shape.degraded.push(*part);
+                }
+                Ok(())
+            }
             Edit::PointDropped(dropped) => {
                 let disk = self.disk(dropped.disk)?;
                 let known = disk.points.remove(&dropped.point);
@@ -180,6 +202,7 @@ impl Shape {
             runs: Vec::new(),
             expired: 0,
             points: BTreeMap::new(),
+            degraded: Vec::new(),
         };
         self.disks.insert(added.disk, shape);
         Ok(())
@@ -250,6 +273,12 @@ impl DiskShape {
         self.runs.retain(|run| run.last > expired.through);
         self.epochs.retain(|epoch| epoch.opened.epoch > expired.through || epoch.closed.is_none());
         self.expired = self.expired.max(expired.through);
+        // What no point of a remaining epoch can lie in is not asked for again.
+        let epochs = &self.epochs;
+        self.degraded.retain(|part| {
+            let mut same = epochs.iter().filter(|epoch| epoch.opened.lineage == part.lineage);
+            same.next().is_some_and(|epoch| part.to >= epoch.opened.sequence)
+        });
         Ok(())
     }
 
@@ -271,5 +300,6 @@ impl DiskShape {
                 edits.push(Edit::RunsMerged(merged));
             }
         }
+        edits.extend(self.degraded.iter().map(|part| Edit::StretchDegraded(*part)));
     }
 }

@@ -98,6 +98,7 @@ const fn disk_of(edit: &Edit) -> Option<DiskId> {
         Edit::EpochsExpired(body) => Some(body.disk),
         Edit::PointKept(body) | Edit::PointChanged(body) => Some(body.disk),
         Edit::PointDropped(body) => Some(body.disk),
+        Edit::StretchDegraded(body) => Some(body.disk),
     }
 }
 

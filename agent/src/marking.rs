@@ -1,0 +1,359 @@
+//! A recovery point of the whole machine by scan rounds: `mark`, with or without frozen file systems.
+//!
+//! ```text
+//! First (with --freeze: a round of every disk, so that the frozen one finds little) → Freezing →
+//! Reading (a round of every disk) → Thawing → Waiting (the marks, one point, are to become durable)
+//! ```
+//! Invariants: one run at a time; all disks of the machine are in it, and all their marks name one random point; a mark
+//! is called frozen only if the guard of the freeze says that it held until everything was read; without a freeze it is
+//! fuzzy; a round that was begun for a run that failed ends with a fuzzy mark of its own; whatever fails, everything is
+//! thawed. Units: milliseconds. Driven by `machine`, asked by `daemon`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use reprotect_engine::format::batch::{MarkCause, MarkClass, MarkLabel};
+use reprotect_engine::format::wire::Text;
+use reprotect_engine::net::wall_clock;
+use reprotect_engine::units::{DiskId, Timestamp};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::api::{MarkAnswer, MarkRequest, MarkedDisk};
+use crate::disks::{SystemRoot, enumerate};
+use crate::freeze::Freeze;
+use crate::machine::Machine;
+use crate::protected::Activity;
+
+/// What somebody wants, and where the answer goes.
+#[derive(Debug)]
+pub(crate) struct MarkOrder {
+    pub(crate) request: MarkRequest,
+    pub(crate) answer: oneshot::Sender<Result<MarkAnswer, String>>,
+}
+
+/// News from the threads that freeze and thaw.
+#[derive(Debug)]
+pub(crate) enum FreezeNews {
+    /// Everything is frozen, or nothing is, and why.
+    Begun(Result<Freeze, String>),
+    /// Everything is thawed; whether the freeze held until then.
+    Ended(bool),
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Rounds that are to end before the freeze; begun ones are in the set.
+    First { begun: BTreeSet<DiskId>, done: BTreeSet<DiskId> },
+    /// A thread freezes.
+    Freezing,
+    /// Rounds whose end is the point.
+    Reading { begun: BTreeSet<DiskId>, read: BTreeSet<DiskId> },
+    /// A thread thaws.
+    Thawing,
+    /// Marks are placed.
+    Waiting { durable: BTreeMap<DiskId, Timestamp> },
+}
+
+/// A run.
+#[derive(Debug)]
+pub(crate) struct MarkRun {
+    order: MarkOrder,
+    point: [u8; 16],
+    disks: BTreeSet<DiskId>,
+    phase: Phase,
+    freeze: Option<Freeze>,
+    /// When the freeze is over at the latest.
+    deadline: Option<Instant>,
+    frozen: Vec<PathBuf>,
+}
+
+impl Machine {
+    /// Begins a run, or says why not.
+    pub(crate) fn handle_mark_order(&mut self, order: MarkOrder) {
+        match self.new_run(&order.request) {
+            Ok((point, disks)) => {
+                let (begun, done) = (BTreeSet::new(), BTreeSet::new());
+                let phase = if order.request.freeze {
+                    Phase::First { begun, done }
+                } else {
+                    Phase::Reading { begun, read: done }
+                };
+                let (freeze, deadline, frozen) = (None, None, Vec::new());
+                self.marking = Some(MarkRun { order, point, disks, phase, freeze, deadline, frozen });
+                self.advance_run();
+            }
+            Err(refusal) => {
+                // Whoever asked may have given up.
+                let _ = order.answer.send(Err(refusal));
+            }
+        }
+    }
+
+    fn new_run(&self, request: &MarkRequest) -> Result<([u8; 16], BTreeSet<DiskId>), String> {
+        if self.marking.is_some() {
+            return Err("another point is being made; wait until it is durable".to_owned());
+        }
+        if !self.core.is_ready() {
+            return Err("there is no session with the master target; see `reprotect-agent status`".to_owned());
+        }
+        if request.name.len() > MarkRequest::NAME_BYTES_MAX {
+            return Err(format!("the name is longer than {} bytes; shorten it", MarkRequest::NAME_BYTES_MAX));
+        }
+        for (disk, state) in &self.disks {
+            if !matches!(state.activity, Activity::Synced | Activity::Scanning) || state.faults.is_paused() {
+                return Err(format!(
+                    "{} (disk {disk}) is {}; a point needs every disk of the machine synced, see `reprotect-agent status`",
+                    state.path,
+                    state.state()
+                ));
+            }
+        }
+        if self.disks.is_empty() {
+            return Err(
+                "no disk is protected; run `reprotect-master-target protect` for this machine".to_owned()
+            );
+        }
+        let mut point = [0; 16];
+        rustix::rand::getrandom(&mut point, rustix::rand::GetRandomFlags::empty())
+            .map_err(|error| format!("the system has no randomness: {error}"))?;
+        Ok((point, self.disks.keys().copied().collect()))
+    }
+
+    /// Whether a disk's rounds are the run's business, so that none begins by the clock.
+    pub(crate) fn is_marking(&self, disk: DiskId) -> bool {
+        self.marking.as_ref().is_some_and(|run| run.disks.contains(&disk))
+    }
+
+    /// Does what can be done now; called whenever something happened, and by the clock.
+    pub(crate) fn advance_run(&mut self) {
+        let Some(run) = self.marking.as_mut() else { return };
+        let waiting = matches!(run.phase, Phase::Waiting { .. });
+        let gone = |disk: &DiskId| {
+            let state = self.disks.get(disk);
+            // A session may go and come while marks wait: they are sent again.
+            state.is_none_or(|state| {
+                state.activity == Activity::Stopped
+                    || (!waiting && !matches!(state.activity, Activity::Synced | Activity::Scanning))
+            })
+        };
+        if let Some(disk) = run.disks.iter().copied().find(gone) {
+            let state = self.disks.get(&disk).map_or("not protected any more", |state| state.state());
+            return self.fail_run(&format!("disk {disk} is {state} meanwhile; no point was made; try again"));
+        }
+        if !waiting && run.deadline.is_some_and(|at| Instant::now() >= at) {
+            return self.fail_run(LATE_TEXT);
+        }
+        match &mut run.phase {
+            Phase::First { begun, done } if done.len() < run.disks.len() => {
+                let to_begin: Vec<DiskId> = run.disks.difference(begun).copied().collect();
+                for disk in to_begin {
+                    if self.core.begin_scan(disk) {
+                        begun.insert(disk);
+                        if let Some(state) = self.disks.get_mut(&disk) {
+                            state.begin_walk(Activity::Scanning);
+                        }
+                    }
+                }
+            }
+            Phase::First { .. } => {
+                run.phase = Phase::Freezing;
+                self.begin_freeze();
+            }
+            Phase::Reading { begun, read } if read.len() < run.disks.len() => {
+                let to_begin: Vec<DiskId> = run.disks.difference(begun).copied().collect();
+                for disk in to_begin {
+                    if self.core.begin_scan_to_mark(disk) {
+                        begun.insert(disk);
+                        if let Some(state) = self.disks.get_mut(&disk) {
+                            state.begin_walk(Activity::Scanning);
+                        }
+                    }
+                }
+            }
+            Phase::Reading { .. } => match run.freeze.take() {
+                Some(freeze) => {
+                    run.phase = Phase::Thawing;
+                    let news = self.freezer.clone();
+                    thread("thaw", move || drop(news.send(FreezeNews::Ended(freeze.end()))));
+                }
+                None => self.place_marks(MarkClass::Fuzzy),
+            },
+            Phase::Freezing | Phase::Thawing => {}
+            Phase::Waiting { durable } if durable.len() == run.disks.len() => self.finish_run(),
+            Phase::Waiting { .. } => {}
+        }
+    }
+
+    fn begin_freeze(&mut self) {
+        let Some(run) = self.marking.as_mut() else { return };
+        let limit = Duration::from_millis(run.order.request.freeze_limit_ms);
+        run.deadline = Some(Instant::now() + limit);
+        let devices: Vec<String> = self.disks.values().map(|state| state.path.clone()).collect();
+        let (news, state_dir) = (self.freezer.clone(), self.plan().settings.places.state_dir.clone());
+        thread("freeze", move || {
+            let frozen = mount_points(&devices).and_then(|mounts| {
+                Freeze::begin(&mounts, limit, &state_dir).map_err(|error| error.to_string())
+            });
+            // A machine that is gone meanwhile drops the freeze, which thaws.
+            drop(news.send(FreezeNews::Begun(frozen)));
+        });
+    }
+
+    /// The freezing thread is done.
+    pub(crate) fn handle_freeze_news(&mut self, news: FreezeNews) {
+        let Some(run) = self.marking.as_mut() else {
+            // The run failed meanwhile: what was frozen for it is thawed, off this task.
+            if let FreezeNews::Begun(Ok(freeze)) = news {
+                thread("thaw", move || drop(freeze));
+            }
+            return;
+        };
+        match (news, &run.phase) {
+            (FreezeNews::Begun(Ok(freeze)), Phase::Freezing) => {
+                run.frozen = freeze.mount_points();
+                tracing::info!(mounts = ?run.frozen, "file systems frozen");
+                run.freeze = Some(freeze);
+                run.phase = Phase::Reading { begun: BTreeSet::new(), read: BTreeSet::new() };
+                self.advance_run();
+            }
+            (FreezeNews::Begun(Ok(freeze)), _) => thread("thaw", move || drop(freeze)),
+            (FreezeNews::Begun(Err(reason)), Phase::Freezing) => self.fail_run(&reason),
+            (FreezeNews::Ended(true), Phase::Thawing) => {
+                tracing::info!("file systems thawed");
+                self.place_marks(MarkClass::Frozen);
+            }
+            (FreezeNews::Ended(false), Phase::Thawing) => self.fail_run(LATE_TEXT),
+            _ => {} // of a run that failed
+        }
+    }
+
+    /// Everything is read: the point's marks stand behind it.
+    fn place_marks(&mut self, class: MarkClass) {
+        let Some(run) = self.marking.as_mut() else { return };
+        let label = MarkLabel {
+            point: run.point,
+            class,
+            cause: MarkCause::Command,
+            name: Text::new(&run.order.request.name),
+            source_time: wall_clock(),
+        };
+        run.phase = Phase::Waiting { durable: BTreeMap::new() };
+        run.deadline = None;
+        let placed = run.disks.iter().all(|disk| self.core.submit_mark(*disk, label));
+        if !placed {
+            self.fail_run("too many marks wait to become durable; see why in `reprotect-agent status`");
+        }
+    }
+
+    /// A round that ends with a mark has read all.
+    pub(crate) fn handle_scan_read(&mut self, disk: DiskId) {
+        if let Some(MarkRun { phase: Phase::Reading { begun, read }, .. }) = self.marking.as_mut()
+            && begun.contains(&disk)
+        {
+            read.insert(disk);
+            return self.advance_run();
+        }
+        self.end_round(disk);
+    }
+
+    /// Ends a round that no run waits for.
+    fn end_round(&mut self, disk: DiskId) {
+        let label = MarkLabel::of_disk(MarkClass::Fuzzy, MarkCause::Pass, wall_clock());
+        if !self.core.submit_mark(disk, label) {
+            tracing::warn!(%disk, "a scan round could not be ended; the next session begins another one");
+        }
+    }
+
+    /// A round's mark is durable.
+    pub(crate) fn handle_round_done(&mut self, disk: DiskId) {
+        if let Some(MarkRun { phase: Phase::First { begun, done }, .. }) = self.marking.as_mut()
+            && begun.contains(&disk)
+        {
+            done.insert(disk);
+            self.advance_run();
+        }
+    }
+
+    /// A mark is durable.
+    pub(crate) fn handle_marked(&mut self, disk: DiskId, label: &MarkLabel) {
+        if let Some(MarkRun { point, phase: Phase::Waiting { durable }, .. }) = self.marking.as_mut()
+            && *point == label.point
+        {
+            durable.insert(disk, label.source_time);
+            self.advance_run();
+        }
+    }
+
+    /// A mark will never be durable.
+    pub(crate) fn handle_mark_lost(&mut self, disk: DiskId, label: &MarkLabel) {
+        if self.marking.as_ref().is_some_and(|run| run.point == label.point) {
+            self.fail_run(&format!(
+                "the stream of disk {disk} was given up before its mark was durable; try again"
+            ));
+        }
+    }
+
+    fn finish_run(&mut self) {
+        let Some(run) = self.marking.take() else { return };
+        let Phase::Waiting { durable } = &run.phase else { return };
+        let time = durable.values().next().copied().unwrap_or_default();
+        let disk = |disk: &DiskId| MarkedDisk {
+            disk: disk.to_string(),
+            source: self.disks.get(disk).map(|state| state.path.clone()).unwrap_or_default(),
+        };
+        let class = if run.frozen.is_empty() { "fuzzy" } else { "frozen" };
+        let point: String = run.point.iter().map(|byte| format!("{byte:02x}")).collect();
+        tracing::info!(point, class, name = run.order.request.name, "a point of the machine is durable");
+        let answer = MarkAnswer {
+            point,
+            class: class.to_owned(),
+            name: run.order.request.name.clone(),
+            source_time_ms: time.0 / 1_000_000,
+            disks: durable.keys().map(disk).collect(),
+            frozen: run.frozen.iter().map(|path| path.display().to_string()).collect(),
+        };
+        // Whoever asked may have given up; the point is there all the same.
+        let _ = run.order.answer.send(Ok(answer));
+    }
+
+    fn fail_run(&mut self, reason: &str) {
+        let Some(mut run) = self.marking.take() else { return };
+        tracing::warn!(reason, "no point of the machine was made");
+        if let Some(freeze) = run.freeze.take() {
+            thread("thaw", move || drop(freeze));
+        }
+        if let Phase::Reading { read, .. } = &run.phase {
+            read.iter().for_each(|disk| self.end_round(*disk));
+        }
+        if matches!(run.phase, Phase::Thawing) {
+            run.disks.iter().for_each(|disk| self.end_round(*disk));
+        }
+        for disk in &run.disks {
+            if let Some(state) = self.disks.get_mut(disk) {
+                state.next_scan = state.next_scan.or(Some(Instant::now()));
+            }
+        }
+        let _ = run.order.answer.send(Err(reason.to_owned()));
+    }
+}
+
+const LATE_TEXT: &str = "the file systems were frozen for as long as they may be and not everything was read; they are thawed, no point was made; allow more time with --freeze-limit, or raise `read_rate`";
+
+/// What is mounted from these devices, through partitions, LVM and md. Blocks.
+fn mount_points(devices: &[String]) -> Result<Vec<PathBuf>, String> {
+    let disks = enumerate(&SystemRoot::default()).map_err(|error| error.to_string())?;
+    let ours = disks.iter().filter(|disk| devices.iter().any(|path| disk.path.as_os_str() == path.as_str()));
+    Ok(ours.flat_map(|disk| &disk.mounts).map(|mount| PathBuf::from(&mount.mount_point)).collect())
+}
+
+/// Runs what may wait for a file system off the session's task.
+fn thread(name: &str, work: impl FnOnce() + Send + 'static) {
+    // Without a thread the closure is dropped, and with it the freeze, which thaws here.
+    if let Err(error) = std::thread::Builder::new().name(name.to_owned()).spawn(work) {
+        tracing::error!(%error, "no thread to {name} file systems; raise the limit on processes");
+    }
+}
+
+/// Where orders come from.
+pub(crate) type MarkOrders = mpsc::Receiver<MarkOrder>;
