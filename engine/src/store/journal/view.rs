@@ -58,8 +58,13 @@ impl View {
                 expired + 1
             )));
         };
-        let merged = known.runs.iter().any(|run| run.first <= at.epoch && run.last > at.epoch);
         let last = epoch.closed.map_or(u64::MAX, |closed| closed.last);
+        // A merged run keeps the oldest images, so where it begins is a point still; what lies inside it is none.
+        let begins = at.number == epoch.opened.after && at.number != last;
+        let merged = known
+            .runs
+            .iter()
+            .any(|run| run.first <= at.epoch && run.last > at.epoch && !(begins && run.first == at.epoch));
         if at.number < epoch.opened.after || at.number > last {
             return Err(gone(format!("entry {} is not in undo epoch {}", at.number, at.epoch)));
         }
