@@ -55,7 +55,9 @@ wire! {
         durable_group: u64,
         /// When this copy was written.
         time: Timestamp,
-        ; reserved: [u8; 51],
+        /// Edits of that manifest known durable: fewer in it are damage, not a torn end.
+        manifest_edits: u64,
+        ; reserved: [u8; 43],
     }
 }
 

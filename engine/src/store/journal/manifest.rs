@@ -1,10 +1,11 @@
 //! The manifest and the superblock: what the journal consists of, durably.
 //!
 //! Invariants: an edit is durable when [`Manifest::append`] returned; a batch of edits may be torn by a crash from its
-//! end only, as far as the next opening is concerned: what stands behind the first invalid edit is dropped, unless an
-//! edit behind it knew that one durable, which is damage and refused. After an opening that dropped anything, and when
-//! it has grown, the manifest is written anew into a file of the next number; the superblock names it before the old
-//! one is removed. A failed write or flush stops it for good (I6). Units: bytes. Called by `store::journal`.
+//! end only, as far as the next opening is concerned: what stands behind the first invalid edit is dropped, unless the
+//! superblock or an edit behind it knew that one durable, which is damage and refused. After an opening that dropped
+//! anything, and when it has grown, the manifest is written anew into a file of the next number; the superblock names
+//! it before the old one is removed. A failed write or flush stops it for good (I6). Units: bytes. Called by
+//! `store::journal`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -71,7 +72,12 @@ pub(super) fn read_superblock(files: &dyn Files, folder: &Path) -> Result<Superb
         }
     }
     // A copy that only a newer program understands must not be passed over for an older one.
-    let newer = matches!(&refused, Some(FormatError::Field { field: "incompatible" | "magic", .. }));
+    // Its magic ends in a higher version; other bytes of the magic differ by damage only.
+    let newer = match &refused {
+        Some(FormatError::Field { field: "magic", got, .. }) => *got > u64::from(SUPERBLOCK_MAGIC[7]),
+        Some(FormatError::Field { field, .. }) => *field == "incompatible",
+        _ => false,
+    };
     match (newest, refused) {
         (Some(superblock), _) if !newer => Ok(superblock),
         (_, Some(error)) => {
@@ -116,13 +122,11 @@ pub(super) fn read_manifest(
     while read.at < size {
         let edit = match read_edit(&mut *file, read.at, size, &header, read.index)? {
             Ok(edit) => edit,
-            Err(FormatError::Field { field: "magic", got: 0, .. })
-                if rest_is_zero(&mut *file, read.at, size)? =>
-            {
-                break;
-            }
+            Err(_) if rest_is_zero(&mut *file, read.at, size)? => break,
             Err(error) => {
-                if knows_durable(&mut *file, read.at, size, &header, read.index)? {
+                if read.index <= superblock.manifest_edits
+                    || knows_durable(&mut *file, read.at, size, &header, read.index)?
+                {
                     return Err(JournalError::format(&path, read.at, REMEDY)(error));
                 }
                 read.torn = true;
@@ -136,6 +140,11 @@ pub(super) fn read_manifest(
         read.durable_group = read.durable_group.max(head.durable_group);
         read.index += 1;
         read.at += head.stored_bytes();
+    }
+    // Zeros, or the file's end, where there were edits.
+    if read.index <= superblock.manifest_edits {
+        let (got, known) = (read.index - 1, superblock.manifest_edits);
+        return Err(JournalError::damaged(&path, format!("it has {got} edits, and {known} were durable")));
     }
     Ok(read)
 }
@@ -248,6 +257,7 @@ impl Manifest {
             manifest: number,
             durable_group: 0,
             time: now,
+            manifest_edits: 0,
         };
         let superblock_file = files.open(&path, true)?;
         let mut manifest = Self {
@@ -404,6 +414,7 @@ impl Manifest {
             clean,
             durable_group: durable.max(self.superblock.durable_group),
             time: now,
+            manifest_edits: self.index - 1,
             ..self.superblock
         }
         .sealed();
