@@ -10,6 +10,9 @@ mod actions;
 mod against_store;
 mod device;
 mod faults;
+#[cfg(feature = "sim")]
+#[path = "../journal_lab/mod.rs"]
+mod lab;
 mod log;
 mod machine;
 mod manifest;

@@ -9,28 +9,20 @@
 use std::path::Path;
 
 use bytes::Bytes;
-use reprotect_engine::compress::Decompressor;
-use reprotect_engine::format::batch::{BatchHeader, CHAIN_START, Stretch, encode_batch};
 use reprotect_engine::format::extent;
-use reprotect_engine::format::manifest::{
-    DiskAdded, Edit, EpochCause, EpochClosed, EpochsExpired, RunsMerged,
-};
+use reprotect_engine::format::manifest::{DiskAdded, Edit, EpochCause, EpochClosed, EpochsExpired};
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::io::{BlockFile, ReadAt};
 use reprotect_engine::store::files::memory::MemoryFiles;
-use reprotect_engine::store::journal::applier::{Applier, Position, run_path};
-use reprotect_engine::store::journal::entry::entry_writes;
+use reprotect_engine::store::journal::applier::{Applier, run_path};
 use reprotect_engine::store::journal::rollback::{resume, rollback};
-use reprotect_engine::store::journal::undo::{RunIdentity, SealedRun, merge, merged_header};
-use reprotect_engine::store::journal::view::View;
-use reprotect_engine::store::journal::window::Window;
 use reprotect_engine::store::journal::{
-    DiskShape, Epoch, Journal, JournalError, JournalSettings, Run, RunFile, view,
+    DiskShape, Epoch, Journal, JournalError, JournalSettings, LogEntry, Run, RunFile, view,
 };
-use reprotect_engine::units::{
-    DiskId, Generation, LineageId, SECTOR_BYTES, SectorRange, Sequence, Timestamp,
-};
+use reprotect_engine::units::{SECTOR_BYTES, SectorRange};
 
+use super::lab::merge::merge_runs;
+use super::lab::{self, NOW, POSITION};
 use super::machine;
 use super::manifest::{DiskCatalogue, Kind};
 use super::records::{At, BLOCKS, Body, Record, SECTORS};
@@ -38,16 +30,9 @@ use super::records::{At, BLOCKS, Body, Record, SECTORS};
 const FOLDER: &str = "/retention";
 /// A segment takes some ten small batches, so that plays open, release and recycle many.
 const SETTINGS: JournalSettings = JournalSettings { segment_bytes: 48 << 10 };
-const NOW: Timestamp = Timestamp(1);
-const POSITION: Position =
-    Position { lineage: LineageId([2; 16]), generation: Generation(1), sequence: Sequence(0) };
 /// The last of the model's sectors is one sector, the others two.
 const DISK_SECTORS: u64 = (BLOCKS * SECTORS * 2 - 1) as u64;
 const DISK_BYTES: usize = DISK_SECTORS as usize * SECTOR_BYTES as usize;
-
-pub(crate) fn disk_id(disk: usize) -> DiskId {
-    DiskId([disk as u8 + 1; 16])
-}
 
 fn target_path(disk: usize) -> String {
     format!("/datastore/disk-{disk}")
@@ -75,17 +60,7 @@ fn entry(record: &Record) -> (EntryKind, Bytes) {
     let zeros = plain.iter().all(|byte| *byte == 0);
     let record_on_wire =
         if zeros { extent::Record::zeros(range) } else { extent::Record::data(start, plain.into()) };
-    let header = BatchHeader {
-        disk: disk_id(record.disk),
-        lineage: POSITION.lineage,
-        generation: POSITION.generation,
-        first_sequence: Sequence(record.sequence as u64),
-        chain: CHAIN_START,
-        source_time: NOW,
-        record_count: 1,
-        stretch: Stretch::Ordered,
-    };
-    (EntryKind::Batch, encode_batch(&header, &[record_on_wire]).body())
+    (EntryKind::Batch, lab::batch(lab::id(record.disk), record.sequence as u64, &[record_on_wire]))
 }
 
 /// The open store.
@@ -102,10 +77,10 @@ impl Store {
         for (disk, target) in targets.iter().enumerate() {
             files.put(target_path(disk), &bytes_of_disk(target));
             let added =
-                DiskAdded { disk: disk_id(disk), machine: [1; 16], size_sectors: DISK_SECTORS, time: NOW };
+                DiskAdded { disk: lab::id(disk), machine: [1; 16], size_sectors: DISK_SECTORS, time: NOW };
             journal.add_disk(added, NOW).unwrap();
             let target = files.opener().open(Path::new(&target_path(disk)), true).unwrap();
-            let (mut applier, _) = Applier::open(&journal, disk_id(disk), target, None).unwrap();
+            let (mut applier, _) = Applier::open(&journal, lab::id(disk), target, None).unwrap();
             applier.begin_epoch(&mut journal, EpochCause::First, POSITION, (0, 0), NOW).unwrap();
             appliers.push(applier);
         }
@@ -118,11 +93,11 @@ impl Store {
         assert_eq!(found.damage, []);
         let mut appliers = Vec::new();
         for disk in 0..disks {
-            let log = &found.disks[&disk_id(disk)];
+            let log = &found.disks[&lab::id(disk)];
             assert_eq!(log.missing, []);
             let target = files.opener().open(Path::new(&target_path(disk)), true)?;
             let applied = log.applied.map(|(applied, _)| applied);
-            let (mut applier, holes) = Applier::open(&journal, disk_id(disk), target, applied)?;
+            let (mut applier, holes) = Applier::open(&journal, lab::id(disk), target, applied)?;
             assert_eq!(holes, []);
             resume(&mut journal, &mut applier, NOW)?;
             appliers.push(applier);
@@ -136,12 +111,12 @@ impl Store {
     }
 
     fn shape(&self, disk: usize) -> &DiskShape {
-        &self.journal.shape().disks[&disk_id(disk)]
+        &self.journal.shape().disks[&lab::id(disk)]
     }
 
     /// The newest entry that is there, logged or applied.
     pub(crate) fn newest(&self, disk: usize) -> usize {
-        let logged = self.journal.entries(disk_id(disk)).last().map_or(0, |entry| entry.number);
+        let logged = self.journal.entries(lab::id(disk)).last().map_or(0, |entry| entry.number);
         logged.max(self.appliers[disk].applied().number) as usize
     }
 
@@ -173,19 +148,16 @@ impl Store {
     /// The disk at a point of the model.
     pub(crate) fn view(&mut self, disk: usize, at: At) -> Result<Vec<u8>, JournalError> {
         let at = self.name_of(disk, at);
-        let view = View::open(&mut self.journal, disk_id(disk), at)?;
-        let applier = &mut self.appliers[disk];
-        let runs = view.open_runs(&self.journal, applier)?;
-        let mut bytes = vec![0; DISK_BYTES];
-        view.read(&runs, applier, 0, &mut bytes)?;
-        Ok(bytes)
+        lab::view(&mut self.journal, &mut self.appliers[disk], at)
     }
 
-    /// Does what the model did since the last call, or what a stop undid of it.
+    /// Does what the model did since the last call, or what a stop undid of it. `greedy`: every segment is released as
+    /// soon as the journal lets it go, without regard to the any-write window.
     pub(crate) fn follow(
         &mut self,
         model: &machine::Journal,
         streams: &[&[Record]],
+        greedy: bool,
     ) -> Result<(), JournalError> {
         self.append(streams, &|disk| model.disks[disk].durable)?;
         self.journal.commit(NOW)?;
@@ -195,7 +167,7 @@ impl Store {
             self.follow_merges(disk, &model.catalogue.disks[disk])?;
             self.follow_expiry(disk, model.catalogue.disks[disk].floor as u64)?;
         }
-        self.follow_release(model)
+        self.follow_release(model, greedy)
     }
 
     /// Appends what of the streams is not there yet.
@@ -205,7 +177,7 @@ impl Store {
                 let (kind, body) = entry(record);
                 // In two parts, as a body with a prefix comes.
                 let (head, tail) = body.split_at(body.len() / 3);
-                self.journal.append(disk_id(disk), kind, &[head, tail], NOW)?;
+                self.journal.append(lab::id(disk), kind, &[head, tail], NOW)?;
             }
         }
         Ok(())
@@ -240,23 +212,7 @@ impl Store {
 
     /// One window: what the model applied since.
     fn apply(&mut self, disk: usize, through: usize) -> Result<(), JournalError> {
-        let (from, through) = (self.appliers[disk].applied().number, through as u64);
-        let mut decompressor = Decompressor::new().unwrap();
-        let entries = self.journal.entries(disk_id(disk)).to_vec();
-        let wanted: Vec<_> =
-            entries.iter().filter(|entry| entry.number > from && entry.number <= through).collect();
-        if wanted.is_empty() {
-            return Ok(());
-        }
-        self.journal.commit(NOW)?; // an entry is durable before it is applied
-        let mut window = Window::default();
-        for entry in wanted {
-            let (head, body) = self.journal.read(entry.place)?;
-            for write in entry_writes(head.kind, body.into(), &mut decompressor).unwrap() {
-                window.put(write);
-            }
-        }
-        self.appliers[disk].apply(&mut self.journal, through, &window, NOW)
+        lab::apply_through(&mut self.journal, &mut self.appliers[disk], through as u64)
     }
 
     /// Where the model merged epochs, their runs become one: new file, edit, then the inputs go.
@@ -267,35 +223,8 @@ impl Store {
                 let inside = |run: &&Run| run.first >= low && run.last <= high;
                 let runs: Vec<Run> = self.shape(disk).runs.iter().filter(inside).take(2).copied().collect();
                 let [older, newer] = runs[..] else { break };
-                self.merge(disk, older, newer)?;
+                merge_runs(&mut self.journal, lab::id(disk), older, newer)?;
             }
-        }
-        Ok(())
-    }
-
-    fn merge(&mut self, disk: usize, older: Run, newer: Run) -> Result<(), JournalError> {
-        let files = std::sync::Arc::clone(self.journal.files());
-        let id = disk_id(disk);
-        let open = |run: Run| {
-            let identity = RunIdentity {
-                journal: self.journal.id(),
-                disk: id,
-                lineage: POSITION.lineage,
-                generation: POSITION.generation,
-                undo_epoch: run.first,
-                undo_epoch_last: run.last,
-            };
-            SealedRun::open(&*files, &run_path(&self.journal, id, run.file), &identity)
-        };
-        let (mut a, mut b) = (open(older)?, open(newer)?);
-        let number = older.first * 1000 + newer.last;
-        let path = run_path(&self.journal, id, RunFile::Merged(number));
-        let header = merged_header(a.header(), b.header(), (number << 8) | 0xabc);
-        let run_bytes = merge(&mut a, &mut b, &*files, &path, header)?.len_bytes();
-        let merged = RunsMerged { disk: id, first: older.first, last: newer.last, run: number, run_bytes };
-        self.journal.edit(&[Edit::RunsMerged(merged)], NOW)?;
-        for input in [older, newer] {
-            files.remove(&run_path(&self.journal, id, input.file))?;
         }
         Ok(())
     }
@@ -310,26 +239,25 @@ impl Store {
             return Ok(());
         }
         let gone: Vec<Run> = shape.runs.iter().filter(|run| run.last <= through).copied().collect();
-        let expired = EpochsExpired { disk: disk_id(disk), through };
+        let expired = EpochsExpired { disk: lab::id(disk), through };
         self.journal.edit(&[Edit::EpochsExpired(expired)], NOW)?;
         for run in gone {
-            self.journal.files().remove(&run_path(&self.journal, disk_id(disk), run.file))?;
+            self.journal.files().remove(&run_path(&self.journal, lab::id(disk), run.file))?;
         }
         Ok(())
     }
 
-    /// Releases what the journal says it can, as far as the model freed it, too.
-    fn follow_release(&mut self, model: &machine::Journal) -> Result<(), JournalError> {
+    /// Releases what the journal says it can, as far as the model freed it, too; or all of it.
+    fn follow_release(&mut self, model: &machine::Journal, greedy: bool) -> Result<(), JournalError> {
         let freed = |journal: &Journal, segment: u64| {
             model.catalogue.disks.iter().enumerate().all(|(disk, known)| {
-                let inside = |entry: &&reprotect_engine::store::journal::LogEntry| {
-                    entry.place.segment == segment && entry.number > known.freed as u64
-                };
-                journal.entries(disk_id(disk)).iter().find(inside).is_none()
+                let inside =
+                    |entry: &&LogEntry| entry.place.segment == segment && entry.number > known.freed as u64;
+                journal.entries(lab::id(disk)).iter().find(inside).is_none()
             })
         };
         while let Some(segment) = self.journal.releasable().first().copied() {
-            if !freed(&self.journal, segment) {
+            if !greedy && !freed(&self.journal, segment) {
                 break;
             }
             self.journal.release(segment, NOW)?;
