@@ -47,7 +47,7 @@ points-test: build ## recovery points mounted, compared, gone back to: [SIZE=1G]
 crash: ## the journal against power loss at every write of many workloads: [CASES=2000]
 	CRASH_CASES=$(or $(CASES),2000) $(CARGO) test -p reprotect-engine --all-features --test journal_store --test redo_log --test journal_model -- --nocapture
 
-flips: ## every bit of a journal of more than 1 MiB flipped, every truncation; some forty thousand damaged ones opened
+flips: ## every bit of a journal of more than 1 MiB flipped, every truncation; ten thousand damaged ones opened
 	FLIPS=all $(CARGO) test -p reprotect-engine --all-features --test journal_flips -- --nocapture --test-threads 1
 
 sim: ## the simulator: [SEED=n] replays one seed with its events, [SEEDS=2000 or a..b] plays many

@@ -11,13 +11,15 @@
 //!   damaged, or show everything as it was. Bits of space that was never written are examined in this way only.
 //!
 //! In the suite each 61st bit is flipped, and about a thousand journals are opened; `make flips` flips each bit, and opens
-//! some forty thousand. Called by `cargo test` and `make flips`.
+//! some ten thousand. Called by `cargo test` and `make flips`.
 #![cfg(feature = "sim")]
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 #[path = "journal_flips/image.rs"]
 mod image;
 mod journal_lab;
+#[path = "journal_lab/merge.rs"]
+mod merge;
 #[path = "journal_flips/pieces.rs"]
 mod pieces;
 #[path = "journal_lab/place.rs"]
@@ -147,6 +149,8 @@ enum Damage {
     Flip(String, u64),
     /// File, length.
     Cut(String, u64),
+    /// The file is gone.
+    Remove(String),
 }
 
 impl Damage {
@@ -158,6 +162,7 @@ impl Damage {
                 files.poke(path, byte, &[old ^ (1 << (bit % 8))]);
             }
             Self::Cut(name, len) => files.opener().resize(&image.path(name), *len).unwrap(),
+            Self::Remove(name) => files.opener().remove(&image.path(name)).unwrap(),
         }
     }
 }
@@ -165,7 +170,7 @@ impl Damage {
 #[test]
 fn a_journal_with_a_flipped_bit_names_it_or_shows_everything_as_it_was() {
     let image = Image::make();
-    let wanted = if all() { 40_000 } else { 700 };
+    let wanted = if all() { 10_000 } else { 700 };
     let bits: u64 = image.written().iter().map(|(_, _, bytes)| bytes.len() as u64 * 8).sum();
     let step = bits / wanted | 1; // odd, so that it comes to every bit of a byte
     let mut damages = Vec::new();
@@ -183,7 +188,7 @@ fn a_journal_with_a_flipped_bit_names_it_or_shows_everything_as_it_was() {
 }
 
 #[test]
-fn a_journal_with_a_truncated_file_names_it_or_shows_everything_as_it_was() {
+fn a_journal_with_a_truncated_or_deleted_file_names_it_or_shows_everything_as_it_was() {
     let image = Image::make();
     let step = if all() { 512 } else { 16 << 10 };
     let mut damages = Vec::new();
@@ -192,6 +197,7 @@ fn a_journal_with_a_truncated_file_names_it_or_shows_everything_as_it_was() {
         // At sectors, and beside them.
         let lengths = (offset..end).step_by(step).flat_map(|len| [len, len + 1, len + 511]);
         damages.extend(lengths.filter(|len| *len < end).map(|len| Damage::Cut(name.clone(), len)));
+        damages.push(Damage::Remove(name));
     }
-    open_all(&image, &format!("{} truncations", damages.len()), &damages);
+    open_all(&image, &format!("{} truncations and deletions", damages.len()), &damages);
 }

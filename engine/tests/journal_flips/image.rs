@@ -10,8 +10,8 @@ use reprotect_engine::store::files::memory::MemoryFiles;
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{Epoch, JournalError};
 
-use crate::journal_lab::merge::merge_runs;
 use crate::journal_lab::{NOW, id};
+use crate::merge::merge_runs;
 use crate::place::{Lab, Place, noise};
 
 const FOLDER: &str = "/retention";

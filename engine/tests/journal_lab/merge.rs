@@ -11,7 +11,7 @@ use reprotect_engine::store::journal::undo::{RunIdentity, SealedRun, merge, merg
 use reprotect_engine::store::journal::{Journal, JournalError, Run, RunFile};
 use reprotect_engine::units::DiskId;
 
-use super::{NOW, POSITION};
+use crate::journal_lab::{NOW, POSITION};
 
 pub(crate) fn merge_runs(
     journal: &mut Journal,

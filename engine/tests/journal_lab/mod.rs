@@ -3,8 +3,6 @@
 //! Invariant: an entry is durable before it is applied here, as the master target has it. `place.rs` beside this is a
 //! whole journal with its disks. Units: sectors, entry numbers. Called by the tests of the model, of faults and of flips.
 
-pub(crate) mod merge;
-
 use bytes::Bytes;
 use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::batch::{BatchHeader, CHAIN_START, Stretch, encode_batch};

@@ -12,10 +12,13 @@ mod device;
 mod faults;
 #[cfg(feature = "sim")]
 #[path = "../journal_lab/mod.rs"]
-mod lab;
+mod journal_lab;
 mod log;
 mod machine;
 mod manifest;
+#[cfg(feature = "sim")]
+#[path = "../journal_lab/merge.rs"]
+mod merge;
 mod mutations;
 mod open;
 mod operators;

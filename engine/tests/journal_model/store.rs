@@ -21,10 +21,10 @@ use reprotect_engine::store::journal::{
 };
 use reprotect_engine::units::{SECTOR_BYTES, SectorRange};
 
-use super::lab::merge::merge_runs;
-use super::lab::{self, NOW, POSITION};
+use super::journal_lab::{self as lab, NOW, POSITION};
 use super::machine;
 use super::manifest::{DiskCatalogue, Kind};
+use super::merge::merge_runs;
 use super::records::{At, BLOCKS, Body, Record, SECTORS};
 
 const FOLDER: &str = "/retention";
