@@ -103,26 +103,26 @@ fn a_full_file_system_says_so_and_goes_on_when_the_oldest_epochs_expire() {
     assert!(error.is_full(), "{error}");
     assert_eq!(error.severity(), Severity::Retry, "{error}");
     drop(lab);
-    // Opened anew, everything is there; segments are released, the oldest points go, and it goes on.
+    // Opened anew, everything is there. The oldest points go first, for what waits needs room for its before-images.
     let mut lab = place.open().unwrap();
     assert_eq!((lab.found.damage.len(), lab.holes[0].len()), (0, 0));
-    lab.apply(0).unwrap();
     let shape = lab.journal.shape().disks[&id(0)].clone();
     let closed: Vec<_> = shape.epochs.iter().filter_map(|epoch| epoch.closed).collect();
-    let last = closed.last().unwrap();
-    let kept = lab.view(0, At { epoch: last.epoch, number: last.last }).unwrap();
-    lab.commit().unwrap();
-    for segment in lab.journal.releasable() {
-        lab.journal.release(segment, journal_lab::NOW).unwrap();
-    }
     let through = closed[closed.len() / 2].epoch;
     let expired = EpochsExpired { disk: id(0), through };
     lab.journal.edit(&[Edit::EpochsExpired(expired)], journal_lab::NOW).unwrap();
     for gone in shape.runs.iter().filter(|run| run.last <= through) {
         place.files.remove(&run_path(&lab.journal, id(0), gone.file)).unwrap();
     }
+    let last = closed.last().unwrap();
+    let kept = lab.view(0, At { epoch: last.epoch, number: last.last }).unwrap();
+    lab.apply(0).unwrap();
+    lab.commit().unwrap();
+    for segment in lab.journal.releasable() {
+        lab.journal.release(segment, journal_lab::NOW).unwrap();
+    }
     for seed in 0..6 {
-        lab.write(0, seed * 300, 128, seed + 1000).unwrap();
+        lab.write(0, seed * 300, 100, seed + 1000).unwrap();
         lab.commit().unwrap();
         lab.apply(0).unwrap();
     }
