@@ -3,12 +3,12 @@
 
 SCRIPTS := benches/scripts
 CARGO ?= cargo
-export SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS PERCENT ROUNDS CASES LEVEL POINTS
+export SIZE_MIB APPLY_MIB EXTENTS GROW SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS PERCENT ROUNDS CASES LEVEL POINTS
 # Python writes no caches beside the scripts.
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test delta-test points-test crash flips bench-sync sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test delta-test points-test crash flips bench-sync bench-journal sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ delta-test: build ## an existing target, a share of its blocks changed: [SIZE=8G
 bench-sync: setup ## speed and cost of the initial sync, release build: [SIZE=8G] [FILL=50] [ROUNDS=3] [CASES="direct, -1;relayed, -1"]
 	$(CARGO) build --release --workspace --bins
 	@REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_sync.py
+
+bench-journal: setup ## speed and cost of the retention journal, release build: [DIR=target/bench-journal] [PARTS="commit apply"] [SIZE_MIB=2048] [APPLY_MIB=192] [EXTENTS=10000000] [GROW=300000]
+	$(CARGO) build --release -p reprotect-benches --bin bench_journal
+	@"$${CARGO_TARGET_DIR:-target}/release/bench_journal" "$(or $(DIR),target/bench-journal)" $(PARTS)
 
 points-test: build ## recovery points mounted, compared, gone back to: [SIZE=1G] [POINTS=6] [TARGET=flat] [SEED=n]
 	@$(SCRIPTS)/points_test.py

@@ -172,7 +172,7 @@ fn a_journal_with_a_flipped_bit_names_it_or_shows_everything_as_it_was() {
     let image = Image::make();
     let wanted = if all() { 10_000 } else { 700 };
     let bits: u64 = image.written().iter().map(|(_, _, bytes)| bytes.len() as u64 * 8).sum();
-    let step = bits / wanted | 1; // odd, so that it comes to every bit of a byte
+    let step = (bits / wanted) | 1; // odd, so that it comes to every bit of a byte
     let mut damages = Vec::new();
     let mut at = 0;
     for (name, offset, bytes) in image.written() {

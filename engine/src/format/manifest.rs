@@ -536,6 +536,7 @@ mod tests {
             manifest: 4,
             durable_group: 5,
             time: Timestamp(6),
+            manifest_edits: 7,
         };
         let block = superblock.to_block();
         assert_eq!(Superblock::open(&block).unwrap(), superblock.sealed());

@@ -6,6 +6,15 @@
 //! every point that the model promised before the step and still promises after it must show the model's sectors. Now
 //! and then both go on from such a crash, or from a kill, after which unflushed writes are in the cache still. In the suite a few crash points of each step are tried, with `CRASH_CASES`
 //! all of them (`make crash`). Called by `cargo test`.
+//!
+//! That it sees what it should was tried by breaking the store by hand, one rule at a time. Each of these is seen within
+//! 26 seeds: barrier 1 or barrier 2 missing, no first touch, runs after the point's epoch only, a merge in which the newer
+//! image wins, a merged or sealed run that is not flushed before it is named, groups or edits that are not flushed, the
+//! last group not flushed at opening, segments released while they are not applied or their epoch goes on, STATE and
+//! APPLIED not carried at a release, a rollback that is not resumed. Four others change nothing that can be seen, for
+//! something else does the same: APPLIED counted durable early (a release commits first), a reopened run that is not
+//! flushed (the next window flushes it), an ended epoch that does not say what is applied (APPLIED is durable before), the
+//! superblock not flushed (`journal_store.rs` sees that while the journal is made).
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::BTreeMap;
@@ -63,8 +72,8 @@ impl Play {
         let targets: Vec<Vec<u32>> =
             (0..disks).map(|_| (0..BLOCKS * SECTORS).map(|at| 1 + at as u32).collect()).collect();
         let mut source = Source::new(&mut rng, &targets, &vec![false; disks]);
-        for disk in 0..disks {
-            source.resync(disk, &targets[disk][..1]); // one write, and the disk is not suspended any more
+        for (disk, target) in targets.iter().enumerate() {
+            source.resync(disk, &target[..1]); // one write, and the disk is not suspended any more
         }
         let chaos = Chaos {
             rng: rng.clone(),

@@ -335,7 +335,7 @@ fn capture_pieces(
 ) -> Result<(), JournalError> {
     let total: u64 = pieces.iter().map(|piece| piece.end - piece.start).sum();
     let mut plain = vec![0; (total * BLOCK_BYTES) as usize];
-    let (mut reads, mut parts) = (Vec::new(), Vec::new());
+    let (mut reads, mut parts, mut map) = (Vec::new(), Vec::new(), Map::new());
     let mut rest = plain.as_mut_slice();
     for piece in pieces {
         let own_bytes = ((piece.end - piece.start) * BLOCK_BYTES) as usize;
@@ -343,7 +343,7 @@ fn capture_pieces(
         rest = tail;
         let mut at = piece.start * BLOCK_BYTES;
         let end = (piece.end * BLOCK_BYTES).min(size_sectors * SECTOR_BYTES);
-        let allocated = target.allocated(ByteRange { start: at, end })?;
+        let allocated = map.allocated(target, ByteRange { start: at, end }, size_sectors * SECTOR_BYTES)?;
         for part in &allocated {
             let (_, tail) = std::mem::take(&mut own).split_at_mut((part.start - at) as usize);
             let (data, tail) = tail.split_at_mut(part.len() as usize);
@@ -365,6 +365,45 @@ fn capture_pieces(
     }
     run.append(&images)?;
     Ok(())
+}
+
+/// What is allocated around the blocks asked for, so that scattered ones do not ask the file system one by one.
+struct Map {
+    known: ByteRange,
+    parts: Vec<ByteRange>,
+    /// The target has so many holes that looking ahead costs more than it saves.
+    holey: bool,
+}
+
+impl Map {
+    /// Bytes looked ahead, and the parts in them above which that is given up for the next question.
+    const AHEAD: u64 = 64 << 20;
+    const PARTS_MAX: usize = 64;
+
+    const fn new() -> Self {
+        Self { known: ByteRange { start: 0, end: 0 }, parts: Vec::new(), holey: false }
+    }
+
+    /// The allocated parts of `range`; ranges ascend, and nothing is written between the questions.
+    fn allocated(
+        &mut self,
+        target: &mut impl BlockFile,
+        range: ByteRange,
+        size_bytes: u64,
+    ) -> Result<Vec<ByteRange>, JournalError> {
+        if range.start < self.known.start || range.end > self.known.end {
+            let ahead = if self.holey { 0 } else { Self::AHEAD };
+            let end = range.end.max((range.start + ahead).min(size_bytes));
+            self.known = ByteRange { start: range.start, end };
+            self.parts = target.allocated(self.known)?;
+            self.holey = self.parts.len() > Self::PARTS_MAX;
+        }
+        let from = self.parts.partition_point(|part| part.end <= range.start);
+        let inside = self.parts.iter().skip(from).take_while(|part| part.start < range.end);
+        Ok(inside
+            .map(|part| ByteRange { start: part.start.max(range.start), end: part.end.min(range.end) })
+            .collect())
+    }
 }
 
 /// Cuts blocks into runs that lie wholly in a hole (true) and the rest (false).

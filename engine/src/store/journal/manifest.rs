@@ -119,8 +119,9 @@ pub(super) fn read_manifest(
         return Err(JournalError::Foreign { path });
     }
     let mut read = Read { shape: Shape::default(), index: 1, at: BLOCK_BYTES, durable_group: 0, torn: false };
+    let mut ahead = Ahead { start: 0, bytes: Vec::new() };
     while read.at < size {
-        let edit = match read_edit(&mut *file, read.at, size, &header, read.index)? {
+        let edit = match read_edit(&mut *file, &mut ahead, read.at, size, &header, read.index)? {
             Ok(edit) => edit,
             Err(_) if rest_is_zero(&mut *file, read.at, size)? => break,
             Err(error) => {
@@ -149,17 +150,43 @@ pub(super) fn read_manifest(
     Ok(read)
 }
 
+/// A part of the manifest that was read ahead: edits are small and many.
+struct Ahead {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Ahead {
+    const BYTES: u64 = 1 << 20;
+
+    /// `len` bytes of the file, fewer (none) where it ends at `size` before them.
+    fn read(
+        &mut self,
+        file: &mut dyn BlockFile,
+        at: u64,
+        len: u64,
+        size: u64,
+    ) -> Result<&[u8], JournalError> {
+        if at < self.start || at + len > self.start + self.bytes.len() as u64 {
+            self.bytes.resize(Self::BYTES.max(len).min(size.saturating_sub(at)) as usize, 0);
+            self.start = at;
+            file.read(&mut [ReadAt { offset: at, data: &mut self.bytes }])?;
+        }
+        let from = (at - self.start) as usize;
+        Ok(self.bytes.get(from..).and_then(|rest| rest.get(..len as usize)).unwrap_or_default())
+    }
+}
+
 /// The edit at a place, or why there is none.
 fn read_edit(
     file: &mut dyn BlockFile,
+    ahead: &mut Ahead,
     at: u64,
     size: u64,
     header: &ManifestHeader,
     index: u64,
 ) -> Result<Result<(EditHead, Edit), FormatError>, JournalError> {
-    let mut block = vec![0; BLOCK_BYTES as usize];
-    file.read(&mut [ReadAt { offset: at, data: &mut block }])?;
-    let head = match EditHead::open(&block) {
+    let head = match EditHead::open(ahead.read(file, at, BLOCK_BYTES, size)?) {
         Ok(head) => head,
         Err(error) => return Ok(Err(error)),
     };
@@ -173,9 +200,8 @@ fn read_edit(
     if at + head.stored_bytes() > size {
         return Ok(field("body_bytes", head.body_bytes.into(), "a body that ends inside the file"));
     }
-    let mut bytes = vec![0; head.stored_bytes() as usize];
-    file.read(&mut [ReadAt { offset: at, data: &mut bytes }])?;
-    let (body, padding) = bytes
+    let (body, padding) = ahead
+        .read(file, at, head.stored_bytes(), size)?
         .get(EditHead::BYTES..)
         .and_then(|rest| rest.split_at_checked(head.body_bytes as usize))
         .unwrap_or_default();

@@ -113,6 +113,7 @@ fn step<T: BlockFile>(
     if !reads.is_empty() {
         applier.target().read(&mut reads)?;
     }
+    preload(runs, applier, ranges)?;
     let mut window = Window::default();
     for (blocks, now) in ranges.iter().zip(&live) {
         let mut then = vec![0; now.len()];
@@ -120,9 +121,41 @@ fn step<T: BlockFile>(
         put_differing(&mut window, *blocks, &then.into(), now);
         done.compared_bytes += now.len() as u64;
     }
+    for run in runs {
+        applier.sealed_run(*run)?.preload(&[])?; // gives the memory back
+    }
     done.written_bytes += window.bytes();
     if window.bytes() > 0 {
         applier.write_window(&window)?;
+    }
+    Ok(())
+}
+
+/// Has the images of the blocks read together, from each run what no older one has: one by one they take as long as
+/// the medium takes for each.
+fn preload<T: BlockFile>(
+    runs: &[Run],
+    applier: &mut Applier<T>,
+    ranges: &[BlockRange],
+) -> Result<(), JournalError> {
+    let mut missing = ranges.to_vec();
+    for run in runs {
+        let sealed = applier.sealed_run(*run)?;
+        sealed.preload(&missing)?;
+        let mut left = Vec::new();
+        for range in missing {
+            let mut at = range.start;
+            for found in sealed.lookup(range)? {
+                if at < found.blocks.start {
+                    left.push(BlockRange::new(at, found.blocks.start));
+                }
+                at = found.blocks.end;
+            }
+            if at < range.end {
+                left.push(BlockRange::new(at, range.end));
+            }
+        }
+        missing = left;
     }
     Ok(())
 }
