@@ -468,8 +468,14 @@ fn reopen(
     let files = &**journal.files();
     let path = run_path(journal, opened.disk, RunFile::Epoch(opened.epoch));
     let certain = if applied.epoch == opened.epoch { applied.undo_bytes } else { 0 };
+    let there = files.facts(&path)?.is_some();
+    // A new one in its place would show what stands on the target now as what stood there then.
+    if !there && certain > FRAMES_START {
+        let what = format!("it is missing, and {certain} bytes of before-images in it were durable");
+        return Err(JournalError::damaged(&path, what));
+    }
     // Its header is durable before the first image is saved: where there is none, the header may be torn.
-    let begun = files.facts(&path)?.is_some() && (certain > FRAMES_START || !is_blank(journal, &path)?);
+    let begun = there && (certain > FRAMES_START || !is_blank(journal, &path)?);
     if !begun {
         files.remove(&path)?;
         return Ok((create_run(journal, opened, size_sectors)?, Vec::new()));
