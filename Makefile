@@ -3,12 +3,12 @@
 
 SCRIPTS := benches/scripts
 CARGO ?= cargo
-export SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS PERCENT ROUNDS CASES LEVEL POINTS
+export SIZE_MIB APPLY_MIB EXTENTS GROW SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS PERCENT ROUNDS CASES LEVEL POINTS
 # Python writes no caches beside the scripts.
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test delta-test points-test export-test scrub-test ordered-test crash flips bench-sync sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test delta-test points-test export-test scrub-test ordered-test crash flips bench-sync bench-journal sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ bench-sync: setup ## speed and cost of the initial sync, release build: [SIZE=8G
 	$(CARGO) build --release --workspace --bins
 	@REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_sync.py
 
+bench-journal: setup ## speed and cost of the retention journal, release build: [DIR=target/bench-journal] [PARTS="commit apply"] [SIZE_MIB=2048] [APPLY_MIB=192] [EXTENTS=10000000] [GROW=300000]
+	$(CARGO) build --release -p reprotect-benches --bin bench_journal
+	@"$${CARGO_TARGET_DIR:-target}/release/bench_journal" "$(or $(DIR),target/bench-journal)" $(PARTS)
+
 points-test: build ## recovery points mounted, compared, gone back to: [SIZE=1G] [POINTS=6] [TARGET=flat] [SEED=n]
 	@$(SCRIPTS)/points_test.py
 
@@ -55,10 +59,10 @@ ordered-test: setup ## ext4 and SQLite under load, points mounted and judged: [P
 		$(CARGO) test -p reprotect-master-target --all-features --test ordered -- --nocapture
 
 crash: ## the journal against power loss at every write of many workloads: [CASES=2000]
-	CRASH_CASES=$(or $(CASES),2000) $(CARGO) test -p reprotect-engine --all-features --test journal_store --test redo_log -- --nocapture
+	CRASH_CASES=$(or $(CASES),2000) $(CARGO) test -p reprotect-engine --all-features --test journal_store --test redo_log --test journal_model -- --nocapture
 
-flips: ## every bit of a journal flipped
-	FLIPS=all $(CARGO) test -p reprotect-engine --all-features --test redo_log flipped -- --nocapture
+flips: ## every bit of a journal of more than 1 MiB flipped, every truncation; ten thousand damaged ones opened
+	FLIPS=all $(CARGO) test -p reprotect-engine --all-features --test journal_flips -- --nocapture --test-threads 1
 
 sim: ## the simulator: [SEED=n] replays one seed with its events, [SEEDS=2000 or a..b] plays many
 	$(if $(SEED),SIM_SEED=$(SEED)) $(if $(SEEDS),SIM_SEEDS=$(SEEDS)) \

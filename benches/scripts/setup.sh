@@ -8,7 +8,7 @@ PATH=$PATH:/usr/sbin:/sbin
 declare -A packages=(
     [mke2fs]=e2fsprogs [mkfs.xfs]=xfsprogs [mkfs.btrfs]=btrfs-progs [mkfs.vfat]=dosfstools [qemu-img]=qemu-utils [losetup]=mount [mount]=mount [sfdisk]=fdisk
     [blockdev]=util-linux [swapon]=mount [python3]=python3 [cc]=gcc [make]=make [cmp]=diffutils [debugfs]=e2fsprogs
-    [pkg-config]=pkg-config [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [nbdfuse]=libnbd-bin [mkfs.ext4]=e2fsprogs [qemu-io]=qemu-utils
+    [pkg-config]=pkg-config [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [nbdfuse]=libnbd-bin [mkfs.ext4]=e2fsprogs [qemu-io]=qemu-utils [fio]=fio
 )
 missing=()
 for program in "${!packages[@]}"; do

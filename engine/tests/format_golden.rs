@@ -5,6 +5,8 @@
 //! Layout of a golden file: a line `== NAME`, then lines of up to 16 bytes, `offset: hex`.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "samples/journal.rs"]
+mod journal_samples;
 mod samples;
 #[path = "samples/undo.rs"]
 mod undo_samples;
@@ -19,7 +21,9 @@ use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::frame::{Frame, FrameHeader, FrameKind};
 use reprotect_engine::format::handshake::{Hello, HelloAck};
+use reprotect_engine::format::manifest::{Edit, EditHead, ManifestHeader, Superblock};
 use reprotect_engine::format::message::Message;
+use reprotect_engine::format::segment::{Applied, EntryKind, GroupHeader, SegmentHeader, entries};
 use reprotect_engine::format::undo::frame::{Frame as UndoFrame, FrameHead, UndoCodec};
 use reprotect_engine::format::undo::index::{
     Trailer, put_fence_page, put_index_page, read_fence_page, read_index_page,
@@ -266,4 +270,66 @@ fn undo_runs_have_the_bytes_they_always_had() {
     let read = Trailer::from_block(&padded(6), header.salt, trailer.places().file_bytes()).unwrap();
     assert_eq!(read.places(), trailer.places());
     assert_eq!((read.blocks, read.span(), read.closed), (trailer.blocks, trailer.span(), trailer.closed));
+}
+
+#[test]
+fn superblock_and_manifest_have_the_bytes_they_always_had() {
+    let (superblock, header) = (journal_samples::superblock(), journal_samples::manifest_header());
+    let edits = journal_samples::edits();
+    let mut sections = vec![
+        ("Superblock".to_owned(), without_padding(&superblock.to_block())),
+        ("ManifestHeader".to_owned(), without_padding(&header.to_block())),
+    ];
+    for (edit, index) in edits.iter().zip(1..) {
+        let name = format!("{edit:?}").split('(').next().unwrap().to_owned();
+        let bytes = edit.encode(header.number, index, index - 1, superblock.durable_group);
+        sections.push((format!("edit {name}"), without_padding(&bytes)));
+    }
+    let golden = check("manifest.txt", &sections, false);
+    let padded = |at: usize| {
+        let mut bytes = golden[at].1.clone();
+        bytes.resize(4096, 0);
+        bytes
+    };
+    assert_eq!(Superblock::open(&padded(0)).unwrap(), superblock);
+    assert_eq!(ManifestHeader::open(&padded(1)).unwrap(), header);
+    for ((at, edit), index) in (2..).zip(&edits).zip(1..) {
+        let bytes = padded(at);
+        let head = EditHead::open(&bytes).unwrap();
+        assert_eq!((head.manifest, head.index, head.durable_index), (header.number, index, index - 1));
+        let body = &bytes[EditHead::BYTES..][..head.body_bytes as usize];
+        assert_eq!(&Edit::decode(&head, body).unwrap(), edit);
+    }
+    // Edits of a kind that is missing from the samples would not be pinned.
+    let kinds: std::collections::BTreeSet<u8> =
+        (2..golden.len()).map(|at| EditHead::open(&padded(at)).unwrap().kind as u8).collect();
+    assert_eq!(kinds.len(), reprotect_engine::format::manifest::EditKind::ALL.len());
+}
+
+#[test]
+fn segments_have_the_bytes_they_always_had() {
+    let (header, group) = (journal_samples::segment_header(), journal_samples::group());
+    let sections = vec![
+        ("SegmentHeader".to_owned(), without_padding(&header.to_block())),
+        ("group with an entry of each kind".to_owned(), group),
+    ];
+    let golden = check("segment.txt", &sections, false);
+    let mut block = golden[0].1.clone();
+    block.resize(4096, 0);
+    let read = SegmentHeader::open(&block).unwrap();
+    assert_eq!(SegmentHeader { crc: 0, ..read }, header);
+    let group = &golden[1].1;
+    let head = GroupHeader::open(group).unwrap();
+    let payload = &group[GroupHeader::BYTES..];
+    assert!(head.check_payload(payload).is_ok());
+    assert_eq!((head.group, head.entry_count, head.stored_bytes()), (61, 6, 4096));
+    let read: Vec<_> = entries(payload).map(Result::unwrap).collect();
+    for ((kind, bytes), (_, head, body)) in journal_samples::entries().iter().zip(&read) {
+        assert_eq!((head.kind, head.disk), (*kind, DISK));
+        assert!(bytes.ends_with(body));
+        if *kind == EntryKind::Applied {
+            assert_eq!(Applied::read_exact(body).unwrap(), journal_samples::applied());
+        }
+    }
+    assert_eq!(read.len(), EntryKind::ALL.len());
 }

@@ -231,8 +231,8 @@ fn judge(files: &MemoryFiles, what: &str) {
 fn every_flipped_bit_of_a_closed_journal_is_named_or_lies_in_padding() {
     let files = sample();
     let names = files.opener().neighbours(&Path::new(FOLDER).join("x")).unwrap();
-    // The full form flips every bit; the suite takes every 61st, which visits every byte position of a sector.
-    let step = std::env::var("FLIPS").map_or(61, |_| 1);
+    // Every 61st bit visits every byte position of a sector; `journal_flips.rs` comes to all.
+    let step = 61;
     for name in names {
         let path = Path::new(FOLDER).join(&name);
         let bytes = files.bytes_sparse(&path);
@@ -292,4 +292,50 @@ fn files_of_nobody_are_moved_aside_and_kept() {
     let (_, found) = open(&files).unwrap();
     assert_eq!(found.set_aside, [Path::new("/retention/manifest-00000099.aside")]);
     assert_eq!(files.bytes("/retention/manifest-00000099.aside"), b"left by a crash");
+}
+
+#[test]
+fn opening_a_whole_journal_writes_no_new_manifest() {
+    let files = sample();
+    for _ in 0..3 {
+        let (journal, _) = open(&files).unwrap();
+        journal.close(NOW).unwrap();
+    }
+    assert!(!files.bytes_sparse("/retention/manifest-00000001").is_empty());
+    assert!(files.bytes_sparse("/retention/manifest-00000002").is_empty());
+}
+
+/// A torn end is edits that were never durable; the superblock of a closed journal knows that these were.
+#[test]
+fn the_last_edit_of_a_closed_journal_is_damage_where_it_cannot_be_read() {
+    let files = sample();
+    let path = "/retention/manifest-00000001";
+    let (offset, bytes) = files.bytes_sparse(path).pop().unwrap();
+    let last = offset + bytes.len() as u64 - 4096;
+    for damage in [&[0xff_u8; 16][..], &[0; 4096]] {
+        let damaged = files.snapshot();
+        damaged.poke(path, last, damage);
+        let error = open(&damaged).err().unwrap().to_string();
+        assert!(error.contains("manifest-00000001"), "{error}");
+    }
+    let cut = files.snapshot();
+    cut.opener().resize(Path::new(path), last).unwrap();
+    assert!(matches!(open(&cut), Err(JournalError::Damaged { .. })));
+}
+
+#[test]
+fn a_copy_of_the_superblock_with_a_broken_magic_is_passed_over_and_one_of_a_newer_version_is_not() {
+    let files = sample();
+    let bytes = files.bytes("/retention/superblock");
+    let oldest = 4096; // copies are written round-robin from the second place on
+    assert_ne!(bytes[oldest], 0);
+    for (at, flip, opens) in [(oldest, 1_u8, true), (oldest + 7, 1, true), (oldest + 7, 2, false)] {
+        let damaged = files.snapshot();
+        damaged.poke("/retention/superblock", at as u64, &[bytes[at] ^ flip]);
+        let opened = open(&damaged);
+        assert_eq!(opened.is_ok(), opens, "byte {at}, flip {flip}");
+        if let Err(error) = opened {
+            assert!(error.to_string().contains("superblock"), "{error}");
+        }
+    }
 }

@@ -80,9 +80,49 @@ fn main() {
     for (name, bytes) in golden("disk_state.txt") {
         write("disk_state", &name, &bytes);
     }
+    journal();
     vmdk();
     nbd();
     sessions();
+}
+
+/// The structures of a journal, and patches of a whole one (see `src/journal.rs`: file, place, change).
+fn journal() {
+    for (name, bytes) in golden("manifest.txt") {
+        let target = if name == "Superblock" { "superblock" } else { "manifest" };
+        write(target, &name, &padded(&bytes));
+    }
+    for (name, bytes) in golden("segment.txt") {
+        write("segment", &name, &padded(&bytes));
+    }
+    for (name, bytes) in golden("undo_run.txt") {
+        write("undo_run", &name, &padded(&bytes));
+    }
+    for (name, bytes) in golden("batches.txt") {
+        let Some((head, body)) = bytes.split_first_chunk() else { continue };
+        match FrameHeader::decode(head).map(|header| header.kind) {
+            Ok(FrameKind::Batch) => write("redo_entry", &name, &[&[0], body].concat()),
+            // A bulk entry says first which ranges may be written: all of them.
+            Ok(FrameKind::Bulk) => {
+                let keep = [&1_u32.to_le_bytes()[..], &[0; 8], &(1_u64 << 21).to_le_bytes()].concat();
+                write("redo_entry", &name, &[&[1], keep.as_slice(), body].concat());
+            }
+            _ => {}
+        }
+    }
+    for file in 0..8_u8 {
+        for (name, how) in [("flip", 3), ("flip and put right", 2), ("cut", 0), ("remove", 1)] {
+            write("journal", &format!("{name} {file}"), &[file, 31 * file, 0, 0x11, 0, how]);
+        }
+    }
+    write("journal", "nothing", &[]);
+}
+
+/// A structure in its block of 4 KiB.
+fn padded(bytes: &[u8]) -> Vec<u8> {
+    let mut block = bytes.to_vec();
+    block.resize(bytes.len().next_multiple_of(4096), 0);
+    block
 }
 
 /// What a client says: flags, options, requests (see `src/nbd.rs`).

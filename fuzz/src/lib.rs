@@ -8,6 +8,7 @@
 pub mod agent_session;
 pub mod decoders;
 pub mod input;
+pub mod journal;
 pub mod mutate;
 pub mod nbd;
 pub mod relay_session;
@@ -35,6 +36,12 @@ pub const TARGETS: &[Target] = &[
     Target { name: "bulk", run: decoders::bulk, input_bytes_max: 16384 },
     Target { name: "record", run: decoders::record, input_bytes_max: 16384 },
     Target { name: "disk_state", run: decoders::disk_state, input_bytes_max: 2048 },
+    Target { name: "superblock", run: journal::superblock, input_bytes_max: 4096 },
+    Target { name: "manifest", run: journal::manifest, input_bytes_max: 4096 },
+    Target { name: "segment", run: journal::segment, input_bytes_max: 4096 },
+    Target { name: "redo_entry", run: journal::redo_entry, input_bytes_max: 16384 },
+    Target { name: "undo_run", run: journal::undo_run, input_bytes_max: 4608 },
+    Target { name: "journal", run: journal::journal, input_bytes_max: 512 },
     Target { name: "vmdk_descriptor", run: vmdk::descriptor, input_bytes_max: 4096 },
     Target { name: "vmdk_header", run: vmdk::header, input_bytes_max: 1024 },
     Target { name: "vmdk_disk", run: vmdk::disk, input_bytes_max: 1024 },

@@ -55,7 +55,9 @@ wire! {
         durable_group: u64,
         /// When this copy was written.
         time: Timestamp,
-        ; reserved: [u8; 51],
+        /// Edits of that manifest known durable: fewer in it are damage, not a torn end.
+        manifest_edits: u64,
+        ; reserved: [u8; 43],
     }
 }
 
@@ -564,6 +566,7 @@ mod tests {
             manifest: 4,
             durable_group: 5,
             time: Timestamp(6),
+            manifest_edits: 7,
         };
         let block = superblock.to_block();
         assert_eq!(Superblock::open(&block).unwrap(), superblock.sealed());

@@ -8,7 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::device::{Chaos, Media, Stop};
 use super::manifest::{Catalogue, Change, Edit, Kind};
 use super::mutations::Rule;
-use super::records::{Applied, BLOCKS, Block, Body, Entry, Frame, Group, Record, SECTORS, Sequence};
+use super::records::{
+    Applied, BLOCKS, Block, Body, Entry, Frame, Group, Record, SECTORS, SEGMENT_GROUPS, Sequence,
+};
 
 /// An undo run: frames, and the index that sealing adds (the block of each frame).
 pub(crate) struct RunFile {
@@ -98,6 +100,37 @@ pub(crate) struct Journal {
 }
 
 impl Journal {
+    /// A fresh journal with nothing in it, not even a segment.
+    pub(crate) fn new(
+        chaos: Chaos,
+        broken: Option<Rule>,
+        trace: bool,
+        targets: Vec<Vec<u32>>,
+        created: Vec<bool>,
+    ) -> Self {
+        let disks = targets.len();
+        Self {
+            chaos,
+            broken,
+            trace,
+            now: 0,
+            found: Found::default(),
+            targets: targets.into_iter().map(Media::disk).collect(),
+            segments: Vec::new(),
+            manifest: Media::file(),
+            runs: (0..disks).map(|file| (file, RunFile::new())).collect(),
+            files_made: disks,
+            catalogue: Catalogue::new(&created),
+            edits: 0,
+            disks: vec![Disk::default(); disks],
+            writer: Writer { slot: SEGMENT_GROUPS, next_group: 1, ..Writer::default() },
+            passed: BTreeSet::new(),
+            opened_at_mark: 0,
+            dropped: Vec::new(),
+            created,
+        }
+    }
+
     pub(crate) fn keeps(&self, rule: Rule) -> bool {
         self.broken != Some(rule)
     }

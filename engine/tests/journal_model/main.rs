@@ -2,15 +2,23 @@
 //!
 //! To read the rules: `mutations.rs` lists them, `machine.rs` is the apply protocol, `open.rs` what follows a stop,
 //! `view.rs` what a point is. A rule holds when the intact journal passes every seed and when the journal without it
-//! fails within few. `MODEL_SEED=n` replays one seed with a line per event (with `MODEL_RULE=name`, without that rule),
+//! fails within few. `against_store.rs` holds the real store against it. `MODEL_SEED=n` replays one seed with a line per event (with `MODEL_RULE=name`, without that rule),
 //! `MODEL_SEEDS=n` plays that many. Called by `make model` and `cargo test`.
 
 mod actions;
+#[cfg(feature = "sim")]
+mod against_store;
 mod device;
 mod faults;
+#[cfg(feature = "sim")]
+#[path = "../journal_lab/mod.rs"]
+mod journal_lab;
 mod log;
 mod machine;
 mod manifest;
+#[cfg(feature = "sim")]
+#[path = "../journal_lab/merge.rs"]
+mod merge;
 mod mutations;
 mod open;
 mod operators;
@@ -22,6 +30,8 @@ mod retention;
 mod rng;
 mod rollback;
 mod source;
+#[cfg(feature = "sim")]
+mod store;
 mod undo;
 mod view;
 

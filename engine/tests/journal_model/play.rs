@@ -4,13 +4,13 @@
 //! exactly where the source does. Called by the tests in `journal_model.rs`.
 
 use super::actions::{ACTIONS, Action, favoured};
-use super::device::{Chaos, Media, Stop};
-use super::machine::{Disk, Found, Journal, RunFile, Writer};
-use super::manifest::{Catalogue, Kind};
+use super::device::{Chaos, Stop};
+use super::machine::{Found, Journal};
+use super::manifest::Kind;
 use super::mutations::Rule;
 use super::operators::Rollback;
 use super::oracle::Oracle;
-use super::records::{BLOCKS, Entry, SECTORS, SEGMENT_GROUPS, Sequence};
+use super::records::{BLOCKS, Entry, SECTORS, Sequence};
 pub(crate) use super::report::Report;
 use super::rng::Rng;
 use super::source::Source;
@@ -67,26 +67,7 @@ impl Player {
         let retries_failed_flush = broken == Some(Rule::FailedFlushStops);
         // Nothing goes wrong while the journal is made.
         let chaos = Chaos { rng, stop_per_mille: 0, flush_failure_per_mille: 0, retries_failed_flush };
-        let mut journal = Journal {
-            chaos,
-            broken,
-            trace,
-            now: 0,
-            found: Found::default(),
-            targets: targets.into_iter().map(Media::disk).collect(),
-            segments: Vec::new(),
-            manifest: Media::file(),
-            runs: (0..disks).map(|file| (file, RunFile::new())).collect(),
-            files_made: disks,
-            catalogue: Catalogue::new(&created),
-            edits: 0,
-            disks: vec![Disk::default(); disks],
-            writer: Writer { slot: SEGMENT_GROUPS, next_group: 1, ..Writer::default() },
-            passed: Default::default(),
-            opened_at_mark: 0,
-            dropped: Vec::new(),
-            created,
-        };
+        let mut journal = Journal::new(chaos, broken, trace, targets, created);
         journal.note(|| format!("seed {seed}: {disks} disks, created {:?}", journal.created));
         let made = journal.add_segment();
         debug_assert!(made.is_ok());
@@ -335,7 +316,7 @@ impl Player {
 
 impl Journal {
     /// What a power loss leaves of every device.
-    fn power_loss(&mut self) {
+    pub(crate) fn power_loss(&mut self) {
         let rng = &mut self.chaos.rng;
         self.segments.iter_mut().for_each(|file| file.power_loss(rng));
         self.targets.iter_mut().for_each(|file| file.power_loss(rng));

@@ -1,10 +1,11 @@
 //! The manifest and the superblock: what the journal consists of, durably.
 //!
 //! Invariants: an edit is durable when [`Manifest::append`] returned; a batch of edits may be torn by a crash from its
-//! end only, as far as the next opening is concerned: what stands behind the first invalid edit is dropped, unless an
-//! edit behind it knew that one durable, which is damage and refused. After an opening that dropped anything, and when
-//! it has grown, the manifest is written anew into a file of the next number; the superblock names it before the old
-//! one is removed. A failed write or flush stops it for good (I6). Units: bytes. Called by `store::journal`.
+//! end only, as far as the next opening is concerned: what stands behind the first invalid edit is dropped, unless the
+//! superblock or an edit behind it knew that one durable, which is damage and refused. After an opening that dropped
+//! anything, and when it has grown, the manifest is written anew into a file of the next number; the superblock names
+//! it before the old one is removed. A failed write or flush stops it for good (I6). Units: bytes. Called by
+//! `store::journal`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -73,7 +74,12 @@ pub(super) fn read_superblock(files: &dyn Files, folder: &Path) -> Result<Superb
         }
     }
     // A copy that only a newer program understands must not be passed over for an older one.
-    let newer = matches!(&refused, Some(FormatError::Field { field: "incompatible" | "magic", .. }));
+    // Its magic ends in a higher version; other bytes of the magic differ by damage only.
+    let newer = match &refused {
+        Some(FormatError::Field { field: "magic", got, .. }) => *got > u64::from(SUPERBLOCK_MAGIC[7]),
+        Some(FormatError::Field { field, .. }) => *field == "incompatible",
+        _ => false,
+    };
     match (newest, refused) {
         (Some(superblock), _) if !newer => Ok(superblock),
         (_, Some(error)) => {
@@ -139,16 +145,15 @@ pub(super) fn walk_manifest(
         return Err(JournalError::Foreign { path });
     }
     let mut read = Read { shape: Shape::default(), index: 1, at: BLOCK_BYTES, durable_group: 0, torn: false };
+    let mut ahead = Ahead { start: 0, bytes: Vec::new() };
     while read.at < size {
-        let edit = match read_edit(&mut *file, read.at, size, &header, read.index)? {
+        let edit = match read_edit(&mut *file, &mut ahead, read.at, size, &header, read.index)? {
             Ok(edit) => edit,
-            Err(FormatError::Field { field: "magic", got: 0, .. })
-                if rest_is_zero(&mut *file, read.at, size)? =>
-            {
-                break;
-            }
+            Err(_) if rest_is_zero(&mut *file, read.at, size)? => break,
             Err(error) => {
-                if knows_durable(&mut *file, read.at, size, &header, read.index)? {
+                if read.index <= superblock.manifest_edits
+                    || knows_durable(&mut *file, read.at, size, &header, read.index)?
+                {
                     return Err(JournalError::format(&path, read.at, REMEDY)(error));
                 }
                 read.torn = true;
@@ -164,20 +169,51 @@ pub(super) fn walk_manifest(
         read.index += 1;
         read.at += head.stored_bytes();
     }
+    // Zeros, or the file's end, where there were edits.
+    if read.index <= superblock.manifest_edits {
+        let (got, known) = (read.index - 1, superblock.manifest_edits);
+        return Err(JournalError::damaged(&path, format!("it has {got} edits, and {known} were durable")));
+    }
     Ok(read)
+}
+
+/// A part of the manifest that was read ahead: edits are small and many.
+struct Ahead {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Ahead {
+    const BYTES: u64 = 1 << 20;
+
+    /// `len` bytes of the file, fewer (none) where it ends at `size` before them.
+    fn read(
+        &mut self,
+        file: &mut dyn BlockFile,
+        at: u64,
+        len: u64,
+        size: u64,
+    ) -> Result<&[u8], JournalError> {
+        if at < self.start || at + len > self.start + self.bytes.len() as u64 {
+            self.bytes.resize(Self::BYTES.max(len).min(size.saturating_sub(at)) as usize, 0);
+            self.start = at;
+            file.read(&mut [ReadAt { offset: at, data: &mut self.bytes }])?;
+        }
+        let from = (at - self.start) as usize;
+        Ok(self.bytes.get(from..).and_then(|rest| rest.get(..len as usize)).unwrap_or_default())
+    }
 }
 
 /// The edit at a place, or why there is none.
 fn read_edit(
     file: &mut dyn BlockFile,
+    ahead: &mut Ahead,
     at: u64,
     size: u64,
     header: &ManifestHeader,
     index: u64,
 ) -> Result<Result<(EditHead, Edit), FormatError>, JournalError> {
-    let mut block = vec![0; BLOCK_BYTES as usize];
-    file.read(&mut [ReadAt { offset: at, data: &mut block }])?;
-    let head = match EditHead::open(&block) {
+    let head = match EditHead::open(ahead.read(file, at, BLOCK_BYTES, size)?) {
         Ok(head) => head,
         Err(error) => return Ok(Err(error)),
     };
@@ -191,9 +227,8 @@ fn read_edit(
     if at + head.stored_bytes() > size {
         return Ok(field("body_bytes", head.body_bytes.into(), "a body that ends inside the file"));
     }
-    let mut bytes = vec![0; head.stored_bytes() as usize];
-    file.read(&mut [ReadAt { offset: at, data: &mut bytes }])?;
-    let (body, padding) = bytes
+    let (body, padding) = ahead
+        .read(file, at, head.stored_bytes(), size)?
         .get(EditHead::BYTES..)
         .and_then(|rest| rest.split_at_checked(head.body_bytes as usize))
         .unwrap_or_default();
@@ -275,6 +310,7 @@ impl Manifest {
             manifest: number,
             durable_group: 0,
             time: now,
+            manifest_edits: 0,
         };
         let superblock_file = files.open(&path, true)?;
         let mut manifest = Self {
@@ -465,6 +501,7 @@ impl Manifest {
             clean,
             durable_group: durable.max(self.superblock.durable_group),
             time: now,
+            manifest_edits: self.index - 1,
             ..self.superblock
         }
         .sealed();

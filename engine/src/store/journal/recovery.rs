@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use super::error::JournalError;
 use super::log::{Place, segment_path};
 use super::shape::Shape;
+use crate::format::FormatError;
 use crate::format::disk_state::DiskState;
 use crate::format::manifest::SegmentOpened;
 use crate::format::segment::{Applied, EntryHead, EntryKind, GroupHeader, JournalId, SegmentHeader, entries};
@@ -186,6 +187,10 @@ impl Scanner<'_> {
         match SegmentHeader::open(&block) {
             Ok(header) if header.journal != self.journal => return Err(JournalError::Foreign { path }),
             Ok(header) if header.number == segment.number && header.salt == segment.salt => {}
+            // Its checksum is right: that is no damage.
+            Err(error @ FormatError::Field { field: "incompatible", .. }) => {
+                return Err(JournalError::format(&path, 0, "use the program that wrote it")(error));
+            }
             // The manifest names a use before the file's header does: a crash came between, nothing was ever in it.
             Ok(_) | Err(_)
                 if next.is_none_or(|next| next == segment.first_group)

@@ -21,8 +21,8 @@ use crate::format::manifest::EpochCause;
 use crate::io::{BlockFile, ReadAt};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, SECTOR_BYTES, SectorRange, Timestamp};
 
-/// Blocks compared and written in one go.
-const STEP_BLOCKS: u64 = 1024;
+/// Blocks compared, saved and written in one go, with one pair of flushes: bounds the memory.
+const STEP_BLOCKS: u64 = 4096;
 
 /// What a rollback did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,14 +70,21 @@ pub fn resume<T: BlockFile>(
     let mut done = RolledBack::default();
     let whole = BlockRange::new(0, applier.size_sectors().div_ceil(BLOCK_SECTORS));
     let runs = view.open_runs(journal, applier)?;
+    let (mut ranges, mut room) = (Vec::new(), STEP_BLOCKS);
     for range in view.differing(&runs, applier, whole)? {
         let mut first = range.start;
         while first < range.end {
-            let end = range.end.min(first + STEP_BLOCKS);
-            step(&runs, applier, &view, BlockRange::new(first, end), &mut done)?;
+            let end = range.end.min(first + room);
+            ranges.push(BlockRange::new(first, end));
+            room -= end - first;
             first = end;
+            if room == 0 {
+                step(&runs, applier, &view, &std::mem::take(&mut ranges), &mut done)?;
+                room = STEP_BLOCKS;
+            }
         }
     }
+    step(&runs, applier, &view, &ranges, &mut done)?;
     let number = applier.applied().number;
     applier.apply(journal, number, &Window::default(), now)?;
     journal.commit(now)?;
@@ -85,21 +92,76 @@ pub fn resume<T: BlockFile>(
     Ok(done)
 }
 
+/// Takes scattered blocks back, up to [`STEP_BLOCKS`].
 fn step<T: BlockFile>(
     runs: &[Run],
     applier: &mut Applier<T>,
     view: &View,
-    blocks: BlockRange,
+    ranges: &[BlockRange],
     done: &mut RolledBack,
 ) -> Result<(), JournalError> {
-    let start = blocks.start * BLOCK_BYTES;
-    let end = (blocks.end * BLOCK_BYTES).min(applier.size_sectors() * SECTOR_BYTES);
-    let mut then = vec![0; (end - start) as usize];
-    view.read(runs, applier, start, &mut then)?;
-    let mut now = vec![0; then.len()];
-    applier.target().read(&mut [ReadAt { offset: start, data: &mut now }])?;
-    let then = Bytes::from(then);
+    let size_bytes = applier.size_sectors() * SECTOR_BYTES;
+    let bytes_of = |blocks: &BlockRange| {
+        ((blocks.end * BLOCK_BYTES).min(size_bytes) - blocks.start * BLOCK_BYTES) as usize
+    };
+    let mut live: Vec<Vec<u8>> = ranges.iter().map(|blocks| vec![0; bytes_of(blocks)]).collect();
+    let mut reads: Vec<ReadAt<'_>> = ranges
+        .iter()
+        .zip(&mut live)
+        .map(|(blocks, data)| ReadAt { offset: blocks.start * BLOCK_BYTES, data })
+        .collect();
+    if !reads.is_empty() {
+        applier.target().read(&mut reads)?;
+    }
+    preload(runs, applier, ranges)?;
     let mut window = Window::default();
+    for (blocks, now) in ranges.iter().zip(&live) {
+        let mut then = vec![0; now.len()];
+        view.read(runs, applier, blocks.start * BLOCK_BYTES, &mut then)?;
+        put_differing(&mut window, *blocks, &then.into(), now);
+        done.compared_bytes += now.len() as u64;
+    }
+    for run in runs {
+        applier.sealed_run(*run)?.preload(&[])?; // gives the memory back
+    }
+    done.written_bytes += window.bytes();
+    if window.bytes() > 0 {
+        applier.write_window(&window)?;
+    }
+    Ok(())
+}
+
+/// Has the images of the blocks read together, from each run what no older one has: one by one they take as long as
+/// the medium takes for each.
+fn preload<T: BlockFile>(
+    runs: &[Run],
+    applier: &mut Applier<T>,
+    ranges: &[BlockRange],
+) -> Result<(), JournalError> {
+    let mut missing = ranges.to_vec();
+    for run in runs {
+        let sealed = applier.sealed_run(*run)?;
+        sealed.preload(&missing)?;
+        let mut left = Vec::new();
+        for range in missing {
+            let mut at = range.start;
+            for found in sealed.lookup(range)? {
+                if at < found.blocks.start {
+                    left.push(BlockRange::new(at, found.blocks.start));
+                }
+                at = found.blocks.end;
+            }
+            if at < range.end {
+                left.push(BlockRange::new(at, range.end));
+            }
+        }
+        missing = left;
+    }
+    Ok(())
+}
+
+/// Puts the blocks that are not as they were into a window.
+fn put_differing(window: &mut Window, blocks: BlockRange, then: &Bytes, now: &[u8]) {
     let mut from = 0;
     for (block, (old, new)) in
         (blocks.start..).zip(then.chunks(BLOCK_BYTES as usize).zip(now.chunks(BLOCK_BYTES as usize)))
@@ -114,10 +176,4 @@ fn step<T: BlockFile>(
         }
         from += old.len();
     }
-    done.compared_bytes += then.len() as u64;
-    done.written_bytes += window.bytes();
-    if window.bytes() > 0 {
-        applier.write_window(&window)?;
-    }
-    Ok(())
 }

@@ -110,6 +110,8 @@ pub(super) struct FrameReader {
     plain: PoolBuf,
     decompressor: Decompressor,
     open: Option<Opened>,
+    /// Parts of the file that were read ahead, ascending: where each begins, and its bytes.
+    ahead: Vec<(u64, Vec<u8>)>,
 }
 
 /// What `plain` holds.
@@ -126,12 +128,35 @@ impl FrameReader {
             plain: PoolBuf::alone((FRAME_BLOCKS_MAX * BLOCK_BYTES) as usize)?,
             decompressor: Decompressor::new()?,
             open: None,
+            ahead: Vec::new(),
         })
+    }
+
+    /// Reads the frames of these entries ahead, in one call; forgets what was read ahead before.
+    pub(super) fn preload(
+        &mut self,
+        run: &mut RunFile,
+        mut entries: Vec<IndexEntry>,
+    ) -> Result<(), UndoError> {
+        self.ahead.clear();
+        entries.sort_unstable_by_key(|entry| entry.offset);
+        for entry in &entries {
+            let ByteRange { start, end } = stored_at(run, entry);
+            match self.ahead.last_mut() {
+                Some((at, bytes)) if *at + bytes.len() as u64 >= start => {
+                    bytes.resize((end.max(*at + bytes.len() as u64) - *at) as usize, 0);
+                }
+                _ => self.ahead.push((start, vec![0; (end - start) as usize])),
+            }
+        }
+        let mut reads: Vec<ReadAt<'_>> =
+            self.ahead.iter_mut().map(|(offset, data)| ReadAt { offset: *offset, data }).collect();
+        if reads.is_empty() { Ok(()) } else { Ok(run.file.read(&mut reads)?) }
     }
 
     /// Reads the frame of an entry; its payload is not checked yet.
     pub(super) fn fetch(&mut self, run: &mut RunFile, entry: &IndexEntry) -> Result<Frame<'_>, UndoError> {
-        fetch_into(&mut self.stored, run, entry)
+        fetch_into(&mut self.stored, &self.ahead, run, entry)
     }
 
     /// Fills `out` with the images of `blocks`, all of which are in `entry`.
@@ -182,7 +207,7 @@ impl FrameReader {
             return Ok(());
         }
         self.open = None;
-        let frame = fetch_into(&mut self.stored, run, entry)?;
+        let frame = fetch_into(&mut self.stored, &self.ahead, run, entry)?;
         let (sound, wrong) = frame
             .open_into(&mut self.decompressor, &mut self.plain)
             .map_err(|reason| run.damaged(entry.offset, entry.blocks(), reason))?;
@@ -209,17 +234,27 @@ impl FrameReader {
     }
 }
 
+/// Where the frame of an entry is stored, in whole blocks, as far as the file reaches.
+fn stored_at(run: &RunFile, entry: &IndexEntry) -> ByteRange {
+    let start = entry.offset / UNDO_ALIGN_BYTES * UNDO_ALIGN_BYTES;
+    let end = (entry.offset + entry.frame_bytes()).next_multiple_of(UNDO_ALIGN_BYTES);
+    ByteRange { start, end: end.min(run.file.size_bytes()).max(start) }
+}
+
 /// Reads the frame of an entry and checks that it is the one the entry means.
 fn fetch_into<'a>(
     stored: &'a mut PoolBuf,
+    ahead: &[(u64, Vec<u8>)],
     run: &mut RunFile,
     entry: &IndexEntry,
 ) -> Result<Frame<'a>, UndoError> {
-    let start = entry.offset / UNDO_ALIGN_BYTES * UNDO_ALIGN_BYTES;
-    let end = (entry.offset + entry.frame_bytes()).next_multiple_of(UNDO_ALIGN_BYTES);
-    let len = end.min(run.file.size_bytes()).saturating_sub(start);
-    stored.set_len((len as usize).min(stored.capacity()));
-    if !stored.is_empty() {
+    let ByteRange { start, end } = stored_at(run, entry);
+    stored.set_len(((end - start) as usize).min(stored.capacity()));
+    let before = ahead.partition_point(|(at, _)| *at <= start).checked_sub(1).and_then(|at| ahead.get(at));
+    let known = before.and_then(|(at, bytes)| bytes.get((start - at) as usize..(end - at) as usize));
+    if let Some(known) = known.filter(|known| known.len() == stored.len()) {
+        stored.copy_from_slice(known);
+    } else if !stored.is_empty() {
         run.file.read(&mut [ReadAt { offset: start, data: &mut *stored }])?;
     }
     let bytes = stored.get((entry.offset - start) as usize..).unwrap_or_default();

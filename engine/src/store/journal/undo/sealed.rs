@@ -206,6 +206,24 @@ impl SealedRun {
         Ok(())
     }
 
+    /// Reads what the run holds of these blocks ahead, all together, in place of what was read ahead before. Bounds
+    /// nothing: the caller bounds the blocks. Damage shows when they are read.
+    ///
+    /// # Errors
+    /// When index or file cannot be read.
+    pub fn preload(&mut self, ranges: &[BlockRange]) -> Result<(), UndoError> {
+        let mut entries = Vec::new();
+        for range in ranges {
+            let mut at = range.start;
+            while at < range.end {
+                let found = self.entries_from(at, range.end)?;
+                at = found.last().map_or(range.end, |last| last.blocks().end);
+                entries.extend(found.into_iter().filter(|entry| entry.codec.has_payload()));
+            }
+        }
+        self.reader.preload(&mut self.run, entries)
+    }
+
     /// Entries that end behind block `first` and begin before block `end`, ascending: at most one page of them, and
     /// none only when there is none.
     pub(super) fn entries_from(&mut self, first: u64, end: u64) -> Result<Vec<IndexEntry>, UndoError> {

@@ -1,0 +1,58 @@
+//! What a record costs while the journal grows a hundredfold, and how long such a log takes to open.
+//!
+//! Small batches, a commit every 256; nothing is released. A log of 100 GB does not fit every machine: seconds per GB.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use reprotect_engine::format::segment::EntryKind;
+use reprotect_engine::store::files::Files;
+use reprotect_engine::store::journal::{Journal, JournalSettings};
+
+use super::counting::{Class, Counting};
+use super::world::{Batches, NOW, add, disk_id, open_or_create, resident_mib, retention};
+use super::{Report, setting};
+
+const SEGMENT_BYTES: u64 = 256 << 20;
+const GROUP: u64 = 256;
+
+pub(crate) fn run(folder: &Path, report: &mut Report) {
+    let records = setting("GROW", 300_000).next_multiple_of(100 * GROUP);
+    let (files, retention) = (Counting::new(), retention(folder));
+    let mut journal = open_or_create(&files, &retention, SEGMENT_BYTES);
+    add(&mut journal, 0, 1 << 20);
+    let body = Batches::new(false).batch(0, std::iter::once(7));
+    journal.prepare((records * (body.len() as u64 + 100) / SEGMENT_BYTES) as usize + 2).expect("room");
+    let part = records / 100;
+    let mut costs = Vec::new();
+    for _ in 0..100 {
+        let begun = Instant::now();
+        for at in 1..=part {
+            journal.append(disk_id(0), EntryKind::Batch, &[&body], NOW).expect("room in the log");
+            if at.is_multiple_of(GROUP) {
+                journal.commit(NOW).expect("a commit");
+            }
+        }
+        costs.push(begun.elapsed().as_secs_f64() * 1e6 / part as f64);
+    }
+    // The first hundredth against the last, each in the company of its neighbours: one commit is noise.
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
+    let (first, last) = (mean(&costs[..10]), mean(&costs[90..]));
+    report.note("cost of a record, us, first tenth", first);
+    report.note("cost of a record, us, last tenth", last);
+    report.held("last over first", last / first, '<', 1.25);
+    drop(journal);
+    let (before, counts) = (resident_mib(), files.counts());
+    let begun = Instant::now();
+    let opener: Arc<dyn Files> = Arc::new(files.clone());
+    let settings = JournalSettings { segment_bytes: SEGMENT_BYTES };
+    let (journal, _) = Journal::open(opener, &retention, settings, NOW).expect("it opens");
+    let took = begun.elapsed().as_secs_f64();
+    assert_eq!(journal.entries(disk_id(0)).len() as u64, records, "every record is there");
+    let read = files.counts().since(&counts).of(Class::Log).read_bytes as f64 / 1e9;
+    report.note("opening after a crash: GB of log read", read);
+    report.note("opening after a crash, s", took);
+    report.note("opening after a crash, s per GB of log", took / read);
+    report.note("memory of the opened journal, MiB", resident_mib() - before);
+}
