@@ -3,7 +3,7 @@
 
 SCRIPTS := benches/scripts
 CARGO ?= cargo
-export SIZE_MIB APPLY_MIB EXTENTS GROW SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS PERCENT ROUNDS CASES LEVEL POINTS
+export SIZE_MIB APPLY_MIB EXTENTS GROW SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS ROLLBACKS PERCENT ROUNDS CASES LEVEL POINTS
 # Python writes no caches beside the scripts.
 export PYTHONDONTWRITEBYTECODE := 1
 
@@ -45,7 +45,7 @@ bench-journal: setup ## speed and cost of the retention journal, release build: 
 	$(CARGO) build --release -p reprotect-benches --bin bench_journal
 	@"$${CARGO_TARGET_DIR:-target}/release/bench_journal" "$(or $(DIR),target/bench-journal)" $(PARTS)
 
-points-test: build ## recovery points mounted, compared, gone back to: [SIZE=1G] [POINTS=6] [TARGET=flat] [SEED=n]
+points-test: build ## recovery points mounted, compared, gone back to: [SIZE=1G] [POINTS=6] [ROLLBACKS=10] [TARGET=flat] [SEED=n]
 	@$(SCRIPTS)/points_test.py
 
 export-test: build ## points exported, and extracted from the folder alone after kills: [SIZE=1G] [POINTS=3] [KILLS=3] [SEED=n]
@@ -54,8 +54,8 @@ export-test: build ## points exported, and extracted from the folder alone after
 scrub-test: build ## the scrub under load, after kills, with rot and outside writes: [SIZE=1G] [SEED=n]
 	@$(SCRIPTS)/scrub_test.py
 
-ordered-test: setup ## ext4 and SQLite under load, points mounted and judged: [POINTS=50] [BETWEEN=1 points by sequence, too]
-	ORDERED_POINTS=$(or $(POINTS),50) ORDERED_BETWEEN=$(or $(BETWEEN),0) ORDERED_MEBIBYTES=256 ORDERED_MILLISECONDS=2000 \
+ordered-test: setup ## ext4 and SQLite under load, points mounted and judged: [POINTS=50] [BETWEEN=25 by sequence and by time, too]
+	ORDERED_POINTS=$(or $(POINTS),50) ORDERED_BETWEEN=$(or $(BETWEEN),25) ORDERED_MEBIBYTES=256 ORDERED_MILLISECONDS=2000 \
 		$(CARGO) test -p reprotect-master-target --all-features --test ordered -- --nocapture
 
 crash: ## the journal against power loss at every write of many workloads: [CASES=2000]

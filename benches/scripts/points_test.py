@@ -8,11 +8,13 @@ the agent may write, leaves the target as it was at the point, also where the ma
 forward again it is the newest state. Called by `make points-test`, and small by the suite.
 """
 
+import contextlib
 import os
 import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -126,8 +128,16 @@ def go_back(lab, pipeline, name, path, copies, rng):
         raise LabError("a rollback under a connected agent was not refused")
     lab.daemons[AGENT].stop()
     wait_for("the agent is gone", lambda: not (pipeline.target_disk() or {"connected": True})["connected"])
-    for number in range(3):
+    for number in range(setting("ROLLBACKS", 10, int)):
         point, copy = rng.choice(copies)
+        if number % 2:
+            # The target is killed while it goes back; the next start finishes that, or nothing had begun.
+            going = threading.Thread(target=attempt, args=(target, "rollback", name, point, "--yes"))
+            going.start()
+            time.sleep(rng.uniform(0, 0.3))
+            target.kill()
+            going.join()
+            target.start_and_wait()
         target.command("rollback", name, point, "--yes", timeout=600)
         judge(target, path, copy, f"rolled back to {point}")
         points = target.command("points", name, "--all")["points"]
@@ -135,6 +145,12 @@ def go_back(lab, pipeline, name, path, copies, rng):
         target.command("rollback", name, newest["name"], "--yes", timeout=600)
         judge(target, path, copies[-1][1], f"forward to {newest['point']}")
     pipeline.lab.target.stop()
+
+
+def attempt(target, *command):
+    """A command whose daemon is killed meanwhile."""
+    with contextlib.suppress(LabError):
+        target.command(*command, timeout=600)
 
 
 def judge(target, path, copy, what):

@@ -256,3 +256,201 @@ fn merge_one(
 fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use reprotect_engine::format::batch::{MarkCause, MarkClass};
+    use reprotect_engine::format::manifest::{DiskAdded, EpochCause};
+    use reprotect_engine::format::wire::Text;
+    use reprotect_engine::io::BlockFile;
+    use reprotect_engine::store::journal::applier::{Applier, Position};
+    use reprotect_engine::store::journal::entry::{Content, Write};
+    use reprotect_engine::store::journal::ladder::Rung;
+    use reprotect_engine::store::journal::view::{At, View};
+    use reprotect_engine::store::journal::window::Window;
+    use reprotect_engine::units::{Generation, LineageId, SECTOR_BYTES, SectorRange, Sequence};
+
+    use super::*;
+    use crate::registry::fs_opener;
+    use crate::retention::RetentionSettings;
+    use crate::scrub::ScrubSettings;
+
+    const SECTORS: u64 = 64;
+    const MINUTE: u64 = 60_000_000_000;
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    /// Two disks of a machine with a point every five minutes for six hours; each epoch writes one block.
+    struct Lab {
+        dir: tempfile::TempDir,
+        retention: Arc<Retention>,
+        appliers: Vec<Applier<Box<dyn BlockFile>>>,
+        begun: u64,
+    }
+
+    fn disk(number: usize) -> DiskId {
+        DiskId([number as u8 + 1; 16])
+    }
+
+    fn lab(points: u64) -> Lab {
+        let dir = tempfile::tempdir().unwrap();
+        let ladder = Ladder {
+            any_write: HOUR,
+            every_epoch: 2 * HOUR,
+            rungs: vec![Rung { every: HOUR, until: 24 * HOUR }],
+            keep: 24 * HOUR,
+            guaranteed: HOUR,
+        };
+        let scrub = ScrubSettings { bytes_per_second: 0, pause: HOUR };
+        let settings =
+            RetentionSettings { undo_epoch: HOUR, ladder, segment_bytes: 1 << 20, reserve_bytes: 0, scrub };
+        let (retention, _) = Retention::open(fs_opener(), &dir.path().join("journal"), settings).unwrap();
+        // A whole hour, so that slots are known.
+        let begun = wall_clock().0 / (60 * MINUTE) * 60 * MINUTE;
+        let mut lab = Lab { dir, retention, appliers: Vec::new(), begun };
+        for number in 0..2 {
+            let path = lab.dir.path().join(format!("disk-{number}"));
+            fs_opener().create(&path, SECTORS * SECTOR_BYTES).unwrap();
+            let file = fs_opener().open(&path, true).unwrap();
+            let mut locked = lab.retention.lock();
+            let journal = locked.get().unwrap();
+            let time = Timestamp(begun);
+            let added = DiskAdded { disk: disk(number), machine: [7; 16], size_sectors: SECTORS, time };
+            journal.add_disk(added, time).unwrap();
+            let (applier, _) = Applier::open(journal, disk(number), file, None).unwrap();
+            drop(locked);
+            lab.appliers.push(applier);
+            lab.begin(number, time);
+        }
+        for number in 1..=points {
+            lab.end(number);
+        }
+        lab
+    }
+
+    impl Lab {
+        fn begin(&mut self, number: usize, now: Timestamp) {
+            let position =
+                Position { lineage: LineageId([1; 16]), generation: Generation(1), sequence: Sequence(0) };
+            let mut locked = self.retention.lock();
+            self.appliers[number]
+                .begin_epoch(locked.get().unwrap(), EpochCause::Time, position, None, now)
+                .unwrap();
+        }
+
+        fn end(&mut self, epoch: u64) {
+            let now = Timestamp(self.begun + epoch * 5 * MINUTE);
+            for number in 0..2 {
+                let range = SectorRange::new(epoch % 8 * 8, epoch % 8 * 8 + 8);
+                let content = Content::Data(Bytes::from(vec![epoch as u8; range.bytes() as usize]));
+                let mut window = Window::default();
+                window.put(Write { range, content });
+                self.appliers[number].write_window(&window).unwrap();
+                self.appliers[number].applied_through(epoch);
+                let point = PointKept {
+                    disk: disk(number),
+                    point: [epoch as u8; 16],
+                    number: epoch,
+                    sequence: Sequence(epoch),
+                    epoch,
+                    source_time: now,
+                    class: MarkClass::Crash,
+                    pinned: false,
+                    degraded: false,
+                    name: Text::new(if epoch == 14 { "before" } else { "" }),
+                    cause: MarkCause::Timer,
+                };
+                let mut locked = self.retention.lock();
+                self.appliers[number].close_epoch_at(locked.get().unwrap(), Some(point), now).unwrap();
+                drop(locked);
+                self.begin(number, now);
+            }
+        }
+
+        fn thin(&self, minutes: u64) {
+            thin_all(&self.retention, Timestamp(self.begun + minutes * MINUTE)).unwrap();
+        }
+
+        /// The epochs of the points that are left; each is read and is what it was, and no file is left over.
+        fn left(&mut self, number: usize) -> Vec<u64> {
+            let shape = self.retention.shape().disks[&disk(number)].clone();
+            let mut epochs: Vec<u64> = shape.points.values().map(|point| point.epoch).collect();
+            epochs.sort_unstable();
+            for epoch in &epochs {
+                let mut locked = self.retention.lock();
+                let journal = locked.get().unwrap();
+                let view = View::open(journal, disk(number), At::entry(*epoch, *epoch)).unwrap();
+                let runs = view.open_runs(journal, &mut self.appliers[number]).unwrap();
+                let mut bytes = vec![0; (SECTORS * SECTOR_BYTES) as usize];
+                view.read(&runs, &mut self.appliers[number], 0, &mut bytes).unwrap();
+                for block in 0..8 {
+                    let newest = (1..=*epoch).rev().find(|epoch| epoch % 8 == block).unwrap_or(0);
+                    assert_eq!(bytes[block as usize * 4096], newest as u8, "block {block} of point {epoch}");
+                }
+            }
+            let prefix = format!("undo-{}", disk(number));
+            let names = std::fs::read_dir(self.retention.folder()).unwrap();
+            let files = names
+                .filter(|name| name.as_ref().unwrap().file_name().to_string_lossy().starts_with(&prefix));
+            assert_eq!(files.count(), shape.runs.len() + 1, "a file for each run and the open one");
+            epochs
+        }
+    }
+
+    #[test]
+    fn points_become_hourly_then_expire_and_named_pinned_and_read_ones_stay() {
+        let mut lab = lab(72);
+        let pinned = {
+            let mut locked = lab.retention.lock();
+            let journal = locked.get().unwrap();
+            for number in 0..2 {
+                let point = journal.shape().disks[&disk(number)].points[&[20; 16]];
+                journal
+                    .edit(&[Edit::PointChanged(PointKept { pinned: true, ..point })], Timestamp(0))
+                    .unwrap();
+            }
+            20
+        };
+        let hold = lab.retention.hold(disk(0), At::entry(31, 31));
+        lab.thin(6 * 60);
+        assert_eq!(lab.retention.held(disk(0)).len(), 1);
+        let recent: Vec<u64> = (48..=72).collect();
+        let hourly = [11, 14, pinned, 23, 35, 47];
+        assert_eq!(
+            lab.left(1),
+            [&hourly[..], &recent].concat(),
+            "the newest of each hour up to two hours ago"
+        );
+        assert_eq!(lab.left(0), [&[11, 14, pinned, 23, 31, 35, 47][..], &recent].concat(), "31 is read");
+        drop(hold);
+        lab.thin(6 * 60 + 1);
+        assert_eq!(lab.left(0), lab.left(1));
+        let runs = |lab: &Lab| lab.retention.shape().disks[&disk(0)].runs.len();
+        assert_eq!(runs(&lab), 7 - 1 + recent.len(), "one run between two points");
+        // A day later only what is pinned is left, and the newest.
+        lab.thin(31 * 60);
+        assert_eq!(lab.left(0), [pinned, 72]);
+        assert_eq!(runs(&lab), 2, "up to the pinned point one run, behind it one");
+    }
+
+    #[test]
+    fn a_drive_that_fills_up_gives_way_in_steps() {
+        let mut lab = lab(72);
+        lab.retention.set_pressure(Pressure::ThinEarly);
+        lab.thin(6 * 60);
+        assert_eq!(lab.left(0).len(), 6 + 13, "hourly up to an hour ago, with the named one");
+        lab.retention.set_pressure(Pressure::Guaranteed);
+        lab.thin(6 * 60);
+        assert_eq!(lab.left(0), (60..=72).collect::<Vec<_>>());
+        lab.retention.set_pressure(Pressure::Least);
+        lab.thin(6 * 60);
+        assert_eq!(lab.left(0), [60, 72], "the oldest guaranteed one and the newest");
+    }
+
+    #[test]
+    fn a_drive_tells_its_room() {
+        let room = Room::of(Path::new("/")).unwrap();
+        assert!(room.total_bytes > 0 && room.free_bytes <= room.total_bytes);
+        assert_eq!(Room { free_bytes: 3 << 30, total_bytes: 100 << 30 }.pressure(4 << 30), Pressure::Stop);
+    }
+}

@@ -358,6 +358,10 @@ impl Journaled {
 
     /// Makes the target show what it will hold in `range`.
     pub(crate) fn settle(&mut self, range: SectorRange) -> Result<(), NotDone> {
+        if self.backlog.touches(range) {
+            self.apply_ready()?;
+        }
+        // What waits for its mark is applied only where it is asked for: after a reconnect within a scan round.
         if self.backlog.touches(range) { self.apply_all() } else { Ok(()) }
     }
 

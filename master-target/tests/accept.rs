@@ -64,7 +64,7 @@ fn only_differences_travel_to_an_existing_target() {
 
 #[test]
 fn recovery_points_are_the_disk_as_it_was_and_the_way_back_to_it() {
-    script("points_test.py", &[("SIZE", "256M"), ("POINTS", "4")]);
+    script("points_test.py", &[("SIZE", "256M"), ("POINTS", "4"), ("ROLLBACKS", "3")]);
 }
 
 #[test]

@@ -2,8 +2,8 @@
 //! and each point judged: its bytes against the log replayed to its mark, its file system by `e2fsck`, its database by
 //! SQLite itself, its files by their own checksums.
 //!
-//! `ORDERED_POINTS=50` judges that many (`make ordered-test`); `ORDERED_SECONDS` between two marks; with
-//! `ORDERED_BETWEEN=1` as many points between marks are judged too, by their sequence. Needs root, FUSE and loop
+//! `ORDERED_POINTS=50` judges that many (`make ordered-test`); `ORDERED_BETWEEN=50` as many between marks, by their
+//! sequence, and as many by a time. Needs root, FUSE and loop
 //! devices; says so where it has none.
 
 #![expect(clippy::unwrap_used, reason = "a failed step is a failed test")]
@@ -18,7 +18,7 @@ mod stream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use bytes::Bytes;
 use daemon::Daemon;
@@ -26,8 +26,9 @@ use logged::LoggedDisk;
 use reprotect_engine::io::BlockFile;
 use reprotect_engine::net::nbd::listen::Address;
 use reprotect_engine::net::nbd::{Export, ExportBy, Server, Settings};
+use reprotect_engine::units::Timestamp;
 use reprotect_master_target::api::{
-    MountInfo, MountRequest, PointInfo, PointsAnswer, PointsRequest, UnmountRequest,
+    MountAnswer, MountInfo, MountRequest, PointInfo, PointsAnswer, PointsRequest, UnmountRequest,
 };
 use reprotect_master_target::protect::{ProtectAnswer, ProtectRequest};
 use stream::{PlacedMark, Shared, Stream, durable_marks};
@@ -217,7 +218,8 @@ impl Site {
 
     fn mount(&self, point: &str, writable: bool) -> MountInfo {
         let request = MountRequest { disk: self.id.clone(), point: point.to_owned(), writable };
-        self.runtime.block_on(self.daemon.client.post_json("/v1/mount", &request)).unwrap()
+        let mounted = self.daemon.client.post_json::<_, MountAnswer>("/v1/mount", &request);
+        self.runtime.block_on(mounted).unwrap().mounts.swap_remove(0)
     }
 
     fn unmount(&self, mount: &MountInfo) {
@@ -333,22 +335,32 @@ fn every_point_of_an_ordered_stream_is_what_the_source_was() {
         site.judge(&point.point, mark.changes);
         eprintln!("point {} after {} changes: as the source was", point.point, mark.changes);
     }
-    if setting("ORDERED_BETWEEN", 0) > 0 {
-        between(&site, points);
-    }
+    between(&site, setting("ORDERED_BETWEEN", 1));
     let (log, flushes) = (site.disk.log_len(), site.disk.flushes());
     eprintln!("{points} points judged; {log} changes, {flushes} flushes of the source");
     assert_eq!(site.disk.replay(&site.base, log), site.disk.bytes(), "the log is the disk");
     site.end();
 }
 
-/// Points that no mark names: any change of the stream is one.
+/// Points that no mark names: any change of the stream is one, and any time is one of them.
 fn between(site: &Site, points: usize) {
-    let sequences = site.shared.lock().unwrap().sequences.clone();
+    let (sequences, batches) = {
+        let shared = site.shared.lock().unwrap();
+        (shared.sequences.clone(), shared.batches.clone())
+    };
     let durable = durable_marks(&site.shared).last().map_or(0, |mark| mark.changes);
     for _ in 0..points {
         let changes = 1 + random(durable);
         let point = format!("seq:{}", sequences[changes - 1]);
+        site.judge(&point, changes);
+        eprintln!("{point} after {changes} changes: as the source was");
+        let ago = batches.partition_point(|(_, changes)| *changes <= durable);
+        let (time, _) = batches[random(ago)];
+        // Somewhere behind it, perhaps behind others, too.
+        let time = Timestamp(time.0 + random(400_000_000) as u64);
+        let changes = batches[..ago].iter().rev().find(|(at, _)| *at <= time).unwrap().1;
+        let at = UNIX_EPOCH + Duration::from_nanos(time.0);
+        let point = format!("@{}", humantime::format_rfc3339_nanos(at));
         site.judge(&point, changes);
         eprintln!("{point} after {changes} changes: as the source was");
     }

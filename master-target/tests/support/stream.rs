@@ -80,6 +80,8 @@ pub struct Shared {
     pub marks: Vec<PlacedMark>,
     /// The last sequence of each change of the log that was submitted.
     pub sequences: Vec<u64>,
+    /// The time of each batch, and how many changes are in it and those before.
+    pub batches: Vec<(Timestamp, usize)>,
     /// Break the connection once.
     pub cut: bool,
     /// Place a last mark behind everything and end when it is durable.
@@ -227,9 +229,12 @@ impl Stream {
             ends.push(sequence);
             batch.extend(records);
         }
-        self.core.submit_delta(id, Stretch::Ordered, wall_clock(), batch).unwrap();
+        let time = wall_clock();
+        self.core.submit_delta(id, Stretch::Ordered, time, batch).unwrap();
         self.submitted += changes.len();
-        self.shared.lock().unwrap().sequences.extend(ends);
+        let mut shared = self.shared.lock().unwrap();
+        shared.sequences.extend(ends);
+        shared.batches.push((time, self.submitted));
     }
 
     fn mark(&mut self) {
