@@ -1,8 +1,8 @@
 //! Applied MB/s of a random stream against fio's floor on the same file, the I/O it takes, and a rollback of it.
 //!
 //! The floor is what fio reaches with as many random reads as writes of 4 KiB at depth 32: each block is read before it
-//! is overwritten, and nothing more. Our windows are of 32 MiB of the
-//! stream, in one undo epoch; of these the target is written what is left when later writes have won. Log and target are on one device.
+//! is overwritten, and nothing more. Our windows are of 32 MiB of the stream, in one undo epoch; of these the target is
+//! written what is left when later writes have won. Log and target are on one device.
 
 use std::path::Path;
 use std::process::Command;

@@ -62,6 +62,11 @@ impl Counts {
         self.0.iter().map(|count| count.written_bytes).sum()
     }
 
+    /// Seconds in reads, writes and flushes.
+    pub(crate) fn busy_s(&self) -> f64 {
+        self.0.iter().map(|count| count.read_s + count.write_s + count.flush_s).sum()
+    }
+
     pub(crate) fn read_bytes(&self) -> u64 {
         self.0.iter().map(|count| count.read_bytes).sum()
     }

@@ -11,6 +11,7 @@
 use bytes::Bytes;
 
 use super::applier::{Applier, Position, shape};
+use super::capture::Known;
 use super::entry::{Content, Write};
 use super::error::JournalError;
 use super::undo::BlockRange;
@@ -126,7 +127,10 @@ fn step<T: BlockFile>(
     }
     done.written_bytes += window.bytes();
     if window.bytes() > 0 {
-        applier.write_window(&window)?;
+        // What stands there was read to be compared: it is saved without being read again.
+        let known: Vec<Known<'_>> =
+            ranges.iter().zip(&live).map(|(blocks, bytes)| Known { blocks: *blocks, bytes }).collect();
+        applier.write_over(&window, &known)?;
     }
     Ok(())
 }
