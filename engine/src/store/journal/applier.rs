@@ -332,6 +332,15 @@ impl<T: BlockFile> Applier<T> {
         })
     }
 
+    /// The run that is being written, for a thread beside; [`Self::put_active`] gives it back.
+    pub(super) const fn take_active(&mut self) -> Option<ActiveRun> {
+        self.active.take()
+    }
+
+    pub(super) fn put_active(&mut self, run: ActiveRun) {
+        self.active = Some(run);
+    }
+
     pub(super) const fn active_run(&mut self) -> Option<&mut ActiveRun> {
         self.active.as_mut()
     }

@@ -49,6 +49,19 @@ pub(super) fn capture<T: BlockFile>(
     side_by_side.unwrap_or_else(|| parts.iter().try_for_each(|pieces| read(pieces)?.save(run)))
 }
 
+/// As [`capture`], as far as it is known what the blocks hold; the rest is left to that.
+///
+/// # Errors
+/// When the run cannot be written.
+pub(super) fn save_known(
+    run: &mut ActiveRun,
+    window: &Window,
+    known: &[Known<'_>],
+) -> Result<(), JournalError> {
+    let known = |pieces: &Vec<BlockRange>| Images::known(known, pieces);
+    parts(run, window).iter().filter_map(known).try_for_each(|images| images.save(run))
+}
+
 /// The blocks of a window that the run does not hold, ascending, in parts of [`CAPTURE_BLOCKS`].
 fn parts(run: &ActiveRun, window: &Window) -> Vec<Vec<BlockRange>> {
     let (mut parts, mut pieces, mut room) = (Vec::new(), Vec::new(), CAPTURE_BLOCKS);
