@@ -265,7 +265,7 @@ impl Scanner<'_> {
         group: u64,
     ) -> Result<Option<(u64, GroupHeader)>, JournalError> {
         let end = segment.bytes.min(file.size_bytes());
-        let mut window = vec![0; AHEAD_BYTES as usize];
+        let mut window = vec![0; AHEAD_BYTES.min(end.saturating_sub(from)) as usize];
         let mut at = from;
         while at < end {
             let len = (end - at).min(AHEAD_BYTES);
