@@ -12,8 +12,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use reprotect_engine::compress::Decompressor;
-use reprotect_engine::format::batch::{Mark, MarkCause, MarkClass, decode_batch};
+use reprotect_engine::format::batch::{Mark, MarkCause, MarkClass};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::RecordKind;
 use reprotect_engine::format::manifest::{
@@ -28,26 +27,24 @@ use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::target_disk::Piece;
 use reprotect_engine::store::crc_map::Checked;
 use reprotect_engine::store::journal::applier::{Applier, Position};
-use reprotect_engine::store::journal::entry::{Content, Write, bulk_prefix, entry_writes};
+use reprotect_engine::store::journal::entry::{Content, Write, bulk_prefix};
 use reprotect_engine::store::journal::ladder::Pressure;
 use reprotect_engine::store::journal::points::own_id;
 use reprotect_engine::store::journal::rollback::{RolledBack, resume, rollback};
 use reprotect_engine::store::journal::view::{At, View};
-use reprotect_engine::store::journal::window::Window;
-use reprotect_engine::store::journal::{DiskLog, DiskShape, Journal, JournalError, LogEntry};
+use reprotect_engine::store::journal::{DiskLog, DiskShape, Journal, JournalError};
 use reprotect_engine::store::target::Target;
 use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence, Timestamp};
 
 use crate::backlog::Backlog;
 use crate::disk_store::{NotDone, write_pieces};
 use crate::guard::Guard;
+use crate::redo::{applied_sequence, found, keep_last_point, kept_point, newest_marks, window_from_log};
 use crate::retention::Retention;
 use crate::target_map::TargetMap;
 
 /// Parts of a stream whose points are to be degraded and wait for a full medium.
 const DEGRADING_MAX: usize = 64;
-/// Plain bytes of entries that are read back from the log and applied at once after a start.
-const REDO_BYTES: u64 = 16 << 20;
 
 /// A DIFF stretch is not held back any longer once this many segments of the log are its own.
 const HELD_SEGMENTS: u64 = 2;
@@ -628,33 +625,6 @@ impl Journaled {
     }
 }
 
-/// The newest state of a disk: what the log says, and every batch that stands behind it.
-///
-/// # Errors
-/// When a batch cannot be read back.
-pub fn newest_state(journal: &mut Journal, log: &DiskLog) -> Result<Option<DiskState>, JournalError> {
-    let Some((mut state, place)) = log.state.clone() else { return Ok(None) };
-    for entry in log.entries.iter().filter(|entry| entry.place > place && entry.kind.is_batch()) {
-        let (_, body) = journal.read(entry.place)?;
-        let (header, records) = decode_batch(body.into()).map_err(|source| JournalError::Format {
-            path: journal.folder().into(),
-            offset: entry.place.offset,
-            source,
-            remedy: "the disk is compared with its source",
-        })?;
-        if header.lineage == state.lineage && header.first_sequence == state.sequence.next() {
-            state.sequence = header.last_sequence();
-            state.chain = header.chain_after(&records);
-            for record in records.iter().filter(|_| state.mode != PassMode::Done) {
-                for unsettled in state.settled.missing(record.range()) {
-                    state.touched.insert(unsettled);
-                }
-            }
-        }
-    }
-    Ok(Some(state))
-}
-
 /// Whether before-images of a disk are kept.
 fn is_tracked(shape: &DiskShape) -> bool {
     !shape.epochs.is_empty() || shape.expired > 0
@@ -666,14 +636,6 @@ fn is_rolling_back(journal: &Journal, disk: DiskId) -> bool {
     open.is_some_and(|epoch| epoch.opened.cause == EpochCause::Rollback)
 }
 
-/// The marks behind a disk's newest batch, with their entries' numbers, oldest first.
-fn newest_marks(journal: &mut Journal, disk: DiskId) -> Result<Vec<(u64, Mark)>, JournalError> {
-    let newest = journal.entries(disk).iter().rev().take_while(|entry| entry.kind == EntryKind::Mark);
-    let mut entries: Vec<_> = newest.take(MARKS_PENDING_MAX).copied().collect();
-    entries.reverse();
-    entries.iter().map(|entry| Ok((entry.number, journal.mark(disk, entry)?))).collect()
-}
-
 fn part_of(piece: &Piece, keep: SectorRange) -> Write {
     let content = if piece.record.kind() == RecordKind::Data {
         let from = ((keep.start - piece.record.range().start) * SECTOR_BYTES) as usize;
@@ -682,138 +644,6 @@ fn part_of(piece: &Piece, keep: SectorRange) -> Write {
         Content::Zeros
     };
     Write { range: keep, content }
-}
-
-fn kept_point(disk: DiskId, at: At, sequence: Sequence, mark: &Mark) -> PointKept {
-    PointKept {
-        disk,
-        point: if mark.point == [0; 16] { own_id(disk, at) } else { mark.point },
-        number: at.number,
-        sequence,
-        epoch: at.epoch,
-        source_time: mark.source_time,
-        class: mark.class,
-        pinned: false,
-        degraded: false,
-        name: mark.name,
-        cause: mark.cause,
-    }
-}
-
-/// The daemon may have ended between the end of an undo epoch and the note of its point.
-fn keep_last_point(journal: &mut Journal, disk: DiskId, now: Timestamp) -> Result<(), JournalError> {
-    let Some(shape) = journal.shape().disks.get(&disk) else { return Ok(()) };
-    let Some(closed) = shape.epochs.iter().rev().find_map(|epoch| epoch.closed) else { return Ok(()) };
-    if shape.points.values().any(|point| point.epoch == closed.epoch) {
-        return Ok(());
-    }
-    let last = journal.entries(disk).iter().find(|entry| entry.number == closed.last).copied();
-    let Some(entry) = last.filter(|entry| entry.kind == EntryKind::Mark) else { return Ok(()) };
-    let mark = journal.mark(disk, &entry)?;
-    let point = kept_point(disk, At::entry(closed.epoch, entry.number), mark.sequence, &mark);
-    journal.edit(&[Edit::PointKept(point)], now)
-}
-
-/// What a start finds in the log and not on the target, and the newest number: what stands behind the last mark of a
-/// DIFF stretch goes on waiting.
-fn found(
-    retention: &Retention,
-    applier: &Applier<Target>,
-    state: &DiskState,
-) -> Result<(Backlog, u64), JournalError> {
-    let mut locked = retention.lock();
-    let journal = locked.get()?;
-    let from = applier.applied().number;
-    let entries: Vec<LogEntry> =
-        journal.entries(applier.disk()).iter().filter(|entry| entry.number > from).copied().collect();
-    let may_go = |entry: &LogEntry| entry.kind != EntryKind::Batch || state.mode != PassMode::Done;
-    let ready = entries.iter().rposition(may_go).map_or(0, |at| at + 1);
-    let border = match entries.get(..ready).and_then(<[LogEntry]>::last) {
-        Some(entry) if ready < entries.len() => sequence_of(journal, applier.disk(), entry, state)?,
-        _ => state.sequence,
-    };
-    let mut backlog = Backlog::default();
-    let known: Vec<_> = entries
-        .iter()
-        .enumerate()
-        .map(|(at, entry)| {
-            let sequence = if at < ready { border } else { state.sequence };
-            (entry.number, sequence.min(state.sequence), entry.place.bytes)
-        })
-        .collect();
-    let whole = SectorRange::new(0, state.size_sectors);
-    backlog.found_in_log(known.get(..ready).unwrap_or_default(), whole);
-    backlog.release();
-    backlog.found_in_log(known.get(ready..).unwrap_or_default(), whole);
-    Ok((backlog, entries.last().map_or(0, |entry| entry.number)))
-}
-
-/// The newest sequence with an entry.
-fn sequence_of(
-    journal: &mut Journal,
-    disk: DiskId,
-    entry: &LogEntry,
-    state: &DiskState,
-) -> Result<Sequence, JournalError> {
-    if entry.kind == EntryKind::Mark {
-        return Ok(journal.mark(disk, entry)?.sequence);
-    }
-    let (_, body) = journal.read(entry.place)?;
-    // Bulk has no sequence: what it belongs to is as new as the state.
-    Ok(decode_batch(body.into()).map_or(state.sequence, |(header, _)| header.last_sequence()))
-}
-
-/// The newest sequence on a target that stands behind the log.
-fn applied_sequence(
-    journal: &mut Journal,
-    disk: DiskId,
-    number: u64,
-    state: &DiskState,
-) -> Result<Sequence, JournalError> {
-    let entry = journal.entries(disk).iter().rfind(|entry| entry.number <= number).copied();
-    if let Some(entry) = entry {
-        return sequence_of(journal, disk, &entry, state);
-    }
-    let points = journal.shape().disks.get(&disk).map(|shape| shape.points.values().copied());
-    let newest = points.into_iter().flatten().filter(|point| point.number <= number);
-    Ok(newest.max_by_key(|point| point.number).map_or(Sequence(0), |point| point.sequence))
-}
-
-/// The writes of the next entries that are not on the target, read from the log, and the last of them.
-fn window_from_log(
-    retention: &Retention,
-    applier: &Applier<Target>,
-    through: u64,
-) -> Result<(Window, u64), JournalError> {
-    let mut locked = retention.lock();
-    let journal = locked.get()?;
-    let (disk, mut number) = (applier.disk(), applier.applied().number);
-    let wanted = number + 1..=through;
-    let entries: Vec<LogEntry> =
-        journal.entries(disk).iter().filter(|entry| wanted.contains(&entry.number)).copied().collect();
-    let mut decompressor =
-        Decompressor::new().map_err(|error| JournalError::Zstd { reason: error.to_string() })?;
-    let mut window = Window::default();
-    for entry in &entries {
-        let (head, body) = journal.read(entry.place)?;
-        let writes = entry_writes(head.kind, body.into(), &mut decompressor).map_err(|source| {
-            JournalError::Format {
-                path: journal.folder().into(),
-                offset: entry.place.offset,
-                source,
-                remedy: "the disk is compared with its source",
-            }
-        })?;
-        for write in writes {
-            window.put(write);
-        }
-        number = entry.number;
-        if window.bytes() >= REDO_BYTES {
-            return Ok((window, number));
-        }
-    }
-    // Numbers that are missing were lost to damage; the disk is compared for them.
-    Ok((window, through))
 }
 
 /// Length of an undo epoch.

@@ -30,6 +30,7 @@ mod plan;
 pub mod points;
 pub mod policy;
 pub mod protect;
+pub mod redo;
 pub mod registry;
 pub mod retention;
 mod retention_checks;

@@ -34,7 +34,8 @@ use crate::disk_store::DiskStore;
 use crate::disk_worker::{DiskInputs, DiskSetup, DiskWorker};
 use crate::explain::explain;
 use crate::guard::Guard;
-use crate::journaled::{Journaled, newest_state};
+use crate::journaled::Journaled;
+use crate::redo::newest_state;
 use crate::retention::Retention;
 
 /// What a session needs to know to offer a disk.
@@ -233,8 +234,14 @@ impl Registry {
                 let log = self.recovered.lock().unwrap_or_else(PoisonError::into_inner).remove(&state.disk);
                 if let Some(log) = &log {
                     state = newest_state(retention.lock().get()?, log)?.unwrap_or(state);
-                    if !log.missing.is_empty() {
-                        tracing::error!(disk = %state.disk, missing = ?log.missing, "the redo log lost entries of this disk");
+                    let applied = log.applied.map_or(0, |(applied, _)| applied.number);
+                    let (lost, known): (Vec<(u64, u64)>, Vec<(u64, u64)>) =
+                        log.missing.iter().copied().partition(|(_, end)| *end > applied + 1);
+                    if !known.is_empty() {
+                        tracing::error!(disk = %state.disk, entries = ?known, "the redo log lost entries that are on the target: points between them cannot be had");
+                    }
+                    if !lost.is_empty() {
+                        tracing::error!(disk = %state.disk, entries = ?lost, "the redo log lost entries of this disk that are on no target");
                         let everything = [whole(&state)].into_iter().collect();
                         begin_repair(&mut state, &everything);
                     }

@@ -116,8 +116,7 @@ impl Store {
 
     /// The newest entry that is there, logged or applied.
     pub(crate) fn newest(&self, disk: usize) -> usize {
-        let logged = self.journal.entries(lab::id(disk)).last().map_or(0, |entry| entry.number);
-        logged.max(self.appliers[disk].applied().number) as usize
+        self.journal.newest(lab::id(disk)).max(self.appliers[disk].applied().number) as usize
     }
 
     pub(crate) fn applied(&self, disk: usize) -> usize {

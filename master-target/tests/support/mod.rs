@@ -35,7 +35,8 @@ use reprotect_engine::units::{
 use reprotect_master_target::disk_store::DiskStore;
 use reprotect_master_target::disk_worker::{DiskSetup, DiskWorker};
 use reprotect_master_target::guard::Guard;
-use reprotect_master_target::journaled::{Journaled, newest_state};
+use reprotect_master_target::journaled::Journaled;
+use reprotect_master_target::redo::newest_state;
 use reprotect_master_target::registry::fs_opener;
 use reprotect_master_target::retention::{Retention, RetentionSettings};
 use reprotect_master_target::scrub::ScrubSettings;

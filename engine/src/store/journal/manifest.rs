@@ -239,7 +239,7 @@ fn read_edit(
 }
 
 /// Whether everything from here on was never written. Files are made as holes, so only allocated parts are read.
-fn rest_is_zero(file: &mut dyn BlockFile, at: u64, size: u64) -> Result<bool, JournalError> {
+pub(super) fn rest_is_zero(file: &mut dyn BlockFile, at: u64, size: u64) -> Result<bool, JournalError> {
     let mut block = vec![0; 64 << 10];
     for part in file.allocated(crate::io::ByteRange { start: at, end: size })? {
         let mut at = part.start;

@@ -314,6 +314,12 @@ impl Journal {
         all.get(..written).unwrap_or_default()
     }
 
+    /// The number of a disk's newest entry, committed or not.
+    #[must_use]
+    pub fn newest(&self, disk: DiskId) -> u64 {
+        self.disks.get(&disk).map_or(0, |disk| disk.newest)
+    }
+
     /// The mark of an entry; read once.
     ///
     /// # Errors

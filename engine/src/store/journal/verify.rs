@@ -14,7 +14,7 @@ use super::applier::{identity, run_path};
 use super::entry::entry_writes;
 use super::error::JournalError;
 use super::log::segment_path;
-use super::manifest::manifest_path;
+use super::manifest::{manifest_path, rest_is_zero};
 use super::offline::{Listed, Offline};
 use super::recovery::Seen;
 use super::shape::{DiskShape, Epoch, Run, RunFile};
@@ -266,6 +266,12 @@ impl Offline {
         let checked = match self.open_run(disk) {
             Ok((Some(mut run), mut holes)) => {
                 verdict.bytes += run.len_bytes();
+                let mut file = self.journal.files().open(&path, false)?;
+                let end = file.size_bytes();
+                if !rest_is_zero(&mut *file, run.len_bytes().min(end), end)? {
+                    let note = "ends in torn frames, as after a power cut";
+                    verdict.notes.push(format!("{} {note}", path.display()));
+                }
                 read_images(&mut run, &mut holes)?;
                 Ok(holes)
             }
