@@ -9,7 +9,6 @@ use std::path::Path;
 
 use reprotect_engine::format::manifest::{DiskAdded, EpochCause};
 use reprotect_engine::io::{BlockFile, ReadAt, WriteAt};
-use reprotect_engine::store::files::Files as _;
 use reprotect_engine::store::files::memory::MemoryFiles;
 use reprotect_engine::store::journal::applier::{Applier, Position};
 use reprotect_engine::store::journal::entry::{Content, Write};
