@@ -306,6 +306,17 @@ impl EntryHead {
 
 /// Reads the entries of a group one after another, each checked; stops at the first that is not one.
 pub fn entries(payload: &[u8]) -> impl Iterator<Item = Result<(usize, EntryHead, &[u8]), FormatError>> {
+    walk(payload, true)
+}
+
+/// As [`entries`], of a group whose payload was checked as a whole: the bodies are not checked once more.
+pub fn entries_unchecked(
+    payload: &[u8],
+) -> impl Iterator<Item = Result<(usize, EntryHead, &[u8]), FormatError>> {
+    walk(payload, false)
+}
+
+fn walk(payload: &[u8], check: bool) -> impl Iterator<Item = Result<(usize, EntryHead, &[u8]), FormatError>> {
     let mut at = 0;
     let mut broken = false;
     std::iter::from_fn(move || {
@@ -313,7 +324,7 @@ pub fn entries(payload: &[u8]) -> impl Iterator<Item = Result<(usize, EntryHead,
         if rest.is_empty() || broken {
             return None;
         }
-        let entry = take_entry(rest).map(|(head, body)| (at, head, body));
+        let entry = take_entry(rest, check).map(|(head, body)| (at, head, body));
         match &entry {
             Ok((_, _, body)) => at += EntryHead::BYTES + body.len(),
             Err(_) => broken = true,
@@ -322,7 +333,7 @@ pub fn entries(payload: &[u8]) -> impl Iterator<Item = Result<(usize, EntryHead,
     })
 }
 
-fn take_entry(bytes: &[u8]) -> Result<(EntryHead, &[u8]), FormatError> {
+fn take_entry(bytes: &[u8], check: bool) -> Result<(EntryHead, &[u8]), FormatError> {
     let head = EntryHead::open(bytes)?;
     let body = bytes.get(EntryHead::BYTES..).unwrap_or_default();
     let body = body.get(..head.body_bytes as usize).ok_or(FormatError::Short {
@@ -330,7 +341,9 @@ fn take_entry(bytes: &[u8]) -> Result<(EntryHead, &[u8]), FormatError> {
         got: body.len(),
         expected: head.body_bytes as usize,
     })?;
-    head.check_body(body)?;
+    if check {
+        head.check_body(body)?;
+    }
     Ok((head, body))
 }
 

@@ -29,9 +29,13 @@ pub struct OpenOptions {
     pub arena: Option<Arc<BufferArena>>,
 }
 
+/// Scattered blocks of 4 KiB: on a virtual disk 128 in flight wrote a fifth more than 32, and 256 no more than that.
+/// Not more bytes than one call has are ever pinned.
+const QUEUE_DEPTH_DEFAULT: u32 = 128;
+
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { write: false, direct: true, exclusive: false, queue_depth: 32, arena: None }
+        Self { write: false, direct: true, exclusive: false, queue_depth: QUEUE_DEPTH_DEFAULT, arena: None }
     }
 }
 

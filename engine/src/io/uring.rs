@@ -220,8 +220,10 @@ impl Ring {
             self.bounce =
                 Some(arena.map_err(|error| handle.error(pieces[0].op(), whole, io::Error::other(error)))?);
         }
-        let mut flight = Flight { ring: &mut self.ring, slots: Vec::new(), in_flight: 0 };
-        flight.slots.resize_with(self.depth.min(pieces.len()), || None);
+        let mut flight = Flight::new(&mut self.ring, self.depth.min(pieces.len()));
+        // Completions are taken by handfuls: each wake-up and each submission costs as much as a small transfer. Once
+        // nothing is left to start, all that is in flight is waited for at once.
+        let handful = (flight.slots.len() / 4).max(1);
         let mut next = 0;
         let mut first_error = None;
         loop {
@@ -236,7 +238,9 @@ impl Ring {
             if flight.in_flight == 0 {
                 return first_error.map_or(Ok(()), Err);
             }
-            for (slot, result) in flight.wait() {
+            let rest = first_error.is_some() || next == pieces.len();
+            let wanted = if rest { flight.in_flight } else { handful.min(flight.in_flight) };
+            for (slot, result) in flight.wait(wanted) {
                 let Some(landed) = flight.land(slot, result) else { continue };
                 let outcome = landed.map(|operation| operation.finish(&mut pieces[operation.piece]));
                 if let Err((piece, error)) = outcome {
@@ -248,11 +252,11 @@ impl Ring {
     }
 
     fn flush(&mut self, descriptor: i32) -> io::Result<()> {
-        let mut flight = Flight { ring: &mut self.ring, slots: Vec::new(), in_flight: 0 };
+        let mut flight = Flight::new(&mut self.ring, 0);
         let sync = opcode::Fsync::new(types::Fd(descriptor)).flags(types::FsyncFlags::DATASYNC).build();
         flight.push(&sync.user_data(0))?;
         // Whatever it answers is final, interruption too: a failed flush is never retried (I6).
-        match flight.wait().first() {
+        match flight.wait(1).first() {
             Some((_, result)) if *result < 0 => Err(io::Error::from_raw_os_error(-result)),
             _ => Ok(()),
         }
@@ -311,10 +315,23 @@ impl Operation {
 struct Flight<'r> {
     ring: &'r mut IoUring,
     slots: Vec<Option<Operation>>,
+    /// Slots that are not taken.
+    free: Vec<usize>,
     in_flight: usize,
 }
 
-impl Flight<'_> {
+impl<'r> Flight<'r> {
+    fn new(ring: &'r mut IoUring, depth: usize) -> Self {
+        let mut slots = Vec::new();
+        slots.resize_with(depth, || None);
+        Self { ring, slots, free: (0..depth).rev().collect(), in_flight: 0 }
+    }
+
+    fn release(&mut self, slot: usize) {
+        self.slots[slot] = None;
+        self.free.push(slot);
+    }
+
     fn start(
         &mut self,
         handle: &Handle,
@@ -349,12 +366,11 @@ impl Flight<'_> {
             .and_then(|region| u16::try_from(region).ok());
         let descriptor = types::Fd(file.as_raw_fd());
         let entry = EntryParts { descriptor, address, len, offset: piece.offset, alignment, reading, region };
-        let slot =
-            self.slots.iter().position(Option::is_none).ok_or_else(|| io::Error::other("queue full"))?;
+        let slot = self.free.pop().ok_or_else(|| io::Error::other("queue full"))?;
         self.slots[slot] = Some(Operation { piece: index, entry, done: 0, bounce });
         let pushed = self.push(&entry.build(0, slot));
         if pushed.is_err() {
-            self.slots[slot] = None;
+            self.release(slot);
         }
         pushed
     }
@@ -367,12 +383,12 @@ impl Flight<'_> {
         Ok(())
     }
 
-    /// Submits what was pushed and waits for at least one completion.
-    fn wait(&mut self) -> Vec<(usize, i32)> {
+    /// Submits what was pushed and waits for so many completions, all of them in flight; answers at least one.
+    fn wait(&mut self, wanted: usize) -> Vec<(usize, i32)> {
         loop {
             // An error here must not lead out of this loop while the kernel may hold borrowed memory. Interruptions
             // and shortages pass; completions arrive in the shared ring even where the call itself fails.
-            if let Err(error) = self.ring.submit_and_wait(1)
+            if let Err(error) = self.ring.submit_and_wait(wanted)
                 && !matches!(error.raw_os_error(), Some(libc::EINTR))
             {
                 std::thread::sleep(std::time::Duration::from_millis(1));
@@ -400,15 +416,21 @@ impl Flight<'_> {
         };
         let piece = operation.piece;
         match advanced {
-            Err(error) => Some(Err((piece, error))),
-            Ok(done) if done == entry.len => Some(Ok(operation)),
+            Err(error) => {
+                self.free.push(slot);
+                Some(Err((piece, error)))
+            }
+            Ok(done) if done == entry.len => {
+                self.free.push(slot);
+                Some(Ok(operation))
+            }
             Ok(done) => {
                 operation.done = done;
                 self.slots[slot] = Some(operation);
                 match self.push(&entry.build(done, slot)) {
                     Ok(()) => None,
                     Err(error) => {
-                        self.slots[slot] = None;
+                        self.release(slot);
                         Some(Err((piece, error)))
                     }
                 }
@@ -420,7 +442,7 @@ impl Flight<'_> {
 impl Drop for Flight<'_> {
     fn drop(&mut self) {
         while self.in_flight > 0 {
-            self.wait();
+            self.wait(1);
         }
     }
 }

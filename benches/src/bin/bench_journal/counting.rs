@@ -1,9 +1,10 @@
 //! Files that count what is read, written and flushed, by what the file is for.
 //!
-//! Invariant: every byte that reaches a file through the store is counted once. Units: bytes, calls. Called by the parts.
+//! Invariant: every byte that reaches a file through the store is counted once. Units: bytes, calls, seconds. Called by the parts.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use reprotect_engine::io::{BlockError, BlockFile, ByteRange, OpenOptions, ReadAt, WriteAt, open};
 use reprotect_engine::store::files::fs::FsFiles;
@@ -27,6 +28,9 @@ pub(crate) struct Count {
     pub(crate) write_calls: u64,
     pub(crate) flushes: u64,
     pub(crate) maps: u64,
+    pub(crate) read_s: f64,
+    pub(crate) write_s: f64,
+    pub(crate) flush_s: f64,
 }
 
 /// Counts of all classes.
@@ -47,12 +51,20 @@ impl Counts {
             count.write_calls -= before.write_calls;
             count.flushes -= before.flushes;
             count.maps -= before.maps;
+            count.read_s -= before.read_s;
+            count.write_s -= before.write_s;
+            count.flush_s -= before.flush_s;
         }
         counts
     }
 
     pub(crate) fn written_bytes(&self) -> u64 {
         self.0.iter().map(|count| count.written_bytes).sum()
+    }
+
+    /// Seconds in reads, writes and flushes.
+    pub(crate) fn busy_s(&self) -> f64 {
+        self.0.iter().map(|count| count.read_s + count.write_s + count.flush_s).sum()
     }
 
     pub(crate) fn read_bytes(&self) -> u64 {
@@ -154,7 +166,10 @@ impl BlockFile for CountedFile {
         self.count(|count| {
             (count.read_bytes, count.read_calls) = (count.read_bytes + bytes as u64, count.read_calls + 1)
         });
-        self.file.read(reads)
+        let begun = Instant::now();
+        let result = self.file.read(reads);
+        self.count(|count| count.read_s += begun.elapsed().as_secs_f64());
+        result
     }
 
     fn write(&mut self, writes: &[WriteAt<'_>]) -> Result<(), BlockError> {
@@ -163,7 +178,10 @@ impl BlockFile for CountedFile {
             (count.written_bytes, count.write_calls) =
                 (count.written_bytes + bytes as u64, count.write_calls + 1);
         });
-        self.file.write(writes)
+        let begun = Instant::now();
+        let result = self.file.write(writes);
+        self.count(|count| count.write_s += begun.elapsed().as_secs_f64());
+        result
     }
 
     fn zero(&mut self, range: ByteRange) -> Result<(), BlockError> {
@@ -172,8 +190,11 @@ impl BlockFile for CountedFile {
     }
 
     fn flush(&mut self) -> Result<(), BlockError> {
-        self.count(|count| count.flushes += 1);
-        self.file.flush()
+        let begun = Instant::now();
+        let result = self.file.flush();
+        let flush_s = begun.elapsed().as_secs_f64();
+        self.count(|count| (count.flushes, count.flush_s) = (count.flushes + 1, count.flush_s + flush_s));
+        result
     }
 
     fn allocated(&mut self, range: ByteRange) -> Result<Vec<ByteRange>, BlockError> {

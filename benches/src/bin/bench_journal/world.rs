@@ -1,6 +1,6 @@
-//! A journal in a folder with its disks, and the stream that is fed to it: records of 4 KiB that compress about twofold.
+//! A journal in a folder with its disks, and the stream that is fed to it: records of 4 KiB that compress twofold.
 //!
-//! Invariant: the same seed gives the same stream. Units: blocks of 4 KiB, bytes. Called by the parts.
+//! Invariant: the same seed gives the same stream; what stands on a target first compresses twofold, too. Units: blocks of 4 KiB, bytes. Called by the parts.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -65,15 +65,27 @@ pub(crate) fn applier(
     applier
 }
 
+/// Bytes of which each 4 KiB compress twofold by themselves: noise, and lines of a log.
+pub(crate) fn twofold(bytes: usize) -> Bytes {
+    const NOISE: usize = 1280;
+    let (noise, text) = (data(Shape::Noise, bytes), data(Shape::Text, bytes));
+    let mut out = Vec::with_capacity(bytes);
+    for (noise, text) in noise.chunks_exact(BLOCK).zip(text.chunks_exact(BLOCK)) {
+        out.extend_from_slice(&noise[..NOISE]);
+        out.extend_from_slice(&text[NOISE..]);
+    }
+    out.into()
+}
+
 /// A flat target, every byte of it written.
 pub(crate) fn make_target(path: &Path, blocks: u64) {
     use std::io::Write as _;
-    let mixed = data(Shape::Mixed, 1 << 20);
+    let content = twofold(16 << 20);
     let mut file = std::fs::File::create(path).expect("a target");
     let mut left = blocks * BLOCK as u64;
     while left > 0 {
-        let len = left.min(mixed.len() as u64);
-        file.write_all(&mixed[..len as usize]).expect("room for the target");
+        let len = left.min(content.len() as u64);
+        file.write_all(&content[..len as usize]).expect("room for the target");
         left -= len;
     }
     file.sync_all().expect("the target is flushed");
@@ -124,27 +136,39 @@ impl Places {
 
 /// Makes batches.
 pub(crate) struct Batches {
-    mixed: Bytes,
+    content: Bytes,
     at: usize,
     compressor: Option<Compressor>,
     sequence: u64,
+    /// Bytes of the records, plain and stored.
+    plain_bytes: u64,
+    stored_bytes: u64,
 }
 
 impl Batches {
     pub(crate) fn new(compressed: bool) -> Self {
         let compressor = compressed.then(|| Compressor::new(1).expect("zstd"));
-        Self { mixed: data(Shape::Mixed, 64 << 20), at: 0, compressor, sequence: 1 }
+        let (plain_bytes, stored_bytes) = (0, 0);
+        Self { content: twofold(64 << 20), at: 0, compressor, sequence: 1, plain_bytes, stored_bytes }
+    }
+
+    /// Stored bytes of the records so far per plain byte.
+    pub(crate) fn ratio(&self) -> f64 {
+        self.stored_bytes as f64 / self.plain_bytes as f64
     }
 
     /// The body of a batch of blocks at these places.
     pub(crate) fn batch(&mut self, disk: usize, places: impl Iterator<Item = u64>) -> Bytes {
         let mut records = Vec::with_capacity(BATCH_RECORDS);
         for place in places {
-            self.at = (self.at + BLOCK) % (self.mixed.len() - BLOCK);
-            let record = Record::data(place * 8, self.mixed.slice(self.at..self.at + BLOCK));
+            self.at = (self.at + BLOCK) % (self.content.len() - BLOCK);
+            self.plain_bytes += BLOCK as u64;
+            let record = Record::data(place * 8, self.content.slice(self.at..self.at + BLOCK));
             let stored =
                 self.compressor.as_mut().and_then(|zstd| zstd.compress(record.payload()).ok().flatten());
-            records.push(stored.map_or_else(|| record.clone(), |stored| record.recoded(stored.into())));
+            let record = stored.map_or_else(|| record.clone(), |stored| record.recoded(stored.into()));
+            self.stored_bytes += record.payload().len() as u64;
+            records.push(record);
         }
         let header = BatchHeader {
             disk: disk_id(disk),

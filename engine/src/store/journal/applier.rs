@@ -16,26 +16,20 @@
 
 use std::path::PathBuf;
 
+use super::capture::{Known, capture};
 use super::entry::{Content, Write};
 use super::error::{JournalError, random_u64};
 use super::shape::{Epoch, Run, RunFile};
-use super::undo::{
-    ActiveRun, BlockRange, FRAMES_START, Hole, Image, ImageData, RunHeader, RunIdentity, SealedRun,
-    run_bytes_max,
-};
+use super::undo::{ActiveRun, FRAMES_START, Hole, RunHeader, RunIdentity, SealedRun, run_bytes_max};
 use super::view::At;
 use super::window::Window;
 use super::{DiskShape, Journal};
 use crate::format::manifest::{Edit, EpochCause, EpochClosed, EpochOpened, PointKept};
 use crate::format::segment::Applied;
-use crate::io::{BlockFile, ByteRange, ReadAt, WriteAt};
+use crate::io::{BlockFile, ByteRange, WriteAt};
 use crate::store::files::FilesError;
-use crate::units::{
-    BLOCK_BYTES, BLOCK_SECTORS, BlockIndex, DiskId, Generation, LineageId, SECTOR_BYTES, Sequence, Timestamp,
-};
+use crate::units::{DiskId, Generation, LineageId, Sequence, Timestamp};
 
-/// Blocks whose before-images are read and saved in one go: bounds the memory of a window.
-const CAPTURE_BLOCKS: u64 = 1024;
 /// Bytes written to the target in one call.
 const WRITE_BYTES: usize = 8 << 20;
 
@@ -273,44 +267,22 @@ impl<T: BlockFile> Applier<T> {
     /// # Errors
     /// As for [`Self::apply`].
     pub fn write_window(&mut self, window: &Window) -> Result<(), JournalError> {
-        if self.active.is_some() {
-            self.capture(window)?;
-            if let Some(run) = &mut self.active {
-                run.flush()?; // barrier 1
-            }
+        self.write_over(window, &[])
+    }
+
+    /// As [`Self::write_window`], by who has read parts of the target already; nothing else writes to it meanwhile.
+    ///
+    /// # Errors
+    /// As for [`Self::apply`].
+    pub(super) fn write_over(&mut self, window: &Window, known: &[Known<'_>]) -> Result<(), JournalError> {
+        if let Some(run) = &mut self.active {
+            capture(&mut self.target, run, self.size_sectors, window, known)?;
+            run.flush()?; // barrier 1
         }
         self.version += 1;
         self.write_target(window)?;
         self.target.flush()?; // barrier 2
         Ok(())
-    }
-
-    /// Saves what the blocks of a window hold, where the undo epoch has not saved it yet. Scattered blocks are read and
-    /// saved together, up to [`CAPTURE_BLOCKS`] at a time: one read deep enough for any medium, one write.
-    fn capture(&mut self, window: &Window) -> Result<(), JournalError> {
-        let Some(run) = &mut self.active else { return Ok(()) };
-        let (mut pieces, mut room) = (Vec::new(), CAPTURE_BLOCKS);
-        for blocks in window.blocks() {
-            let range = BlockRange::new(blocks.start / BLOCK_SECTORS, blocks.end / BLOCK_SECTORS);
-            for missing in run.missing(range) {
-                let mut first = missing.start;
-                while first < missing.end {
-                    let end = missing.end.min(first + room);
-                    pieces.push(BlockRange::new(first, end));
-                    room -= end - first;
-                    first = end;
-                    if room == 0 {
-                        capture_pieces(&mut self.target, run, self.size_sectors, &pieces)?;
-                        (pieces, room) = (Vec::new(), CAPTURE_BLOCKS);
-                    }
-                }
-            }
-        }
-        if pieces.is_empty() {
-            Ok(())
-        } else {
-            capture_pieces(&mut self.target, run, self.size_sectors, &pieces)
-        }
     }
 
     fn write_target(&mut self, window: &Window) -> Result<(), JournalError> {
@@ -360,6 +332,15 @@ impl<T: BlockFile> Applier<T> {
         })
     }
 
+    /// The run that is being written, for a thread beside; [`Self::put_active`] gives it back.
+    pub(super) const fn take_active(&mut self) -> Option<ActiveRun> {
+        self.active.take()
+    }
+
+    pub(super) fn put_active(&mut self, run: ActiveRun) {
+        self.active = Some(run);
+    }
+
     pub(super) const fn active_run(&mut self) -> Option<&mut ActiveRun> {
         self.active.as_mut()
     }
@@ -375,112 +356,6 @@ impl<T: BlockFile> Applier<T> {
     pub const fn size_sectors(&self) -> u64 {
         self.size_sectors
     }
-}
-
-/// Saves up to [`CAPTURE_BLOCKS`] blocks, ascending pieces of them: holes of the target without reading them.
-fn capture_pieces(
-    target: &mut impl BlockFile,
-    run: &mut ActiveRun,
-    size_sectors: u64,
-    pieces: &[BlockRange],
-) -> Result<(), JournalError> {
-    let total: u64 = pieces.iter().map(|piece| piece.end - piece.start).sum();
-    let mut plain = vec![0; (total * BLOCK_BYTES) as usize];
-    let (mut reads, mut parts, mut map) = (Vec::new(), Vec::new(), Map::new());
-    let mut rest = plain.as_mut_slice();
-    for piece in pieces {
-        let own_bytes = ((piece.end - piece.start) * BLOCK_BYTES) as usize;
-        let (mut own, tail) = std::mem::take(&mut rest).split_at_mut(own_bytes);
-        rest = tail;
-        let mut at = piece.start * BLOCK_BYTES;
-        let end = (piece.end * BLOCK_BYTES).min(size_sectors * SECTOR_BYTES);
-        let allocated = map.allocated(target, ByteRange { start: at, end }, size_sectors * SECTOR_BYTES)?;
-        for part in &allocated {
-            let (_, tail) = std::mem::take(&mut own).split_at_mut((part.start - at) as usize);
-            let (data, tail) = tail.split_at_mut(part.len() as usize);
-            reads.push(ReadAt { offset: part.start, data });
-            (own, at) = (tail, part.end);
-        }
-        parts.extend(hole_blocks(*piece, &allocated));
-    }
-    if !reads.is_empty() {
-        target.read(&mut reads)?;
-    }
-    let mut images = Vec::with_capacity(parts.len());
-    let mut rest = plain.as_slice();
-    for (blocks, hole) in parts {
-        let (bytes, tail) = rest.split_at(((blocks.end - blocks.start) * BLOCK_BYTES) as usize);
-        rest = tail;
-        let data = if hole { ImageData::Zeros(blocks.end - blocks.start) } else { ImageData::Bytes(bytes) };
-        images.push(Image { first: BlockIndex(blocks.start), data });
-    }
-    run.append(&images)?;
-    Ok(())
-}
-
-/// What is allocated around the blocks asked for, so that scattered ones do not ask the file system one by one.
-struct Map {
-    known: ByteRange,
-    parts: Vec<ByteRange>,
-    /// The target has so many holes that looking ahead costs more than it saves.
-    holey: bool,
-}
-
-impl Map {
-    /// Bytes looked ahead, and the parts in them above which that is given up for the next question.
-    const AHEAD: u64 = 64 << 20;
-    const PARTS_MAX: usize = 64;
-
-    const fn new() -> Self {
-        Self { known: ByteRange { start: 0, end: 0 }, parts: Vec::new(), holey: false }
-    }
-
-    /// The allocated parts of `range`; ranges ascend, and nothing is written between the questions.
-    fn allocated(
-        &mut self,
-        target: &mut impl BlockFile,
-        range: ByteRange,
-        size_bytes: u64,
-    ) -> Result<Vec<ByteRange>, JournalError> {
-        if range.start < self.known.start || range.end > self.known.end {
-            let ahead = if self.holey { 0 } else { Self::AHEAD };
-            let end = range.end.max((range.start + ahead).min(size_bytes));
-            self.known = ByteRange { start: range.start, end };
-            self.parts = target.allocated(self.known)?;
-            self.holey = self.parts.len() > Self::PARTS_MAX;
-        }
-        let from = self.parts.partition_point(|part| part.end <= range.start);
-        let inside = self.parts.iter().skip(from).take_while(|part| part.start < range.end);
-        Ok(inside
-            .map(|part| ByteRange { start: part.start.max(range.start), end: part.end.min(range.end) })
-            .collect())
-    }
-}
-
-/// Cuts blocks into runs that lie wholly in a hole (true) and the rest (false).
-fn hole_blocks(blocks: BlockRange, allocated: &[ByteRange]) -> Vec<(BlockRange, bool)> {
-    let mut runs: Vec<(BlockRange, bool)> = Vec::new();
-    let mut push = |start: u64, end: u64, zeros: bool| match runs.last_mut() {
-        Some((last, same)) if *same == zeros => last.end = end,
-        _ if start < end => runs.push((BlockRange::new(start, end), zeros)),
-        _ => {}
-    };
-    let mut at = blocks.start;
-    for part in allocated {
-        let start = (part.start / BLOCK_BYTES).max(at);
-        let end = part.end.div_ceil(BLOCK_BYTES).clamp(start, blocks.end);
-        if at < start {
-            push(at, start, true);
-        }
-        if start < end {
-            push(start, end, false);
-        }
-        at = at.max(end);
-    }
-    if at < blocks.end {
-        push(at, blocks.end, true);
-    }
-    runs
 }
 
 pub(super) fn shape(journal: &Journal, disk: DiskId) -> Result<&DiskShape, JournalError> {

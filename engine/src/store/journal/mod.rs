@@ -6,6 +6,7 @@
 //! | `manifest` | what the journal consists of, durably; `shape` is that as a value |
 //! | `recovery` | reading the redo log after a stop or a crash |
 //! | `applier` | one disk: undo run, target, and the order in which they are written |
+//! | `capture` | before-images of a window: read, and saved beside the reading |
 //! | `view` | a disk as it was at a point |
 //! | `points` | what can be had of a disk: marks, times, sequences |
 //! | `ladder`, `thin` | which points stay, and their undo runs made one |
@@ -21,6 +22,7 @@
 //! moved aside, never deleted. Units: bytes, group and entry numbers. Called by the master target's threads.
 
 pub mod applier;
+mod capture;
 pub mod entry;
 pub mod error;
 pub mod ladder;

@@ -19,7 +19,9 @@ use super::shape::Shape;
 use crate::format::FormatError;
 use crate::format::disk_state::DiskState;
 use crate::format::manifest::SegmentOpened;
-use crate::format::segment::{Applied, EntryHead, EntryKind, GroupHeader, JournalId, SegmentHeader, entries};
+use crate::format::segment::{
+    Applied, EntryHead, EntryKind, GroupHeader, JournalId, SegmentHeader, entries_unchecked,
+};
 use crate::io::{BlockFile, ReadAt};
 use crate::store::files::Files;
 use crate::units::{BLOCK_BYTES, DiskId, Timestamp};
@@ -101,6 +103,48 @@ pub enum Seen<'a> {
         /// Its body.
         body: &'a [u8],
     },
+}
+
+/// Bytes of the log that are read at once, ahead of what is looked at.
+const AHEAD_BYTES: u64 = 8 << 20;
+
+/// A segment that is read from its beginning to its end in long pieces, each byte once.
+struct Ahead<'a> {
+    file: &'a mut dyn BlockFile,
+    /// End of the segment.
+    end: u64,
+    /// Where the bytes stand, and how many of them there are.
+    start: u64,
+    fill: usize,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Ahead<'a> {
+    fn new(file: &'a mut dyn BlockFile, segment: &SegmentOpened) -> Self {
+        let end = segment.bytes.min(file.size_bytes());
+        Self { file, end, start: 0, fill: 0, bytes: Vec::new() }
+    }
+
+    /// Bytes of the segment; those in front of `at` are not kept. Shorter where the segment ends.
+    fn get(&mut self, at: u64, len: u64) -> Result<&[u8], JournalError> {
+        let len = len.min(self.end.saturating_sub(at));
+        let filled = self.start + self.fill as u64;
+        if at < self.start || at + len > filled {
+            let wanted = AHEAD_BYTES.max(len).min(self.end.saturating_sub(at)) as usize;
+            let kept = if (self.start..filled).contains(&at) { (filled - at) as usize } else { 0 };
+            self.bytes.copy_within(self.fill - kept..self.fill, 0);
+            if self.bytes.len() < wanted {
+                self.bytes.resize(wanted, 0);
+            }
+            // Nothing is believed of a read that failed halfway.
+            (self.start, self.fill) = (at, 0);
+            let data = self.bytes.get_mut(kept..wanted).unwrap_or_default();
+            self.file.read(&mut [ReadAt { offset: at + kept as u64, data }])?;
+            self.fill = wanted.max(kept);
+        }
+        let from = (at - self.start) as usize;
+        Ok(self.bytes.get(from..from + len as usize).unwrap_or_default())
+    }
 }
 
 struct Scanner<'a> {
@@ -220,12 +264,11 @@ impl Scanner<'_> {
         from: u64,
         group: u64,
     ) -> Result<Option<(u64, GroupHeader)>, JournalError> {
-        const WINDOW: u64 = 1 << 20;
         let end = segment.bytes.min(file.size_bytes());
-        let mut window = vec![0; WINDOW as usize];
+        let mut window = vec![0; AHEAD_BYTES.min(end.saturating_sub(from)) as usize];
         let mut at = from;
         while at < end {
-            let len = (end - at).min(WINDOW);
+            let len = (end - at).min(AHEAD_BYTES);
             let data = window.get_mut(..len as usize).unwrap_or_default();
             file.read(&mut [ReadAt { offset: at, data }])?;
             for (block, bytes) in data.chunks(BLOCK_BYTES as usize).enumerate() {
@@ -255,18 +298,21 @@ impl Scanner<'_> {
         self.next_group = segment.first_group;
         let end = segment.bytes.min(file.size_bytes());
         let mut at = BLOCK_BYTES;
+        let mut ahead = Ahead::new(file, segment);
         while at + BLOCK_BYTES <= end {
-            match self.group(path, file, segment, at)? {
+            match self.group(path, &mut ahead, segment, at)? {
                 Ok(stored) => at += stored,
-                Err(reason) => match self.find_group(file, segment, at + BLOCK_BYTES, self.next_group + 1)? {
-                    Some((next, header)) => {
-                        self.damaged(path.into(), at, format!("group {}: {reason}", self.next_group));
-                        self.salvage(path, file, segment, at, next)?;
-                        self.next_group = header.group;
-                        at = next;
+                Err(reason) => {
+                    match self.find_group(ahead.file, segment, at + BLOCK_BYTES, self.next_group + 1)? {
+                        Some((next, header)) => {
+                            self.damaged(path.into(), at, format!("group {}: {reason}", self.next_group));
+                            self.salvage(path, ahead.file, segment, at, next)?;
+                            self.next_group = header.group;
+                            at = next;
+                        }
+                        None => return self.end(path, ahead.file, segment, at, &reason, newest),
                     }
-                    None => return self.end(path, file, segment, at, &reason, newest),
-                },
+                }
             }
         }
         Ok(())
@@ -297,13 +343,11 @@ impl Scanner<'_> {
     fn group(
         &mut self,
         path: &Path,
-        file: &mut dyn BlockFile,
+        ahead: &mut Ahead<'_>,
         segment: &SegmentOpened,
         at: u64,
     ) -> Result<Result<u64, String>, JournalError> {
-        let mut block = vec![0; BLOCK_BYTES as usize];
-        file.read(&mut [ReadAt { offset: at, data: &mut block }])?;
-        let header = match GroupHeader::open(&block) {
+        let header = match GroupHeader::open(ahead.get(at, BLOCK_BYTES)?) {
             Ok(header) => header,
             Err(error) => return Ok(Err(error.to_string())),
         };
@@ -314,11 +358,10 @@ impl Scanner<'_> {
         if !chained && self.scan.last_group + 1 == header.group {
             return Ok(Err("it does not follow the group before it".to_owned()));
         }
-        if at + header.stored_bytes() > segment.bytes.min(file.size_bytes()) {
+        if at + header.stored_bytes() > ahead.end {
             return Ok(Err("it ends behind the segment".to_owned()));
         }
-        let mut bytes = vec![0; header.stored_bytes() as usize];
-        file.read(&mut [ReadAt { offset: at, data: &mut bytes }])?;
+        let bytes = ahead.get(at, header.stored_bytes())?;
         let (payload, padding) = bytes
             .get(GroupHeader::BYTES..)
             .and_then(|rest| rest.split_at_checked(header.payload_bytes as usize))
@@ -331,7 +374,7 @@ impl Scanner<'_> {
         }
         (self.see)(Seen::Group { segment: segment.number, offset: at, header: &header });
         let mut count = 0;
-        for entry in entries(payload) {
+        for entry in entries_unchecked(payload) {
             match entry {
                 Ok((offset, head, body)) => {
                     let offset = at + (GroupHeader::BYTES + offset) as u64;
@@ -405,10 +448,12 @@ impl Scanner<'_> {
         (self.see)(Seen::Entry { place, head, body });
         match head.kind {
             EntryKind::State => {
+                head.check_body(body).map_err(|error| error.to_string())?;
                 let state = DiskState::decode(body).map_err(|error| error.to_string())?;
                 disk.state = Some((state, place));
             }
             EntryKind::Applied => {
+                head.check_body(body).map_err(|error| error.to_string())?;
                 let applied = Applied::read_exact(body).map_err(|error| error.to_string())?;
                 disk.applied = Some((applied, place));
             }

@@ -8,9 +8,12 @@
 //! Invariants: I1, I2; the view it writes does not change while it is written, for blocks it overwrites were in an older
 //! run already. Units: blocks, entry numbers. Called by the thread that owns the target.
 
+use std::thread::{self, ScopedJoinHandle};
+
 use bytes::Bytes;
 
 use super::applier::{Applier, Position, shape};
+use super::capture::{Known, save_known};
 use super::entry::{Content, Write};
 use super::error::JournalError;
 use super::undo::BlockRange;
@@ -21,7 +24,7 @@ use crate::format::manifest::EpochCause;
 use crate::io::{BlockFile, ReadAt};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, SECTOR_BYTES, SectorRange, Timestamp};
 
-/// Blocks compared, saved and written in one go, with one pair of flushes: bounds the memory.
+/// Blocks compared, saved and written in one go, with one pair of flushes: bounds the memory, to that of two steps.
 const STEP_BLOCKS: u64 = 4096;
 
 /// What a rollback did.
@@ -70,21 +73,20 @@ pub fn resume<T: BlockFile>(
     let mut done = RolledBack::default();
     let whole = BlockRange::new(0, applier.size_sectors().div_ceil(BLOCK_SECTORS));
     let runs = view.open_runs(journal, applier)?;
-    let (mut ranges, mut room) = (Vec::new(), STEP_BLOCKS);
-    for range in view.differing(&runs, applier, whole)? {
-        let mut first = range.start;
-        while first < range.end {
-            let end = range.end.min(first + room);
-            ranges.push(BlockRange::new(first, end));
-            room -= end - first;
-            first = end;
-            if room == 0 {
-                step(&runs, applier, &view, &std::mem::take(&mut ranges), &mut done)?;
-                room = STEP_BLOCKS;
+    let mut waiting: Option<Step> = None;
+    for ranges in steps(view.differing(&runs, applier, whole)?) {
+        let next = match waiting.take() {
+            Some(last) => write_and_prepare(&runs, applier, &view, last, ranges, &mut done)?,
+            None => {
+                preload(&runs, applier, &ranges)?;
+                Step::prepare(&runs, applier, &view, ranges)?
             }
-        }
+        };
+        waiting = Some(next);
     }
-    step(&runs, applier, &view, &ranges, &mut done)?;
+    if let Some(last) = waiting {
+        last.write(applier, &mut done)?;
+    }
     let number = applier.applied().number;
     applier.apply(journal, number, &Window::default(), now)?;
     journal.commit(now)?;
@@ -92,52 +94,123 @@ pub fn resume<T: BlockFile>(
     Ok(done)
 }
 
-/// Takes scattered blocks back, up to [`STEP_BLOCKS`].
-fn step<T: BlockFile>(
+/// Cuts ranges into steps of [`STEP_BLOCKS`].
+fn steps(ranges: Vec<BlockRange>) -> Vec<Vec<BlockRange>> {
+    let (mut steps, mut step, mut room) = (Vec::new(), Vec::new(), STEP_BLOCKS);
+    for range in ranges {
+        let mut first = range.start;
+        while first < range.end {
+            let end = range.end.min(first + room);
+            step.push(BlockRange::new(first, end));
+            room -= end - first;
+            first = end;
+            if room == 0 {
+                steps.push(std::mem::take(&mut step));
+                room = STEP_BLOCKS;
+            }
+        }
+    }
+    if !step.is_empty() {
+        steps.push(step);
+    }
+    steps
+}
+
+/// Scattered blocks that are taken back together, up to [`STEP_BLOCKS`].
+struct Step {
+    ranges: Vec<BlockRange>,
+    /// What stands there now, for each range.
+    live: Vec<Vec<u8>>,
+    /// What stood there then, where that is something else.
+    window: Window,
+}
+
+impl Step {
+    /// Reads what stands there and what stood there; [`preload`] came before.
+    fn prepare<T: BlockFile>(
+        runs: &[Run],
+        applier: &mut Applier<T>,
+        view: &View,
+        ranges: Vec<BlockRange>,
+    ) -> Result<Self, JournalError> {
+        let size_bytes = applier.size_sectors() * SECTOR_BYTES;
+        let bytes_of = |blocks: &BlockRange| {
+            ((blocks.end * BLOCK_BYTES).min(size_bytes) - blocks.start * BLOCK_BYTES) as usize
+        };
+        let mut live: Vec<Vec<u8>> = ranges.iter().map(|blocks| vec![0; bytes_of(blocks)]).collect();
+        let mut reads: Vec<ReadAt<'_>> = ranges
+            .iter()
+            .zip(&mut live)
+            .map(|(blocks, data)| ReadAt { offset: blocks.start * BLOCK_BYTES, data })
+            .collect();
+        applier.target().read(&mut reads)?;
+        let mut window = Window::default();
+        for (blocks, now) in ranges.iter().zip(&live) {
+            let mut then = vec![0; now.len()];
+            view.read(runs, applier, blocks.start * BLOCK_BYTES, &mut then)?;
+            put_differing(&mut window, *blocks, &then.into(), now);
+        }
+        for run in runs {
+            applier.sealed_run(*run)?.preload(&[])?; // gives the memory back
+        }
+        Ok(Self { ranges, live, window })
+    }
+
+    /// What stands there was read to be compared: it is saved without being read again.
+    fn known(&self) -> Vec<Known<'_>> {
+        self.ranges.iter().zip(&self.live).map(|(blocks, bytes)| Known { blocks: *blocks, bytes }).collect()
+    }
+
+    /// Saves what stands there, where that is not done yet, and writes what stood there.
+    fn write<T: BlockFile>(
+        &self,
+        applier: &mut Applier<T>,
+        done: &mut RolledBack,
+    ) -> Result<(), JournalError> {
+        done.compared_bytes += self.live.iter().map(|bytes| bytes.len() as u64).sum::<u64>();
+        done.written_bytes += self.window.bytes();
+        if self.window.bytes() > 0 {
+            applier.write_over(&self.window, &self.known())?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes a step and prepares the next. While the next is read, another thread saves before-images of the last: that is
+/// half of its time. Not where the next one needs the run that they are saved in.
+fn write_and_prepare<T: BlockFile>(
     runs: &[Run],
     applier: &mut Applier<T>,
     view: &View,
-    ranges: &[BlockRange],
+    last: Step,
+    ranges: Vec<BlockRange>,
     done: &mut RolledBack,
-) -> Result<(), JournalError> {
-    let size_bytes = applier.size_sectors() * SECTOR_BYTES;
-    let bytes_of = |blocks: &BlockRange| {
-        ((blocks.end * BLOCK_BYTES).min(size_bytes) - blocks.start * BLOCK_BYTES) as usize
+) -> Result<Step, JournalError> {
+    let in_sealed_runs = preload(runs, applier, &ranges)?;
+    let Some(mut active) = applier.take_active().filter(|_| in_sealed_runs) else {
+        last.write(applier, done)?;
+        return Step::prepare(runs, applier, view, ranges);
     };
-    let mut live: Vec<Vec<u8>> = ranges.iter().map(|blocks| vec![0; bytes_of(blocks)]).collect();
-    let mut reads: Vec<ReadAt<'_>> = ranges
-        .iter()
-        .zip(&mut live)
-        .map(|(blocks, data)| ReadAt { offset: blocks.start * BLOCK_BYTES, data })
-        .collect();
-    if !reads.is_empty() {
-        applier.target().read(&mut reads)?;
-    }
-    preload(runs, applier, ranges)?;
-    let mut window = Window::default();
-    for (blocks, now) in ranges.iter().zip(&live) {
-        let mut then = vec![0; now.len()];
-        view.read(runs, applier, blocks.start * BLOCK_BYTES, &mut then)?;
-        put_differing(&mut window, *blocks, &then.into(), now);
-        done.compared_bytes += now.len() as u64;
-    }
-    for run in runs {
-        applier.sealed_run(*run)?.preload(&[])?; // gives the memory back
-    }
-    done.written_bytes += window.bytes();
-    if window.bytes() > 0 {
-        applier.write_window(&window)?;
-    }
-    Ok(())
+    let (saved, next) = thread::scope(|scope| {
+        let save = || save_known(&mut active, &last.window, &last.known());
+        // Where there is no thread to be had, writing the step saves them.
+        let saving = thread::Builder::new().name("before-images".to_owned()).spawn_scoped(scope, save).ok();
+        let next = Step::prepare(runs, applier, view, ranges);
+        (saving.map_or(Ok(Ok(())), ScopedJoinHandle::join), next)
+    });
+    applier.put_active(active);
+    saved.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    last.write(applier, done)?;
+    next
 }
 
 /// Has the images of the blocks read together, from each run what no older one has: one by one they take as long as
-/// the medium takes for each.
+/// the medium takes for each. Answers whether the runs have all of them.
 fn preload<T: BlockFile>(
     runs: &[Run],
     applier: &mut Applier<T>,
     ranges: &[BlockRange],
-) -> Result<(), JournalError> {
+) -> Result<bool, JournalError> {
     let mut missing = ranges.to_vec();
     for run in runs {
         let sealed = applier.sealed_run(*run)?;
@@ -157,7 +230,7 @@ fn preload<T: BlockFile>(
         }
         missing = left;
     }
-    Ok(())
+    Ok(missing.is_empty())
 }
 
 /// Puts the blocks that are not as they were into a window.
