@@ -8,6 +8,8 @@
 //! one before anything is written. `backlog` bounds the memory.
 //! Units: entry numbers, sequences. Used by the disk's second thread only.
 
+mod leave;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -43,6 +45,7 @@ use crate::disk_store::{NotDone, write_pieces};
 use crate::guard::Guard;
 use crate::retention::Retention;
 use crate::target_map::TargetMap;
+
 
 /// Parts of a stream whose points are to be degraded and wait for a full medium.
 const DEGRADING_MAX: usize = 64;
@@ -703,7 +706,11 @@ fn kept_point(disk: DiskId, at: At, sequence: Sequence, mark: &Mark) -> PointKep
 /// The daemon may have ended between the end of an undo epoch and the note of its point.
 fn keep_last_point(journal: &mut Journal, disk: DiskId, now: Timestamp) -> Result<(), JournalError> {
     let Some(shape) = journal.shape().disks.get(&disk) else { return Ok(()) };
-    let Some(closed) = shape.epochs.iter().rev().find_map(|epoch| epoch.closed) else { return Ok(()) };
+    let Some(epoch) = shape.epochs.iter().rev().find(|epoch| epoch.closed.is_some()) else { return Ok(()) };
+    let Some(closed) = epoch.closed.filter(|closed| closed.last > epoch.opened.after) else {
+        // Without an entry of its own (a rollback), it does not end at the mark that stands before it.
+        return Ok(());
+    };
     if shape.points.values().any(|point| point.epoch == closed.epoch) {
         return Ok(());
     }
