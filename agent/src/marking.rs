@@ -99,7 +99,8 @@ pub(crate) struct MarkRun {
 impl Machine {
     /// The master target wants a point; asked twice, it gets one.
     pub(crate) fn handle_mark_request(&mut self, wanted: &MarkWanted) {
-        let is_same = |order: &MarkOrder| matches!(order.asker, Asker::Target(point, _) if point == wanted.point);
+        let is_same =
+            |order: &MarkOrder| matches!(order.asker, Asker::Target(point, _) if point == wanted.point);
         let running = self.marking.as_ref().is_some_and(|run| is_same(&run.order));
         if running || self.marks_waiting.iter().any(is_same) {
             return;
@@ -309,7 +310,9 @@ impl Machine {
                 self.advance_run();
             }
             (FreezeNews::Begun(Ok(freeze)), _) => thread("thaw", move || drop(freeze)),
-            (FreezeNews::Begun(Err(reason)), Phase::Freezing) if matches!(run.order.asker, Asker::Target(..)) => {
+            (FreezeNews::Begun(Err(reason)), Phase::Freezing)
+                if matches!(run.order.asker, Asker::Target(..)) =>
+            {
                 tracing::info!(reason, "the point is made without a freeze");
                 run.deadline = None;
                 run.phase = Phase::Reading { begun: BTreeSet::new(), read: BTreeSet::new() };

@@ -132,7 +132,11 @@ pub fn failback(registry: &Registry, request: &FailbackRequest) -> anyhow::Resul
         None => {
             let decided = decide(registry, agent, &records, request)?;
             registry.record_failback(agent, &decided)?;
-            tracing::warn!(machine = machine.host_name, point = decided.point, "a failback begins; its disks are refused to every agent from now on");
+            tracing::warn!(
+                machine = machine.host_name,
+                point = decided.point,
+                "a failback begins; its disks are refused to every agent from now on"
+            );
             decided
         }
     };
@@ -145,7 +149,11 @@ pub fn failback(registry: &Registry, request: &FailbackRequest) -> anyhow::Resul
     steps::release(registry, agent, &mut failback)?;
     let mut answer = answer(&machine, &records, &failback, "released");
     answer.next = steps::next_steps(&machine, &answer.disks);
-    tracing::warn!(machine = machine.host_name, point = failback.point, "failed back; its targets are released");
+    tracing::warn!(
+        machine = machine.host_name,
+        point = failback.point,
+        "failed back; its targets are released"
+    );
     Ok(answer)
 }
 
@@ -177,7 +185,9 @@ fn check(registry: &Registry, records: &[ProtectedDisk]) -> anyhow::Result<Vec<D
             bail!("{name} is stopped; see `status`");
         }
         if snapshot.mode != PassMode::Done {
-            bail!("{name} is not synced; wait until `status` shows it as synced, or `unprotect` it to leave it behind");
+            bail!(
+                "{name} is not synced; wait until `status` shows it as synced, or `unprotect` it to leave it behind"
+            );
         }
         disks.push(DiskId::parse(&record.disk)?);
     }
@@ -240,18 +250,20 @@ fn name_of(info: &PointInfo) -> String {
 }
 
 /// Whether the agent makes the last mark; refuses where operator and machine do not say the same.
-fn source_is_asked(
-    registry: &Registry,
-    disks: &[DiskId],
-    request: &FailbackRequest,
-) -> anyhow::Result<bool> {
+fn source_is_asked(registry: &Registry, disks: &[DiskId], request: &FailbackRequest) -> anyhow::Result<bool> {
     let connected = disks.iter().filter(|disk| registry.is_connected(**disk)).count();
     match (request.source_already_off, connected) {
         (true, 0) => Ok(false),
-        (true, _) => bail!("its agent is connected; leave --source-already-off out, so that the last changes travel"),
+        (true, _) => {
+            bail!("its agent is connected; leave --source-already-off out, so that the last changes travel")
+        }
         (false, connected) if connected == disks.len() => Ok(true),
-        (false, 0) => bail!("its agent is not connected; start it so that the last changes travel, or give them up with --source-already-off"),
-        (false, _) => bail!("its agent has not opened all of its disks; see `status` and `reprotect-agent status`"),
+        (false, 0) => bail!(
+            "its agent is not connected; start it so that the last changes travel, or give them up with --source-already-off"
+        ),
+        (false, _) => {
+            bail!("its agent has not opened all of its disks; see `status` and `reprotect-agent status`")
+        }
     }
 }
 
@@ -262,8 +274,10 @@ fn known_point(registry: &Registry, disks: &[DiskId], request: &FailbackRequest)
     }
     let all = points::list(registry, disks, true)?;
     let of_all = |info: &&PointInfo| info.complete && !info.degraded;
-    let consistent = all.iter().filter(of_all).find(|info| info.class != "fuzzy");
-    let newest = consistent.or_else(|| all.iter().find(of_all));
+    // What the target itself kept (as-found, before-undo, before-rollback) is not what the source was.
+    let of_source = |info: &&PointInfo| of_all(info) && (info.cause != "pass" || info.name.is_empty());
+    let consistent = all.iter().filter(of_source).find(|info| info.class != "fuzzy");
+    let newest = consistent.or_else(|| all.iter().find(of_source));
     newest.map(|info| info.id.clone()).context(
         "the machine's disks have no sound point in common; name one with --point, disk by disk with `rollback` and `unprotect` otherwise",
     )
@@ -303,8 +317,7 @@ fn ask_for_mark(
     let mut point = [0; 16];
     rustix::rand::getrandom(&mut point, rustix::rand::GetRandomFlags::empty())
         .map_err(|error| other(error.into()))?;
-    let request =
-        MarkRequest { point, freeze_limit_ms: FREEZE_LIMIT_MS, cause: MarkCause::Stop, freeze };
+    let request = MarkRequest { point, freeze_limit_ms: FREEZE_LIMIT_MS, cause: MarkCause::Stop, freeze };
     let told = registry.ask_for_mark(agent, request);
     let waited = wait_for_mark(registry, disks, point, &told);
     registry.forget_mark(point);

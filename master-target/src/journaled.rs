@@ -46,7 +46,6 @@ use crate::guard::Guard;
 use crate::retention::Retention;
 use crate::target_map::TargetMap;
 
-
 /// Parts of a stream whose points are to be degraded and wait for a full medium.
 const DEGRADING_MAX: usize = 64;
 /// Plain bytes of entries that are read back from the log and applied at once after a start.

@@ -32,9 +32,8 @@ use crate::format::frame::FrameKind;
 use crate::format::handshake::{Hello, Version};
 use crate::format::message::{
     Ack, CompareRequestHead, ErrorCode, Fenced, GrantHead, InventoryDisk, InventoryHead, MarkRefused,
-    MarkRequest, Message, Nack,
-    NackReason, OfferHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade, Policy,
-    SourceId,
+    MarkRequest, Message, Nack, NackReason, OfferHead, PassBegin, PassCause, PassEnd, PassMode, PassState,
+    PointDegrade, Policy, SourceId,
 };
 use crate::format::wire::Text;
 use crate::limits::{

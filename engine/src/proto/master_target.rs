@@ -21,8 +21,8 @@ use crate::format::batch::Mark;
 use crate::format::frame::FrameKind;
 use crate::format::handshake::{HELLO_MAGIC, Hello, HelloAck, Role};
 use crate::format::message::{
-    CompareRequestHead, ErrorCode, InventoryDisk, MarkRefused, MarkRequest, Message, OfferHead, OpenDiskHead, PassBegin, PassEnd,
-    PointDegrade, Policy, SourceId, Welcome,
+    CompareRequestHead, ErrorCode, InventoryDisk, MarkRefused, MarkRequest, Message, OfferHead, OpenDiskHead,
+    PassBegin, PassEnd, PointDegrade, Policy, SourceId, Welcome,
 };
 use crate::limits::HANDSHAKE_NANOS_MAX;
 use crate::units::{DiskId, Generation, MonoTime, PeerId};

@@ -60,7 +60,11 @@ fn question(plan: &FailbackAnswer, args: &FailbackArgs) -> String {
             plan.machine
         ),
     };
-    format!("{stop}\n{}Replication of {} ends, and its targets are released. Go on?", summary(plan), plan.machine)
+    format!(
+        "{stop}\n{}Replication of {} ends, and its targets are released. Go on?",
+        summary(plan),
+        plan.machine
+    )
 }
 
 fn summary(answer: &FailbackAnswer) -> String {

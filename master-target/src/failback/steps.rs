@@ -57,7 +57,8 @@ pub(super) fn fence(registry: &Registry, agent: PeerId, failback: &mut Failback)
 /// Everything is on the target; where the point is not the newest state, the target goes back to it.
 pub(super) fn drain(registry: &Registry, agent: PeerId, failback: &mut Failback) -> anyhow::Result<()> {
     each(registry, agent, failback, FailbackStep::Drained, |disk, of| {
-        let at: At = of.at.parse().map_err(|_| anyhow::anyhow!("{} is no point; see the daemon's log", of.at))?;
+        let at: At =
+            of.at.parse().map_err(|_| anyhow::anyhow!("{} is no point; see the daemon's log", of.at))?;
         let retention = registry.retention().context(NO_JOURNAL)?;
         let hold = retention.hold(disk, at);
         let (inputs, _) = registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
@@ -94,7 +95,11 @@ pub(super) fn verify(
             for blocks in &looked.different {
                 differing += 1;
                 if of.different.len() < DIFFERENT_MAX {
-                    of.different.push(format!("{}-{}", blocks.start * BLOCK_BYTES, blocks.end * BLOCK_BYTES - 1));
+                    of.different.push(format!(
+                        "{}-{}",
+                        blocks.start * BLOCK_BYTES,
+                        blocks.end * BLOCK_BYTES - 1
+                    ));
                 }
             }
         }
@@ -137,7 +142,9 @@ fn pieces(policy: VerifyPolicy, size_bytes: u64, seed: u64) -> Vec<ByteRange> {
                 (u128::from(number) * u128::from(all) / u128::from(count)) as u64 // below `all`
             };
             (0..count)
-                .map(|number| cut(draw(part(number), part(number + 1)) * SAMPLE_PIECE_BYTES, SAMPLE_PIECE_BYTES))
+                .map(|number| {
+                    cut(draw(part(number), part(number + 1)) * SAMPLE_PIECE_BYTES, SAMPLE_PIECE_BYTES)
+                })
                 .collect()
         }
     }

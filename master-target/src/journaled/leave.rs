@@ -128,7 +128,8 @@ impl Journaled {
         }
         if let Some(epoch) = self.applier.open_epoch() {
             let at = At::entry(epoch, self.applier.applied().number);
-            self.keep_point(at, wall_clock(), MarkClass::Frozen, &format!("before-undo-{epoch}"))?;
+            // Fuzzy, so that it is never taken for the newest consistent state of the source.
+            self.keep_point(at, wall_clock(), MarkClass::Fuzzy, &format!("before-undo-{epoch}"))?;
         }
         self.retention.lock().get()?.append_state(&self.state, wall_clock())?;
         self.retention.commit()
