@@ -12,6 +12,8 @@
 //! the disk (I6); bulk never overwrites what delta wrote since the pass began.
 //! Units: sectors, sequences, credit cost in bytes. Called by `master-target/src/disk_worker.rs` and the simulator.
 
+mod fence;
+
 use std::collections::VecDeque;
 
 use super::credit::{FlowLimits, Window};
@@ -619,33 +621,6 @@ impl TargetDisk {
             self.phase.become_state(TargetDiskPhase::Closed);
         }
         self.checkpoint_if_due(now, self.dirty);
-    }
-
-    /// Nobody who has the disk open may write it any more (I9): a new generation is made durable, which
-    /// [`Self::is_settled`] tells. That nobody opens it anew is the driver's business.
-    pub fn handle_fence(&mut self, now: MonoTime, reason: &str) {
-        if self.phase == TargetDiskPhase::Failed {
-            return;
-        }
-        self.state.generation = self.state.generation.next();
-        for session in [self.session.take(), self.opening.take()].into_iter().flatten() {
-            self.refuse(session, ErrorCode::Target, reason);
-            self.notices.push_back(DiskNotice::FencedSession(session));
-        }
-        if self.phase != TargetDiskPhase::Closed {
-            self.phase.become_state(TargetDiskPhase::Closed);
-        }
-        if let Some(running) = &mut self.running {
-            running.grants = None;
-        }
-        self.touch(now);
-        self.checkpoint_if_due(now, true);
-    }
-
-    /// Whether everything that the state says is durable.
-    #[must_use]
-    pub const fn is_settled(&self) -> bool {
-        !self.dirty && self.running.is_none()
     }
 
     /// When [`Self::handle_timeout`] wants to be called.
