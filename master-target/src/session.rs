@@ -211,7 +211,7 @@ impl Session {
 
     async fn route(&mut self, disk: DiskId, input: DiskInput) {
         let opens = matches!(input, DiskInput::Open(_));
-        if let Some(why) = self.registry.fence_text(disk).filter(|_| opens) {
+        if opens && let Some(why) = self.registry.fence_text(disk) {
             return self.core.send_reply(Message::error(disk, ErrorCode::Target, &why), 0);
         }
         let sent = match self.registry.disk_inputs(disk) {
