@@ -8,7 +8,7 @@ export SIZE_MIB APPLY_MIB EXTENTS GROW SIZE TARGET TARGETS RELAY KEEP SEED FILL 
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test delta-test points-test export-test scrub-test ordered-test crash flips bench-sync bench-journal sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test delta-test points-test failback-test export-test scrub-test ordered-test crash flips bench-sync bench-journal sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ bench-journal: setup ## speed and cost of the retention journal, release build: 
 
 points-test: build ## recovery points mounted, compared, gone back to: [SIZE=1G] [POINTS=6] [ROLLBACKS=10] [TARGET=flat] [SEED=n]
 	@$(SCRIPTS)/points_test.py
+
+failback-test: build ## a disk goes home and is taken back, with kills between the steps: [SIZE=1G] [KILLS=8] [TARGET=flat] [RELAY=1] [SEED=n]
+	@$(SCRIPTS)/failback_test.py
 
 export-test: build ## points exported, and extracted from the folder alone after kills: [SIZE=1G] [POINTS=3] [KILLS=3] [SEED=n]
 	@$(SCRIPTS)/export_test.py

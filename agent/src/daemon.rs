@@ -26,7 +26,7 @@ use crate::config::Settings;
 use crate::dial::{Dial, Ended, KeyProver, Rota, SharedIdentity};
 use crate::freeze::thaw_left_behind;
 use crate::machine::Machine;
-use crate::marking::MarkOrder;
+use crate::marking::{Asker, MarkOrder};
 use crate::plan::{Plan, follow_reloads};
 
 /// Longest wait for answers of the admin interface that are under way.
@@ -118,7 +118,8 @@ async fn mark(
     }
     let (answer, answered) = oneshot::channel();
     let stopping = "the agent is stopping; ask again when it runs";
-    orders.send(MarkOrder { request, answer }).await.map_err(|_| refused(stopping))?;
+    let asker = Asker::Command(answer);
+    orders.send(MarkOrder { request, asker }).await.map_err(|_| refused(stopping))?;
     match answered.await {
         Ok(Ok(answer)) => Ok(Json(answer)),
         Ok(Err(reason)) => Err(refused(&reason)),

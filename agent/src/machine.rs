@@ -7,7 +7,7 @@
 //! not durable goes on in the next one; what is wrong with one disk stops or pauses that disk only; queues hold at
 //! most the passes' windows, payload is on each disk's budget. Made by `daemon`, driven by `session`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::api::{DiskInfo, StatusInfo};
 use crate::budget::Budget;
-use crate::marking::{FreezeNews, MarkOrders, MarkRun};
+use crate::marking::{FreezeNews, MarkOrder, MarkOrders, MarkRun};
 use crate::opening::{Missing, Opened, Opening, Purpose, share_bytes};
 use crate::plan::{Plan, Plans};
 use crate::policy::PolicyKeeper;
@@ -62,6 +62,8 @@ pub struct Machine {
     pub(crate) disks: BTreeMap<DiskId, Protected>,
     /// The point of the machine that is being made.
     pub(crate) marking: Option<MarkRun>,
+    /// Points that are made when that one is done.
+    pub(crate) marks_waiting: VecDeque<MarkOrder>,
     /// Where the threads that freeze and thaw tell.
     pub(crate) freezer: mpsc::UnboundedSender<FreezeNews>,
     policy: PolicyKeeper,
@@ -122,6 +124,7 @@ impl Machine {
             openings,
             disks: BTreeMap::new(),
             marking: None,
+            marks_waiting: VecDeque::new(),
             freezer,
             policy,
             missing: BTreeMap::new(),
@@ -244,6 +247,7 @@ impl Machine {
             AgentEvent::Marked { disk, label } => self.handle_marked(disk, &label),
             AgentEvent::MarkLost { disk, label } => self.handle_mark_lost(disk, &label),
             AgentEvent::Policy(policy) => self.take_policy(&policy),
+            AgentEvent::MarkRequested(request) => self.handle_mark_request(&request),
             AgentEvent::Resync { disk, cause } => {
                 let problem = (cause == PassCause::DamagedStream).then(|| DAMAGED_TEXT.to_owned());
                 match &problem {
@@ -274,7 +278,7 @@ impl Machine {
     }
 
     /// Pause between two scan rounds: the policy's, else the configuration's.
-    fn scan_pause(&self) -> Duration {
+    pub(crate) fn scan_pause(&self) -> Duration {
         self.policy.points_every().unwrap_or(self.plan.settings.scan_interval)
     }
 
@@ -527,9 +531,12 @@ impl Machine {
         let now = Instant::now();
         let mut wanted = Vec::new();
         self.advance_run();
+        self.begin_timer_run(now);
         let held: Vec<DiskId> = self.disks.keys().copied().filter(|disk| self.is_marking(*disk)).collect();
+        // While all can be read together they are; one that cannot does not hold up the others.
+        let together = self.reads_together();
         for (disk, state) in &mut self.disks {
-            let due = state.next_scan.is_some_and(|at| now >= at) && !held.contains(disk);
+            let due = !together && state.next_scan.is_some_and(|at| now >= at) && !held.contains(disk);
             if due && self.core.begin_scan(*disk) {
                 state.begin_walk(Activity::Scanning);
             }

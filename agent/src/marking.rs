@@ -1,10 +1,11 @@
-//! A recovery point of the whole machine by scan rounds: `mark`, with or without frozen file systems.
+//! A recovery point of the whole machine by scan rounds: by the policy's timer, by `mark` with or without frozen file
+//! systems, and because the master target wants one.
 //!
 //! ```text
 //! First (with --freeze: a round of every disk, so that the frozen one finds little) → Freezing →
 //! Reading (a round of every disk) → Thawing → Waiting (the marks, one point, are to become durable)
 //! ```
-//! Invariants: one run at a time; all disks of the machine are in it, and all their marks name one random point; a mark
+//! Invariants: one run at a time, what somebody wants waits for the timer's; all disks of the machine are in it, and all their marks name one random point; a mark
 //! is called frozen only if the guard of the freeze says that it held until everything was read; without a freeze it is
 //! fuzzy; a round that was begun for a run that failed ends with a fuzzy mark of its own; whatever fails, everything is
 //! thawed. Units: milliseconds. Driven by `machine`, asked by `daemon`.
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use reprotect_engine::format::batch::{MarkCause, MarkClass, MarkLabel};
+use reprotect_engine::format::message::MarkRequest as MarkWanted;
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::units::{DiskId, Timestamp};
@@ -25,11 +27,37 @@ use crate::freeze::Freeze;
 use crate::machine::Machine;
 use crate::protected::Activity;
 
-/// What somebody wants, and where the answer goes.
+/// Points that wait for the one that is being made.
+const WAITING_MAX: usize = 8;
+/// After the source was stopped nothing is read for a while: the target takes the disks away.
+const STOPPED_PAUSE: Duration = Duration::from_secs(60);
+
+/// What is wanted, and by whom.
 #[derive(Debug)]
 pub(crate) struct MarkOrder {
     pub(crate) request: MarkRequest,
-    pub(crate) answer: oneshot::Sender<Result<MarkAnswer, String>>,
+    pub(crate) asker: Asker,
+}
+
+/// Who wants a point.
+#[derive(Debug)]
+pub(crate) enum Asker {
+    /// Somebody at the admin socket, and where the answer goes.
+    Command(oneshot::Sender<Result<MarkAnswer, String>>),
+    /// The master target: the point's identity, and why.
+    Target([u8; 16], MarkCause),
+    /// The policy's timer.
+    Timer,
+}
+
+impl Asker {
+    const fn cause(&self) -> MarkCause {
+        match self {
+            Self::Command(_) => MarkCause::Command,
+            Self::Target(_, cause) => *cause,
+            Self::Timer => MarkCause::Timer,
+        }
+    }
 }
 
 /// News from the threads that freeze and thaw.
@@ -69,9 +97,51 @@ pub(crate) struct MarkRun {
 }
 
 impl Machine {
-    /// Begins a run, or says why not.
+    /// The master target wants a point; asked twice, it gets one.
+    pub(crate) fn handle_mark_request(&mut self, wanted: &MarkWanted) {
+        let is_same =
+            |order: &MarkOrder| matches!(order.asker, Asker::Target(point, _) if point == wanted.point);
+        let running = self.marking.as_ref().is_some_and(|run| is_same(&run.order));
+        if running || self.marks_waiting.iter().any(is_same) {
+            return;
+        }
+        tracing::info!(cause = ?wanted.cause, "the master target wants a point of this machine");
+        let request = MarkRequest {
+            name: String::new(),
+            freeze: wanted.freeze,
+            freeze_limit_ms: wanted.freeze_limit_ms.clamp(1000, 600_000),
+        };
+        self.handle_mark_order(MarkOrder { request, asker: Asker::Target(wanted.point, wanted.cause) });
+    }
+
+    /// Whether all disks can be read together, for one point: none is being copied, away or unreadable.
+    pub(crate) fn reads_together(&self) -> bool {
+        self.disks.values().all(|state| {
+            matches!(state.activity, Activity::Synced | Activity::Scanning) && !state.faults.is_paused()
+        })
+    }
+
+    /// The timer's point, when every disk's pause is over.
+    pub(crate) fn begin_timer_run(&mut self, now: Instant) {
+        let is_due = |state: &crate::protected::Protected| {
+            state.activity == Activity::Synced && state.next_scan.is_some_and(|at| now >= at)
+        };
+        let due = !self.disks.is_empty() && self.disks.values().all(is_due);
+        if due && self.marking.is_none() && self.core.is_ready() && self.reads_together() {
+            let request = MarkRequest { name: String::new(), freeze: false, freeze_limit_ms: 0 };
+            self.handle_mark_order(MarkOrder { request, asker: Asker::Timer });
+        }
+    }
+
+    /// Begins a run, lets it wait for the timer's, or says why not.
     pub(crate) fn handle_mark_order(&mut self, order: MarkOrder) {
-        match self.new_run(&order.request) {
+        let timers = self.marking.as_ref().is_some_and(|run| matches!(run.order.asker, Asker::Timer));
+        let waits = timers || (self.marking.is_some() && matches!(order.asker, Asker::Target(..)));
+        let waits = waits && self.core.is_ready();
+        if waits && self.marks_waiting.len() < WAITING_MAX {
+            return self.marks_waiting.push_back(order);
+        }
+        match self.new_run(&order) {
             Ok((point, disks)) => {
                 let (begun, done) = (BTreeSet::new(), BTreeSet::new());
                 let phase = if order.request.freeze {
@@ -83,19 +153,35 @@ impl Machine {
                 self.marking = Some(MarkRun { order, point, disks, phase, freeze, deadline, frozen });
                 self.advance_run();
             }
-            Err(refusal) => {
-                // Whoever asked may have given up.
-                let _ = order.answer.send(Err(refusal));
-            }
+            Err(refusal) => self.refuse(order.asker, refusal),
         }
     }
 
-    fn new_run(&self, request: &MarkRequest) -> Result<([u8; 16], BTreeSet<DiskId>), String> {
-        if self.marking.is_some() {
-            return Err("another point is being made; wait until it is durable".to_owned());
+    fn refuse(&mut self, asker: Asker, reason: String) {
+        match asker {
+            // Whoever asked may have given up.
+            Asker::Command(answer) => drop(answer.send(Err(reason))),
+            Asker::Target(point, _) => self.core.refuse_mark(point, &reason),
+            Asker::Timer => {}
         }
+    }
+
+    /// The run is over: what waited for it begins.
+    fn next_run(&mut self) {
+        while self.marking.is_none()
+            && let Some(order) = self.marks_waiting.pop_front()
+        {
+            self.handle_mark_order(order);
+        }
+    }
+
+    fn new_run(&self, order: &MarkOrder) -> Result<([u8; 16], BTreeSet<DiskId>), String> {
+        let request = &order.request;
         if !self.core.is_ready() {
             return Err("there is no session with the master target; see `reprotect-agent status`".to_owned());
+        }
+        if self.marking.is_some() {
+            return Err("another point is being made; wait until it is durable".to_owned());
         }
         if request.name.len() > MarkRequest::NAME_BYTES_MAX {
             return Err(format!("the name is longer than {} bytes; shorten it", MarkRequest::NAME_BYTES_MAX));
@@ -114,10 +200,14 @@ impl Machine {
                 "no disk is protected; run `reprotect-master-target protect` for this machine".to_owned()
             );
         }
+        let disks = self.disks.keys().copied().collect();
+        if let Asker::Target(point, _) = order.asker {
+            return Ok((point, disks));
+        }
         let mut point = [0; 16];
         rustix::rand::getrandom(&mut point, rustix::rand::GetRandomFlags::empty())
             .map_err(|error| format!("the system has no randomness: {error}"))?;
-        Ok((point, self.disks.keys().copied().collect()))
+        Ok((point, disks))
     }
 
     /// Whether a disk's rounds are the run's business, so that none begins by the clock.
@@ -129,11 +219,13 @@ impl Machine {
     pub(crate) fn advance_run(&mut self) {
         let Some(run) = self.marking.as_mut() else { return };
         let waiting = matches!(run.phase, Phase::Waiting { .. });
+        let timers = matches!(run.order.asker, Asker::Timer);
         let gone = |disk: &DiskId| {
             let state = self.disks.get(disk);
             // A session may go and come while marks wait: they are sent again.
             state.is_none_or(|state| {
                 state.activity == Activity::Stopped
+                    || (timers && !waiting && state.faults.is_paused())
                     || (!waiting && !matches!(state.activity, Activity::Synced | Activity::Scanning))
             })
         };
@@ -218,6 +310,14 @@ impl Machine {
                 self.advance_run();
             }
             (FreezeNews::Begun(Ok(freeze)), _) => thread("thaw", move || drop(freeze)),
+            (FreezeNews::Begun(Err(reason)), Phase::Freezing)
+                if matches!(run.order.asker, Asker::Target(..)) =>
+            {
+                tracing::info!(reason, "the point is made without a freeze");
+                run.deadline = None;
+                run.phase = Phase::Reading { begun: BTreeSet::new(), read: BTreeSet::new() };
+                self.advance_run();
+            }
             (FreezeNews::Begun(Err(reason)), Phase::Freezing) => self.fail_run(&reason),
             (FreezeNews::Ended(true), Phase::Thawing) => {
                 tracing::info!("file systems thawed");
@@ -234,7 +334,7 @@ impl Machine {
         let label = MarkLabel {
             point: run.point,
             class,
-            cause: MarkCause::Command,
+            cause: run.order.asker.cause(),
             name: Text::new(&run.order.request.name),
             source_time: wall_clock(),
         };
@@ -304,7 +404,11 @@ impl Machine {
         };
         let class = if run.frozen.is_empty() { "fuzzy" } else { "frozen" };
         let point: String = run.point.iter().map(|byte| format!("{byte:02x}")).collect();
-        tracing::info!(point, class, name = run.order.request.name, "a point of the machine is durable");
+        if matches!(run.order.asker, Asker::Timer) {
+            tracing::debug!(point, "the timer's point of the machine is durable");
+        } else {
+            tracing::info!(point, class, name = run.order.request.name, "a point of the machine is durable");
+        }
         let answer = MarkAnswer {
             point,
             class: class.to_owned(),
@@ -313,13 +417,24 @@ impl Machine {
             disks: durable.keys().map(disk).collect(),
             frozen: run.frozen.iter().map(|path| path.display().to_string()).collect(),
         };
-        // Whoever asked may have given up; the point is there all the same.
-        let _ = run.order.answer.send(Ok(answer));
+        if run.order.asker.cause() == MarkCause::Stop {
+            let later = Some(Instant::now() + STOPPED_PAUSE);
+            self.disks.values_mut().for_each(|state| state.next_scan = later);
+        }
+        if let Asker::Command(asker) = run.order.asker {
+            // Whoever asked may have given up; the point is there all the same.
+            let _ = asker.send(Ok(answer));
+        }
+        self.next_run();
     }
 
     fn fail_run(&mut self, reason: &str) {
         let Some(mut run) = self.marking.take() else { return };
-        tracing::warn!(reason, "no point of the machine was made");
+        if matches!(run.order.asker, Asker::Timer) {
+            tracing::debug!(reason, "the timer made no point of the machine");
+        } else {
+            tracing::warn!(reason, "no point of the machine was made");
+        }
         if let Some(freeze) = run.freeze.take() {
             thread("thaw", move || drop(freeze));
         }
@@ -334,7 +449,8 @@ impl Machine {
                 state.next_scan = state.next_scan.or(Some(Instant::now()));
             }
         }
-        let _ = run.order.answer.send(Err(reason.to_owned()));
+        self.refuse(run.order.asker, reason.to_owned());
+        self.next_run();
     }
 }
 

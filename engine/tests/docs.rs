@@ -35,7 +35,8 @@ fn tables() -> Vec<(&'static str, Table)> {
         frame: FrameHeader | FrameKind;
         handshake: Hello HelloAck | Role;
         message: AuthHead Welcome InventoryHead InventoryDisk OfferHead OpenDiskHead GrantHead Ack BulkAckHead Credit
-            Nack Fenced CompareRequestHead CompareHashesHead PassBegin PassState PassEnd PointDegrade Policy ErrorHead
+            Nack Fenced CompareRequestHead CompareHashesHead PassBegin PassState PassEnd PointDegrade Policy MarkRequest
+            MarkRefused ErrorHead
             | PassMode PassCause NackReason ErrorCode;
         batch: BatchHeader BulkHeader Mark | Stretch MarkClass;
         extent: RecordHeader | RecordKind Codec;

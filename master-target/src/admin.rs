@@ -28,11 +28,12 @@ use crate::api::{
     RevokeAnswer, RevokeRequest, ScrubInfo, SessionInfo, StatusInfo, UnprotectAnswer, UnprotectRequest,
     VerifyAnswer, VerifyRequest,
 };
-use crate::catalogue::{Machine, ProtectedDisk, SourceDisk};
+use crate::catalogue::{FailbackStep, Machine, ProtectedDisk, SourceDisk};
 use crate::config::Settings;
 use crate::disk_status::sector_bytes;
 use crate::explain::reason_and_remedy;
 use crate::export;
+use crate::failback::{FailbackAnswer, FailbackRequest, failback};
 use crate::mounts::Mounts;
 use crate::protect::{ProtectAnswer, ProtectRequest, protect};
 use crate::registry::{DiskView, Registry};
@@ -110,6 +111,7 @@ pub fn router(state: Arc<AdminState>) -> Router {
         .route("/v1/export", post(export_point))
         .route("/v1/verify", post(verify_points))
         .merge(admin_points::routes())
+        .route("/v1/failback", post(failback_machine))
         .route("/v1/policy", post(crate::policy::serve))
         .with_state(state)
 }
@@ -157,11 +159,19 @@ fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
         problem: view.problem.clone(),
         scrub: None,
     };
+    if let Some((step, generation)) = view.failback {
+        info.generation = generation.0;
+        if step == FailbackStep::Released {
+            info.state = "released".to_owned();
+            info.settled_bytes = record.size_bytes;
+        }
+    }
     let Some(status) = &view.status else { return info };
     let (snapshot, counters) = (status.snapshot(), status.counters());
     info.state = match (snapshot.phase, snapshot.mode) {
         (TargetDiskPhase::Failed, _) => "failed",
         _ if snapshot.closed => "closed",
+        _ if view.failback.is_some() => "failing-back",
         (_, PassMode::Done) => "synced",
         (_, _) if snapshot.generation.0 == 0 => "waiting",
         (_, PassMode::Copy) => "copying",
@@ -318,6 +328,17 @@ async fn unprotect(
             source: record.source_name,
             path: record.path.display().to_string(),
         })
+    })
+    .await
+}
+
+async fn failback_machine(
+    State(state): Shared,
+    Json(request): Json<FailbackRequest>,
+) -> Result<Json<FailbackAnswer>, Refusal> {
+    blocking(move || {
+        let _alone = state.registry.changing();
+        failback(&state.registry, &request)
     })
     .await
 }

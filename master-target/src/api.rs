@@ -21,7 +21,8 @@ pub struct DiskInfo {
     pub kind: String,
     /// Size in bytes.
     pub size_bytes: u64,
-    /// `waiting`, `copying`, `comparing`, `synced`, `failed` or `closed`.
+    /// `waiting`, `copying`, `comparing`, `synced`, `failing-back`, `released` (to its virtual machine), `failed` or
+    /// `closed`.
     pub state: String,
     /// Whether an agent has it open now.
     pub connected: bool,

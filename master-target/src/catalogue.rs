@@ -1,6 +1,7 @@
 //! What the master target knows of machines and disks, one JSON file each, replaced durably.
 //!
-//! Layout below the state directory: `machines/<agent>.json`, `machines/<agent>.policy` (JSON too), `disks/<disk>/disk.json`, `disks/<disk>/state` (the
+//! Layout below the state directory: `machines/<agent>.json`, `machines/<agent>.policy` and `machines/<agent>.failback`
+//! (JSON too), `disks/<disk>/disk.json`, `disks/<disk>/state` (the
 //! binary state file of `format::disk_state`). Invariants: a file that does not parse is named and left alone, the
 //! others are loaded; nothing here is derived from the wire without bounds. Units: bytes. Used by `registry`.
 
@@ -82,6 +83,60 @@ pub struct Machine {
 struct PolicyRecord {
     revision: u64,
     points_every_ms: u64,
+}
+
+/// How far the failback of a disk is; each step is recorded when it is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailbackStep {
+    /// The point is chosen; no agent may open the disk any more.
+    Decided,
+    /// A higher generation is durable.
+    Fenced,
+    /// The target is the disk as it was at the point.
+    Drained,
+    /// The target was checked.
+    Verified,
+    /// The target is closed.
+    Released,
+}
+
+/// The failback of a machine, as it is kept: one file, so that its disks are never in two minds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failback {
+    /// The point as the operator asked for it; none for the newest.
+    pub asked: Option<String>,
+    /// Its name or identity.
+    pub point: String,
+    /// What it promises.
+    pub class: String,
+    /// Its time by the source's clock; zero where it is none of the marks.
+    pub source_time_ms: u64,
+    /// Whether the source was away, so that what it wrote after the point is lost.
+    pub source_away: bool,
+    /// By UUID.
+    pub disks: BTreeMap<String, FailbackDisk>,
+}
+
+/// The failback of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailbackDisk {
+    /// The point on this disk, as EPOCH.NUMBER.
+    pub at: String,
+    /// How far it is.
+    pub step: FailbackStep,
+    /// The generation that fences what comes late.
+    pub generation: u64,
+    /// Bytes that were written to go back to the point; zero where it is the newest.
+    pub written_bytes: u64,
+    /// Bytes of the target that were read again.
+    pub read_bytes: u64,
+    /// Bytes of them that could be compared with what was written.
+    pub compared_bytes: u64,
+    /// What was not as it was written, as FIRST-LAST in bytes.
+    pub different: Vec<String>,
+    /// How the target's files looked when it was closed.
+    pub stamp: String,
 }
 
 /// A protected disk.
@@ -194,6 +249,48 @@ impl Catalogue {
         Ok(replace_file(&path, &serde_json::to_vec_pretty(&record)?, Access::Private)?)
     }
 
+    /// The failbacks of all machines that have one; one that is damaged stops the start, because an agent might write
+    /// to what a virtual machine runs from.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed, or a file is damaged.
+    pub fn failbacks(&self) -> anyhow::Result<BTreeMap<PeerId, Failback>> {
+        let mut failbacks = BTreeMap::new();
+        for path in entries(&self.root.join("machines"))? {
+            let agent = path.file_stem().and_then(|stem| peer(&stem.to_string_lossy()));
+            if let Some(agent) = agent.filter(|_| path.extension().is_some_and(|ext| ext == "failback")) {
+                let failback = read_json(&path).with_context(|| {
+                    format!("{} says which disks are released; restore it, or remove it when no virtual machine runs from its targets", path.display())
+                })?;
+                failbacks.insert(agent, failback);
+            }
+        }
+        Ok(failbacks)
+    }
+
+    /// Records the failback of a machine.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save_failback(&self, agent: PeerId, failback: &Failback) -> anyhow::Result<()> {
+        let path = self.root.join("machines").join(format!("{agent}.failback"));
+        Ok(replace_file(&path, &serde_json::to_vec_pretty(failback)?, Access::Private)?)
+    }
+
+    /// Forgets the failback of a machine.
+    ///
+    /// # Errors
+    /// When the file cannot be removed.
+    pub fn remove_failback(&self, agent: PeerId) -> anyhow::Result<()> {
+        let path = self.root.join("machines").join(format!("{agent}.failback"));
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("cannot remove {}; remove it by hand", path.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// All disks whose record is readable.
     ///
     /// # Errors
@@ -236,6 +333,14 @@ impl Catalogue {
         let removed =
             std::fs::remove_file(dir.join("disk.json")).and_then(|()| std::fs::remove_dir_all(&dir));
         removed.with_context(|| format!("cannot remove {}; remove it by hand", dir.display()))
+    }
+
+    /// A disk's state as it was last recorded here.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn disk_state(&self, disk: DiskId) -> anyhow::Result<DiskState> {
+        read_state(&self.state_path(disk))
     }
 
     /// Where a disk's state is kept.

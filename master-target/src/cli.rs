@@ -5,6 +5,7 @@
 //! Called by `main`.
 
 pub mod copies;
+pub mod failback;
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -101,6 +102,8 @@ pub enum Command {
     Unmount(UnmountArgs),
     /// Take a target back to a point, in place; what it held stays a point.
     Rollback(RollbackArgs),
+    /// Hand a machine's disks over to its virtual machine, or take them again.
+    Failback(failback::FailbackArgs),
     /// Copy a point into a VMDK of its own, while replication goes on.
     Export(copies::ExportArgs),
     /// Read a point to its last block and say what is damaged.

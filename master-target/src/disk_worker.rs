@@ -64,6 +64,8 @@ pub enum WorkerMessage {
     Lost(SessionId),
     /// A command or an NBD client wants something.
     Ask(Ask),
+    /// Nobody may write any more, and why; answered when a new generation is durable.
+    Fence(String, sync_mpsc::SyncSender<Result<Generation, String>>),
     /// The disk is no longer protected: its sessions are told, then as [`Self::Stop`].
     Retire,
     /// Flush, record, close the target and end.
@@ -76,6 +78,7 @@ pub(crate) enum Opened {
     Batch(SessionId, BatchHeader, Vec<Record>, Bytes),
     Bulk(SessionId, BulkHeader, Vec<Record>, Bytes),
     Ask(Ask),
+    Fence(String, sync_mpsc::SyncSender<Result<Generation, String>>),
     /// Nobody can tell what it was, or it was bulk, which has no sequence to ask for: the session ends.
     Damaged(SessionId, String),
     /// A delta batch whose head is sound and whose payload is not, with its credit cost.
@@ -132,6 +135,16 @@ impl DiskInputs {
         answered.recv().map_err(|_| DiskGone)
     }
 
+    /// Takes the disk away from whoever has it open, and refuses it from now on. Blocks until that is durable.
+    ///
+    /// # Errors
+    /// [`DiskGone`], or why it cannot be made durable.
+    pub fn fence(&self, reason: String) -> anyhow::Result<Generation> {
+        let (answer, answered) = sync_mpsc::sync_channel(1);
+        self.sender.blocking_send(WorkerMessage::Fence(reason, answer)).map_err(|_| DiskGone)?;
+        answered.recv().map_err(|_| DiskGone)?.map_err(|why| anyhow::anyhow!("{why}"))
+    }
+
     /// Tells the disk that a session ended.
     pub async fn lost(&self, session: SessionId) {
         // A disk that is gone needs not know.
@@ -156,6 +169,8 @@ pub struct DiskSetup {
     pub state: DiskState,
     /// Windows and flush intervals.
     pub limits: FlowLimits,
+    /// Why nobody may open it.
+    pub fenced: Option<String>,
 }
 
 impl DiskWorker {
@@ -181,6 +196,8 @@ impl DiskWorker {
             store: setup.store,
             status: Arc::clone(&status),
             stopping: Arc::clone(&stopping),
+            fenced: setup.fenced,
+            fencing: Vec::new(),
             waiting: false,
             sessions: Vec::new(),
             chunk: Vec::new(),
@@ -300,6 +317,7 @@ impl Opener {
             WorkerMessage::Input { session, input, replies, .. } => Opened::Other(session, input, replies),
             WorkerMessage::Lost(session) => Opened::Lost(session),
             WorkerMessage::Ask(ask) => Opened::Ask(ask),
+            WorkerMessage::Fence(reason, answer) => Opened::Fence(reason, answer),
             WorkerMessage::Retire => Opened::Retire,
             WorkerMessage::Stop => Opened::Stop,
         }

@@ -23,7 +23,7 @@ use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::proto::pass::hash_spans;
 use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::proto::target_disk::{DiskAction, DiskNotice, Piece, SessionId, TargetDisk};
-use reprotect_engine::units::DiskId;
+use reprotect_engine::units::{DiskId, Generation};
 
 use crate::disk_status::DiskStatus;
 use crate::disk_store::{DiskStore, NotDone, byte_range};
@@ -42,6 +42,10 @@ pub(crate) struct Writer {
     pub(crate) status: Arc<DiskStatus>,
     /// The daemon stops, or this disk does.
     pub(crate) stopping: Arc<AtomicBool>,
+    /// Why nobody may open the disk.
+    pub(crate) fenced: Option<String>,
+    /// Who waits for the fence to be durable.
+    pub(crate) fencing: Vec<sync_mpsc::SyncSender<Result<Generation, String>>>,
     /// The medium is full.
     pub(crate) waiting: bool,
     pub(crate) sessions: Vec<(SessionId, Replies)>,
@@ -64,6 +68,7 @@ impl Writer {
             }
             self.disk.handle_timeout(mono_clock());
             self.execute(inputs);
+            self.answer_fences();
             // What is there already joins the window before it is applied.
             ready = inputs.try_recv().ok();
             if ready.is_none() {
@@ -89,6 +94,11 @@ impl Writer {
                 DiskStore::Journaled(store) if self.disk.phase() != TargetDiskPhase::Failed => Some(store),
                 _ => None,
             }),
+            Opened::Fence(reason, answer) => {
+                self.disk.handle_fence(now, &reason);
+                self.fenced = Some(reason);
+                self.fencing.push(answer);
+            }
             Opened::Damaged(session, reason) => self.end_session(session, &reason),
             Opened::DamagedDelta(session, generation, cost) => {
                 self.disk.handle_damaged(session, generation, cost);
@@ -109,7 +119,7 @@ impl Writer {
         match input {
             DiskInput::Open(head) => {
                 self.sessions.retain(|(known, _)| *known != session);
-                if let Some(why) = self.store.held() {
+                if let Some(why) = self.fenced.clone().or_else(|| self.store.held()) {
                     // A closed channel means that the session ended already.
                     let _ = replies.send(Message::error(self.id, ErrorCode::Target, &why));
                     return;
@@ -129,6 +139,17 @@ impl Writer {
                 }
             }
             DiskInput::Batch(_) | DiskInput::Bulk(_) => {} // taken by the opener
+        }
+    }
+
+    /// A fence is answered when its generation is durable, or never will be. Who asked may have given up.
+    fn answer_fences(&mut self) {
+        if self.disk.phase() == TargetDiskPhase::Failed {
+            let why = "the disk is stopped; see `status`";
+            self.fencing.drain(..).for_each(|answer| drop(answer.send(Err(why.to_owned()))));
+        } else if self.disk.is_settled() {
+            let generation = self.disk.state().generation;
+            self.fencing.drain(..).for_each(|answer| drop(answer.send(Ok(generation))));
         }
     }
 
@@ -359,6 +380,7 @@ impl Writer {
         }
         if let Err(error) = self.store.close() {
             tracing::error!(disk = %self.id, %error, "the target could not be closed cleanly");
+            self.status.set_failed(&format!("the target could not be closed cleanly: {error}"));
         }
         self.status.set_closed();
     }

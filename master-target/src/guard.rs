@@ -59,6 +59,18 @@ impl Guard {
         }
     }
 
+    /// How the files look, to be compared later; empty where nothing can be said of them.
+    #[must_use]
+    pub fn text(&self) -> String {
+        let one = |file: &Watched| {
+            let seen = file.seen.filter(|_| file.times)?;
+            let Stamp { device, inode, bytes, modified: (seconds, nanos) } = seen;
+            Some(format!("{}:{device}:{inode}:{bytes}:{seconds}.{nanos:09}", file.path.display()))
+        };
+        let all: Option<Vec<String>> = self.files.iter().map(one).collect();
+        all.unwrap_or_default().join("\n")
+    }
+
     /// Before the first write after [`Self::flushed`].
     ///
     /// # Errors

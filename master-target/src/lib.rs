@@ -22,6 +22,7 @@ pub mod disk_worker;
 mod disk_writer;
 pub mod explain;
 pub mod export;
+pub mod failback;
 pub mod guard;
 pub mod housekeeping;
 pub mod journaled;

@@ -84,7 +84,11 @@ pub(crate) fn keep_last_point(
     now: Timestamp,
 ) -> Result<(), JournalError> {
     let Some(shape) = journal.shape().disks.get(&disk) else { return Ok(()) };
-    let Some(closed) = shape.epochs.iter().rev().find_map(|epoch| epoch.closed) else { return Ok(()) };
+    let Some(epoch) = shape.epochs.iter().rev().find(|epoch| epoch.closed.is_some()) else { return Ok(()) };
+    let Some(closed) = epoch.closed.filter(|closed| closed.last > epoch.opened.after) else {
+        // Without an entry of its own (a rollback), it does not end at the mark that stands before it.
+        return Ok(());
+    };
     if shape.points.values().any(|point| point.epoch == closed.epoch) {
         return Ok(());
     }

@@ -4,6 +4,8 @@
 //! listed with its problem and hinders no other; a session is offered exactly the disks of its agent.
 //! Called by `session` (per connection), `protect` and `admin`.
 
+mod failing_back;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;
@@ -11,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow};
 use reprotect_engine::format::disk_state::DiskState;
-use reprotect_engine::format::message::{InventoryDisk, PassMode, Policy};
+use reprotect_engine::format::message::{InventoryDisk, MarkRequest, PassMode, Policy};
 use reprotect_engine::format::vmdk::descriptor::DiskUuid;
 use reprotect_engine::io;
 use reprotect_engine::io::durable::{Access, replace_file};
@@ -27,7 +29,9 @@ use reprotect_engine::store::target::{Expectation, Target, TargetKind, TargetSpe
 use reprotect_engine::units::{DiskId, Generation, PeerId, SECTOR_BYTES, SectorRange};
 use tokio::sync::mpsc;
 
-use crate::catalogue::{Catalogue, Machine, ProtectedDisk, SourceDisk, hex, kind_from_text, peer, unhex};
+use crate::catalogue::{
+    Catalogue, Failback, FailbackStep, Machine, ProtectedDisk, SourceDisk, hex, kind_from_text, peer, unhex,
+};
 use crate::device;
 use crate::disk_status::{DiskStatus, sector_bytes};
 use crate::disk_store::DiskStore;
@@ -36,7 +40,7 @@ use crate::explain::explain;
 use crate::guard::Guard;
 use crate::journaled::Journaled;
 use crate::redo::newest_state;
-use crate::retention::Retention;
+use crate::retention::{Hold, Retention};
 
 /// What a session needs to know to offer a disk.
 #[derive(Clone, Debug)]
@@ -58,6 +62,8 @@ pub enum News {
     Offer(Offer),
     /// The machine's policy changed.
     Policy(Policy),
+    /// A point of the machine is wanted.
+    MarkRequest(MarkRequest),
 }
 
 /// A live session.
@@ -91,12 +97,17 @@ pub struct DiskView {
     pub status: Option<Arc<DiskStatus>>,
     /// Why it could not be opened.
     pub problem: Option<String>,
+    /// How far its failback is, and the generation it was fenced with.
+    pub failback: Option<(FailbackStep, Generation)>,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
     machines: BTreeMap<PeerId, Machine>,
     policies: BTreeMap<PeerId, Policy>,
+    failbacks: BTreeMap<PeerId, Failback>,
+    /// Points that somebody waits for, and why the agent cannot make them.
+    refusals: BTreeMap<[u8; 16], Option<String>>,
     disks: BTreeMap<DiskId, KnownDisk>,
     sessions: BTreeMap<SessionId, LiveSession>,
     next_session: u64,
@@ -112,6 +123,8 @@ pub struct Registry {
     recovered: Mutex<BTreeMap<DiskId, DiskLog>>,
     /// Held while the set of disks is planned and changed, so that no two do it at once.
     changes: Mutex<()>,
+    /// Points of disks that are released.
+    held: Mutex<Vec<Hold>>,
     inner: Mutex<Inner>,
 }
 
@@ -142,14 +155,16 @@ impl Registry {
     ) -> anyhow::Result<Self> {
         let (retention, recovered) = retention.unzip();
         let recovered = Mutex::new(recovered.map(|found| found.disks).unwrap_or_default());
-        let (changes, inner) = (Mutex::default(), Mutex::default());
-        let registry = Self { catalogue, opener, limits, retention, recovered, changes, inner };
+        let (changes, held, inner) = (Mutex::default(), Mutex::default(), Mutex::default());
+        let registry = Self { catalogue, opener, limits, retention, recovered, changes, held, inner };
         for machine in registry.catalogue.machines()? {
             if let Some(agent) = peer(&machine.agent) {
                 registry.lock().machines.insert(agent, machine);
             }
         }
         registry.lock().policies = registry.catalogue.policies()?;
+        registry.lock().failbacks = registry.catalogue.failbacks()?;
+        registry.hold_released();
         for (record, state) in registry.catalogue.disks()? {
             registry.start_known(record, state);
         }
@@ -162,6 +177,11 @@ impl Registry {
             tracing::error!(disk = record.disk, "a disk record without a valid UUID is left out");
             return;
         };
+        if self.failback_step(disk).is_some_and(|(step, _)| step == FailbackStep::Released) {
+            // Its virtual machine may run from the target, which is not even opened.
+            self.lock().disks.insert(disk, KnownDisk { record, worker: None, uuid: None, problem: None });
+            return;
+        }
         let started = state.and_then(|state| {
             self.adopt(&mut record, &state)?;
             let target = self.open_existing(&record)?;
@@ -256,7 +276,8 @@ impl Registry {
                 DiskStore::Journaled(Box::new(store))
             }
         };
-        DiskWorker::start(DiskSetup { store, state, limits: self.limits })
+        let fenced = self.fence_text(state.disk);
+        DiskWorker::start(DiskSetup { store, state, limits: self.limits, fenced })
     }
 
     /// Records a new disk, starts it and offers it to its agent's live sessions. Blocks.
@@ -330,7 +351,10 @@ impl Registry {
         }
         let name = agent.to_string();
         let own = inner.disks.iter().filter(|(_, known)| known.record.agent == name);
-        own.filter_map(|(disk, known)| offer_of(*disk, known)).collect()
+        let offer = |(disk, known): (&DiskId, &KnownDisk)| {
+            offer_of(*disk, known).or_else(|| failing_back::released_offer(&inner, *disk, known))
+        };
+        own.filter_map(offer).collect()
     }
 
     /// A machine's policy; none as long as nobody set one.
@@ -420,12 +444,14 @@ impl Registry {
     /// All disks.
     #[must_use]
     pub fn disks(&self) -> Vec<DiskView> {
+        let inner = self.lock();
         let view = |known: &KnownDisk| DiskView {
+            failback: inner.step_of(&known.record.disk),
             record: known.record.clone(),
             status: known.worker.as_ref().map(|worker| Arc::clone(worker.status())),
             problem: known.problem.clone(),
         };
-        self.lock().disks.values().map(view).collect()
+        inner.disks.values().map(view).collect()
     }
 
     /// All live sessions.
@@ -506,7 +532,8 @@ impl Registry {
         if let Some(retention) = &self.retention {
             retention.forget(disk)?;
         }
-        self.catalogue.remove_disk(disk)
+        self.catalogue.remove_disk(disk)?;
+        self.leave_failback(disk)
     }
 
     /// Whether an agent has the disk open.

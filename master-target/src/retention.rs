@@ -200,7 +200,6 @@ impl Retention {
     }
 
     /// Holds a point while somebody reads it: its runs are neither merged away nor forgotten.
-    #[must_use]
     pub fn hold(self: &Arc<Self>, disk: DiskId, at: At) -> Hold {
         let mut held = unpoisoned(&self.held);
         let id = held.last_key_value().map_or(1, |(newest, _)| newest + 1);

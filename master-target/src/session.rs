@@ -134,6 +134,7 @@ impl Session {
                 Some(news) = news.recv() => match news {
                     News::Offer(offer) => self.offer(&offer),
                     News::Policy(policy) => self.core.send_policy(policy),
+                    News::MarkRequest(request) => self.core.request_mark(request),
                 },
                 Some(message) = from_disks.recv() => {
                     if let Message::Error(head, text) = &message
@@ -189,6 +190,7 @@ impl Session {
                 }
                 SessionEvent::Inventory { host_name, disks } => self.take_inventory(host_name, disks).await,
                 SessionEvent::ToDisk(disk, input) => self.route(disk, input).await,
+                SessionEvent::MarkRefused(refused) => self.registry.mark_refused(&refused),
             }
         }
     }
@@ -209,6 +211,9 @@ impl Session {
 
     async fn route(&mut self, disk: DiskId, input: DiskInput) {
         let opens = matches!(input, DiskInput::Open(_));
+        if opens && let Some(why) = self.registry.fence_text(disk) {
+            return self.core.send_reply(Message::error(disk, ErrorCode::Target, &why), 0);
+        }
         let sent = match self.registry.disk_inputs(disk) {
             Some((inputs, _)) => inputs.send(self.id, input, self.replies.clone()).await,
             None => Err(DiskGone),

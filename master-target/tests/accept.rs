@@ -73,6 +73,11 @@ fn what_an_existing_disk_held_can_be_had_back_and_a_rollback_holds_it() {
 }
 
 #[test]
+fn a_machine_goes_home_and_is_taken_back_whatever_step_the_target_is_killed_at() {
+    script("failback_test.py", &[("SIZE", "128M"), ("KILLS", "5")]);
+}
+
+#[test]
 fn points_are_exported_and_read_from_the_folder_alone_after_a_kill() {
     script("export_test.py", &[("SIZE", "128M"), ("POINTS", "2"), ("KILLS", "2")]);
 }

@@ -335,7 +335,7 @@ fn every_point_of_an_ordered_stream_is_what_the_source_was() {
         site.judge(&point.point, mark.changes);
         eprintln!("point {} after {} changes: as the source was", point.point, mark.changes);
     }
-    between(&site, setting("ORDERED_BETWEEN", 1));
+    between(&site, setting("ORDERED_BETWEEN", 1) as usize);
     let (log, flushes) = (site.disk.log_len(), site.disk.flushes());
     eprintln!("{points} points judged; {log} changes, {flushes} flushes of the source");
     assert_eq!(site.disk.replay(&site.base, log), site.disk.bytes(), "the log is the disk");

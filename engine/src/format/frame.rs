@@ -64,6 +64,10 @@ wire_enum! {
         Policy = 23,
         /// Points promise less than was said.
         PointDegrade = 24,
+        /// A point of the machine is wanted, target to agent.
+        MarkRequest = 25,
+        /// It cannot be had, and why.
+        MarkRefused = 26,
     }
 }
 

@@ -6,7 +6,7 @@
 use bytes::{BufMut, Bytes, BytesMut};
 
 use super::FormatError;
-use super::batch::{Chain, Mark};
+use super::batch::{Chain, Mark, MarkCause};
 use super::frame::{Frame, FrameKind};
 use super::handshake::{Hello, HelloAck};
 use super::wire::{Text, put_items, take_items, wire, wire_enum};
@@ -358,6 +358,32 @@ wire! {
     }
 }
 
+wire! {
+    /// The target wants a point of all disks of the machine, behind one more scan round: its marks bear `point`.
+    pub struct MarkRequest / MarkRequestWire = 64 {
+        /// The point's identity.
+        point: [u8; 16],
+        /// How long file systems may be frozen, in milliseconds.
+        freeze_limit_ms: u64,
+        /// What the marks are to say of why they were placed.
+        cause: MarkCause,
+        /// Freeze what is mounted from the disks, if that can be done.
+        freeze: bool,
+        ; reserved: [u8; 38],
+    }
+}
+
+wire! {
+    /// A point that was wanted cannot be had.
+    pub struct MarkRefused / MarkRefusedWire = 256 {
+        /// The point.
+        point: [u8; 16],
+        /// Why, and what to do, for people.
+        reason: Text<232>,
+        ; reserved: [u8; 8],
+    }
+}
+
 wire_enum! {
     /// What went wrong at the other end; the catalogue is in the operations document.
     pub enum ErrorCode: u16 {
@@ -435,6 +461,8 @@ pub enum Message {
     PassEnd(PassEnd),
     Policy(Policy),
     PointDegrade(PointDegrade),
+    MarkRequest(MarkRequest),
+    MarkRefused(MarkRefused),
     Error(ErrorHead, String),
 }
 
@@ -504,6 +532,8 @@ impl Message {
             Self::PassEnd(m) => put(&mut out, FrameKind::PassEnd, &m.to_bytes()),
             Self::Policy(m) => put(&mut out, FrameKind::Policy, &m.to_bytes()),
             Self::PointDegrade(m) => put(&mut out, FrameKind::PointDegrade, &m.to_bytes()),
+            Self::MarkRequest(m) => put(&mut out, FrameKind::MarkRequest, &m.to_bytes()),
+            Self::MarkRefused(m) => put(&mut out, FrameKind::MarkRefused, &m.to_bytes()),
             Self::Error(m, text) => {
                 put(&mut out, FrameKind::Error, &m.to_bytes());
                 put(&mut out, FrameKind::Error, text.as_bytes())
@@ -559,6 +589,8 @@ impl Message {
             FrameKind::PassEnd => Self::PassEnd(PassEnd::read_exact(body)?),
             FrameKind::Policy => Self::Policy(Policy::read_exact(body)?),
             FrameKind::PointDegrade => Self::PointDegrade(take_point_degrade(body)?),
+            FrameKind::MarkRequest => Self::MarkRequest(MarkRequest::read_exact(body)?),
+            FrameKind::MarkRefused => Self::MarkRefused(MarkRefused::read_exact(body)?),
             FrameKind::Error => {
                 let (head, rest) = ErrorHead::read_prefix(body)?;
                 let text = take_blob_of(rest, head.text_bytes.into(), usize::from(u16::MAX), "Error")?;

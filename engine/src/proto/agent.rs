@@ -31,9 +31,9 @@ use crate::format::extent::Record;
 use crate::format::frame::FrameKind;
 use crate::format::handshake::{Hello, Version};
 use crate::format::message::{
-    Ack, CompareRequestHead, ErrorCode, Fenced, GrantHead, InventoryDisk, InventoryHead, Message, Nack,
-    NackReason, OfferHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade, Policy,
-    SourceId,
+    Ack, CompareRequestHead, ErrorCode, Fenced, GrantHead, InventoryDisk, InventoryHead, MarkRefused,
+    MarkRequest, Message, Nack, NackReason, OfferHead, PassBegin, PassCause, PassEnd, PassMode, PassState,
+    PointDegrade, Policy, SourceId,
 };
 use crate::format::wire::Text;
 use crate::limits::{
@@ -107,6 +107,8 @@ pub enum AgentEvent {
     },
     /// The machine's policy, at every session and whenever it changes.
     Policy(Policy),
+    /// The target wants a point of the machine: place its marks, or say why not with [`Agent::refuse_mark`].
+    MarkRequested(MarkRequest),
     /// A compare pass was asked for, and why.
     Resync {
         /// The disk.
@@ -280,6 +282,9 @@ impl Agent {
             (AgentLink::Ready, Message::PassState(state)) => self.handle_pass_state(&state),
             (AgentLink::Ready, Message::Policy(policy)) => {
                 self.events.push_back(AgentEvent::Policy(policy));
+            }
+            (AgentLink::Ready, Message::MarkRequest(request)) => {
+                self.events.push_back(AgentEvent::MarkRequested(request));
             }
             (state, _) => return Err(ProtoError::Unexpected { got: frame_name(kind), state: state.name() }),
         }
@@ -647,6 +652,13 @@ impl Agent {
         let cause = Text::new(cause);
         self.control(&Message::PointDegrade(PointDegrade { disk, lineage, generation, from, to, cause }));
         true
+    }
+
+    /// Tells the target that a point it asked for cannot be had; without a session it learns that from its absence.
+    pub fn refuse_mark(&mut self, point: [u8; 16], reason: &str) {
+        if self.link == AgentLink::Ready {
+            self.control(&Message::MarkRefused(MarkRefused { point, reason: Text::new(reason) }));
+        }
     }
 
     /// The next frame to send, if credit allows one.

@@ -21,8 +21,8 @@ use crate::format::batch::Mark;
 use crate::format::frame::FrameKind;
 use crate::format::handshake::{HELLO_MAGIC, Hello, HelloAck, Role};
 use crate::format::message::{
-    CompareRequestHead, ErrorCode, InventoryDisk, Message, OfferHead, OpenDiskHead, PassBegin, PassEnd,
-    PointDegrade, Policy, SourceId, Welcome,
+    CompareRequestHead, ErrorCode, InventoryDisk, MarkRefused, MarkRequest, Message, OfferHead, OpenDiskHead,
+    PassBegin, PassEnd, PointDegrade, Policy, SourceId, Welcome,
 };
 use crate::limits::HANDSHAKE_NANOS_MAX;
 use crate::units::{DiskId, Generation, MonoTime, PeerId};
@@ -76,6 +76,8 @@ pub enum SessionEvent {
     },
     /// A frame for a disk.
     ToDisk(DiskId, DiskInput),
+    /// A point that was asked for cannot be had.
+    MarkRefused(MarkRefused),
 }
 
 /// One session at the master target.
@@ -199,6 +201,10 @@ impl TargetSession {
             Message::PassBegin(begin) => self.route(begin.disk, DiskInput::PassBegin(begin)),
             Message::PassEnd(end) => self.route(end.disk, DiskInput::PassEnd(end)),
             Message::PointDegrade(degrade) => self.route(degrade.disk, DiskInput::PointDegrade(degrade)),
+            Message::MarkRefused(refused) => {
+                self.events.push_back(SessionEvent::MarkRefused(refused));
+                Ok(())
+            }
             Message::Error(head, text) => Err(ProtoError::Peer { code: head.code, text }),
             _ => Err(ProtoError::Unexpected { got: frame_name(kind), state: self.link.name() }),
         }
@@ -283,6 +289,11 @@ impl TargetSession {
     /// Tells the agent its machine's policy: when it proved itself, and at every change.
     pub fn send_policy(&mut self, policy: Policy) {
         self.control(&Message::Policy(Policy { target: self.target, ..policy }));
+    }
+
+    /// Asks the agent for a point of the machine; its marks come on their own, a refusal as an event.
+    pub fn request_mark(&mut self, request: MarkRequest) {
+        self.control(&Message::MarkRequest(request));
     }
 
     /// Sends a disk's reply; a GRANT gets the signed grant of its new generation here. An OPEN_DISK that came too late

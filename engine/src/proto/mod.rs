@@ -197,5 +197,7 @@ const fn frame_name(kind: FrameKind) -> &'static str {
         FrameKind::Error => "ERROR",
         FrameKind::Policy => "POLICY",
         FrameKind::PointDegrade => "POINT_DEGRADE",
+        FrameKind::MarkRequest => "MARK_REQUEST",
+        FrameKind::MarkRefused => "MARK_REFUSED",
     }
 }

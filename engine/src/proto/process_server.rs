@@ -275,6 +275,7 @@ impl RelaySession {
             | FrameKind::PassBegin
             | FrameKind::PassEnd
             | FrameKind::PointDegrade
+            | FrameKind::MarkRefused
             | FrameKind::Error => {
                 // The target decodes the others; here their kind and length are enough.
                 if kind == FrameKind::OpenDisk
@@ -381,6 +382,7 @@ impl RelaySession {
             | FrameKind::CompareHashes
             | FrameKind::PassState
             | FrameKind::Policy
+            | FrameKind::MarkRequest
             | FrameKind::Grant
             | FrameKind::Credit => {}
             _ => {

@@ -12,6 +12,8 @@
 //! the disk (I6); bulk never overwrites what delta wrote since the pass began.
 //! Units: sectors, sequences, credit cost in bytes. Called by `master-target/src/disk_worker.rs` and the simulator.
 
+mod fence;
+
 use std::collections::VecDeque;
 
 use super::credit::{FlowLimits, Window};

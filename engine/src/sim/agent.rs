@@ -277,6 +277,7 @@ impl World {
             AgentEvent::Ready
             | AgentEvent::Warned { .. }
             | AgentEvent::Policy(_)
+            | AgentEvent::MarkRequested(_)
             | AgentEvent::ScanRead { .. } => {}
             AgentEvent::Marked { disk, label } => {
                 self.checker.mark_acknowledged(self.disk_index(disk), label.point);

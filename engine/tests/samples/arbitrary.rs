@@ -10,8 +10,8 @@ use reprotect_engine::format::batch::{Mark, MarkCause, MarkClass};
 use reprotect_engine::format::extent::{Codec, Record};
 use reprotect_engine::format::message::{
     Ack, Auth, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead,
-    InventoryDisk, InventoryHead, Message, Nack, NackReason, OfferHead, OpenDiskHead, PassBegin, PassCause,
-    PassEnd, PassMode, PassState, PointDegrade, Policy, Welcome,
+    InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason, OfferHead,
+    OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade, Policy, Welcome,
 };
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::limits::DISK_BYTES_MAX;
@@ -192,8 +192,15 @@ pub(crate) fn passes() -> impl Strategy<Value = Message> {
             })
         },
     );
+    let wanted = (id(), any::<u64>(), of(MarkCause::ALL), any::<bool>()).prop_map(
+        |(point, freeze_limit_ms, cause, freeze)| {
+            Message::MarkRequest(MarkRequest { point, freeze_limit_ms, cause, freeze })
+        },
+    );
+    let refused = (id(), "[a-zA-Z0-9 ]{0,200}")
+        .prop_map(|(point, reason)| Message::MarkRefused(MarkRefused { point, reason: Text::new(&reason) }));
     let welcome = any::<u32>().prop_map(|offers| Message::Welcome(Welcome { offers }));
-    prop_oneof![request, hashes, begin, state, end, policy, degrade, error, welcome]
+    prop_oneof![request, hashes, begin, state, end, policy, degrade, wanted, refused, error, welcome]
 }
 
 pub(crate) fn message() -> impl Strategy<Value = Message> {

@@ -13,8 +13,8 @@ use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::handshake::{HELLO_MAGIC, Hello, HelloAck, Role};
 use reprotect_engine::format::message::{
     Ack, Auth, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead,
-    InventoryDisk, InventoryHead, Message, Nack, NackReason, OfferHead, OpenDiskHead, PassBegin, PassCause,
-    PassEnd, PassMode, PassState, PointDegrade, Policy, Welcome,
+    InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason, OfferHead,
+    OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade, Policy, Welcome,
 };
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence, Timestamp};
@@ -164,6 +164,19 @@ fn disk_messages() -> Vec<(&'static str, Message)> {
         ("PASS_END", Message::PassEnd(PassEnd { disk, generation, pass: 4 })),
         ("POLICY", Message::Policy(Policy { revision: 5, points_every_ms: 300_000, target: TARGET })),
         ("POINT_DEGRADE", Message::PointDegrade(degrade)),
+        (
+            "MARK_REQUEST",
+            Message::MarkRequest(MarkRequest {
+                point: [0x57; 16],
+                freeze_limit_ms: 30_000,
+                cause: MarkCause::Stop,
+                freeze: true,
+            }),
+        ),
+        (
+            "MARK_REFUSED",
+            Message::MarkRefused(MarkRefused { point: [0x57; 16], reason: Text::new("sdb is paused") }),
+        ),
         ("ERROR", Message::error(disk, ErrorCode::Size, "the source has 8 sectors, the target 16")),
     ]
 }

@@ -8,6 +8,7 @@ pub mod ask;
 pub mod check;
 pub mod config;
 pub mod copies;
+pub mod failback;
 pub mod inspect;
 pub mod journal;
 pub mod peers;
@@ -93,6 +94,7 @@ fn carry_out(cli: Cli) -> anyhow::Result<u8> {
         Command::Mount(args) => wait(points::mount(&context, &args))?,
         Command::Unmount(args) => wait(points::unmount(&context, &args))?,
         Command::Rollback(args) => wait(points::rollback(&context, &args))?,
+        Command::Failback(args) => wait(failback::failback(&context, &args))?,
         Command::Export(args) => wait(copies::export(&context, &args))?,
         Command::Verify(args) => return wait(copies::verify(&context, &args)).map(exit_status),
         Command::Status(args) => wait(status::status(&context, &args))?,

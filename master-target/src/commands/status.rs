@@ -89,7 +89,9 @@ fn percent(disk: &DiskInfo) -> u64 {
 }
 
 fn state(disk: &DiskInfo) -> String {
-    if disk.connected || matches!(disk.state.as_str(), "failed" | "closed" | "waiting") {
+    if disk.connected
+        || matches!(disk.state.as_str(), "failed" | "closed" | "waiting" | "failing-back" | "released")
+    {
         disk.state.clone()
     } else {
         format!("{}, agent away", disk.state)

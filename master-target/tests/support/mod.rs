@@ -173,7 +173,7 @@ impl Bench {
             None => (DiskStore::direct(target, guard, self.state_path.clone()), state),
             Some(folder) => self.behind_journal(&folder, target, guard, state),
         };
-        let setup = DiskSetup { store, state, limits };
+        let setup = DiskSetup { store, state, limits, fenced: None };
         self.worker = Some(DiskWorker::start(setup).unwrap());
     }
 

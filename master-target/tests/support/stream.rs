@@ -325,6 +325,7 @@ impl Stream {
             AgentEvent::ScanDone { .. }
             | AgentEvent::ScanRead { .. }
             | AgentEvent::Policy(_)
+            | AgentEvent::MarkRequested(_)
             | AgentEvent::Warned { .. } => {}
         }
     }

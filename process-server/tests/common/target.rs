@@ -359,6 +359,7 @@ impl World {
             }
             SessionEvent::Inventory { disks, .. } => self.inventories.push(disks),
             SessionEvent::ToDisk(id, input) => self.input(session.id(), id, input),
+            SessionEvent::MarkRefused(_) => {} // nothing is asked for here
         }
     }
 

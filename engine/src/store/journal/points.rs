@@ -46,10 +46,16 @@ pub struct Point {
 }
 
 impl Point {
-    /// Whether it is a state the disk was in.
+    /// Whether it is a state the source was in.
     #[must_use]
     pub fn is_consistent(&self) -> bool {
-        self.class != MarkClass::Fuzzy && !self.degraded
+        self.class != MarkClass::Fuzzy && !self.degraded && !self.is_targets_own()
+    }
+
+    /// Whether the target itself kept it (`as-found`, `before-rollback-N`): no mark of the source stands there.
+    #[must_use]
+    pub fn is_targets_own(&self) -> bool {
+        self.cause == MarkCause::Pass && !self.name.as_str().is_empty()
     }
 
     fn kept(point: &PointKept) -> Self {
