@@ -94,6 +94,9 @@ fn replicate(bench: &mut Bench, model: &mut Model) {
     model.put(200, &[0; 100 * 512]);
     model.put(400, &[0; 512]);
     agent.until_durable(bench, sequence);
+    // Behind a journal the target stands at marks.
+    agent.mark(bench, 1, 1);
+    agent.until_marked(bench, 1);
     bench.stop();
 }
 
