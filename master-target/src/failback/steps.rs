@@ -239,7 +239,8 @@ mod tests {
         assert!(half.abs_diff(drawn.len() / 2) <= 1, "spread evenly");
         assert_ne!(drawn, pieces(VerifyPolicy::Sample, 1 << 40, 8), "at places that nobody knows before");
         assert!(pieces(VerifyPolicy::None, 1 << 40, 7).is_empty());
-        let whole: u64 = pieces(VerifyPolicy::Whole, (5 << 20) + 512, 7).iter().map(|piece| piece.len()).sum();
+        let whole: u64 =
+            pieces(VerifyPolicy::Whole, (5 << 20) + 512, 7).iter().map(|piece| piece.len()).sum();
         assert_eq!(whole, (5 << 20) + 512);
     }
 
