@@ -255,8 +255,8 @@ impl Registry {
                 if let Some(log) = &log {
                     state = newest_state(retention.lock().get()?, log)?.unwrap_or(state);
                     let applied = log.applied.map_or(0, |(applied, _)| applied.number);
-                    let (lost, known): (Vec<(u64, u64)>, Vec<(u64, u64)>) =
-                        log.missing.iter().copied().partition(|(_, end)| *end > applied + 1);
+                    let missing = log.missing.iter().copied();
+                    let (lost, known) = missing.partition::<Vec<_>, _>(|(_, end)| *end > applied + 1);
                     if !known.is_empty() {
                         tracing::error!(disk = %state.disk, entries = ?known, "the redo log lost entries that are on the target: points between them cannot be had");
                     }

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "test support: a failed step is a failed test")]
 #![allow(dead_code, reason = "shared by two test programs, one of which uses all of it and one a part")]
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,6 +11,7 @@ use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, 
 use reprotect_engine::io::memory::MemoryFile;
 use reprotect_engine::io::{BlockFile, OpenOptions, WriteAt, open};
 use reprotect_engine::net::nbd::listen::Address;
+use reprotect_engine::net::nbd::tls::server_config;
 use reprotect_engine::net::nbd::{Export, ExportBy, Server, Settings};
 use reprotect_engine::store::overlay::{Overlay, OverlayState};
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
@@ -126,24 +128,24 @@ pub(crate) fn certificates(dir: &Path) -> Certificates {
     lay_out(dir, &ca, &issuer);
     let (_, other_issuer) = authority();
     lay_out(&dir.join("stranger"), &ca, &other_issuer);
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add(ca.der().clone()).unwrap();
+    std::fs::write(dir.join("server-cert.pem"), server.pem()).unwrap();
+    let key_path = dir.join("server-key.pem");
+    std::fs::write(&key_path, server_key.serialize_pem()).unwrap();
+    let mode = |mode| std::fs::set_permissions(&key_path, std::fs::Permissions::from_mode(mode)).unwrap();
+    mode(0o644);
+    let refused = server_config(dir).unwrap_err().to_string();
+    assert!(refused.contains("server-key.pem"), "a key that others can read: {refused}");
+    mode(0o600);
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier =
-        rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider))
-            .build()
-            .unwrap();
     let chain = vec![CertificateDer::from(server.der().to_vec())];
     let key = PrivatePkcs8KeyDer::from(server_key.serialize_der());
-    let builder = || {
-        rustls::ServerConfig::builder_with_provider(Arc::clone(&provider))
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-    };
-    let careless =
-        builder().with_no_client_auth().with_single_cert(chain.clone(), key.clone_key().into()).unwrap();
-    let server = builder().with_client_cert_verifier(verifier).with_single_cert(chain, key.into()).unwrap();
-    Certificates { dir: dir.to_owned(), server: Arc::new(server), careless: Arc::new(careless) }
+    let careless = rustls::ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain, key.into())
+        .unwrap();
+    Certificates { dir: dir.to_owned(), server: server_config(dir).unwrap(), careless: Arc::new(careless) }
 }
 
 fn authority() -> (rcgen::Certificate, Issuer<'static, KeyPair>) {
