@@ -4,7 +4,7 @@
 //! writes into a scratch file that is deleted with it.
 //!
 //! Invariants: a mount changes nothing; its point is held, so that it is neither merged away nor forgotten; at most
-//! [`MOUNTS_MAX`] at a time. Units: bytes. Called by `admin`.
+//! `MOUNTS_MAX` at a time. Units: bytes. Called by `admin`.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
