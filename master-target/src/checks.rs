@@ -152,6 +152,13 @@ pub(crate) enum Medium {
 }
 
 pub(crate) fn medium(dir: &Path) -> Medium {
+    let Ok(facts) = rustix::fs::statfs(dir) else { return Medium::Good };
+    // The field is signed on some architectures and 32 bits wide on others.
+    medium_of(facts.f_type as u64 & 0xffff_ffff)
+}
+
+/// By the number the kernel gives a kind of file system.
+const fn medium_of(kind: u64) -> Medium {
     const MSDOS: u64 = 0x4d44;
     const EXFAT: u64 = 0x2011_bab0;
     const NFS: u64 = 0x6969;
@@ -159,9 +166,7 @@ pub(crate) fn medium(dir: &Path) -> Medium {
     const CIFS: u64 = 0xff53_4d42;
     const TMPFS: u64 = 0x0102_1994;
     const RAMFS: u64 = 0x8584_58f6;
-    let Ok(facts) = rustix::fs::statfs(dir) else { return Medium::Good };
-    // The field is signed on some architectures and 32 bits wide on others.
-    match facts.f_type as u64 & 0xffff_ffff {
+    match kind {
         MSDOS | EXFAT => Medium::Fat,
         NFS | SMB | CIFS => Medium::Network,
         TMPFS | RAMFS => Medium::Memory,
@@ -438,4 +443,20 @@ fn targets(settings: &Settings, running: bool) -> Vec<Check> {
         });
     }
     checks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_systems_are_told_by_their_numbers() {
+        // vfat and exfat; NFS and CIFS; tmpfs; ext4, XFS and btrfs.
+        let kinds = [0x4d44, 0x2011_bab0, 0x6969, 0xff53_4d42, 0x0102_1994, 0xef53, 0x5846_5342, 0x9123_683e];
+        let Medium::Memory = medium(Path::new("/dev/shm")) else {
+            panic!("/dev/shm is in memory");
+        };
+        use Medium::{Fat, Good, Memory, Network};
+        assert_eq!(kinds.map(medium_of), [Fat, Fat, Network, Network, Memory, Good, Good, Good]);
+    }
 }

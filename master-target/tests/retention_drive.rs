@@ -77,12 +77,11 @@ fn fat_read_only_full_and_foreign_drives_are_named_and_the_daemon_does_not_start
     assert!(failed(&state, &foreign, "retention-content").contains("holiday.jpg"));
 
     let drives = || {
-        let fat = Drive::mount(dir.path(), "fat", &["mkfs.vfat"], "loop")?;
         let small = Drive::mount(dir.path(), "small", &["mkfs.ext4", "-q", "-F", "-m", "0"], "loop")?;
         let frozen = Drive::mount(dir.path(), "frozen", &["mkfs.ext4", "-q", "-F"], "loop,ro")?;
-        Ok::<_, String>((fat, small, frozen))
+        Ok::<_, String>((small, frozen))
     };
-    let (fat, small, frozen) = match drives() {
+    let (small, frozen) = match drives() {
         Ok(drives) => drives,
         Err(reason) => {
             eprintln!(
@@ -91,7 +90,11 @@ fn fat_read_only_full_and_foreign_drives_are_named_and_the_daemon_does_not_start
             return;
         }
     };
-    assert!(failed(&state, &fat.0.join("retention"), "retention-folder").contains("FAT"));
     assert!(failed(&state, &small.0, "retention-space").contains("not enough"));
     assert!(failed(&state, &frozen.0, "retention-folder").to_lowercase().contains("read-only"));
+    // Not every kernel knows FAT; that its number is known is tested beside the check.
+    match Drive::mount(dir.path(), "fat", &["mkfs.vfat"], "loop") {
+        Ok(fat) => assert!(failed(&state, &fat.0.join("retention"), "retention-folder").contains("FAT")),
+        Err(reason) => eprintln!("not tried on a FAT file system: {reason}"),
+    }
 }
