@@ -18,7 +18,7 @@ from make_image import make_image, parse_size
 from pipeline import KINDS, Pipeline
 from proof import is_device, same_files, whole_disk
 
-STEPS = 7
+STEPS = 8
 
 
 class Story:
