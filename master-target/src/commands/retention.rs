@@ -29,13 +29,17 @@ pub async fn retention(context: &Context, args: &RetentionArgs) -> anyhow::Resul
     Ok(())
 }
 
-fn render(answer: &RetentionAnswer) -> String {
-    let text = |value: &Option<String>| value.clone().unwrap_or_default();
-    let ladder = &answer.ladder;
-    let reach = match answer.hours_held {
+/// How far the drive reaches, in words.
+pub(super) fn reach(answer: &RetentionAnswer) -> String {
+    match answer.hours_held {
         Some(hours) => format!("at the last hour's churn this drive holds {hours} h of points"),
         None => "nothing changed in the last hour: how far the drive reaches cannot be told yet".to_owned(),
-    };
+    }
+}
+
+fn render(answer: &RetentionAnswer) -> String {
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    let (ladder, reach) = (&answer.ladder, reach(answer));
     format!(
         "every write for {}, every undo epoch for {}, then {}; nothing unpinned beyond {}{}\n\
          on a full drive the last {} go last\n\
