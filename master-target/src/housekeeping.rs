@@ -94,10 +94,9 @@ impl Room {
     #[must_use]
     pub fn of(folder: &Path) -> Option<Self> {
         let facts = rustix::fs::statvfs(folder).ok()?;
-        Some(Self {
-            free_bytes: facts.f_bavail * facts.f_frsize,
-            total_bytes: facts.f_blocks * facts.f_frsize,
-        })
+        // What is kept for root, or withheld by a quota, is neither free nor taken.
+        let usable = facts.f_blocks.saturating_sub(facts.f_bfree) + facts.f_bavail;
+        Some(Self { free_bytes: facts.f_bavail * facts.f_frsize, total_bytes: usable * facts.f_frsize })
     }
 
     /// How full it is, when `reserve_bytes` are to stay free; of a small drive a twentieth at most.
