@@ -26,8 +26,18 @@ echo "tests: $summary, ${#skips[@]} kinds of skips; everything in $log"
 echo "$summary, ${#skips[@]} kinds of skips" >target/test.summary
 
 if [ "$status" -ne 0 ] || grep -qE '^test result: FAILED|^error' "$log"; then
-    grep -E '^---- |panicked at|^error' "$log" | head -40 >&2 || true
-    echo "tests: FAILED" >&2
+    # Last on the screen, and so last in what a machine keeps of it: which tests failed, and what each of them said.
+    {
+        sed -nE 's/^test (.*) \.\.\. FAILED$/\1/p' "$log" | sort -u | while read -r test; do
+            echo "==== FAILED: $test"
+            awk -v head="---- $test stdout ----" '
+                $0 == head { seen = 1; next }
+                /^---- .* ----$/ || /^(failures|successes):$/ { seen = 0 }
+                seen && NF && !/RUST_BACKTRACE/' "$log" | tail -n 12
+        done
+        grep -E '^error' "$log" || true
+        echo "tests: FAILED"
+    } >&2
     exit 1
 fi
 # Root with a loop device: then nothing may be left out for want of them.

@@ -195,11 +195,7 @@ pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result
         }
         Asked::Place(at) => {
             let [disk] = disks else { bail!("{text} is a point of one disk; write MACHINE:DISK") };
-            let known = of_disk(registry, *disk)?;
-            // A record of an ordered stretch is no mark; whether it can be had is seen when it is opened.
-            if at.records == 0 && !known.iter().any(|point| point.at == at) {
-                tracing::debug!(%disk, %at, "not a mark");
-            }
+            // It may be no mark but a record of an ordered stretch: whether it can be had is seen when it is opened.
             Ok(vec![(*disk, at)])
         }
         Asked::Newest(class) => {
