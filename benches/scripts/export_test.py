@@ -5,8 +5,8 @@ Environment: SIZE (1G), POINTS (3), KILLS (3), TARGET (flat), SEED (random, prin
 each format while replication goes on is its copy for `qemu-img compare` and sound for `qemu-img check`; what exists is
 not overwritten, and a refused export leaves nothing; `verify` reads all points; with a master target running the folder
 is refused. After each `kill -9` in the middle of writes, with nothing running, every point extracted from folder and
-VMDK is its copy, what is extracted as the newest mark is what the target holds once the master target has recovered; the
-commands change no byte. A damaged undo run is found and the points that suffer are named. Called by `make export-test`,
+VMDK is its copy; the state that the target is in once the master target has recovered is what folder and target as the
+kill left them give for that state; the commands change no byte. A damaged undo run is found and the points that suffer are named. Called by `make export-test`,
 and small by the suite.
 """
 
@@ -19,7 +19,7 @@ import time
 
 from lab import AGENT, LabError, mib, run, wait_for
 from pipeline import Pipeline
-from points_test import change, wait_point
+from points_test import change, make_points
 from proof import extents, sha256
 from runner import main, make_source, say, seed_setting, setting, size_setting
 
@@ -77,7 +77,7 @@ def state_of(folder, path):
 
 
 def check_folder(lab, target, folder, path, disk, copies, number):
-    """With nothing running: list, verify, every point, the newest mark and the newest state; these two are answered."""
+    """With nothing running: list, verify, every point, and the newest state, which is answered."""
     before = state_of(folder, path)
     listing, _ = offline(target, "list", folder)
     line = listing["disks"][0]
@@ -90,8 +90,7 @@ def check_folder(lab, target, folder, path, disk, copies, number):
                 "--format", "raw", "-o", out)
         run("cmp", copy, out)
         out.unlink()
-    marked, newest = (extract(lab, target, folder, path, disk, point, f"{name}-{number}")
-                      for name, point in (("marked", line["points"][0]["point"]), ("newest", "newest")))
+    newest = extract(lab, target, folder, path, disk, "newest", f"newest-{number}")
     verdict, _ = offline(target, "verify", folder, "--target", f"{disk}={path}")
     dump, _ = offline(target, "dump", folder, "--limit", "20")
     if not any(section["lines"] for section in dump["sections"]):
@@ -101,7 +100,7 @@ def check_folder(lab, target, folder, path, disk, copies, number):
     say(f"  kill {number + 1}: {line['newest'] - line['applied']} of {line['newest']} entries not on the target; "
         f"{len(copies)} points and the newest state extracted, {verdict['groups']} groups, {verdict['entries']} entries "
         f"and {verdict['undo_runs']} undo runs sound")
-    return marked, newest
+    return newest
 
 
 def extract(lab, target, folder, path, disk, point, name):
@@ -110,6 +109,14 @@ def extract(lab, target, folder, path, disk, point, name):
     offline(target, "extract", folder, "--disk", disk[:8], "--point", point, "--target", path,
             "--format", "stream", "-o", out)
     return out
+
+
+def copy_site(folder, path, to):
+    """A copy of the retention folder and of the target; answers both."""
+    shutil.copytree(folder, to / "retention")
+    for file in dict.fromkeys([path] + [file for file, _ in extents(path)]):
+        run("cp", "--sparse=always", file, to)
+    return to / "retention", to / path.name
 
 
 def check_damage(target, folder):
@@ -151,14 +158,8 @@ def body(lab):
     pipeline.start()
     pipeline.protect(kind)
     disk = pipeline.wait_synced(max(120, size / 5e6))
-    target, copies, durable = lab.target, [], 0
-    for number in range(count):
-        change(source, size, rng)
-        disk, point = wait_point(pipeline, durable)
-        durable = disk["durable"]
-        copy = lab.dir / f"copy-{number}.raw"
-        shutil.copyfile(source, copy)
-        copies.append((point, copy))
+    target = lab.target
+    disk, copies = make_points(lab, pipeline, source, size, rng, count)
     name, path = disk["disk"], type(folder)(disk["path"])
     with Writer(source, size, rng.randrange(1 << 32)):
         check_exports(lab, target, name, *copies[0])
@@ -175,20 +176,20 @@ def body(lab):
             time.sleep(rng.uniform(0.5, 2.5))
             target.kill()
             lab.daemons[AGENT].kill()
-        marked, newest = check_folder(lab, target, folder, path, name, copies, number)
+        newest = check_folder(lab, target, folder, path, name, copies, number)
+        left = lab.dir / "left-by-kill"
+        copied = copy_site(folder, path, left)
         target.start_and_wait()
         target.stop()
         line = offline(target, "list", folder)[0]["disks"][0]
-        # The target stands at the newest mark; what was harvested behind it waits in the log for the next one, unless
-        # the agent asked for it after a reconnect.
-        at_mark = line["applied"] == int(line["points"][0]["point"].split(".")[1])
-        if at_mark:
-            run("qemu-img", "compare", "-f", "vmdk", "-F", "vmdk", marked, path, timeout=600)
         again = extract(lab, target, folder, path, name, "newest", f"again-{number}")
         run("qemu-img", "compare", "-f", "vmdk", "-F", "vmdk", newest, again, timeout=600)
-        say(f"  after its recovery the target stands {'at' if at_mark else 'behind'} the newest mark, "
-            "and the newest state is the same as before")
-        for file in (marked, newest, again):
+        # What was harvested behind the newest mark waits in the log for the next one, unless the agent asked for it.
+        stands = extract(lab, target, *copied, name, line["target_at"], f"stands-{number}")
+        run("qemu-img", "compare", "-f", "vmdk", "-F", "vmdk", stands, path, timeout=600)
+        say(f"  recovered: the target is what its state {line['target_at']} was before, and the newest state the same")
+        shutil.rmtree(left)
+        for file in (newest, again, stands):
             file.unlink()
         if number + 1 < kills:
             target.start_and_wait()

@@ -57,6 +57,20 @@ def wait_point(pipeline, after):
     return disk, points[0]["point"]
 
 
+def make_points(lab, pipeline, source, size, rng, count):
+    """Points of a source that stands still at each; answers the disk and, for each point, a copy taken at it."""
+    copies, durable = [], 0
+    for number in range(count):
+        change(source, size, rng)
+        disk, point = wait_point(pipeline, durable)
+        durable = disk["durable"]
+        copy = lab.dir / f"copy-{number}.raw"
+        shutil.copyfile(source, copy)
+        copies.append((point, copy))
+        say(f"  point {point} after {durable} records")
+    return disk, copies
+
+
 def compare(target, disk, point, copy):
     """Mounts a point and compares it with the copy taken at it."""
     begun = time.monotonic()
@@ -94,15 +108,8 @@ def body(lab):
     pipeline.start()
     pipeline.protect(kind)
     disk = pipeline.wait_synced(max(120, size / 5e6))
-    target, copies, durable = lab.target, [], 0
-    for number in range(count):
-        change(source, size, rng)
-        disk, point = wait_point(pipeline, durable)
-        durable = disk["durable"]
-        copy = lab.dir / f"copy-{number}.raw"
-        shutil.copyfile(source, copy)
-        copies.append((point, copy))
-        say(f"  point {point} after {durable} records")
+    target = lab.target
+    disk, copies = make_points(lab, pipeline, source, size, rng, count)
     name = disk["disk"]
     ready = max(compare(target, name, point, copy) for point, copy in copies)
     say(f"  {count} points mounted and compared while replication goes on; ready after at most {ready * 1000:.0f} ms")

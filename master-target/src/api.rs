@@ -221,6 +221,9 @@ pub struct PointInfo {
     pub cause: String,
     /// It outlives the redo log.
     pub kept: bool,
+    /// The target itself kept it (as-found, before-undo, before-rollback): the source was never like that.
+    #[serde(default)]
+    pub targets_own: bool,
     /// All disks that were asked for have it.
     pub complete: bool,
     /// Where it is on each disk that has it.

@@ -274,8 +274,7 @@ fn known_point(registry: &Registry, disks: &[DiskId], request: &FailbackRequest)
     }
     let all = points::list(registry, disks, true)?;
     let of_all = |info: &&PointInfo| info.complete && !info.degraded;
-    // What the target itself kept (as-found, before-undo, before-rollback) is not what the source was.
-    let of_source = |info: &&PointInfo| of_all(info) && (info.cause != "pass" || info.name.is_empty());
+    let of_source = |info: &&PointInfo| of_all(info) && !info.targets_own;
     let consistent = all.iter().filter(of_source).find(|info| info.class != "fuzzy");
     let newest = consistent.or_else(|| all.iter().find(of_source));
     newest.map(|info| info.id.clone()).context(
@@ -315,8 +314,7 @@ fn ask_for_mark(
 ) -> Result<[u8; 16], LastMark> {
     let other = |error: anyhow::Error| LastMark::Other(error);
     let mut point = [0; 16];
-    rustix::rand::getrandom(&mut point, rustix::rand::GetRandomFlags::empty())
-        .map_err(|error| other(error.into()))?;
+    getrandom::fill(&mut point).map_err(|error| other(error.into()))?;
     let request = MarkRequest { point, freeze_limit_ms: FREEZE_LIMIT_MS, cause: MarkCause::Stop, freeze };
     let told = registry.ask_for_mark(agent, request);
     let waited = wait_for_mark(registry, disks, point, &told);

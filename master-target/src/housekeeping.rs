@@ -121,16 +121,20 @@ fn keep_segments(retention: &Retention) -> Result<(), JournalError> {
         }
         journal.release(number, now)?;
     }
-    let mut locked = retention.lock();
-    let journal = locked.get()?;
     // Segments are used again; when space is short, those beyond need go back to the drive.
     if pressure >= Pressure::Guaranteed {
-        journal.shrink(FREE_SEGMENTS)?;
+        retention.lock().get()?.shrink(FREE_SEGMENTS)?;
     }
-    match journal.prepare(FREE_SEGMENTS) {
-        // Without free segments replication goes on in those there are, then waits; that is said where it waits.
-        Err(error) if error.is_full() => Ok(()),
-        prepared => prepared,
+    loop {
+        let planned = retention.lock().get()?.plan_segment(FREE_SEGMENTS);
+        let Some(planned) = planned else { return Ok(()) };
+        // Writing a segment takes seconds; commits must not wait for it.
+        match planned.make() {
+            Ok(made) => retention.lock().get()?.adopt(made),
+            // Without free segments replication goes on in those there are, then waits; that is said where it waits.
+            Err(error) if error.is_full() => return Ok(()),
+            Err(error) => return Err(error),
+        }
     }
 }
 

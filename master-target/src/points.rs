@@ -109,6 +109,7 @@ fn info(common: &Common, disks: usize) -> PointInfo {
         id: hex(&point.id),
         cause: cause.to_owned(),
         kept: point.kept,
+        targets_own: point.is_targets_own(),
         complete: common.parts.len() == disks,
         parts: common
             .parts

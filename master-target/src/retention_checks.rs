@@ -7,17 +7,14 @@ use std::path::{Path, PathBuf};
 
 use reprotect_engine::host::output::bytes;
 use reprotect_engine::store::journal::ladder::Pressure;
+use reprotect_engine::store::journal::{Occupant, occupant};
 
 use crate::catalogue::Catalogue;
 use crate::checks::{Check, Medium, medium, nearest, try_writing};
 use crate::config::Settings;
 use crate::housekeeping::Room;
+use crate::registry::fs_opener;
 use crate::retention::RetentionSettings;
-
-/// The file that makes a folder a journal.
-const SUPERBLOCK: &str = "superblock";
-/// A trial file may lie in a folder that is otherwise empty, and what makes it a drive's own.
-const HARMLESS: [&str; 1] = ["lost+found"];
 
 /// What must hold before the daemon starts.
 #[must_use]
@@ -86,25 +83,18 @@ fn file_system(folder: &Path) -> Check {
 /// A journal, or nothing.
 fn content(folder: &Path) -> Check {
     let name = "retention-content";
-    let Ok(listed) = std::fs::read_dir(folder) else {
+    if !folder.exists() {
         return Check::pass(name, "there is nothing yet; the first start makes a journal");
-    };
-    let names: Vec<String> =
-        listed.filter_map(|entry| Some(entry.ok()?.file_name().to_string_lossy().into_owned())).collect();
-    if names.iter().any(|name| name == SUPERBLOCK) {
-        return Check::pass(name, "it holds a journal");
     }
-    let ours = |name: &&String| {
-        !HARMLESS.contains(&name.as_str())
-            && !["redo-", "undo-", "manifest-"].iter().any(|ours| name.starts_with(ours))
-    };
-    match names.iter().find(ours) {
-        Some(found) => Check::fail(
+    match occupant(&*fs_opener(), folder) {
+        Ok(Occupant::Journal) => Check::pass(name, "it holds a journal"),
+        Ok(Occupant::Nothing) => Check::pass(name, "it is empty; the first start makes a journal"),
+        Ok(Occupant::Foreign(found)) => Check::fail(
             name,
             format!("{} holds no journal and is not empty ({found})", folder.display()),
             "name an empty folder, or the one with the journal",
         ),
-        None => Check::pass(name, "it is empty; the first start makes a journal"),
+        Err(error) => Check::fail(name, error.to_string(), "correct its owner and mode"),
     }
 }
 
@@ -120,7 +110,9 @@ fn capacity(folder: &Path, chosen: &RetentionSettings) -> Check {
     if room.total_bytes == 0 {
         return Check::fail(name, "the drive has no capacity", "give it some, or name another drive");
     }
-    if pressure == Pressure::Stop || (room.free_bytes < least && !folder.join(SUPERBLOCK).exists()) {
+    if pressure == Pressure::Stop
+        || (room.free_bytes < least && !matches!(occupant(&*fs_opener(), folder), Ok(Occupant::Journal)))
+    {
         return Check::fail(
             name,
             format!("{shown}: not enough to take anything in"),
@@ -206,7 +198,7 @@ mod tests {
         let check = content(dir.path());
         assert_eq!(check.verdict, Verdict::Fail);
         assert!(check.reason.contains("holiday.jpg"), "{}", check.reason);
-        std::fs::write(dir.path().join(SUPERBLOCK), b"x").unwrap();
+        std::fs::write(dir.path().join("superblock"), b"x").unwrap();
         assert_eq!(content(dir.path()).verdict, Verdict::Pass);
     }
 

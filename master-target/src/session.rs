@@ -51,7 +51,7 @@ pub async fn serve(
         return CloseCode::Violation.close(&peer.connection);
     };
     let mut nonce = [0_u8; 32];
-    if rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty()).is_err() {
+    if getrandom::fill(&mut nonce).is_err() {
         tracing::error!("the system has no randomness; the session is refused");
         return CloseCode::Violation.close(&peer.connection);
     }

@@ -8,8 +8,9 @@ use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::message::{PassMode, PointDegrade};
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::format::wire::Text;
+use reprotect_engine::io::ReadAt;
 use reprotect_engine::proto::master_target::DiskInput;
-use reprotect_engine::store::target::TargetKind;
+use reprotect_engine::store::target::{Expectation, TargetKind, open_target};
 use reprotect_engine::units::{SectorRange, Sequence};
 use reprotect_master_target::registry::fs_opener;
 use support::*;
@@ -34,6 +35,14 @@ fn synced() -> (tempfile::TempDir, Bench, Agent) {
 fn marks(bench: &Bench) -> usize {
     bench
         .journal(|journal| journal.entries(DISK).iter().filter(|entry| entry.kind == EntryKind::Mark).count())
+}
+
+/// The target as it stands, while nobody has it open.
+fn target_bytes(bench: &Bench) -> Vec<u8> {
+    let mut target = open_target(&bench.opener, &bench.spec, &Expectation::default()).expect("the target");
+    let mut data = vec![0; bench.size_bytes as usize];
+    target.read(&mut [ReadAt { offset: 0, data: &mut data }]).expect("its content");
+    data
 }
 
 fn change(agent: &mut Agent, bench: &Bench, byte: u8) -> Sequence {
@@ -115,4 +124,32 @@ fn what_is_said_of_points_later_stays_after_a_restart_and_concerns_no_others() {
         assert_eq!(kept, [(first, true)]);
     }
     bench.stop();
+}
+
+#[test]
+fn a_diff_stretch_without_its_mark_is_durable_but_reaches_the_target_only_with_the_mark() {
+    let (_dir, mut bench, mut agent) = synced();
+    change(&mut agent, &bench, 1);
+    agent.mark(&bench, 1, 1);
+    agent.until_marked(&bench, 1);
+    let tail = change(&mut agent, &bench, 2);
+    agent.until_durable(&bench, tail);
+    let block = |bytes: &[u8], at: usize| bytes[at * 4096..(at + 1) * 4096].to_vec();
+    let empty = vec![0; 4096];
+
+    // Twice: what was in memory at the first stop is in the log only at the second.
+    for _ in 0..2 {
+        bench.stop();
+        let bytes = target_bytes(&bench);
+        assert_eq!(block(&bytes, 1), vec![1; 4096], "up to the mark");
+        assert_eq!(block(&bytes, 2), empty, "and no further");
+        bench.resume();
+    }
+    let mut later = bench.opened();
+    assert_eq!(later.sequence, tail, "nothing has to be sent again");
+    later.mark(&bench, 2, 2);
+    later.until_marked(&bench, 2);
+    bench.stop();
+    let bytes = target_bytes(&bench);
+    assert_eq!((block(&bytes, 1), block(&bytes, 2)), (vec![1; 4096], vec![2; 4096]));
 }

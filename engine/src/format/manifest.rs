@@ -282,7 +282,8 @@ wire! {
         number: u64,
         /// The last sequence before it.
         sequence: Sequence,
-        /// The undo epoch that ends with it.
+        /// The undo epoch whose images lead to it: it ends with the point, or, for what the target itself kept, begins
+        /// with it.
         epoch: u64,
         /// Its time by the source's clock.
         source_time: Timestamp,

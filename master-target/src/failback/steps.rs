@@ -152,8 +152,7 @@ fn pieces(policy: VerifyPolicy, size_bytes: u64, seed: u64) -> Vec<ByteRange> {
 
 fn random() -> anyhow::Result<u64> {
     let mut bytes = [0; 8];
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
-        .context("the system has no randomness; try again")?;
+    getrandom::fill(&mut bytes).context("the system has no randomness; try again")?;
     Ok(u64::from_le_bytes(bytes))
 }
 

@@ -185,7 +185,7 @@ impl Registry {
         }
         let before = state.lineage;
         let mut lineage = [0; 16];
-        rustix::rand::getrandom(&mut lineage, rustix::rand::GetRandomFlags::empty())?;
+        getrandom::fill(&mut lineage).context("the system has no randomness; try again")?;
         state.lineage = LineageId(lineage);
         state.generation = state.generation.next();
         (state.mode, state.pass) = (PassMode::Compare, state.pass + 1);

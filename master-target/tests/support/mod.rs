@@ -97,18 +97,7 @@ impl Bench {
                 .unwrap();
             PassMode::Copy
         };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let mut bench = Self {
-            runtime,
-            opener,
-            spec,
-            state_path,
-            size_bytes,
-            worker: None,
-            sessions: 0,
-            folder,
-            journal: None,
-        };
+        let mut bench = Self::stopped(opener, spec, state_path, size_bytes, folder);
         let state = new_state(size_bytes, mode);
         std::fs::write(&bench.state_path, state.to_bytes()).unwrap();
         bench.run(state);
@@ -131,21 +120,21 @@ impl Bench {
         std::fs::copy(&made.path, &spec.path).unwrap();
         let name = |path: &Path| path.with_file_name("web-flat.vmdk");
         std::fs::File::create(name(&spec.path)).unwrap().set_len(size_bytes).unwrap();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let (folder, journal) = (None, None);
-        let mut bench = Self {
-            runtime,
-            opener,
-            spec,
-            state_path,
-            size_bytes,
-            worker: None,
-            sessions: 0,
-            folder,
-            journal,
-        };
+        let mut bench = Self::stopped(opener, spec, state_path, size_bytes, None);
         bench.run(new_state(size_bytes, PassMode::Copy));
         bench
+    }
+
+    fn stopped(
+        opener: Arc<dyn Files>,
+        spec: TargetSpec,
+        state_path: PathBuf,
+        size_bytes: u64,
+        folder: Option<PathBuf>,
+    ) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (worker, sessions, journal) = (None, 0, None);
+        Self { runtime, opener, spec, state_path, size_bytes, worker, sessions, folder, journal }
     }
 
     /// Starts again after [`Self::stop`].

@@ -90,6 +90,36 @@ pub(super) fn segment_slot(name: &str) -> Option<u64> {
     (segment_name(slot) == name).then_some(slot)
 }
 
+/// A free segment that has its name and is to be made, with or without the journal's lock.
+pub struct PlannedSegment {
+    files: Arc<dyn Files>,
+    path: PathBuf,
+    slot: u64,
+    bytes: u64,
+}
+
+/// A segment every byte of which was written; see [`super::Journal::adopt`].
+#[derive(Debug)]
+#[must_use]
+pub struct FreeSegment {
+    slot: u64,
+}
+
+impl PlannedSegment {
+    /// Makes it. Blocks for as long as writing it takes.
+    ///
+    /// # Errors
+    /// When the medium is full; nothing is left behind then.
+    pub fn make(self) -> Result<FreeSegment, JournalError> {
+        self.files.create(&self.path, self.bytes)?;
+        if let Err(error) = fill(&*self.files, &self.path) {
+            let _ = self.files.remove(&self.path); // the error that matters is the one below
+            return Err(error);
+        }
+        Ok(FreeSegment { slot: self.slot })
+    }
+}
+
 /// Readers kept open at a time.
 const READERS_MAX: usize = 16;
 
@@ -271,17 +301,23 @@ impl Log {
     ///
     /// # Errors
     /// When the medium is full; nothing is left behind then.
-    pub fn prepare(&mut self) -> Result<(), JournalError> {
-        let slot = self.slot_newest + 1;
-        let path = segment_path(&self.folder, slot);
-        self.files.create(&path, self.segment_bytes)?;
-        if let Err(error) = fill(&*self.files, &path) {
-            let _ = self.files.remove(&path); // the error that matters is the one below
-            return Err(error);
-        }
-        self.slot_newest = slot;
-        self.free.push(slot);
+    pub(super) fn prepare(&mut self) -> Result<(), JournalError> {
+        let made = self.plan_segment().make()?;
+        self.adopt(made);
         Ok(())
+    }
+
+    /// Names one more free segment. Making it takes long and needs nothing of the log.
+    pub(super) fn plan_segment(&mut self) -> PlannedSegment {
+        self.slot_newest += 1;
+        let slot = self.slot_newest;
+        let path = segment_path(&self.folder, slot);
+        PlannedSegment { files: Arc::clone(&self.files), path, slot, bytes: self.segment_bytes }
+    }
+
+    /// Takes a segment in that was made.
+    pub(super) fn adopt(&mut self, made: FreeSegment) {
+        self.free.push(made.slot);
     }
 
     /// Whether an entry's group was written.

@@ -357,26 +357,12 @@ impl Manifest {
             return Err(JournalError::format(&path, 0, "use the program that wrote it")(source));
         }
         let read = read_manifest(&*files, folder, &superblock)?;
-        let opened = Opened {
-            clean: superblock.clean,
-            durable_group: superblock.durable_group.max(read.durable_group),
-        };
         let mut file = files.open(&manifest_path(folder, superblock.manifest), true)?;
         // What was read may stand in a cache only, if the program before us was killed between write and flush.
         file.flush()?;
-        let mut manifest = Self {
-            files,
-            folder: folder.into(),
-            superblock_file,
-            superblock,
-            file,
-            at: read.at,
-            index: read.index,
-            base: read.at,
-            shape: read.shape,
-            failed: None,
-        };
-        if read.torn {
+        let torn = read.torn;
+        let (mut manifest, opened) = Self::of(files, folder, superblock_file, superblock, file, read);
+        if torn {
             manifest.checkpoint(now, opened.durable_group)?;
         } else {
             manifest.write_superblock(now, opened.durable_group, false)?;
@@ -393,11 +379,25 @@ impl Manifest {
         let superblock = read_superblock(&*files, folder)?;
         let superblock_file = files.open(&folder.join(SUPERBLOCK_NAME), false)?;
         let read = read_manifest(&*files, folder, &superblock)?;
+        let file = files.open(&manifest_path(folder, superblock.manifest), false)?;
+        let (mut manifest, opened) = Self::of(files, folder, superblock_file, superblock, file, read);
+        manifest.failed = Some(TO_READ.to_owned());
+        Ok((manifest, opened))
+    }
+
+    /// What was read, with the files it was read from.
+    fn of(
+        files: Arc<dyn Files>,
+        folder: &Path,
+        superblock_file: Box<dyn BlockFile>,
+        superblock: Superblock,
+        file: Box<dyn BlockFile>,
+        read: Read,
+    ) -> (Self, Opened) {
         let opened = Opened {
             clean: superblock.clean,
             durable_group: superblock.durable_group.max(read.durable_group),
         };
-        let file = files.open(&manifest_path(folder, superblock.manifest), false)?;
         let manifest = Self {
             files,
             folder: folder.into(),
@@ -408,9 +408,9 @@ impl Manifest {
             index: read.index,
             base: read.at,
             shape: read.shape,
-            failed: Some(TO_READ.to_owned()),
+            failed: None,
         };
-        Ok((manifest, opened))
+        (manifest, opened)
     }
 
     /// The journal's identity.

@@ -59,6 +59,7 @@ use crate::limits::{SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MIN};
 use crate::store::crc_map::{MAP_PREFIX, map_name};
 use crate::store::files::Files;
 use crate::units::{DiskId, Timestamp};
+pub use log::{FreeSegment, PlannedSegment};
 use log::{Log, NewEntry};
 use manifest::Manifest;
 
@@ -142,12 +143,13 @@ impl Journal {
             }
             .into());
         }
-        for name in files.neighbours(&folder.join("any"))? {
-            // What an interrupted making left behind is ours, and so is what lies beside any journal.
+        if let Occupant::Foreign(found) = occupant(&*files, folder)? {
+            return Err(JournalError::NotEmpty { path: folder.into(), found });
+        }
+        // What an interrupted making left behind is ours, and so is what lies beside any journal.
+        for name in files.neighbours(&folder.join(manifest::SUPERBLOCK_NAME))? {
             if is_ours(&name) {
                 files.set_aside(&folder.join(&name), ASIDE)?;
-            } else if name != "lost+found" && !name.contains(ASIDE) {
-                return Err(JournalError::NotEmpty { path: folder.into(), found: name });
             }
         }
         let mut journal = JournalId::default();
@@ -430,6 +432,17 @@ impl Journal {
         Ok(())
     }
 
+    /// As [`Self::prepare`], one segment at a time, for who does not keep the journal locked while it is made; `None`
+    /// when there are enough. What was made goes to [`Self::adopt`].
+    pub fn plan_segment(&mut self, segments: usize) -> Option<PlannedSegment> {
+        (self.log.free_segments() < segments).then(|| self.log.plan_segment())
+    }
+
+    /// Takes a segment in that [`Self::plan_segment`] named.
+    pub fn adopt(&mut self, made: FreeSegment) {
+        self.log.adopt(made);
+    }
+
     /// Gives free segments beyond a number back to the medium.
     ///
     /// # Errors
@@ -462,8 +475,12 @@ impl Journal {
     /// When the newest numbered entry of a segment was added; `None` where it has none.
     #[must_use]
     pub fn newest_in(&self, number: u64) -> Option<Timestamp> {
-        let inside = self.entries.values().flatten().filter(|entry| entry.place.segment == number);
-        inside.map(|entry| entry.time).max()
+        let newest = |(disk, number): (&DiskId, &u64)| {
+            let entries = self.entries.get(disk)?;
+            let at = entries.binary_search_by_key(number, |entry| entry.number).ok()?;
+            entries.get(at).map(|entry| entry.time)
+        };
+        self.segments.get(&number)?.iter().filter_map(newest).max()
     }
 
     /// Releases a segment that [`Self::releasable`] named. The newest state and APPLIED of a disk that stand in it are
@@ -542,6 +559,35 @@ impl DiskNumbers {
             applied_place: log.applied.map(|(_, place)| place),
         }
     }
+}
+
+/// Whether a file keeps a journal from being made beside it; what any drive has and what was moved aside does not.
+fn is_foreign(name: &str) -> bool {
+    !is_ours(name) && name != "lost+found" && !name.contains(ASIDE)
+}
+
+/// What a folder is to somebody who wants a journal in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Occupant {
+    /// It has a journal, sound or not.
+    Journal,
+    /// Nothing is in the way of a new one.
+    Nothing,
+    /// This file is.
+    Foreign(String),
+}
+
+/// Looks what a folder holds, by names alone; a folder that is missing holds nothing. [`Journal::create`] goes by it.
+///
+/// # Errors
+/// When the folder cannot be listed.
+pub fn occupant(files: &dyn Files, folder: &Path) -> Result<Occupant, JournalError> {
+    let names = files.neighbours(&folder.join(manifest::SUPERBLOCK_NAME))?;
+    if names.iter().any(|name| name == manifest::SUPERBLOCK_NAME) {
+        return Ok(Occupant::Journal);
+    }
+    let foreign = names.into_iter().find(|name| is_foreign(name));
+    Ok(foreign.map_or(Occupant::Nothing, Occupant::Foreign))
 }
 
 /// Whether a file's name is one that a journal gives.

@@ -6,6 +6,7 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use reprotect_engine::host::output::{Align, Output, Table, bytes, printable};
 use reprotect_engine::store::journal::offline::{Listed, Offline};
+use reprotect_engine::store::journal::view::At;
 use reprotect_engine::units::{DiskId, PeerId, SECTOR_BYTES};
 use serde::Serialize;
 
@@ -33,6 +34,8 @@ struct DiskLine {
     /// Number of the newest entry, and of the newest on the target.
     newest: u64,
     applied: u64,
+    /// The state the target is in, as a point to extract; none while no undo epoch has begun.
+    target_at: Option<String>,
     undo_runs: usize,
     undo_bytes: u64,
     points: Vec<PointLine>,
@@ -74,7 +77,10 @@ pub(super) fn list(args: &JournalListArgs, output: Output) -> anyhow::Result<()>
 fn disk_line(offline: &mut Offline, disk: DiskId) -> anyhow::Result<DiskLine> {
     let points = offline.points(disk)?.iter().rev().map(point_line).collect();
     let (newest, applied) = offline.numbers(disk);
-    let (machine, size_sectors, runs) = match offline.shape().disks.get(&disk) {
+    let shape = offline.shape().disks.get(&disk);
+    let epoch = shape.and_then(|shape| shape.epoch_of(applied));
+    let target_at = epoch.map(|epoch| At::entry(epoch.opened.epoch, applied).to_string());
+    let (machine, size_sectors, runs) = match shape {
         Some(shape) => (shape.added.machine, shape.added.size_sectors, shape.runs.as_slice()),
         None => ([0; 16], 0, &[][..]),
     };
@@ -84,6 +90,7 @@ fn disk_line(offline: &mut Offline, disk: DiskId) -> anyhow::Result<DiskLine> {
         size_bytes: size_sectors * SECTOR_BYTES,
         newest,
         applied,
+        target_at,
         undo_runs: runs.len(),
         undo_bytes: runs.iter().map(|run| run.bytes).sum(),
         points,
