@@ -29,6 +29,9 @@ pub struct DiskInfo {
     pub durable: u64,
     /// Last sequence given.
     pub last: u64,
+    /// Sequences that the target lost after it had called them durable, and got again without a compare.
+    #[serde(default)]
+    pub lost_at_target: u64,
     /// Scan rounds whose mark is durable.
     pub scan_rounds: u64,
     /// When the newest durable round or pass began reading, milliseconds since the UNIX epoch; zero for none.

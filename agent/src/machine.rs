@@ -261,6 +261,10 @@ impl Machine {
                     }
                 });
             }
+            AgentEvent::TargetLost { disk, from, to } => {
+                tracing::error!(%disk, %from, %to, "the target lost what it had called durable and gets it again: look at its retention drive");
+                self.with(disk, |state| state.lost_at_target += to.0 + 1 - from.0);
+            }
             AgentEvent::Stopped { disk, code, text } => {
                 let text = explain_stop(code, text);
                 if code == ErrorCode::UnknownDisk {
@@ -619,6 +623,7 @@ impl Machine {
             wire_bytes_sent: sent.wire,
             durable: durable.0,
             last: last.0,
+            lost_at_target: state.lost_at_target,
             scan_rounds: state.scan_rounds,
             durable_as_of_ms: state.durable_as_of.0 / 1_000_000,
             held_bytes,

@@ -70,6 +70,7 @@ pub(crate) struct Protected {
     pub(crate) next_scan: Option<Instant>,
     pub(crate) walk_began: Timestamp,
     pub(crate) durable_as_of: Timestamp,
+    pub(crate) lost_at_target: u64,
     pub(crate) scan_rounds: u64,
     pub(crate) problem: Option<String>,
 }
@@ -90,6 +91,7 @@ impl Protected {
             next_scan: None,
             walk_began: Timestamp::ZERO,
             durable_as_of: Timestamp::ZERO,
+            lost_at_target: 0,
             scan_rounds: 0,
             problem: None,
         }

@@ -147,6 +147,38 @@ fn a_scan_round_picks_up_changed_blocks_only() {
 }
 
 #[test]
+fn a_target_that_lost_what_it_called_durable_gets_it_again_without_a_compare() {
+    run(async {
+        let content = noise(12 * MIB, 14);
+        let mut setup = Setup::new(&content);
+        let disk = setup.protect(vec![0; content.len()], PassMode::Copy);
+        let agent = setup.start();
+        agent.until_disk("a round", disk, |info| info.scan_rounds > 0).await;
+        let file = std::fs::OpenOptions::new().write(true).open(&setup.image).unwrap();
+        let mut promised = None;
+        for (at, seed) in [(3, 77), (5, 78), (7, 79)] {
+            file.write_all_at(&noise(8192, seed), at * MIB as u64).unwrap();
+            file.sync_all().unwrap();
+            let rounds = agent.until("a status", |_| true).await.disks[0].scan_rounds;
+            agent.until_disk("two rounds more", disk, |info| info.scan_rounds >= rounds + 2).await;
+            promised.get_or_insert_with(|| setup.target.promised(disk));
+        }
+        let before = agent.until("a status", |_| true).await.disks[0].clone();
+        setup.target.kill().await;
+        agent.until("the session is over", |status| !status.connected).await;
+        setup.target.lose(disk, promised.unwrap());
+        assert!(!setup.equal(disk));
+        setup.target.restart().await;
+        let rounds = before.scan_rounds;
+        let after = agent.until_disk("a round again", disk, |info| info.scan_rounds > rounds + 1).await;
+        assert!(setup.equal(disk));
+        assert_eq!((after.lost_at_target, after.durable), (before.durable - 1, before.durable));
+        assert_eq!(after.plain_bytes_sent - before.plain_bytes_sent, 2 * 8192, "what was lost and nothing else");
+        agent.stop().await;
+    });
+}
+
+#[test]
 fn after_a_restart_in_the_middle_at_most_a_flush_interval_is_sent_again() {
     run(async {
         let content = noise(96 * MIB, 5);

@@ -57,6 +57,9 @@ pub const DAMAGED_BATCHES_MAX: u32 = 4;
 /// Marks of a disk that may wait to become durable: those of some minutes without a session, at one every 10 s.
 pub const MARKS_PENDING_MAX: usize = 64;
 
+/// Bytes of durable batches that an agent keeps, all disks together, for a target that loses them after all.
+pub const GRACE_BYTES: u64 = 64 << 20;
+
 /// Disks one agent may announce or open.
 pub const DISKS_PER_AGENT_MAX: usize = 64;
 /// Largest disk: one sparse VMDK file ends at 2 TiB, VMware disks at 62 TiB; addresses are checked against this.

@@ -124,6 +124,12 @@ impl Record {
         Self { codec: Codec::Zstd, stored_crc: crc32(&stored), payload: stored, ..self.clone() }
     }
 
+    /// The same record in memory of its own: the payload may be a piece of a buffer that is wanted back.
+    #[must_use]
+    pub fn detached(&self) -> Self {
+        Self { payload: Bytes::copy_from_slice(&self.payload), ..self.clone() }
+    }
+
     /// The sectors it covers.
     #[must_use]
     pub const fn range(&self) -> SectorRange {

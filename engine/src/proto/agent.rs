@@ -5,7 +5,7 @@
 //! [`Agent::poll_transmit`] and [`Agent::poll_event`]; [`Agent::handle_disconnected`] when the connection is gone,
 //! after which the next `handle_connected` goes on where durable progress stands.
 //!
-//! Invariants: a delta batch is forgotten only when the target called it durable (I7); nothing is sent beyond the
+//! Invariants: a delta batch is forgotten only a while after the target called it durable (I7, `grace`); nothing is sent beyond the
 //! credit granted; every mark is told of once, as durable or as lost; a disk's work items carry the epoch of
 //! the walk that wanted them and are ignored when it is over.
 //! Units: sectors, sequences, bytes of credit cost. Called by `agent/src/session.rs` and by the simulator.
@@ -15,8 +15,9 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::Bytes;
 
 pub use super::agent_disk::SentBytes;
+pub use super::agent_event::AgentEvent;
 use super::agent_disk::{
-    AgentDisk, MarkNews, ScanEnd, SentBatch, WaitingBulk, WantedPass, next_bulk, next_delta,
+    AgentDisk, ScanEnd, SentBatch, WaitingBulk, WantedPass, next_bulk, next_delta,
 };
 use super::credit::Balance;
 use super::pass::{Pass, PassAction, Sink};
@@ -38,103 +39,10 @@ use crate::format::message::{
 use crate::format::wire::Text;
 use crate::limits::{
     CHUNK_BYTES, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX,
+    GRACE_BYTES,
 };
 use crate::range_set::RangeSet;
 use crate::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence, Timestamp};
-
-/// What the agent's driver is told.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum AgentEvent {
-    /// The session may be used.
-    Ready,
-    /// The target offers a disk; answer with [`Agent::open`] or leave it.
-    Offered {
-        /// The disk.
-        disk: DiskId,
-        /// The source it is to be read from.
-        source: SourceId,
-        /// Its size at the target.
-        size_sectors: u64,
-    },
-    /// The disk is open; a pass follows unless the mode is [`PassMode::Done`].
-    Opened {
-        /// The disk.
-        disk: DiskId,
-        /// What the target needs.
-        mode: PassMode,
-    },
-    /// Something to do for a pass; answer with the same epoch.
-    Work {
-        /// The disk.
-        disk: DiskId,
-        /// Names the walk; an answer with an older one is ignored.
-        epoch: u64,
-        /// Where the chunk's records will go, which bounds their length.
-        sink: Sink,
-        /// The newest delta sequence now; to be handed back with bulk data read from now on.
-        as_of: Sequence,
-        /// What.
-        action: PassAction,
-    },
-    /// The whole disk is on the target.
-    Synced {
-        /// The disk.
-        disk: DiskId,
-    },
-    /// A scan round's mark is durable.
-    ScanDone {
-        /// The disk.
-        disk: DiskId,
-    },
-    /// A scan round that was begun by [`Agent::begin_scan_to_mark`] has submitted all it read: place its mark.
-    ScanRead {
-        /// The disk.
-        disk: DiskId,
-    },
-    /// A mark is durable.
-    Marked {
-        /// The disk.
-        disk: DiskId,
-        /// What was said of it.
-        label: MarkLabel,
-    },
-    /// A mark will never be durable: the stream it stood in was given up.
-    MarkLost {
-        /// The disk.
-        disk: DiskId,
-        /// What was said of it.
-        label: MarkLabel,
-    },
-    /// The machine's policy, at every session and whenever it changes.
-    Policy(Policy),
-    /// The target wants a point of the machine: place its marks, or say why not with [`Agent::refuse_mark`].
-    MarkRequested(MarkRequest),
-    /// A compare pass was asked for, and why.
-    Resync {
-        /// The disk.
-        disk: DiskId,
-        /// Why.
-        cause: PassCause,
-    },
-    /// The disk was fenced or refused and stays stopped until it is offered again.
-    Stopped {
-        /// The disk.
-        disk: DiskId,
-        /// The other end's code.
-        code: ErrorCode,
-        /// The other end's words.
-        text: String,
-    },
-    /// The target paused or warned; nothing to do.
-    Warned {
-        /// The disk.
-        disk: DiskId,
-        /// The other end's code.
-        code: ErrorCode,
-        /// The other end's words.
-        text: String,
-    },
-}
 
 /// The agent's end of a session.
 pub struct Agent {
@@ -331,8 +239,13 @@ impl Agent {
         if let Some(mut gone) = self.disks.remove(&disk) {
             self.epochs_used = self.epochs_used.max(gone.epoch);
             gone.lose_marks();
-            self.events.extend(gone.mark_news.drain(..).map(|news| mark_event(disk, news)));
+            self.events.extend(gone.mark_news.drain(..).map(|news| AgentEvent::of_mark(disk, news)));
         }
+    }
+
+    fn share_grace(&mut self) {
+        let share = GRACE_BYTES / self.disks.len().max(1) as u64;
+        self.disks.values_mut().for_each(|disk| disk.grace.set_limit(share));
     }
 
     /// A source is protected once: what was offered of it before is not protected any more.
@@ -360,6 +273,7 @@ impl Agent {
             source: head.source,
             size_sectors: head.size_sectors,
         });
+        self.share_grace();
         Ok(())
     }
 
@@ -392,13 +306,11 @@ impl Agent {
         let mut cause = disk.wanted.map(|wanted| wanted.cause).or(foreign.then_some(PassCause::OtherSession));
         match decide(&ours, &theirs) {
             Decision::Adopt => disk.adopt(head),
-            Decision::Continue { .. } => {
-                disk.forget_durable(head.durable);
-                disk.unsent_from = 0;
-                for batch in &mut disk.unacked {
-                    batch.header.generation = head.generation;
-                }
-                disk.renew_marks(head.durable);
+            Decision::Continue { .. } => disk.go_on(head),
+            Decision::Resend { from } => {
+                self.events.push_back(AgentEvent::TargetLost { disk: head.disk, from, to: disk.durable });
+                disk.take_back(head.durable, head.chain);
+                disk.go_on(head);
             }
             Decision::Compare(why) => {
                 disk.adopt(head);
@@ -690,7 +602,7 @@ impl Agent {
     fn advance_passes(&mut self) {
         let mut out = Vec::new();
         for (id, disk) in &mut self.disks {
-            self.events.extend(disk.mark_news.drain(..).map(|news| mark_event(*id, news)));
+            self.events.extend(disk.mark_news.drain(..).map(|news| AgentEvent::of_mark(*id, news)));
             if disk.phase != AgentDiskPhase::Open {
                 continue;
             }
@@ -783,12 +695,5 @@ impl Agent {
 
     fn control(&mut self, message: &Message) {
         self.outbox.push_back(Outgoing::control(message.encode()));
-    }
-}
-
-const fn mark_event(disk: DiskId, news: MarkNews) -> AgentEvent {
-    match news {
-        MarkNews::Durable(label) => AgentEvent::Marked { disk, label },
-        MarkNews::Lost(label) => AgentEvent::MarkLost { disk, label },
     }
 }

@@ -1,4 +1,4 @@
-//! One disk at the agent: its position, what is not durable yet, its marks, its credit and its walk.
+//! One disk at the agent: its position, what is not durable yet and the newest of what is, its marks, its credit and its walk.
 //!
 //! Invariants: `durable ≤ last`; `unacked` holds the batches from `durable + 1` to `last` without a gap, of which the
 //! first `unsent_from` went out in this session; a mark goes exactly behind its last record, and marks in the
@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::Bytes;
 
 use super::credit::Balance;
+use super::grace::Grace;
 use super::pass::Pass;
 use super::state::AgentDiskPhase;
 use super::{Lane, Outgoing};
@@ -17,7 +18,7 @@ use crate::format::batch::{BatchHeader, CHAIN_START, Chain, Mark, MarkLabel, enc
 use crate::format::extent::Record;
 use crate::format::frame::Frame;
 use crate::format::message::{GrantHead, Message, OfferHead, OpenDiskHead, PassCause, SourceId};
-use crate::limits::MARKS_PENDING_MAX;
+use crate::limits::{GRACE_BYTES, MARKS_PENDING_MAX};
 use crate::units::{DiskId, Generation, LineageId, SectorRange, Sequence, Timestamp};
 
 /// A delta batch that is not yet durable.
@@ -28,6 +29,13 @@ pub(super) struct SentBatch {
     pub(super) chain_after: Chain,
     pub(super) cost: u64,
     pub(super) chunk: Option<u64>,
+}
+
+impl SentBatch {
+    /// What its records occupy.
+    pub(super) fn encoded_bytes(&self) -> u64 {
+        self.records.iter().map(|record| record.encoded_bytes() as u64).sum()
+    }
 }
 
 /// A bulk batch that waits for credit.
@@ -65,6 +73,8 @@ pub(super) struct AgentDisk {
     pub(super) last_chain: Chain,
     pub(super) unacked: VecDeque<SentBatch>,
     pub(super) unsent_from: usize,
+    /// The newest of what became durable.
+    pub(super) grace: Grace,
     /// Marks that are not durable yet, in their order.
     pub(super) marks: VecDeque<WaitingMark>,
     /// Number of the last mark sent in this generation.
@@ -95,6 +105,8 @@ pub(super) struct WaitingMark {
     pub(super) mark: Mark,
     /// Sent in this session, and not wanted again since.
     pub(super) sent: bool,
+    /// It was durable before, and that was told.
+    pub(super) told: bool,
 }
 
 /// What became of a mark.
@@ -140,6 +152,7 @@ impl AgentDisk {
             last_chain: CHAIN_START,
             unacked: VecDeque::new(),
             unsent_from: 0,
+            grace: Grace::new(GRACE_BYTES),
             marks: VecDeque::new(),
             mark_number: 0,
             mark_news: VecDeque::new(),
@@ -181,6 +194,9 @@ impl AgentDisk {
         if sequence == self.durable {
             return Some(self.durable_chain);
         }
+        if sequence < self.durable {
+            return self.grace.chain_at(sequence);
+        }
         let batch = self.unacked.iter().find(|batch| batch.header.last_sequence() == sequence);
         batch.map(|batch| batch.chain_after)
     }
@@ -191,8 +207,33 @@ impl AgentDisk {
         {
             self.durable = batch.header.last_sequence();
             self.durable_chain = batch.chain_after;
-            self.unacked.pop_front();
+            if let Some(batch) = self.unacked.pop_front() {
+                self.grace.keep(batch);
+            }
             self.unsent_from = self.unsent_from.saturating_sub(1);
+        }
+    }
+
+    /// Under a new grant the stream goes on behind what is durable at the target.
+    pub(super) fn go_on(&mut self, head: &GrantHead) {
+        self.forget_durable(head.durable);
+        self.unsent_from = 0;
+        for batch in &mut self.unacked {
+            batch.header.generation = head.generation;
+        }
+        self.renew_marks(head.durable);
+    }
+
+    /// The target stands at `border` again, before what it had called durable: that waits once more. The border must be
+    /// one that [`Self::chain_at`] knows.
+    pub(super) fn take_back(&mut self, border: Sequence, chain: Chain) {
+        let taken = self.grace.take_back(border);
+        (self.durable, self.durable_chain) = (border, chain);
+        for batch in taken.batches.into_iter().rev() {
+            self.unacked.push_front(batch);
+        }
+        for mark in taken.marks.into_iter().rev() {
+            self.marks.push_front(WaitingMark { mark, sent: false, told: true });
         }
     }
 
@@ -258,7 +299,9 @@ impl AgentDisk {
         while let Some(waiting) = self.marks.front()
             && waiting.mark.sequence < durable
         {
-            self.mark_news.push_back(MarkNews::Durable(waiting.mark.label()));
+            let (mark, told) = (waiting.mark, waiting.told);
+            self.mark_news.extend((!told).then(|| MarkNews::Durable(mark.label())));
+            self.grace.keep_mark(mark);
             self.marks.pop_front();
         }
         self.mark_number = 0;
@@ -272,14 +315,17 @@ impl AgentDisk {
         while let Some(waiting) = self.marks.front()
             && (1..=number).contains(&waiting.mark.number)
         {
-            self.mark_news.push_back(MarkNews::Durable(waiting.mark.label()));
+            let (mark, told) = (waiting.mark, waiting.told);
+            self.mark_news.extend((!told).then(|| MarkNews::Durable(mark.label())));
+            self.grace.keep_mark(mark);
             self.marks.pop_front();
         }
     }
 
     /// The stream they stand in is given up.
     pub(super) fn lose_marks(&mut self) {
-        self.mark_news.extend(self.marks.drain(..).map(|waiting| MarkNews::Lost(waiting.mark.label())));
+        let untold = self.marks.drain(..).filter(|waiting| !waiting.told);
+        self.mark_news.extend(untold.map(|waiting| MarkNews::Lost(waiting.mark.label())));
     }
 
     /// The target found the stream damaged from `resume_from` on; answers how often in a row it said so.
@@ -293,6 +339,7 @@ impl AgentDisk {
     pub(super) fn give_up_stream(&mut self, cause: PassCause) {
         self.end_walk();
         self.lineage = None;
+        self.grace.restart((Sequence::ZERO, CHAIN_START));
         self.unacked.clear();
         self.unsent_from = 0;
         self.lose_marks();
@@ -319,7 +366,7 @@ impl AgentDisk {
             cause: label.cause,
             name: label.name,
         };
-        self.marks.push_back(WaitingMark { mark, sent: false });
+        self.marks.push_back(WaitingMark { mark, sent: false, told: false });
         if self.scan_end == ScanEnd::Told && self.pass.as_ref().is_some_and(Pass::has_ended) {
             self.scan_end = ScanEnd::Placed;
         }
@@ -333,6 +380,7 @@ impl AgentDisk {
         self.durable_chain = head.chain;
         self.last = head.durable;
         self.last_chain = head.chain;
+        self.grace.restart((head.durable, head.chain));
         self.unacked.clear();
         self.unsent_from = 0;
         self.lose_marks();

@@ -16,8 +16,10 @@
 
 pub mod agent;
 mod agent_disk;
+mod agent_event;
 pub mod batch;
 pub mod credit;
+mod grace;
 pub mod master_target;
 pub mod pass;
 pub mod process_server;

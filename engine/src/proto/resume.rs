@@ -41,6 +41,11 @@ pub enum Decision {
         /// The first sequence to send.
         from: Sequence,
     },
+    /// The target lost what it had called durable, and all of that is still here: send it again from here.
+    Resend {
+        /// The first sequence to send.
+        from: Sequence,
+    },
     /// Take over the target's position and compare the whole disk.
     Compare(PassCause),
 }
@@ -55,7 +60,10 @@ pub fn decide(ours: &Ours, theirs: &Theirs) -> Decision {
         return Decision::Compare(PassCause::OtherLineage);
     }
     if theirs.durable < ours.durable {
-        return Decision::Compare(PassCause::TargetLostDurable);
+        return match ours.chain_there {
+            Some(chain) if chain == theirs.chain => Decision::Resend { from: theirs.durable.next() },
+            _ => Decision::Compare(PassCause::TargetLostDurable),
+        };
     }
     if theirs.durable > ours.last {
         return Decision::Compare(PassCause::TrackingLost); // the source went back in time
@@ -86,7 +94,17 @@ mod tests {
             ("forgot everything", ours(None, 0, 0, None), Decision::Adopt),
             ("same point", ours(Some(A), 5, 5, chain), Decision::Continue { from: Sequence(6) }),
             ("unacknowledged tail", ours(Some(A), 3, 9, chain), Decision::Continue { from: Sequence(6) }),
-            ("target lost", ours(Some(A), 6, 9, chain), Decision::Compare(PassCause::TargetLostDurable)),
+            ("target lost", ours(Some(A), 6, 9, chain), Decision::Resend { from: Sequence(6) }),
+            (
+                "target lost more than is kept",
+                ours(Some(A), 6, 9, None),
+                Decision::Compare(PassCause::TargetLostDurable),
+            ),
+            (
+                "target lost and forked",
+                ours(Some(A), 6, 9, Some([9; 16])),
+                Decision::Compare(PassCause::TargetLostDurable),
+            ),
             ("source went back", ours(Some(A), 3, 4, chain), Decision::Compare(PassCause::TrackingLost)),
             ("forked", ours(Some(A), 3, 9, Some([9; 16])), Decision::Compare(PassCause::ChainMismatch)),
             ("chain forgotten", ours(Some(A), 3, 9, None), Decision::Compare(PassCause::ChainMismatch)),

@@ -284,6 +284,11 @@ impl World {
                 self.count("marks durable", 1);
             }
             AgentEvent::MarkLost { .. } => self.count("marks lost", 1),
+            AgentEvent::TargetLost { disk, from, to } => {
+                self.count("sequences a target lost and got again", to.0 + 1 - from.0);
+                let disk = self.disk_index(disk);
+                self.note(|| format!("agent{agent} sends {from} to {to} of disk{disk} again: they are lost"));
+            }
             AgentEvent::Resync { disk, cause } => {
                 let disk = self.disk_index(disk);
                 self.note(|| format!("agent{agent} asks for a compare pass of disk{disk}: {cause:?}"));

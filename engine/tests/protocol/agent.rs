@@ -194,6 +194,47 @@ fn an_agent_forgets_only_what_is_durable_and_sends_the_rest_again() {
 }
 
 #[test]
+fn what_a_target_lost_is_sent_again_with_its_marks_while_it_is_kept_and_compared_for_otherwise() {
+    let points = |source: &Source| -> Vec<u8> {
+        let marks = source.sent.iter().filter(|(_, kind, _)| *kind == FrameKind::Mark);
+        let point = |(_, kind, body): &(Lane, FrameKind, Bytes)| match Message::decode(*kind, body).unwrap() {
+            Message::Mark(mark) => mark.point[0],
+            other => panic!("{other:?}"),
+        };
+        marks.map(point).collect()
+    };
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    for byte in 1..=4 {
+        source.submit(byte);
+        source.agent.submit_mark(DISK, label(byte));
+    }
+    source.pump();
+    let chain = source.chain_before(2);
+    source.ack(1, 4, 4);
+    source.agent.handle_disconnected();
+    source.submit(5);
+    source.open(2, (2, chain), 1, PassMode::Done);
+    assert_eq!(source.batches(), [(3, 2), (4, 2), (5, 2)]);
+    assert_eq!(points(&source), [2, 3, 4], "one at the border may be lost, too");
+    let lost = AgentEvent::TargetLost { disk: DISK, from: Sequence(3), to: Sequence(4) };
+    assert!(source.events.contains(&lost), "{:?}", source.events);
+    assert_eq!(source.agent.position(DISK), Some((Sequence(2), Sequence(5))));
+    source.events.clear();
+    source.ack(2, 5, 3);
+    let told = source.events.iter().filter(|event| matches!(event, AgentEvent::Marked { .. })).count();
+    assert_eq!(told, 0, "they were durable once, and that was told");
+    assert!(!source.agent.mark_pending(DISK));
+
+    // Lost once more, and now at a place where the history is another one.
+    source.agent.handle_disconnected();
+    source.open(3, (2, [9; 16]), 1, PassMode::Done);
+    assert!(source.batches().is_empty());
+    let compared = AgentEvent::Resync { disk: DISK, cause: PassCause::TargetLostDurable };
+    assert!(source.events.contains(&compared), "{:?}", source.events);
+}
+
+#[test]
 fn nothing_is_sent_without_credit() {
     let mut source = Source::new();
     source.open(1, (0, CHAIN_START), 1, PassMode::Done);

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use reprotect_engine::checksum::unit_hash;
 use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::batch::{Mark, credit_cost, decode_batch, decode_bulk};
+use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::{Codec, Record, RecordKind};
 use reprotect_engine::format::handshake;
 use reprotect_engine::format::message::{
@@ -47,6 +48,8 @@ struct Disk {
     core: TargetDisk,
     agent: PeerId,
     bytes: Vec<u8>,
+    /// What it last promised to remember.
+    state: DiskState,
 }
 
 #[derive(Default)]
@@ -175,8 +178,8 @@ impl FakeTarget {
         let lineage = LineageId::random().unwrap();
         let size_sectors = size_bytes as u64 / 512;
         let state = TargetDisk::new_state(disk, agent, disk.0, size_sectors, lineage, PassMode::Copy);
-        let core = TargetDisk::new(state, self.limits);
-        self.world().disks.insert(disk, Disk { core, agent, bytes: vec![0; size_bytes] });
+        let core = TargetDisk::new(state.clone(), self.limits);
+        self.world().disks.insert(disk, Disk { core, agent, bytes: vec![0; size_bytes], state });
         disk
     }
 
@@ -186,8 +189,8 @@ impl FakeTarget {
         let lineage = LineageId::random().unwrap();
         let size_sectors = bytes.len() as u64 / 512;
         let state = TargetDisk::new_state(disk, agent, source, size_sectors, lineage, mode);
-        let core = TargetDisk::new(state, self.limits);
-        self.world().disks.insert(disk, Disk { core, agent, bytes });
+        let core = TargetDisk::new(state.clone(), self.limits);
+        self.world().disks.insert(disk, Disk { core, agent, bytes, state });
         disk
     }
 
@@ -246,6 +249,21 @@ impl FakeTarget {
     /// How many of them are still to come.
     pub fn still_damages(&self) -> u32 {
         self.world().damaged
+    }
+
+    /// What a disk promised to remember, and its content.
+    pub fn promised(&self, disk: DiskId) -> (DiskState, Vec<u8>) {
+        let world = self.world();
+        let disk = &world.disks[&disk];
+        (disk.state.clone(), disk.bytes.clone())
+    }
+
+    /// A disk that lost what it promised since; its sessions must be over.
+    pub fn lose(&self, disk: DiskId, (state, bytes): (DiskState, Vec<u8>)) {
+        let mut world = self.world();
+        let lost = world.disks.get_mut(&disk).expect("it is protected");
+        lost.core = TargetDisk::new(state.clone(), self.limits);
+        (lost.state, lost.bytes) = (state, bytes);
     }
 
     /// Ends the protection of a disk and tells whoever is connected.
@@ -424,7 +442,10 @@ impl World {
                         let hashes = spans.into_iter().map(|span| unit_hash(&chunk[span])).collect();
                         disk.core.handle_hashed(session, &request, hashes);
                     }
-                    DiskAction::Checkpoint { .. } => disk.core.handle_checkpointed(now),
+                    DiskAction::Checkpoint { state, .. } => {
+                        disk.state = *state;
+                        disk.core.handle_checkpointed(now);
+                    }
                     DiskAction::Reply { session, message } => {
                         if let Some(replies) = self.sessions.get(&session) {
                             let _ = replies.send(message);
