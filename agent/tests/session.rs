@@ -173,7 +173,11 @@ fn a_target_that_lost_what_it_called_durable_gets_it_again_without_a_compare() {
         let after = agent.until_disk("a round again", disk, |info| info.scan_rounds > rounds + 1).await;
         assert!(setup.equal(disk));
         assert_eq!((after.lost_at_target, after.durable), (before.durable - 1, before.durable));
-        assert_eq!(after.plain_bytes_sent - before.plain_bytes_sent, 2 * 8192, "what was lost and nothing else");
+        assert_eq!(
+            after.plain_bytes_sent - before.plain_bytes_sent,
+            2 * 8192,
+            "what was lost and nothing else"
+        );
         agent.stop().await;
     });
 }

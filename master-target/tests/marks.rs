@@ -8,7 +8,7 @@ use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::message::{PassMode, PointDegrade};
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::format::wire::Text;
-use reprotect_engine::io::ReadAt;
+use reprotect_engine::io::{BlockFile as _, ReadAt};
 use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::store::target::{Expectation, TargetKind, open_target};
 use reprotect_engine::units::{SectorRange, Sequence};

@@ -15,10 +15,8 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::Bytes;
 
 pub use super::agent_disk::SentBytes;
+use super::agent_disk::{AgentDisk, ScanEnd, SentBatch, WaitingBulk, WantedPass, next_bulk, next_delta};
 pub use super::agent_event::AgentEvent;
-use super::agent_disk::{
-    AgentDisk, ScanEnd, SentBatch, WaitingBulk, WantedPass, next_bulk, next_delta,
-};
 use super::credit::Balance;
 use super::pass::{Pass, PassAction, Sink};
 use super::resume::{Decision, Ours, Theirs, decide};
@@ -33,8 +31,7 @@ use crate::format::frame::FrameKind;
 use crate::format::handshake::{Hello, Version};
 use crate::format::message::{
     Ack, CompareRequestHead, ErrorCode, Fenced, GrantHead, InventoryDisk, InventoryHead, MarkRefused,
-    MarkRequest, Message, Nack, NackReason, OfferHead, PassBegin, PassCause, PassEnd, PassMode, PassState,
-    PointDegrade, Policy, SourceId,
+    Message, Nack, NackReason, OfferHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade,
 };
 use crate::format::wire::Text;
 use crate::limits::{

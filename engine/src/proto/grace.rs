@@ -187,7 +187,11 @@ mod tests {
         for _ in 0..=MARKS_PENDING_MAX {
             grace.keep_mark(mark(1));
         }
-        assert_eq!(sequences(&grace.take_back(Sequence(0))), (vec![], vec![]), "more marks than may wait again");
+        assert_eq!(
+            sequences(&grace.take_back(Sequence(0))),
+            (vec![], vec![]),
+            "more marks than may wait again"
+        );
         grace.restart((Sequence(7), CHAIN_START));
         grace.set_limit(0);
         assert_eq!(grace.chain_at(Sequence(7)), Some(CHAIN_START));

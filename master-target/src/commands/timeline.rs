@@ -102,6 +102,7 @@ mod tests {
             id: String::new(),
             cause: "timer".to_owned(),
             kept: true,
+            targets_own: false,
             complete: true,
             parts: Vec::new(),
         }

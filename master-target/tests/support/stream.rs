@@ -319,7 +319,10 @@ impl Stream {
                 let mark = mark.expect("a mark that was placed");
                 assert!(!std::mem::replace(&mut mark.durable, true), "told twice");
             }
-            AgentEvent::MarkLost { .. } | AgentEvent::Resync { .. } | AgentEvent::Stopped { .. } => {
+            AgentEvent::MarkLost { .. }
+            | AgentEvent::TargetLost { .. }
+            | AgentEvent::Resync { .. }
+            | AgentEvent::Stopped { .. } => {
                 panic!("the stream broke: {event:?}")
             }
             AgentEvent::ScanDone { .. }
