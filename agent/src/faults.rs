@@ -98,7 +98,7 @@ impl Faults {
     /// The disk is open again: what to read first.
     #[must_use]
     pub fn probe(&self) -> Option<ReadJob> {
-        self.broken.as_ref().map(|broken| broken.probe)
+        self.broken.as_ref().map(|broken| broken.probe.clone())
     }
 
     /// The disk could not be opened at `now`.
@@ -127,14 +127,14 @@ mod tests {
     use super::*;
 
     fn job(start: u64) -> ReadJob {
-        ReadJob { chunk: SectorRange::new(start, start + 8), epoch: 1, hash: false }
+        ReadJob { chunk: SectorRange::new(start, start + 8), epoch: 1, hash: false, pieces: Vec::new() }
     }
 
     /// Fails `job` until the disk is paused; answers when that was.
     fn pause(faults: &mut Faults, job: ReadJob, begin: Instant) -> Instant {
         let mut now = begin;
         for pause in QUICK_PAUSES {
-            assert!(!faults.failed(job, now));
+            assert!(!faults.failed(job.clone(), now));
             assert!(faults.due(now + pause / 2).is_empty(), "not before its pause is over");
             now += pause;
             assert_eq!(faults.due(now).iter().map(key).collect::<Vec<_>>(), [key(&job)]);

@@ -438,7 +438,9 @@ impl Machine {
             return; // until it is offered again
         }
         match action {
-            PassAction::Read { chunk, hash } => state.want(ReadJob { chunk, epoch, hash }, as_of),
+            PassAction::Read { chunk, hash, pieces } => {
+                state.want(ReadJob { chunk, epoch, hash, pieces }, as_of);
+            }
             PassAction::HashFine { chunk, units } => {
                 if let Some(kept) = state.kept.get(&chunk.start) {
                     let key = JobKey { disk, epoch, chunk };

@@ -29,7 +29,7 @@ const SIZE_CHECK: Duration = Duration::from_secs(2);
 static ZEROS: [u8; CHUNK_BYTES as usize] = [0; CHUNK_BYTES as usize];
 
 /// A wish.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReadJob {
     /// The chunk.
     pub chunk: SectorRange,
@@ -37,6 +37,18 @@ pub struct ReadJob {
     pub epoch: u64,
     /// Whether hashes are wanted; handed back.
     pub hash: bool,
+    /// The parts of it that are read, ascending; all of it when empty. What is not read may hold anything.
+    pub pieces: Vec<SectorRange>,
+}
+
+impl ReadJob {
+    /// What is read of the chunk, in bytes.
+    fn bytes(&self) -> u64 {
+        if self.pieces.is_empty() {
+            return self.chunk.bytes();
+        }
+        self.pieces.iter().map(|piece| piece.bytes()).sum()
+    }
 }
 
 /// What a reader tells.
@@ -197,10 +209,8 @@ impl ReaderThread {
         let mut next = Some(first);
         while let Some(job) = next.take() {
             if self.is_hole(job.chunk) {
-                self.deliver(
-                    job,
-                    Ok((Bytes::from_static(&ZEROS).slice(..job.chunk.bytes() as usize), wall_clock())),
-                );
+                let zeros = Bytes::from_static(&ZEROS).slice(..job.chunk.bytes() as usize);
+                self.deliver(job, Ok((zeros, wall_clock())));
             } else {
                 // The first one waits for memory; more are taken along while there is some.
                 let buffer =
@@ -229,7 +239,7 @@ impl ReaderThread {
     }
 
     fn read(&mut self, mut batch: Vec<(ReadJob, ChunkBuffer)>) {
-        let total: u64 = batch.iter().map(|(job, _)| job.chunk.bytes()).sum();
+        let total: u64 = batch.iter().map(|(job, _)| job.bytes()).sum();
         self.throttle.wait(total, &self.stop);
         if self.stop.load(Ordering::Relaxed) {
             return;
@@ -252,13 +262,22 @@ impl ReaderThread {
     }
 
     fn read_together(&mut self, batch: &mut [(ReadJob, ChunkBuffer)]) -> Result<(), String> {
-        let mut reads: Vec<ReadAt<'_>> = batch
-            .iter_mut()
-            .map(|(job, buffer)| ReadAt {
-                offset: job.chunk.byte_start(),
-                data: buffer.bytes_mut(job.chunk.bytes() as usize), // at most a chunk, the slot's size
-            })
-            .collect();
+        let mut reads: Vec<ReadAt<'_>> = Vec::with_capacity(batch.len());
+        for (job, buffer) in batch {
+            // At most a chunk, the slot's size.
+            let mut rest = buffer.bytes_mut(job.chunk.bytes() as usize);
+            if job.pieces.is_empty() {
+                reads.push(ReadAt { offset: job.chunk.byte_start(), data: rest });
+                continue;
+            }
+            let mut at = job.chunk.byte_start();
+            for piece in &job.pieces {
+                let (_, behind) = rest.split_at_mut((piece.byte_start() - at) as usize);
+                let (data, behind) = behind.split_at_mut(piece.bytes() as usize);
+                reads.push(ReadAt { offset: piece.byte_start(), data });
+                (rest, at) = (behind, piece.byte_start() + piece.bytes());
+            }
+        }
         let bytes: u64 = reads.iter().map(|read| read.data.len() as u64).sum();
         self.file.read(&mut reads).map_err(|error| error.to_string())?;
         self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -321,7 +340,12 @@ mod tests {
 
     fn job(number: u64) -> ReadJob {
         let sectors = CHUNK_BYTES / SECTOR_BYTES;
-        ReadJob { chunk: SectorRange::new(number * sectors, (number + 1) * sectors), epoch: 1, hash: false }
+        ReadJob {
+            chunk: SectorRange::new(number * sectors, (number + 1) * sectors),
+            epoch: 1,
+            hash: false,
+            pieces: Vec::new(),
+        }
     }
 
     /// A reader over a disk whose every chunk is filled with its number, holes first where it is an image.
@@ -394,6 +418,24 @@ mod tests {
             zeros += u64::from(data.iter().all(|byte| *byte == 0));
         }
         assert_eq!((zeros, reader.read_bytes()), (5, (CHUNKS - 5) * CHUNK_BYTES));
+    }
+
+    #[test]
+    fn of_a_chunk_in_pieces_only_these_are_read_to_where_they_belong() {
+        let budget = Budget::new(256 << 20, 1).unwrap();
+        let (_file, reader, news) = reader(true, 0, &budget);
+        let start = CHUNK_BYTES / SECTOR_BYTES;
+        let piece = |from, to| SectorRange::new(start + from, start + to);
+        let pieces = vec![piece(8, 16), piece(64, 65), piece(1000, 1016)];
+        reader.read(ReadJob { chunk: piece(8, 1016), epoch: 1, hash: false, pieces: pieces.clone() });
+        let (job, data) = read(&news);
+        let data = data.unwrap();
+        assert_eq!((job.pieces, data.len()), (pieces.clone(), 1008 * 512));
+        for piece in pieces {
+            let from = ((piece.start - start - 8) * 512) as usize;
+            assert!(data[from..from + piece.bytes() as usize].iter().all(|byte| *byte == 2));
+        }
+        assert_eq!(reader.read_bytes(), 25 * 512);
     }
 
     #[test]

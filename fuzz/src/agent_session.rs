@@ -241,7 +241,7 @@ impl World {
     fn work(&mut self, input: &mut Input<'_>) {
         let Some((id, epoch, sink, as_of, action)) = self.work.pop_front() else { return };
         let done = match action {
-            PassAction::Read { chunk, hash } => {
+            PassAction::Read { chunk, hash, .. } => {
                 let hashes = hash.then(|| hashes(input, unit_count(chunk)));
                 self.agent.handle_read(id, epoch, chunk, hashes)
             }

@@ -387,7 +387,7 @@ pub struct RetentionAnswer {
     pub ladder: RetentionRequest,
     /// Whether a command changed it from what the configuration says.
     pub changed: bool,
-    /// Bytes of the drive, and free ones.
+    /// Bytes that the journal occupies or may.
     pub total_bytes: u64,
     /// Free bytes of the drive.
     pub free_bytes: u64,

@@ -8,6 +8,7 @@
 //! clock; points are cut into slots by the source's. Runs on a thread of its own, started by `daemon`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -80,26 +81,31 @@ fn look_at_drive(retention: &Retention) -> bool {
     pressure > before
 }
 
-/// The room of a drive.
+/// What a journal has of its drive, and may still have. What others keep there is neither: a journal that gave up points
+/// because of it would only make room for more of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
     /// Bytes that may be written.
     pub free_bytes: u64,
-    /// Bytes of the whole drive.
+    /// These, and what the folder's files occupy.
     pub total_bytes: u64,
 }
 
 impl Room {
-    /// The room of the drive a folder is on; `None` when the system does not say.
+    /// The room of a folder, there or not yet; `None` when the system does not say.
     #[must_use]
     pub fn of(folder: &Path) -> Option<Self> {
-        let facts = rustix::fs::statvfs(folder).ok()?;
-        // What is kept for root, or withheld by a quota, is neither free nor taken.
-        let usable = facts.f_blocks.saturating_sub(facts.f_bfree) + facts.f_bavail;
-        Some(Self { free_bytes: facts.f_bavail * facts.f_frsize, total_bytes: usable * facts.f_frsize })
+        let drive = folder.ancestors().find(|path| path.exists())?;
+        let facts = rustix::fs::statvfs(drive).ok()?;
+        // Not what is kept for root or withheld by a quota.
+        let free_bytes = facts.f_bavail * facts.f_frsize;
+        let occupied =
+            |entry: std::io::Result<std::fs::DirEntry>| Some(entry.ok()?.metadata().ok()?.blocks() * 512);
+        let files = std::fs::read_dir(folder).into_iter().flatten();
+        Some(Self { free_bytes, total_bytes: free_bytes + files.filter_map(occupied).sum::<u64>() })
     }
 
-    /// How full it is, when `reserve_bytes` are to stay free; of a small drive a twentieth at most.
+    /// How full it is, when `reserve_bytes` are to stay free; of a small room a twentieth at most.
     #[must_use]
     pub fn pressure(&self, reserve_bytes: u64) -> Pressure {
         let reserve = reserve_bytes.min(self.total_bytes / 20);
@@ -451,9 +457,17 @@ mod tests {
     }
 
     #[test]
-    fn a_drive_tells_its_room() {
-        let room = Room::of(Path::new("/")).unwrap();
-        assert!(room.total_bytes > 0 && room.free_bytes <= room.total_bytes);
+    fn a_journal_has_what_it_holds_and_what_is_free_whatever_else_the_drive_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("others"), vec![1; 1 << 20]).unwrap();
+        let folder = dir.path().join("journal");
+        std::fs::create_dir(&folder).unwrap();
+        let empty = Room::of(&folder).unwrap();
+        assert_eq!(empty.total_bytes, empty.free_bytes);
+        assert_eq!(empty.pressure(0), Pressure::None);
+        std::fs::write(folder.join("redo-1"), vec![1; 1 << 20]).unwrap();
+        let room = Room::of(&folder).unwrap();
+        assert!((1 << 20..2 << 20).contains(&(room.total_bytes - room.free_bytes)), "{room:?}");
         assert_eq!(Room { free_bytes: 3 << 30, total_bytes: 100 << 30 }.pressure(4 << 30), Pressure::Stop);
     }
 }

@@ -100,16 +100,14 @@ fn content(folder: &Path) -> Check {
 
 fn capacity(folder: &Path, chosen: &RetentionSettings) -> Check {
     let name = "retention-space";
-    let Some(room) = Room::of(&nearest(folder)) else {
+    let Some(room) = Room::of(folder) else {
         return Check::warn(name, "the system does not say how large the drive is", "look at it with `df`");
     };
-    let shown = format!("{} of {} are free", bytes(room.free_bytes), bytes(room.total_bytes));
+    let held = room.total_bytes - room.free_bytes;
+    let shown = format!("{} are free beside {} of the journal", bytes(room.free_bytes), bytes(held));
     let pressure = room.pressure(chosen.reserve_bytes);
     // One segment is written, one is kept back, one is made ahead.
     let least = 3 * chosen.segment_bytes;
-    if room.total_bytes == 0 {
-        return Check::fail(name, "the drive has no capacity", "give it some, or name another drive");
-    }
     if pressure == Pressure::Stop
         || (room.free_bytes < least && !matches!(occupant(&*fs_opener(), folder), Ok(Occupant::Journal)))
     {

@@ -353,22 +353,40 @@ impl Agent {
     /// it began: the disk is open, synced, not already being walked, and all it submitted is durable. Without the last,
     /// hashes would overtake older data on their way, and find equal what those are about to overwrite.
     pub fn begin_scan(&mut self, disk: DiskId) -> bool {
-        self.begin_scan_ending(disk, ScanEnd::Itself)
+        self.begin_round(disk, None, ScanEnd::Itself)
     }
 
     /// As [`Self::begin_scan`], but with a mark that the caller submits after [`AgentEvent::ScanRead`].
     pub fn begin_scan_to_mark(&mut self, disk: DiskId) -> bool {
-        self.begin_scan_ending(disk, ScanEnd::Told)
+        self.begin_round(disk, None, ScanEnd::Told)
     }
 
-    fn begin_scan_ending(&mut self, disk: DiskId, end: ScanEnd) -> bool {
-        let Some(state) = self.disks.get_mut(&disk) else { return false };
-        let walking = state.pass.is_some() || state.wanted.is_some();
-        let drained = state.marks.is_empty() && state.unacked.is_empty();
-        if state.phase != AgentDiskPhase::Open || walking || !drained {
+    /// Begins a round over what changed: it is read and goes by the delta stream, with a mark of its own as for
+    /// [`Self::begin_scan`], or, `to_mark`, as for [`Self::begin_scan_to_mark`]. Answers whether it began.
+    pub fn begin_delta(&mut self, disk: DiskId, changed: &RangeSet, to_mark: bool) -> bool {
+        let end = if to_mark { ScanEnd::Told } else { ScanEnd::Itself };
+        self.begin_round(disk, Some(changed), end)
+    }
+
+    /// Whether a round may begin.
+    #[must_use]
+    pub fn is_idle(&self, disk: DiskId) -> bool {
+        self.disks.get(&disk).is_some_and(|state| {
+            let walking = state.pass.is_some() || state.wanted.is_some();
+            let drained = state.marks.is_empty() && state.unacked.is_empty();
+            state.phase == AgentDiskPhase::Open && !walking && drained
+        })
+    }
+
+    fn begin_round(&mut self, disk: DiskId, changed: Option<&RangeSet>, end: ScanEnd) -> bool {
+        if !self.is_idle(disk) {
             return false;
         }
-        let pass = Pass::new(0, PassMode::Compare, Sink::Delta, state.whole(), RangeSet::new());
+        let Some(state) = self.disks.get_mut(&disk) else { return false };
+        let pass = match changed {
+            None => Pass::new(0, PassMode::Compare, Sink::Delta, state.whole(), RangeSet::new()),
+            Some(changed) => Pass::of_changes(state.whole(), changed),
+        };
         state.begin_walk(pass.with_chunk_bytes(self.chunk_bytes));
         state.scan_end = end;
         true

@@ -37,6 +37,8 @@ pub enum PassAction {
         chunk: SectorRange,
         /// Whether hashes are needed.
         hash: bool,
+        /// The parts of it that are wanted, ascending; empty for all of it.
+        pieces: Vec<SectorRange>,
     },
     /// Ask the target for hashes of the chunk, or with `units` for the fine hashes of those units.
     Ask {
@@ -83,6 +85,8 @@ pub struct Pass {
     settled: RangeSet,
     begun: RangeSet,
     cursor: u64,
+    /// Only known parts of the disk are walked: a chunk is what is wanted of an aligned piece of it.
+    sparse: bool,
     open: BTreeMap<u64, Chunk>,
     actions: VecDeque<PassAction>,
     end_announced: bool,
@@ -111,10 +115,18 @@ impl Pass {
             begun: settled.clone(),
             settled,
             cursor: whole.start,
+            sparse: false,
             open: BTreeMap::new(),
             actions: VecDeque::new(),
             end_announced: false,
         }
+    }
+
+    /// A delta round over what is known to have changed: it is read and sent without a question.
+    #[must_use]
+    pub fn of_changes(whole: SectorRange, changed: &RangeSet) -> Self {
+        let unchanged = changed.missing(whole).into_iter().collect();
+        Self { sparse: true, ..Self::new(0, PassMode::Copy, Sink::Delta, whole, unchanged) }
     }
 
     /// The same walk in chunks of `bytes`, a multiple of the compare unit, at most [`CHUNK_BYTES`].
@@ -163,12 +175,18 @@ impl Pass {
     }
 
     fn begin_chunk(&mut self) {
-        let Some(range) = self.next_range() else { return };
+        let Some(mut range) = self.next_range() else { return };
+        let mut pieces = Vec::new();
+        if self.sparse {
+            let end = (range.start / self.chunk_sectors + 1) * self.chunk_sectors;
+            pieces = self.begun.missing(SectorRange::new(range.start, end.min(self.whole.end)));
+            range.end = pieces.last().map_or(range.end, |last| last.end);
+        }
         self.cursor = range.end;
         self.begun.insert(range);
-        self.open.insert(range.start, Chunk { range, ..Chunk::default() });
+        self.open.insert(range.start, Chunk { range, pieces: pieces.clone(), ..Chunk::default() });
         let hash = self.mode == PassMode::Compare;
-        self.actions.push_back(PassAction::Read { chunk: range, hash });
+        self.actions.push_back(PassAction::Read { chunk: range, hash, pieces });
         if hash {
             self.actions.push_back(PassAction::Ask { chunk: range, units: Vec::new() });
         }
@@ -192,6 +210,7 @@ impl Pass {
     ) -> Result<(), HashCountError> {
         let Some(state) = self.open.get_mut(&chunk.start) else { return Ok(()) };
         match hashes {
+            None if self.sparse => self.send(chunk.start),
             None => self.actions.push_back(PassAction::Send { chunk, pieces: vec![chunk] }),
             Some(hashes) => {
                 check_count(hashes.len(), unit_count(state.range))?;
@@ -380,7 +399,7 @@ mod tests {
         let mut sent = RangeSet::new();
         while let Some(action) = pass.poll_action() {
             match action {
-                PassAction::Read { chunk, hash } => {
+                PassAction::Read { chunk, hash, .. } => {
                     assert!(!hash);
                     pass.handle_read(chunk, None).unwrap();
                 }
@@ -404,7 +423,7 @@ mod tests {
     fn a_compare_refines_only_units_that_differ_and_sends_only_fine_units_that_differ() {
         let disk = whole(4);
         let mut pass = Pass::new(2, PassMode::Compare, Sink::Bulk, disk, RangeSet::new());
-        assert_eq!(pass.poll_action(), Some(PassAction::Read { chunk: disk, hash: true }));
+        assert_eq!(pass.poll_action(), Some(PassAction::Read { chunk: disk, hash: true, pieces: vec![] }));
         assert_eq!(pass.poll_action(), Some(PassAction::Ask { chunk: disk, units: vec![] }));
         pass.handle_remote(0, vec![H(1), H(2), UnitHash::ZEROS, H(4)]).unwrap();
         pass.handle_read(disk, Some(vec![H(1), H(9), H(3), UnitHash::ZEROS])).unwrap();
@@ -437,7 +456,8 @@ mod tests {
         let last = SectorRange::new(disk.end - 1, disk.end);
         for _ in 0..100 {
             let chunk = pass.poll_action();
-            assert!(chunk.is_none() || chunk == Some(PassAction::Read { chunk: last, hash: false }));
+            let read = PassAction::Read { chunk: last, hash: false, pieces: vec![] };
+            assert!(chunk.is_none() || chunk == Some(read));
         }
     }
 
@@ -456,6 +476,41 @@ mod tests {
         }
         read.extend(&settled);
         assert!(read.contains(SectorRange::new(0, 8300)));
+    }
+
+    #[test]
+    fn a_round_of_changes_reads_and_sends_what_changed_and_nothing_between() {
+        let chunk = CHUNK_BYTES / SECTOR_BYTES;
+        let disk = SectorRange::new(0, 3 * chunk + 24);
+        let runs = [
+            (8, 16),
+            (96, 104),
+            (chunk - 8, chunk + 8),
+            (2 * chunk + 8, 2 * chunk + 16),
+            (3 * chunk, disk.end),
+        ];
+        let changed: RangeSet = runs.iter().map(|(start, end)| SectorRange::new(*start, *end)).collect();
+        let mut pass = Pass::of_changes(disk, &changed);
+        let (mut sent, mut chunks) = (RangeSet::new(), 0);
+        while let Some(action) = pass.poll_action() {
+            match action {
+                PassAction::Read { chunk: read, hash, pieces } => {
+                    assert!(!hash && !pieces.is_empty() && read.start / chunk == (read.end - 1) / chunk);
+                    assert_eq!((read.start, read.end), (pieces[0].start, pieces[pieces.len() - 1].end));
+                    pass.handle_read(read, None).unwrap();
+                }
+                PassAction::Send { chunk: read, pieces } => {
+                    chunks += 1;
+                    sent.extend(&pieces.into_iter().collect());
+                    assert!(!pass.take_end());
+                    pass.handle_sent(read.start);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!((sent, chunks), (changed, 4));
+        assert!(pass.take_end());
+        assert!(Pass::of_changes(disk, &RangeSet::new()).take_end(), "nothing changed");
     }
 
     #[test]

@@ -421,7 +421,7 @@ impl World {
         let disk = self.disk_index(id);
         let life = self.agents[agent].life;
         let job = match action {
-            PassAction::Read { chunk, hash } => Job::Read { disk, epoch, chunk, hash },
+            PassAction::Read { chunk, hash, .. } => Job::Read { disk, epoch, chunk, hash },
             PassAction::HashFine { chunk, units } => Job::HashFine { disk, epoch, chunk, units },
             PassAction::Send { chunk, pieces } => {
                 return self.agent_sends(agent, disk, epoch, sink, as_of, chunk, &pieces);

@@ -296,7 +296,7 @@ impl Stream {
                     hash_spans(chunk, unit, units).into_iter().map(|span| unit_hash(&data[span])).collect()
                 };
                 match action {
-                    PassAction::Read { chunk, hash } => {
+                    PassAction::Read { chunk, hash, .. } => {
                         let hashes = hash.then(|| hashes(chunk, COMPARE_UNIT_BYTES, &[]));
                         self.core.handle_read(disk, epoch, chunk, hashes).unwrap();
                     }
