@@ -295,7 +295,7 @@ int on_queue(__u64 *ctx)
     fly(ctl, tally, (__u64)bio, &flight);
     mark(slot, flight.sector, flight.bytes);
     if ((word & 0xff) == MODE_DATA)
-        record(ctl, tally, bio, &flight, word);
+        record(ctl, tally, bio, &flight, word, 0);
     return 0;
 }
 
@@ -465,5 +465,35 @@ int on_bio(__u64 *ctx)
     tally->ended_sectors[kind] += flight->bytes >> 9;
     bpf_map_delete_elem(&inflight, &key);
     mine->ended[generation & (GENERATION_SLOTS - 1)]++;
+    return 0;
+}
+
+/* The self-test: a read of the agent's own, whose buffer holds a known pattern before the device fills it, is recorded as
+ * if it were a write. Attached only for the test; nothing is written to any disk. */
+TRACEPOINT("block_bio_queue")
+int on_probe(__u64 *ctx)
+{
+    struct bio *bio = (struct bio *)ctx[0];
+    struct control *ctl = the_control();
+    if (!ctl || (GET(bio->bi_opf) & REQ_OP_MASK) != 0 || bpf_get_current_pid_tgid() >> 32 != ctl->probe_tgid)
+        return 0;
+    __u32 number = device(disk_of_bio(bio));
+    __u32 *found = bpf_map_lookup_elem(&disks, &number);
+    if (!found)
+        return 0;
+    struct tally *tally = my_tally(*found & (DISKS_MAX - 1));
+    struct bio_vec *vec = GET(bio->bi_io_vec);
+    if (!tally)
+        return 0;
+    struct flight flight = {
+        .sector = GET(bio->bi_iter.bi_sector),
+        .bytes = GET(bio->bi_iter.bi_size),
+        .slot = *found & (DISKS_MAX - 1),
+        .kind = KIND_NONE,
+    };
+    ctl->probe_page = (__u64)PROBE(vec->bv_page);
+    ctl->probe_task = bpf_get_current_task();
+    ctl->probe_page_bytes = bpf_core_type_size(struct page);
+    record(ctl, tally, bio, &flight, ctl->mode_word, RECORD_PROBE);
     return 0;
 }

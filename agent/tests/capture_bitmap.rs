@@ -45,7 +45,7 @@ fn under_fire(file_system: &str, scheduler: &str) {
         return;
     }
     let (dir, seed) = (tempfile::tempdir().unwrap(), seed());
-    let device = Loop::new(dir.path(), "disk", 160);
+    let device = Loop::new(dir.path(), "disk", if file_system == "xfs" { 320 } else { 160 });
     device.queue("scheduler", scheduler);
     let mounted = Mounted::new(dir.path(), &device, file_system);
     let mut capture = capture(&format!("fire-{file_system}-{scheduler}"), dir.path());
@@ -233,5 +233,6 @@ fn devices_that_cannot_be_followed_are_refused_with_the_reason() {
     capture.stop().unwrap();
     capture_lab::run("blockdev", &["--setro", device.path.to_str().unwrap()]);
     let error = BlockDisk::at(&device.path).unwrap_err().to_string();
+    capture_lab::run("blockdev", &["--setrw", device.path.to_str().unwrap()]);
     assert!(error.contains("read-only"), "{error}");
 }

@@ -31,7 +31,7 @@ pub(crate) struct Variant {
 }
 
 /// All variants, best first.
-const VARIANTS: [Variant; 6] = [
+pub(crate) const VARIANTS: [Variant; 6] = [
     Variant { typed: true, loops: true, any_length: true },
     Variant { typed: true, loops: true, any_length: false },
     Variant { typed: true, loops: false, any_length: false },

@@ -47,19 +47,17 @@ impl Mapped {
         unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.bytes / size_of::<u64>()) }
     }
 
-    /// Copies `out.len()` bytes from `at`; false where that is beyond the mapping.
+    /// `len` bytes from `at`; `None` where that is beyond the mapping.
     ///
-    /// The caller knows that the kernel does not write there: records of the ring between consumer and producer.
-    #[expect(unsafe_code, reason = "a copy from mapped memory")]
-    pub(crate) fn copy_settled(&self, at: usize, out: &mut [u8]) -> bool {
-        if at.checked_add(out.len()).is_none_or(|end| end > self.bytes) {
-            return false;
+    /// The caller knows that the kernel does not write there while the view lives: a committed record of the ring, which is
+    /// not given back before.
+    #[expect(unsafe_code, reason = "a view of mapped memory")]
+    pub(crate) fn settled(&self, at: usize, len: usize) -> Option<&[u8]> {
+        if at.checked_add(len).is_none_or(|end| end > self.bytes) {
+            return None;
         }
-        // SAFETY: the bounds were checked; the destination is ours and does not overlap the mapping.
-        unsafe {
-            std::ptr::copy_nonoverlapping(self.start.as_ptr().cast::<u8>().add(at), out.as_mut_ptr(), out.len());
-        }
-        true
+        // SAFETY: the bounds were checked, the memory is initialised, and nobody writes to it (see above).
+        Some(unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast::<u8>().add(at), len) })
     }
 }
 

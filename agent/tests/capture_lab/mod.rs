@@ -70,6 +70,8 @@ impl Loop {
         File::create(&image).unwrap().set_len(mib << 20).unwrap();
         let image_text = image.display().to_string();
         let path = run("losetup", &["-f", "--show", "--direct-io=on", &image_text]);
+        // The mark stays with the number of a loop device, whoever set it.
+        run("blockdev", &["--setrw", &path]);
         Self { path: path.into(), image }
     }
 
