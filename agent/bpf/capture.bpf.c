@@ -397,6 +397,7 @@ int on_request(__u64 *ctx)
         return 0;
     walk.failed = (__u32)ctx[1] != 0;
     walk.left = ctx[2];
+    __u32 total = walk.left;
     if (kind == KIND_PASSTHROUGH || kind == KIND_FLUSH || !walk.left) {
         /* Nothing, or nothing that we know: a flush, the end of one with data, a command of the driver. */
         tally->done[kind == KIND_WRITE ? KIND_FLUSH : kind & 7]++;
@@ -418,9 +419,14 @@ int on_request(__u64 *ctx)
         if (WITH_LOOP)
             bpf_loop(1 << 16, next_bio, &walk, 0);
         else
-            for (__u32 index = 0; index < 512; index++)
+            for (__u32 index = 0; index < 64; index++)
                 if (next_bio(index, &walk))
                     break;
+        /* More bios than could be walked: the rest is marked, and its entries will be found left over. */
+        if (walk.left && walk.bio) {
+            mark(walk.slot, sector + ((total - walk.left) >> 9), walk.left);
+            tally->orphans++;
+        }
     }
     return 0;
 }

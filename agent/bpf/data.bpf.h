@@ -125,22 +125,35 @@ failed:
     return 1;
 }
 
+/* One iteration of the copy; the record is the caller's. */
+static long next_slice(__u32 index, struct bpf_dynptr *out)
+{
+    __u32 zero = 0;
+    struct control *ctl = the_control();
+    struct copying *copy = bpf_map_lookup_elem(&copying, &zero);
+    if (!ctl || !copy)
+        return 1;
+    return copy_slice(ctl, copy, out);
+}
+
 static __always_inline void record_large(struct control *ctl, struct tally *tally, struct copying *copy,
                                          struct flight *flight, __u64 word, __u8 flags)
 {
     struct bpf_dynptr out;
     struct record head;
     copy->room = ((flight->bytes + 511) & ~511) + SLACK;
-    if (flight->bytes > LARGE_BYTES_MAX ||
-        bpf_ringbuf_reserve_dynptr(&ring, RECORD_BYTES + copy->room, 0, &out)) {
+    if (flight->bytes > LARGE_BYTES_MAX) {
+        lose(ctl, tally);
+        return;
+    }
+    /* A reservation that failed is to be discarded as well, says the verifier. */
+    if (bpf_ringbuf_reserve_dynptr(&ring, RECORD_BYTES + copy->room, 0, &out)) {
         bpf_ringbuf_discard_dynptr(&out, BPF_RB_NO_WAKEUP);
         lose(ctl, tally);
         return;
     }
-    /* Some more than a slice per 4 KiB: a vec may end anywhere. */
-    for (__u32 index = 0; index < 2 * (LARGE_BYTES_MAX / SLICE_LARGE) + 8; index++)
-        if (copy_slice(ctl, copy, &out))
-            break;
+    /* More than a slice per 4 KiB: a vec may end anywhere. */
+    bpf_loop(1 << 14, next_slice, &out, 0);
     fill_head(&head, ctl, flight, word, flags);
     head.data_bytes = flight->bytes;
     if (copy->failed || copy->left || bpf_dynptr_write(&out, 0, &head, sizeof(head), 0)) {
@@ -209,7 +222,7 @@ static __always_inline void record_pieces(struct control *ctl, struct tally *tal
     if (WITH_LOOP) {
         bpf_loop(4 * (LARGE_BYTES_MAX / SMALL_BYTES), next_piece_record, &whole, 0);
     } else {
-        for (__u32 index = 0; index < 256; index++)
+        for (__u32 index = 0; index < 64; index++)
             if (copy_piece(ctl, copy, &whole))
                 break;
     }

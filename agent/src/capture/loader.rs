@@ -48,6 +48,9 @@ impl std::fmt::Display for Variant {
     }
 }
 
+/// Most of the verifier's words that are kept.
+const REASON_CHARS_MAX: usize = 1500;
+
 /// How to load.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LoadOptions {
@@ -200,5 +203,10 @@ pub(crate) fn refused(error: impl std::error::Error) -> CaptureError {
     if reason.contains("Operation not permitted") {
         return CaptureError::NotPermitted;
     }
+    // The verifier tells its whole way; what it did not like stands at the end.
+    let reason = match reason.char_indices().rev().nth(REASON_CHARS_MAX) {
+        Some((at, _)) => format!("…{}", &reason[at..]),
+        None => reason,
+    };
     CaptureError::Refused { reason }
 }
