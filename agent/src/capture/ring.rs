@@ -74,6 +74,24 @@ impl Ring {
         self.end().saturating_sub(self.position())
     }
 
+    /// Gives everything that waits back to the kernel, unread.
+    pub(crate) fn skip_to_end(&self) {
+        let end = self.end();
+        // A record that is being written ends by itself; its place is given back by the next reader.
+        let _all = self.drain_lengths(end);
+    }
+
+    fn drain_lengths(&self, until: u64) -> bool {
+        let mut position = self.position();
+        while position < until {
+            let at = rustix::param::page_size() as u64 + position % self.bytes;
+            let Some(length) = self.length_at(at) else { return false };
+            position += (HEADER_BYTES + u64::from(length & !(BUSY | DISCARDED))).next_multiple_of(8);
+            self.advance(position);
+        }
+        true
+    }
+
     fn advance(&self, to: u64) {
         if let Some(word) = self.consumer.words().first() {
             word.store(to, Ordering::SeqCst);

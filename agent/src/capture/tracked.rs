@@ -10,7 +10,7 @@ use reprotect_engine::units::{SectorCount, SectorRange};
 
 use super::bitmap::Bitmap;
 use super::pins::Claim;
-use super::{Anchor, BlockDisk, CaptureError};
+use super::{Account, Anchor, BlockDisk, CaptureError};
 
 /// Stretches of a disk that can be open at once: one that is sent and one that grows, and as many again.
 pub const STRETCHES_MAX: usize = 4;
@@ -26,6 +26,10 @@ pub(crate) struct Tracked {
     pub(crate) identity: String,
     pub(crate) slot: usize,
     pub(crate) anchor: Option<Anchor>,
+    /// Sectors of entries that were given up since the anchor was taken.
+    pub(crate) reaped: Account,
+    /// The kernel has shown no write in flight since this process follows the disk.
+    pub(crate) seen_quiet: bool,
     live: Bitmap,
     incoming: Bitmap,
     pending: [Option<Bitmap>; STRETCHES_MAX],
@@ -57,6 +61,8 @@ impl Tracked {
             identity: identity.to_owned(),
             slot,
             anchor: None,
+            reaped: Account::default(),
+            seen_quiet: false,
             live,
             incoming,
             pending,
@@ -91,6 +97,8 @@ impl Tracked {
             identity: identity.to_owned(),
             slot,
             anchor: None,
+            reaped: Account::default(),
+            seen_quiet: false,
             live,
             incoming,
             pending,

@@ -18,6 +18,7 @@ use super::layout::{Control, DISKS_MAX, Kind, ModeWord, Tally};
 use super::loader::{LoadOptions, check_machine};
 use super::oracle::{self, Check};
 use super::pins::{self, Claim};
+use super::ring::Ring;
 use super::session_file::{CompareCause, Continuity, Session, SessionDisk, SessionStore, VERSION};
 use super::sysfs::{Account, boot_id};
 use super::tracked::{Stretch, Tracked};
@@ -109,6 +110,8 @@ pub struct Capture {
     fresh: CompareCause,
     pub(crate) disks: Vec<Tracked>,
     pub(crate) options: LoadOptions,
+    pub(crate) ring: Ring,
+    pub(crate) proven: bool,
 }
 
 impl Capture {
@@ -139,8 +142,7 @@ impl Capture {
                 Ok(kernel) => {
                     tracing::info!(place = %place.path().display(), "capture goes on with the programs that ran meanwhile");
                     let (session, left) = (session.clone(), session.disks.clone());
-                    let fresh = CompareCause::FirstTime;
-                    return Ok(Self { place, root, store, kernel, session, left, fresh, disks: Vec::new(), options });
+                    return Self::over(place, root, store, kernel, session, (CompareCause::FirstTime, left), options);
                 }
                 Err(error) => (CompareCause::PinsChanged { what: error.to_string() }, Vec::new()),
             },
@@ -152,7 +154,23 @@ impl Capture {
             let kept = Session { disks: left.clone(), stopped: !left.is_empty(), ..session.clone() };
             store.store(&kept)
         })?;
-        Ok(Self { place, root, store, kernel, session, left, fresh, disks: Vec::new(), options })
+        Self::over(place, root, store, kernel, session, (fresh, left), options)
+    }
+
+    fn over(
+        place: Claim,
+        root: PathBuf,
+        store: SessionStore,
+        kernel: Kernel,
+        session: Session,
+        (fresh, left): (CompareCause, Vec<SessionDisk>),
+        options: LoadOptions,
+    ) -> Result<Self, CaptureError> {
+        let ring = Ring::open(kernel.ring())?;
+        // What a process before did not read is marked in the bitmap.
+        ring.skip_to_end();
+        let disks = Vec::new();
+        Ok(Self { place, root, store, kernel, session, left, fresh, disks, options, ring, proven: false })
     }
 
     fn reopen(place: &Claim, session: &Session) -> Result<Kernel, CaptureError> {
@@ -400,28 +418,38 @@ impl Capture {
         self.kernel.check_links(&self.place)?;
         self.tracked(slot)?.disk.check_counting()?;
         let now = wall_clock();
-        let first = self.check_once(slot, Account::default(), now)?;
+        let first = self.check_once(slot, now)?;
         if !matches!(first.verdict, Verdict::Short { .. }) {
             return Ok(first);
         }
-        let reaped = self.reap(patience)?;
-        let mine = reaped.iter().find(|(of, _)| *of == slot.0).map_or(Account::default(), |(_, sectors)| *sectors);
-        let second = self.check_once(slot, mine, wall_clock())?;
+        for (of, sectors) in self.reap(patience)? {
+            if let Some(tracked) = self.disks.iter_mut().find(|tracked| tracked.slot == of) {
+                tracked.reaped.written += sectors.written;
+                tracked.reaped.discarded += sectors.discarded;
+            }
+        }
+        let second = self.check_once(slot, wall_clock())?;
         if let Verdict::Short { sectors } = second.verdict {
             let disk = &self.tracked(slot)?.disk;
             tracing::error!(disk = %disk.name, sectors, "the kernel wrote what capture did not see; the disk must be compared");
             let anchor = oracle::accept(&self.kernel, disk, slot.0, wall_clock())?;
-            self.tracked_mut(slot)?.anchor = Some(anchor);
+            let tracked = self.tracked_mut(slot)?;
+            (tracked.anchor, tracked.reaped) = (Some(anchor), Account::default());
         }
         self.store_session()?;
         Ok(second)
     }
 
-    fn check_once(&mut self, slot: DiskSlot, reaped: Account, now: Timestamp) -> Result<Check, CaptureError> {
+    fn check_once(&mut self, slot: DiskSlot, now: Timestamp) -> Result<Check, CaptureError> {
         let tracked =
             self.disks.iter_mut().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))?;
         let Some(anchor) = &mut tracked.anchor else { return Err(gone(slot)) };
-        oracle::check(&self.kernel, &tracked.disk, slot.0, anchor, reaped, now)
+        let check = oracle::check(&self.kernel, &tracked.disk, slot.0, anchor, tracked.reaped, now)?;
+        if check.last_clean == Some(now) {
+            // The new anchor has it in.
+            tracked.reaped = Account::default();
+        }
+        Ok(check)
     }
 
     /// Gives up entries of writes that the kernel does not know any more, and marks their blocks. Answers the sectors of
@@ -431,6 +459,25 @@ impl Capture {
         if !self.await_quiet(patience)? {
             return Ok(Vec::new());
         }
+        self.reap_older(generation)
+    }
+
+    /// As [`Self::reap`], of generations before `generation`, if the kernel shows no write in flight in time.
+    pub(crate) fn give_up_older(&mut self, generation: u64, patience: Duration) -> Result<bool, CaptureError> {
+        if !self.await_quiet(patience)? {
+            return Ok(false);
+        }
+        for (slot, sectors) in self.reap_older(generation)? {
+            tracing::warn!(slot, ?sectors, "writes were never seen completing; their blocks are read again");
+            if let Some(tracked) = self.disks.iter_mut().find(|tracked| tracked.slot == slot) {
+                tracked.reaped.written += sectors.written;
+                tracked.reaped.discarded += sectors.discarded;
+            }
+        }
+        Ok(true)
+    }
+
+    fn reap_older(&mut self, generation: u64) -> Result<Vec<(usize, Account)>, CaptureError> {
         let before = self.kernel.get(Control::ReapedBelow);
         self.kernel.set(Control::ReapedBelow, generation);
         self.kernel.settle()?;
@@ -460,6 +507,19 @@ impl Capture {
             }
         }
         Ok(found)
+    }
+
+    /// Disks on which writes may be in flight that were submitted before they were followed.
+    pub(crate) fn newly_followed(&self) -> Vec<usize> {
+        self.disks.iter().filter(|tracked| !tracked.seen_quiet).map(|tracked| tracked.slot).collect()
+    }
+
+    /// Looks at these disks once; whether all have been seen without writes in flight.
+    pub(crate) fn see_quiet(&mut self) -> Result<bool, CaptureError> {
+        for tracked in self.disks.iter_mut().filter(|tracked| !tracked.seen_quiet) {
+            tracked.seen_quiet = tracked.disk.writes_in_flight()? == 0;
+        }
+        Ok(self.newly_followed().is_empty())
     }
 
     /// Waits until every disk was once seen without writes in flight.
