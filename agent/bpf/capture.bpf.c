@@ -1,0 +1,505 @@
+/* The capture programs: which blocks of which disk are written, and on wish what.
+ *
+ * Built twice by build.rs: for typed tracepoints (`tp_btf`, plain loads) and, with RAW_TRACEPOINTS, for kernels without
+ * them (every load is a checked read). Invariants: a block is marked at submission and again at completion; the mode word
+ * is read once per event; an event that cannot be handled is counted, never ignored.
+ * The rest of the agent knows only capture.h. */
+#include "kernel.h"
+#include "capture.h"
+
+/* A load through a pointer the verifier does not know. */
+#define PROBE(place)                                              \
+    ({                                                            \
+        typeof(place) value_ = 0;                                 \
+        bpf_probe_read_kernel(&value_, sizeof(value_), &(place)); \
+        value_;                                                   \
+    })
+#ifdef RAW_TRACEPOINTS
+#define GET(place) PROBE(place)
+#define TRACEPOINT(name) SEC("raw_tp/" name)
+#else
+#define GET(place) (place)
+#define TRACEPOINT(name) SEC("tp_btf/" name)
+#endif
+
+#define EEXIST 17
+#define REQ_OP_MASK 0xff
+
+char LICENSE[] SEC("license") = "Dual MIT/GPL";
+
+/* Set by the loader before the load, so that what is not wanted or not there is no part of the program. */
+const volatile __u8 WITH_LOOP = 1;    /* bpf_loop (5.17) */
+const volatile __u8 WITH_DYNPTR = 1;  /* ring records of any length (5.19) */
+const volatile __u8 WITH_HOOKS = 0;   /* the test hook */
+const volatile __u8 PAGE_SHIFT = 12;
+
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(map_flags, BPF_F_MMAPABLE);
+    __uint(max_entries, 1);
+    __type(key, __u32);
+    __type(value, struct control);
+} control SEC(".maps");
+
+/* Whole disks by device number, major << 20 | minor. */
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, DISKS_MAX);
+    __type(key, __u32);
+    __type(value, __u32);
+} disks SEC(".maps");
+
+struct bitmap {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(map_flags, BPF_F_MMAPABLE | BPF_F_INNER_MAP);
+    __uint(max_entries, 1);
+    __type(key, __u32);
+    __type(value, __u64);
+};
+
+/* The dirty map of each disk: bit n of word w stands for block 64 w + n. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+    __uint(max_entries, DISKS_MAX);
+    __type(key, __u32);
+    __array(values, struct bitmap);
+} dirty SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_HASH);
+    __uint(max_entries, FLIGHTS_DEFAULT);
+    __type(key, __u64);
+    __type(value, struct flight);
+} inflight SEC(".maps");
+
+/* By CPU. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(map_flags, BPF_F_MMAPABLE);
+    __uint(max_entries, 1);
+    __type(key, __u32);
+    __type(value, struct flights);
+} flights SEC(".maps");
+
+/* By CPU * DISKS_MAX + disk. */
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(map_flags, BPF_F_MMAPABLE);
+    __uint(max_entries, DISKS_MAX);
+    __type(key, __u32);
+    __type(value, struct tally);
+} tallies SEC(".maps");
+
+struct {
+    __uint(type, BPF_MAP_TYPE_RINGBUF);
+    __uint(max_entries, 1 << 26);
+} ring SEC(".maps");
+
+static __always_inline __u32 kind_of(__u32 op)
+{
+    switch (op & REQ_OP_MASK) {
+    case 1: return KIND_WRITE;
+    case 2: return KIND_FLUSH;
+    case 3: return KIND_DISCARD;
+    case 5: return KIND_SECURE_ERASE;
+    case 9: return KIND_ZEROES;
+    case 33: /* a SCSI command, before 5.18 */
+    case 35: return KIND_PASSTHROUGH;
+    }
+    /* Operations with an odd number write; those that are none of the above have no range we know. */
+    return (op & 1) ? KIND_ZONE : KIND_NONE;
+}
+
+static __always_inline __u32 device(struct gendisk *disk)
+{
+    return (__u32)GET(disk->major) << 20 | (__u32)GET(disk->first_minor);
+}
+
+static __always_inline struct gendisk *disk_of_bio(struct bio *bio)
+{
+    if (bpf_core_field_exists(bio->bi_bdev)) {
+        struct block_device *part = GET(bio->bi_bdev);
+        return GET(part->bd_disk);
+    }
+    return PROBE(((struct bio___before_5_12 *)bio)->bi_disk);
+}
+
+static __always_inline struct gendisk *disk_of_request(struct request *rq)
+{
+    if (bpf_core_field_exists(rq->q->disk)) {
+        struct request_queue *queue = GET(rq->q);
+        return GET(queue->disk);
+    }
+    return PROBE(((struct request___before_5_16 *)rq)->rq_disk);
+}
+
+static __always_inline struct control *the_control(void)
+{
+    __u32 zero = 0;
+    return bpf_map_lookup_elem(&control, &zero);
+}
+
+static __always_inline struct flights *my_flights(void)
+{
+    __u32 cpu = bpf_get_smp_processor_id();
+    return bpf_map_lookup_elem(&flights, &cpu);
+}
+
+static __always_inline struct tally *my_tally(__u32 slot)
+{
+    __u32 index = bpf_get_smp_processor_id() * DISKS_MAX + slot;
+    return bpf_map_lookup_elem(&tallies, &index);
+}
+
+/* Testing first saves most of the locked instructions; the harvest's order makes it safe (see capture's documents). */
+static __always_inline void mark_word(void *map, __u32 index, __u64 mask)
+{
+    __u64 *word = bpf_map_lookup_elem(map, &index);
+    if (word && (*(volatile __u64 *)word & mask) != mask)
+        __sync_fetch_and_or(word, mask);
+}
+
+struct run {
+    __u32 slot;
+    __u32 first_word;
+};
+
+static long mark_whole_word(__u32 index, struct run *run)
+{
+    void *map = bpf_map_lookup_elem(&dirty, &run->slot);
+    if (!map)
+        return 1;
+    mark_word(map, run->first_word + index, ~0ULL);
+    return 0;
+}
+
+/* Marks every block that [sector, sector + bytes) touches. */
+static __always_inline void mark(__u32 slot, __u64 sector, __u32 bytes)
+{
+    void *map = bpf_map_lookup_elem(&dirty, &slot);
+    if (!map || !bytes)
+        return;
+    __u64 first = sector >> BLOCK_SECTORS_SHIFT;
+    __u64 last = (sector + (bytes >> 9) - 1) >> BLOCK_SECTORS_SHIFT;
+    __u32 first_word = first >> 6, last_word = last >> 6;
+    __u64 head = ~0ULL << (first & 63), tail = ~0ULL >> (63 - (last & 63));
+    if (first_word == last_word) {
+        mark_word(map, first_word, head & tail);
+        return;
+    }
+    mark_word(map, first_word, head);
+    mark_word(map, last_word, tail);
+    if (last_word - first_word > 1) {
+        struct run run = {.slot = slot, .first_word = first_word + 1};
+        if (WITH_LOOP) {
+            bpf_loop(last_word - first_word - 1, mark_whole_word, &run, 0);
+        } else {
+            /* At most 32 MiB without bpf_loop; longer operations are split by the loader's refusal of such disks. */
+            for (__u32 index = 0; index < 128 && index < last_word - first_word - 1; index++)
+                mark_word(map, run.first_word + index, ~0ULL);
+        }
+    }
+}
+
+/* The test hook: whether this event is to be lost. */
+static __always_inline int is_lost(struct control *ctl, __u32 kind, __u32 where, __u64 bio)
+{
+    if (!WITH_HOOKS || !bio)
+        return 0;
+    if (where == 2 && ctl->skip_bio == bio) {
+        ctl->skip_bio = 0;
+        __sync_fetch_and_add(&ctl->skipped, 1);
+        return 1;
+    }
+    if (!ctl->skip_countdown || ctl->skip_kind != kind || !(ctl->skip_where & where))
+        return 0;
+    if (ctl->skip_where == 3 && where == 2)
+        return 0;
+    if (--ctl->skip_countdown)
+        return 0;
+    if (ctl->skip_where == 3)
+        ctl->skip_bio = bio;
+    __sync_fetch_and_add(&ctl->skipped, 1);
+    return 1;
+}
+
+#include "data.bpf.h"
+
+/* An address that comes again was never seen completing: both ranges are marked, the old generation is credited. */
+static __always_inline void replace_stale(struct control *ctl, struct flights *mine, struct tally *tally, __u64 key)
+{
+    struct flight *old = bpf_map_lookup_elem(&inflight, &key);
+    if (!old)
+        return;
+    __u32 remaining = old->remaining >> 9, slot = old->slot & (DISKS_MAX - 1);
+    mark(slot, old->sector, old->bytes);
+    struct tally *theirs = my_tally(slot);
+    if (old->generation >= *(volatile __u64 *)&ctl->reaped_below) {
+        mine->credited[old->generation & (GENERATION_SLOTS - 1)]++;
+        if (theirs) {
+            theirs->stale++;
+            theirs->stale_sectors[old->kind == KIND_DISCARD] += remaining;
+        }
+    }
+}
+
+static __always_inline void fly(struct control *ctl, struct tally *tally, __u64 bio, struct flight *flight)
+{
+    struct flights *mine = my_flights();
+    if (!mine)
+        return;
+    long error = bpf_map_update_elem(&inflight, &bio, flight, BPF_NOEXIST);
+    if (error == -EEXIST) {
+        replace_stale(ctl, mine, tally, bio);
+        error = bpf_map_update_elem(&inflight, &bio, flight, BPF_ANY);
+    }
+    if (error)
+        tally->full++;
+    else
+        mine->submitted[flight->generation & (GENERATION_SLOTS - 1)]++;
+}
+
+TRACEPOINT("block_bio_queue")
+int on_queue(__u64 *ctx)
+{
+    struct bio *bio = (struct bio *)ctx[0];
+    __u32 op = GET(bio->bi_opf), kind = kind_of(op);
+    if (kind == KIND_NONE)
+        return 0;
+    __u32 number = device(disk_of_bio(bio));
+    __u32 *found = bpf_map_lookup_elem(&disks, &number);
+    struct control *ctl = the_control();
+    if (!found || !ctl)
+        return 0;
+    __u64 word = *(volatile __u64 *)&ctl->mode_word;
+    if ((word & 0xff) == MODE_OFF || is_lost(ctl, kind, 1, (__u64)bio))
+        return 0;
+    __u32 slot = *found & (DISKS_MAX - 1);
+    struct tally *tally = my_tally(slot);
+    if (!tally)
+        return 0;
+    struct flight flight = {
+        .sector = GET(bio->bi_iter.bi_sector),
+        .generation = word >> 8,
+        .bytes = GET(bio->bi_iter.bi_size),
+        .slot = slot,
+        .kind = kind,
+    };
+    flight.remaining = flight.bytes;
+    if (!flight.bytes) {
+        /* A flush, or a zone operation. Nothing is written by a flush. */
+        tally->queued[kind == KIND_WRITE ? KIND_FLUSH : kind & 7]++;
+        return 0;
+    }
+    tally->queued[kind & 7]++;
+    fly(ctl, tally, (__u64)bio, &flight);
+    mark(slot, flight.sector, flight.bytes);
+    if ((word & 0xff) == MODE_DATA)
+        record(ctl, tally, bio, &flight, word, 0);
+    return 0;
+}
+
+struct walk {
+    __u64 bio;
+    __u32 left;
+    __u32 slot;
+    __u32 kind;
+    __u32 failed;
+};
+
+/* A piece that was split off knows its parent by bi_private; so do pieces of pieces. */
+static __always_inline struct flight *find_flight(__u64 bio, __u64 private, __u64 *key)
+{
+    *key = bio;
+    struct flight *flight = bpf_map_lookup_elem(&inflight, key);
+    if (flight || !private)
+        return flight;
+    *key = private;
+    flight = bpf_map_lookup_elem(&inflight, key);
+    if (flight)
+        return flight;
+    *key = (__u64)PROBE(((struct bio *)private)->bi_private);
+    return *key ? bpf_map_lookup_elem(&inflight, key) : 0;
+}
+
+/* `bytes` of a bio that began at `sector` are done. */
+static __always_inline void bio_done(struct walk *walk, __u64 bio, __u64 private, __u64 sector, __u32 bytes)
+{
+    struct control *ctl = the_control();
+    struct flights *mine = my_flights();
+    struct tally *tally = my_tally(walk->slot & (DISKS_MAX - 1));
+    if (!ctl || !mine || !tally)
+        return;
+    mark(walk->slot, sector, bytes);
+    __u64 key;
+    struct flight *flight = find_flight(bio, private, &key);
+    tally->done_bios++;
+    if (!flight || flight->slot != walk->slot) {
+        tally->orphans++;
+        return;
+    }
+    __u64 generation = flight->generation;
+    if (generation < *(volatile __u64 *)&ctl->reaped_below) {
+        tally->late++;
+        bpf_map_delete_elem(&inflight, &key);
+        return;
+    }
+    if (walk->failed) {
+        tally->failed++;
+        mark(flight->slot, flight->sector, flight->bytes);
+    }
+    __u32 before = __sync_fetch_and_sub(&flight->remaining, bytes);
+    if (before > bytes)
+        return;
+    if (before < bytes)
+        tally->orphans++; /* more was completed than submitted: one of the two was something else */
+    bpf_map_delete_elem(&inflight, &key);
+    mine->done[generation & (GENERATION_SLOTS - 1)]++;
+}
+
+static long next_bio(__u32 index, struct walk *walk)
+{
+    struct bio *bio = (struct bio *)walk->bio;
+    if (!bio || !walk->left)
+        return 1;
+    __u64 sector = PROBE(bio->bi_iter.bi_sector);
+    __u32 size = PROBE(bio->bi_iter.bi_size);
+    __u32 bytes = size < walk->left ? size : walk->left;
+    __u64 private = (__u64)PROBE(bio->bi_private);
+    walk->bio = (__u64)PROBE(bio->bi_next);
+    walk->left -= bytes;
+    if (bytes)
+        bio_done(walk, (__u64)bio, private, sector, bytes);
+    return 0;
+}
+
+TRACEPOINT("block_rq_complete")
+int on_request(__u64 *ctx)
+{
+    struct request *rq = (struct request *)ctx[0];
+    __u32 kind = kind_of(GET(rq->cmd_flags));
+    if (kind == KIND_NONE)
+        return 0;
+    struct gendisk *disk = disk_of_request(rq);
+    if (!disk)
+        return 0;
+    __u32 number = device(disk);
+    __u32 *found = bpf_map_lookup_elem(&disks, &number);
+    struct control *ctl = the_control();
+    if (!found || !ctl || (*(volatile __u64 *)&ctl->mode_word & 0xff) == MODE_OFF)
+        return 0;
+    struct bio *bio = GET(rq->bio);
+    if (is_lost(ctl, kind, 2, (__u64)bio))
+        return 0;
+    struct walk walk = {.slot = *found & (DISKS_MAX - 1), .kind = kind};
+    struct tally *tally = my_tally(walk.slot);
+    if (!tally)
+        return 0;
+    walk.failed = (__u32)ctx[1] != 0;
+    walk.left = ctx[2];
+    __u32 total = walk.left;
+    if (kind == KIND_PASSTHROUGH || kind == KIND_FLUSH || !walk.left) {
+        /* Nothing, or nothing that we know: a flush, the end of one with data, a command of the driver. */
+        tally->done[kind == KIND_WRITE ? KIND_FLUSH : kind & 7]++;
+        return 0;
+    }
+    tally->done[kind & 7]++;
+    tally->done_sectors[kind & 7] += walk.left >> 9;
+    if (!bio)
+        return 0;
+    /* Most requests have one bio, which needs no checked reads. */
+    __u32 size = GET(bio->bi_iter.bi_size);
+    __u32 bytes = size < walk.left ? size : walk.left;
+    __u64 private = (__u64)GET(bio->bi_private), sector = GET(bio->bi_iter.bi_sector);
+    walk.bio = (__u64)GET(bio->bi_next);
+    walk.left -= bytes;
+    if (bytes)
+        bio_done(&walk, (__u64)bio, private, sector, bytes);
+    if (walk.left && walk.bio) {
+        if (WITH_LOOP)
+            bpf_loop(1 << 16, next_bio, &walk, 0);
+        else
+            for (__u32 index = 0; index < 64; index++)
+                if (next_bio(index, &walk))
+                    break;
+        /* More bios than could be walked: the rest is marked, and its entries will be found left over. */
+        if (walk.left && walk.bio) {
+            mark(walk.slot, sector + ((total - walk.left) >> 9), walk.left);
+            tally->orphans++;
+        }
+    }
+    return 0;
+}
+
+/* Fires for devices that take bios without requests, and elsewhere for what never became a request: refused or failed
+ * early. */
+TRACEPOINT("block_bio_complete")
+int on_bio(__u64 *ctx)
+{
+    struct bio *bio = (struct bio *)ctx[1];
+    if (kind_of(GET(bio->bi_opf)) == KIND_NONE)
+        return 0;
+    __u64 key = (__u64)bio;
+    __u32 failed = GET(bio->bi_status), part = 0;
+    struct flight *flight = bpf_map_lookup_elem(&inflight, &key);
+    if (!flight && failed) {
+        /* A piece that was split off failed before it became a request: its parent is short of that much. */
+        key = (__u64)GET(bio->bi_private);
+        flight = bpf_map_lookup_elem(&inflight, &key);
+        part = GET(bio->bi_iter.bi_size);
+    }
+    struct control *ctl = the_control();
+    struct flights *mine = my_flights();
+    if (!flight || !ctl || !mine)
+        return 0;
+    __u32 slot = flight->slot & (DISKS_MAX - 1), kind = flight->kind & 7;
+    struct tally *tally = my_tally(slot);
+    if (!tally || is_lost(ctl, kind, 2, key))
+        return 0;
+    mark(slot, flight->sector, flight->bytes);
+    if (failed)
+        tally->ended_failed++;
+    if (flight->generation < *(volatile __u64 *)&ctl->reaped_below) {
+        tally->ended_late++;
+        bpf_map_delete_elem(&inflight, &key);
+        return 0;
+    }
+    if (part && __sync_fetch_and_sub(&flight->remaining, part) > part)
+        return 0;
+    __u64 generation = flight->generation;
+    tally->ended[kind]++;
+    tally->ended_sectors[kind] += flight->bytes >> 9;
+    bpf_map_delete_elem(&inflight, &key);
+    mine->ended[generation & (GENERATION_SLOTS - 1)]++;
+    return 0;
+}
+
+/* The self-test: a read of the agent's own, whose buffer holds a known pattern before the device fills it, is recorded as
+ * if it were a write. Attached only for the test; nothing is written to any disk. */
+TRACEPOINT("block_bio_queue")
+int on_probe(__u64 *ctx)
+{
+    struct bio *bio = (struct bio *)ctx[0];
+    struct control *ctl = the_control();
+    if (!ctl || (GET(bio->bi_opf) & REQ_OP_MASK) != 0 || bpf_get_current_pid_tgid() >> 32 != ctl->probe_tgid)
+        return 0;
+    __u32 number = device(disk_of_bio(bio));
+    __u32 *found = bpf_map_lookup_elem(&disks, &number);
+    if (!found)
+        return 0;
+    struct tally *tally = my_tally(*found & (DISKS_MAX - 1));
+    struct bio_vec *vec = GET(bio->bi_io_vec);
+    if (!tally)
+        return 0;
+    struct flight flight = {
+        .sector = GET(bio->bi_iter.bi_sector),
+        .bytes = GET(bio->bi_iter.bi_size),
+        .slot = *found & (DISKS_MAX - 1),
+        .kind = KIND_NONE,
+    };
+    ctl->probe_page = (__u64)PROBE(vec->bv_page);
+    ctl->probe_task = bpf_get_current_task();
+    ctl->probe_page_bytes = bpf_core_type_size(struct page);
+    record(ctl, tally, bio, &flight, ctl->mode_word, RECORD_PROBE);
+    return 0;
+}

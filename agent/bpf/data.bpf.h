@@ -1,0 +1,291 @@
+/* Copying written data into the ring. Part of capture.bpf.c.
+ *
+ * Invariants: a record holds a whole bio or does not exist; what does not exist is counted, and its blocks were marked
+ * before. No record wakes the reader: it looks by itself every few milliseconds. */
+
+#define SMALL_BYTES 4096
+#ifndef barrier_var
+#define barrier_var(var) asm volatile("" : "+r"(var))
+#endif
+
+struct small_record {
+    struct record head;
+    __u8 data[SMALL_BYTES];
+};
+
+static __always_inline void lose(struct control *ctl, struct tally *tally)
+{
+    __sync_fetch_and_add(&ctl->drops, 1);
+    tally->unrecorded++;
+}
+
+/* Memory below a page is mapped linearly: the address of a page is a linear function of where its description stands. */
+static __always_inline __u64 address_of(struct control *ctl, __u64 page)
+{
+    return page * ((1ULL << PAGE_SHIFT) / bpf_core_type_size(struct page)) + ctl->address_base;
+}
+
+static __always_inline void fill_head(struct record *head, struct control *ctl, struct flight *flight, __u64 word,
+                                      __u8 flags)
+{
+    head->sector = flight->sector;
+    head->mode_word = word;
+    head->drops = *(volatile __u64 *)&ctl->drops;
+    head->time_ns = bpf_ktime_get_boot_ns();
+    head->bytes = flight->bytes;
+    head->data_bytes = 0;
+    head->slot = flight->slot;
+    head->kind = flight->kind;
+    head->flags = flags;
+    head->reserved = 0;
+}
+
+/* Copies `bytes` from `from` into the record. The slices of a dynptr have constant length, so the end of a record that is
+ * no multiple of a slice is filled by smaller ones. */
+#define SLICE_LARGE 4096
+#define SLICE_SMALL 512
+/* Bytes behind the data, so that the last slice always fits. */
+#define SLACK SLICE_SMALL
+/* A bio of this many bytes is recorded; longer ones are lost to the ring, not to the map. */
+#define LARGE_BYTES_MAX (4 << 20)
+
+/* Where copying stands; one per CPU, because the verifier follows a map's value no further than it must. */
+struct copying {
+    __u64 vec;   /* the bio_vec in hand */
+    __u32 done;  /* of its bytes */
+    __u32 at;    /* in the record */
+    __u32 left;  /* of the bio */
+    __u32 room;  /* length of the record */
+    __u64 from;  /* address of the vec's data */
+    __u32 length; /* of the vec */
+    __u32 failed;
+};
+
+struct {
+    __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+    __uint(max_entries, 1);
+    __type(key, __u32);
+    __type(value, struct copying);
+} copying SEC(".maps");
+
+static __always_inline void take_vec(struct control *ctl, struct copying *copy)
+{
+    struct bio_vec *vec = (struct bio_vec *)copy->vec;
+    copy->from = address_of(ctl, (__u64)PROBE(vec->bv_page)) + PROBE(vec->bv_offset);
+    copy->length = PROBE(vec->bv_len);
+}
+
+/* How much the next slice takes. */
+static __always_inline __u32 next_piece(struct copying *copy, __u32 most)
+{
+    __u32 piece = copy->length - copy->done;
+    if (piece > copy->left)
+        piece = copy->left;
+    return piece > most ? most : piece;
+}
+
+static __always_inline void advance(struct control *ctl, struct copying *copy, __u32 piece)
+{
+    copy->at += piece;
+    copy->left -= piece;
+    copy->done += piece;
+    if (copy->done >= copy->length && copy->left) {
+        copy->vec += bpf_core_type_size(struct bio_vec);
+        copy->done = 0;
+        take_vec(ctl, copy);
+    }
+}
+
+/* One slice; 0 while there is more. */
+static __always_inline int copy_slice(struct control *ctl, struct copying *copy, struct bpf_dynptr *out)
+{
+    void *slice;
+    __u32 piece;
+    if (!copy->left)
+        return 1;
+    if (copy->at + SLICE_LARGE <= copy->room) {
+        slice = bpf_dynptr_data(out, RECORD_BYTES + copy->at, SLICE_LARGE);
+        piece = next_piece(copy, SLICE_LARGE);
+        barrier_var(piece);
+        if (!slice || piece > SLICE_LARGE || bpf_probe_read_kernel(slice, piece, (void *)(copy->from + copy->done)))
+            goto failed;
+    } else {
+        slice = bpf_dynptr_data(out, RECORD_BYTES + copy->at, SLICE_SMALL);
+        piece = next_piece(copy, SLICE_SMALL);
+        barrier_var(piece);
+        if (!slice || piece > SLICE_SMALL || bpf_probe_read_kernel(slice, piece, (void *)(copy->from + copy->done)))
+            goto failed;
+    }
+    if (!piece)
+        goto failed;
+    advance(ctl, copy, piece);
+    return 0;
+failed:
+    copy->failed = 1;
+    return 1;
+}
+
+/* One iteration of the copy; the record is the caller's. */
+static long next_slice(__u32 index, struct bpf_dynptr *out)
+{
+    __u32 zero = 0;
+    struct control *ctl = the_control();
+    struct copying *copy = bpf_map_lookup_elem(&copying, &zero);
+    if (!ctl || !copy)
+        return 1;
+    return copy_slice(ctl, copy, out);
+}
+
+static __always_inline void record_large(struct control *ctl, struct tally *tally, struct copying *copy,
+                                         struct flight *flight, __u64 word, __u8 flags)
+{
+    struct bpf_dynptr out;
+    struct record head;
+    copy->room = ((flight->bytes + 511) & ~511) + SLACK;
+    if (flight->bytes > LARGE_BYTES_MAX) {
+        lose(ctl, tally);
+        return;
+    }
+    /* A reservation that failed is to be discarded as well, says the verifier. */
+    if (bpf_ringbuf_reserve_dynptr(&ring, RECORD_BYTES + copy->room, 0, &out)) {
+        bpf_ringbuf_discard_dynptr(&out, BPF_RB_NO_WAKEUP);
+        lose(ctl, tally);
+        return;
+    }
+    /* More than a slice per 4 KiB: a vec may end anywhere. */
+    bpf_loop(1 << 14, next_slice, &out, 0);
+    fill_head(&head, ctl, flight, word, flags);
+    head.data_bytes = flight->bytes;
+    if (copy->failed || copy->left || bpf_dynptr_write(&out, 0, &head, sizeof(head), 0)) {
+        bpf_ringbuf_discard_dynptr(&out, BPF_RB_NO_WAKEUP);
+        tally->unmapped++;
+        lose(ctl, tally);
+        return;
+    }
+    bpf_ringbuf_submit_dynptr(&out, BPF_RB_NO_WAKEUP);
+    tally->records++;
+    tally->record_bytes += flight->bytes;
+}
+
+/* Without records of any length, pieces of 4 KiB follow one another. A bio that does not get all its records counts as
+ * dropped; its pieces are then newer than the disk at that place for a moment, as any write in flight is. */
+
+struct piecewise {
+    struct flight flight;
+    __u64 word;
+    __u64 flags;
+};
+
+static __always_inline int copy_piece(struct control *ctl, struct copying *copy, struct piecewise *whole)
+{
+    if (!copy->left)
+        return 1;
+    struct small_record *out = bpf_ringbuf_reserve(&ring, sizeof(*out), 0);
+    if (!out) {
+        copy->failed = 1;
+        return 1;
+    }
+    __u32 piece = next_piece(copy, SMALL_BYTES);
+    barrier_var(piece);
+    if (piece > SMALL_BYTES || !piece ||
+        bpf_probe_read_kernel(out->data, piece, (void *)(copy->from + copy->done))) {
+        bpf_ringbuf_discard(out, BPF_RB_NO_WAKEUP);
+        copy->failed = 1;
+        return 1;
+    }
+    fill_head(&out->head, ctl, &whole->flight, whole->word, whole->flags);
+    out->head.sector = whole->flight.sector + (copy->at >> 9);
+    out->head.bytes = piece;
+    out->head.data_bytes = piece;
+    /* A piece that begins or ends inside a sector cannot be written alone. */
+    if ((copy->at | piece) & 511)
+        copy->failed = 1;
+    bpf_ringbuf_submit(out, BPF_RB_NO_WAKEUP);
+    advance(ctl, copy, piece);
+    return copy->failed;
+}
+
+static long next_piece_record(__u32 index, struct piecewise *whole)
+{
+    __u32 zero = 0;
+    struct control *ctl = the_control();
+    struct copying *copy = bpf_map_lookup_elem(&copying, &zero);
+    if (!ctl || !copy)
+        return 1;
+    return copy_piece(ctl, copy, whole);
+}
+
+static __always_inline void record_pieces(struct control *ctl, struct tally *tally, struct copying *copy,
+                                          struct flight *flight, __u64 word, __u8 flags)
+{
+    struct piecewise whole = {.flight = *flight, .word = word, .flags = flags};
+    if (WITH_LOOP) {
+        bpf_loop(4 * (LARGE_BYTES_MAX / SMALL_BYTES), next_piece_record, &whole, 0);
+    } else {
+        for (__u32 index = 0; index < 64; index++)
+            if (copy_piece(ctl, copy, &whole))
+                break;
+    }
+    if (copy->failed || copy->left) {
+        lose(ctl, tally);
+        return;
+    }
+    tally->records++;
+    tally->record_bytes += flight->bytes;
+}
+
+static __always_inline void record(struct control *ctl, struct tally *tally, struct bio *bio, struct flight *flight,
+                                   __u64 word, __u8 flags)
+{
+    if (flight->kind != KIND_WRITE && !flags) {
+        struct record *head = bpf_ringbuf_reserve(&ring, sizeof(*head), 0);
+        if (!head) {
+            lose(ctl, tally);
+            return;
+        }
+        fill_head(head, ctl, flight, word, flags);
+        bpf_ringbuf_submit(head, BPF_RB_NO_WAKEUP);
+        tally->records++;
+        return;
+    }
+    struct bio_vec *vec = GET(bio->bi_io_vec);
+    __u32 at = GET(bio->bi_iter.bi_idx), done = GET(bio->bi_iter.bi_bvec_done);
+    vec = (struct bio_vec *)((__u64)vec + (__u64)at * bpf_core_type_size(struct bio_vec));
+    __u32 length = PROBE(vec->bv_len) - done;
+    if (flight->bytes <= SMALL_BYTES && flight->bytes <= length) {
+        __u64 from = address_of(ctl, (__u64)PROBE(vec->bv_page)) + PROBE(vec->bv_offset) + done;
+        struct small_record *small = bpf_ringbuf_reserve(&ring, sizeof(*small), 0);
+        if (!small) {
+            lose(ctl, tally);
+            return;
+        }
+        fill_head(&small->head, ctl, flight, word, flags);
+        /* Read again, so that the compiler cannot forget the bound that the verifier wants to see. */
+        __u32 bytes = *(volatile __u32 *)&flight->bytes;
+        if (bytes > SMALL_BYTES || bpf_probe_read_kernel(small->data, bytes, (void *)from)) {
+            bpf_ringbuf_discard(small, BPF_RB_NO_WAKEUP);
+            tally->unmapped++;
+            lose(ctl, tally);
+            return;
+        }
+        small->head.data_bytes = bytes;
+        bpf_ringbuf_submit(small, BPF_RB_NO_WAKEUP);
+        tally->records++;
+        tally->record_bytes += bytes;
+        return;
+    }
+    __u32 zero = 0;
+    struct copying *copy = bpf_map_lookup_elem(&copying, &zero);
+    if (!copy)
+        return;
+    copy->vec = (__u64)vec;
+    copy->done = done;
+    copy->at = 0;
+    copy->left = flight->bytes;
+    copy->failed = 0;
+    take_vec(ctl, copy);
+    if (WITH_DYNPTR)
+        record_large(ctl, tally, copy, flight, word, flags);
+    else
+        record_pieces(ctl, tally, copy, flight, word, flags);
+}

@@ -1,0 +1,266 @@
+//! The loaded programs and their maps, as pinned: the one place where capture talks to the kernel.
+//!
+//! Invariants: it is always opened from the pins, whether they were made a moment ago or by a process that was killed, so
+//! both ways are one; counters only grow and are summed over CPUs. Units: sectors, 64-bit words.
+//! Owned by `tracker`; read by `oracle` and `window`.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use aya::maps::{Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapInfo};
+use aya::programs::ProgramInfo;
+use aya::programs::links::PinnedLink;
+use rustix::thread::{MembarrierCommand, membarrier};
+
+use super::layout::{Control, Flight, GENERATION_SLOTS, Kind, Mode, ModeWord, Tally};
+use super::layout::{CONTROL_WORDS, DISKS_MAX, FLIGHTS_WORDS, TALLY_WORDS};
+use super::loader::{LoadOptions, MAPS, PROGRAMS, attach, link_pin, load, program};
+use super::mapped::Mapped;
+use super::pins::Claim;
+use super::{CaptureError, bitmap};
+
+/// Largest number of entries of the in-flight map that one look takes.
+const FLIGHTS_SEEN_MAX: usize = 1 << 20;
+
+/// Programs and maps in the kernel.
+#[derive(Debug)]
+pub(crate) struct Kernel {
+    control: Mapped,
+    flights: Mapped,
+    tallies: Mapped,
+    disks: HashMap<MapData, u32, u32>,
+    inflight: HashMap<MapData, u64, [u64; 4]>,
+    dirty: ArrayOfMaps<MapData, Array<MapData, u64>>,
+    ring: MapData,
+    cpus: usize,
+    ids: Vec<u32>,
+}
+
+impl Kernel {
+    /// Loads into an empty place, pins, attaches, opens. `before_attach` is called between.
+    pub(crate) fn begin(
+        place: &Claim,
+        options: &LoadOptions,
+        before_attach: impl FnOnce(&Self) -> Result<(), CaptureError>,
+    ) -> Result<Self, CaptureError> {
+        place.clear()?;
+        let (mut loaded, variant) = load(place, options)?;
+        let kernel = Self::open(place)?;
+        kernel.set_mode(ModeWord { mode: Mode::Bitmap, generation: 1 });
+        before_attach(&kernel)?;
+        for (name, tracepoint) in PROGRAMS {
+            let link = attach(program(&mut loaded, name)?, tracepoint)?;
+            link.pin(place.pin(&link_pin(name))).map_err(super::loader::refused)?;
+        }
+        tracing::info!(%variant, place = %place.path().display(), "capture programs attached");
+        Ok(kernel)
+    }
+
+    /// Opens what is pinned. What is attached is checked by [`Self::check_links`].
+    pub(crate) fn open(place: &Claim) -> Result<Self, CaptureError> {
+        let map = |name: &'static str| pinned(&place.pin(name));
+        let cpus = super::loader::cpus()?;
+        let mapped = |name: &'static str, words: usize| -> Result<Mapped, CaptureError> {
+            let data = map(name)?;
+            let bytes = (words * 8).next_multiple_of(rustix::param::page_size());
+            Mapped::new(data.fd(), 0, bytes, true).map_err(CaptureError::map(name))
+        };
+        let mut ids = Vec::new();
+        for name in MAPS {
+            ids.push(pin_id(&place.pin(name))?);
+        }
+        for (name, _) in PROGRAMS {
+            ids.push(program_info(&place.pin(name))?.id());
+        }
+        Ok(Self {
+            control: mapped("control", CONTROL_WORDS)?,
+            flights: mapped("flights", cpus * FLIGHTS_WORDS)?,
+            tallies: mapped("tallies", cpus * DISKS_MAX * TALLY_WORDS)?,
+            disks: HashMap::try_from(Map::HashMap(map("disks")?)).map_err(CaptureError::map("disks"))?,
+            inflight: HashMap::try_from(Map::HashMap(map("inflight")?)).map_err(CaptureError::map("inflight"))?,
+            dirty: ArrayOfMaps::try_from(Map::ArrayOfMaps(map("dirty")?)).map_err(CaptureError::map("dirty"))?,
+            ring: map("ring")?,
+            cpus,
+            ids,
+        })
+    }
+
+    /// Numbers of the maps and programs, in the order of their names in `loader`.
+    pub(crate) fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Whether everything that was pinned is still pinned and attached.
+    ///
+    /// # Errors
+    /// [`CaptureError::PinChanged`] names the first that is not.
+    pub(crate) fn check_links(&self, place: &Claim) -> Result<(), CaptureError> {
+        for (name, id) in MAPS.iter().zip(&self.ids) {
+            same(&place.pin(name), *id, pin_id)?;
+        }
+        for ((name, _), id) in PROGRAMS.iter().zip(self.ids.iter().skip(MAPS.len())) {
+            same(&place.pin(name), *id, |path| Ok(program_info(path)?.id()))?;
+            same(&place.pin(&link_pin(name)), *id, |path| {
+                let changed = || CaptureError::PinChanged { path: path.to_owned() };
+                let link = PinnedLink::from_pin(path).map_err(|_| changed())?;
+                let link: aya::programs::links::FdLink = link.into();
+                Ok(link.info().map_err(|_| changed())?.program_id())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn control(&self, word: Control) -> &AtomicU64 {
+        &self.control.words()[word as usize]
+    }
+
+    /// A control word.
+    pub(crate) fn get(&self, word: Control) -> u64 {
+        self.control(word).load(Ordering::SeqCst)
+    }
+
+    /// Sets a control word.
+    pub(crate) fn set(&self, word: Control, value: u64) {
+        self.control(word).store(value, Ordering::SeqCst);
+    }
+
+    /// Mode and generation in force.
+    pub(crate) fn mode(&self) -> ModeWord {
+        ModeWord::decode(self.get(Control::ModeWord))
+    }
+
+    /// Sets both; programs that run just now may still have read the old ones, see [`Self::settle`].
+    pub(crate) fn set_mode(&self, word: ModeWord) {
+        self.set(Control::ModeWord, word.encode());
+    }
+
+    /// Changes the mode and begins a generation; returns when no program runs any more that read the old word.
+    pub(crate) fn switch(&self, mode: Mode) -> Result<u64, CaptureError> {
+        let generation = self.mode().generation + 1;
+        self.set_mode(ModeWord { mode, generation });
+        self.settle()?;
+        Ok(generation)
+    }
+
+    /// Waits until every program that runs now has ended.
+    pub(crate) fn settle(&self) -> Result<(), CaptureError> {
+        if membarrier(MembarrierCommand::Global).is_ok() {
+            return Ok(());
+        }
+        // Refused where CPUs run without a tick: changing a map of maps waits for running programs as well.
+        let spare = Array::<MapData, u64>::create(1, bitmap::FLAGS).map_err(CaptureError::map("dirty"))?;
+        let map = MapData::from_id(self.ids[2]).map_err(CaptureError::map("dirty"))?;
+        let mut dirty: ArrayOfMaps<MapData, Array<MapData, u64>> =
+            ArrayOfMaps::try_from(Map::ArrayOfMaps(map)).map_err(CaptureError::map("dirty"))?;
+        dirty.set(DISKS_MAX as u32 - 1, &spare, 0).map_err(CaptureError::map("dirty"))
+    }
+
+    /// Writes of generations before `generation` that were submitted and not seen completing. Exact after
+    /// [`Self::settle`], and then it only falls.
+    pub(crate) fn in_flight_before(&self, generation: u64, reaped_below: u64) -> u64 {
+        let words = self.flights.words();
+        let mut sum = 0_u64;
+        let oldest = reaped_below.max(generation.saturating_sub(GENERATION_SLOTS as u64 - 1));
+        for older in oldest..generation {
+            sum += in_flight_of(words, self.cpus, older);
+        }
+        sum
+    }
+
+    /// A counter of a disk, over all CPUs.
+    pub(crate) fn tally(&self, slot: usize, field: Tally, index: usize) -> u64 {
+        let words = self.tallies.words();
+        (0..self.cpus)
+            .map(|cpu| (cpu * DISKS_MAX + slot) * TALLY_WORDS + field as usize + index)
+            .map(|at| words[at].load(Ordering::Acquire))
+            .fold(0, u64::wrapping_add)
+    }
+
+    /// Sectors and counts that were seen completing, per kind.
+    pub(crate) fn kind_tally(&self, slot: usize, field: Tally, kind: Kind) -> u64 {
+        self.tally(slot, field, kind as usize)
+    }
+
+    /// Begins or ends following a disk.
+    pub(crate) fn follow(&mut self, key: u32, slot: Option<usize>) -> Result<(), CaptureError> {
+        let changed = match slot {
+            Some(slot) => self.disks.insert(key, slot as u32, 0),
+            None => self.disks.remove(&key),
+        };
+        changed.map_err(CaptureError::map("disks"))
+    }
+
+    /// The place of a followed disk.
+    pub(crate) fn followed(&self, key: u32) -> Option<usize> {
+        self.disks.get(&key, 0).ok().map(|slot| slot as usize)
+    }
+
+    /// Puts a dirty map into its place; returns when no program uses the one that was there.
+    pub(crate) fn set_dirty(&mut self, slot: usize, map: &Array<MapData, u64>) -> Result<(), CaptureError> {
+        self.dirty.set(slot as u32, map, 0).map_err(CaptureError::map("dirty"))
+    }
+
+    /// Number of the dirty map in its place.
+    pub(crate) fn dirty_id(&self, slot: usize) -> Option<u32> {
+        let map: Array<MapData, u64> = self.dirty.get(&(slot as u32), 0).ok()?;
+        map_id(&map)
+    }
+
+    /// Entries of the in-flight map.
+    pub(crate) fn flights(&self) -> Vec<(u64, Flight)> {
+        // Entries come and go meanwhile; one that is met twice or not at all is met by the next look.
+        let entries = self.inflight.iter().take(FLIGHTS_SEEN_MAX).flatten();
+        entries.map(|(key, value)| (key, Flight::decode(value))).collect()
+    }
+
+    /// Takes an entry away.
+    pub(crate) fn forget_flight(&mut self, key: u64) {
+        // It may have gone by itself.
+        let _gone = self.inflight.remove(&key);
+    }
+
+    /// The ring's map.
+    pub(crate) fn ring(&self) -> &MapData {
+        &self.ring
+    }
+}
+
+/// Done is read first: a write that is submitted and done between the two readings must not make the sum negative.
+fn in_flight_of(words: &[AtomicU64], cpus: usize, generation: u64) -> u64 {
+    let at = (generation % GENERATION_SLOTS as u64) as usize;
+    let sum = |field: usize| {
+        (0..cpus)
+            .map(|cpu| words[cpu * FLIGHTS_WORDS + field * GENERATION_SLOTS + at].load(Ordering::SeqCst))
+            .fold(0, u64::wrapping_add)
+    };
+    let gone = sum(1).wrapping_add(sum(2)).wrapping_add(sum(3));
+    sum(0).wrapping_sub(gone)
+}
+
+/// The number of a map.
+pub(crate) fn map_id(map: &Array<MapData, u64>) -> Option<u32> {
+    map.map().info().ok().map(|info| info.id())
+}
+
+/// A pinned map.
+pub(crate) fn pinned(path: &Path) -> Result<MapData, CaptureError> {
+    MapData::from_pin(path).map_err(|_| CaptureError::PinChanged { path: path.to_owned() })
+}
+
+/// The number of a pinned map.
+pub(crate) fn pin_id(path: &Path) -> Result<u32, CaptureError> {
+    let info = MapInfo::from_pin(path).map_err(|_| CaptureError::PinChanged { path: path.to_owned() })?;
+    Ok(info.id())
+}
+
+fn program_info(path: &Path) -> Result<ProgramInfo, CaptureError> {
+    ProgramInfo::from_pin(path).map_err(|_| CaptureError::PinChanged { path: path.to_owned() })
+}
+
+fn same(
+    path: &PathBuf,
+    id: u32,
+    ask: impl FnOnce(&Path) -> Result<u32, CaptureError>,
+) -> Result<(), CaptureError> {
+    if ask(path)? == id { Ok(()) } else { Err(CaptureError::PinChanged { path: path.clone() }) }
+}

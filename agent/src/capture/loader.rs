@@ -1,0 +1,212 @@
+//! Loading the capture programs: which variant the running kernel takes is found by trying, never by its version.
+//!
+//! Invariants: maps and programs are pinned before anything is attached, links last, so that a place with all pins is
+//! complete; whoever finds some missing starts afresh. Called by `kernel` and `selftest`.
+
+use std::fs;
+use std::path::Path;
+
+use aya::programs::Program;
+use aya::programs::links::FdLink;
+use aya::{Btf, Ebpf, EbpfLoader};
+
+use super::pins::Claim;
+use super::{CaptureError, object};
+
+/// Maps by their names in the object, which are the names of their pins.
+pub(crate) const MAPS: [&str; 7] = ["control", "disks", "dirty", "inflight", "flights", "tallies", "ring"];
+/// Programs and the tracepoints they are on.
+pub(crate) const PROGRAMS: [(&str, &str); 3] =
+    [("on_request", "block_rq_complete"), ("on_bio", "block_bio_complete"), ("on_queue", "block_bio_queue")];
+
+/// What a kernel may lack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Variant {
+    /// Typed tracepoints.
+    pub(crate) typed: bool,
+    /// Loops by helper (5.17).
+    pub(crate) loops: bool,
+    /// Ring records of any length (5.19).
+    pub(crate) any_length: bool,
+}
+
+/// All variants, best first.
+pub(crate) const VARIANTS: [Variant; 6] = [
+    Variant { typed: true, loops: true, any_length: true },
+    Variant { typed: true, loops: true, any_length: false },
+    Variant { typed: true, loops: false, any_length: false },
+    Variant { typed: false, loops: true, any_length: true },
+    Variant { typed: false, loops: true, any_length: false },
+    Variant { typed: false, loops: false, any_length: false },
+];
+
+impl std::fmt::Display for Variant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.typed { "typed" } else { "raw" })?;
+        f.write_str(if self.loops { ", loops" } else { "" })?;
+        f.write_str(if self.any_length { ", records of any length" } else { "" })
+    }
+}
+
+/// Most of the verifier's words that are kept.
+const REASON_CHARS_MAX: usize = 1500;
+
+/// How to load.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LoadOptions {
+    /// Size of the ring.
+    pub(crate) ring_bytes: u32,
+    /// Places in the in-flight map.
+    pub(crate) flights_max: u32,
+    /// With the hook of the tests.
+    pub(crate) hooks: bool,
+    /// Only this variant.
+    pub(crate) only: Option<Variant>,
+}
+
+/// Whether this process on this kernel can load programs at all.
+pub(crate) fn check_machine() -> Result<(), CaptureError> {
+    let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
+    if lockdown.contains("[confidentiality]") {
+        return Err(CaptureError::Lockdown);
+    }
+    if let Err(error) = fs::metadata("/sys/kernel/btf/vmlinux") {
+        return Err(CaptureError::NoTypes { reason: error.to_string() });
+    }
+    let permitted = rustix::thread::capabilities(None).is_ok_and(|sets| {
+        use rustix::thread::CapabilitySet as Cap;
+        sets.effective.contains(Cap::SYS_ADMIN) || sets.effective.contains(Cap::BPF | Cap::PERFMON)
+    });
+    if permitted { Ok(()) } else { Err(CaptureError::NotPermitted) }
+}
+
+/// The running kernel's types.
+pub(crate) fn kernel_types() -> Result<Btf, CaptureError> {
+    Btf::from_sys_fs().map_err(|error| CaptureError::NoTypes { reason: error.to_string() })
+}
+
+/// Loads the first variant that the kernel takes into `place`, which holds no pins, and pins all but links.
+pub(crate) fn load(place: &Claim, options: &LoadOptions) -> Result<(Ebpf, Variant), CaptureError> {
+    let types = kernel_types()?;
+    let mut refusal = None;
+    for variant in VARIANTS.into_iter().filter(|variant| options.only.is_none_or(|only| only == *variant)) {
+        match load_variant(place.path(), options, variant, &types) {
+            Ok(loaded) => {
+                if let Some(refusal) = &refusal {
+                    tracing::info!(%variant, %refusal, "the kernel takes a lesser variant of the capture program");
+                }
+                return Ok((loaded, variant));
+            }
+            Err(error) => {
+                place.clear()?;
+                refusal.get_or_insert(error);
+            }
+        }
+    }
+    Err(refusal.unwrap_or(CaptureError::Refused { reason: "no variant was tried".into() }))
+}
+
+fn load_variant(
+    dir: &Path,
+    options: &LoadOptions,
+    variant: Variant,
+    types: &Btf,
+) -> Result<Ebpf, CaptureError> {
+    let mut loaded = open_object(dir, options, variant, types)?;
+    for (name, tracepoint) in PROGRAMS {
+        let program = program(&mut loaded, name)?;
+        load_program(program, tracepoint, types)?;
+        program.pin(dir.join(name)).map_err(refused)?;
+    }
+    Ok(loaded)
+}
+
+/// The object with its maps, those pinned in `dir` or new ones pinned there; no program is loaded yet.
+pub(crate) fn open_object(
+    dir: &Path,
+    options: &LoadOptions,
+    variant: Variant,
+    types: &Btf,
+) -> Result<Ebpf, CaptureError> {
+    let cpus = u32::try_from(cpus()?).unwrap_or(u32::MAX);
+    let (loops, any_length, hooks) =
+        (u8::from(variant.loops), u8::from(variant.any_length), u8::from(options.hooks));
+    let page_shift = rustix::param::page_size().trailing_zeros() as u8;
+    let mut loader = EbpfLoader::new();
+    loader.btf(Some(types));
+    for map in MAPS {
+        loader.map_pin_path(map, dir.join(map));
+    }
+    loader
+        .map_max_entries("flights", cpus)
+        .map_max_entries("tallies", cpus.saturating_mul(super::layout::DISKS_MAX as u32))
+        .map_max_entries("inflight", options.flights_max)
+        .map_max_entries("ring", options.ring_bytes)
+        .override_global("WITH_LOOP", &loops, true)
+        .override_global("WITH_DYNPTR", &any_length, true)
+        .override_global("WITH_HOOKS", &hooks, true)
+        .override_global("PAGE_SHIFT", &page_shift, true);
+    let object = if variant.typed { object::TYPED } else { object::RAW };
+    loader.load(object).map_err(refused)
+}
+
+/// The program of that name.
+pub(crate) fn program<'a>(loaded: &'a mut Ebpf, name: &str) -> Result<&'a mut Program, CaptureError> {
+    loaded
+        .program_mut(name)
+        .ok_or_else(|| CaptureError::Refused { reason: format!("the object has no program {name}") })
+}
+
+/// Gives a program to the kernel's verifier.
+pub(crate) fn load_program(program: &mut Program, tracepoint: &str, types: &Btf) -> Result<(), CaptureError> {
+    match program {
+        Program::BtfTracePoint(program) => program.load(tracepoint, types).map_err(refused),
+        Program::RawTracePoint(program) => program.load().map_err(refused),
+        other => Err(CaptureError::Refused { reason: format!("{tracepoint}: unexpected {other:?}") }),
+    }
+}
+
+/// Attaches a loaded program; it runs until the link is dropped, or its pin removed.
+pub(crate) fn attach(program: &mut Program, tracepoint: &str) -> Result<FdLink, CaptureError> {
+    match program {
+        Program::BtfTracePoint(program) => {
+            let id = program.attach().map_err(refused)?;
+            Ok(program.take_link(id).map_err(refused)?.into())
+        }
+        Program::RawTracePoint(program) => {
+            let id = program.attach(tracepoint).map_err(refused)?;
+            Ok(program.take_link(id).map_err(refused)?.into())
+        }
+        other => Err(CaptureError::Refused { reason: format!("{tracepoint}: unexpected {other:?}") }),
+    }
+}
+
+/// The name of a program's link among the pins.
+pub(crate) fn link_pin(program: &str) -> String {
+    format!("link_{program}")
+}
+
+/// CPUs that may ever be there.
+pub(crate) fn cpus() -> Result<usize, CaptureError> {
+    aya::util::nr_cpus().map_err(|(what, source)| CaptureError::File { path: what.into(), source })
+}
+
+/// With the whole chain of causes: the verifier's words are at its end.
+pub(crate) fn refused(error: impl std::error::Error) -> CaptureError {
+    let mut reason = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        reason.push_str(": ");
+        reason.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    if reason.contains("Operation not permitted") {
+        return CaptureError::NotPermitted;
+    }
+    // The verifier tells its whole way; what it did not like stands at the end.
+    let reason = match reason.char_indices().rev().nth(REASON_CHARS_MAX) {
+        Some((at, _)) => format!("…{}", &reason[at..]),
+        None => reason,
+    };
+    CaptureError::Refused { reason }
+}

@@ -1,0 +1,205 @@
+//! The ring of written data: the agent's end of the kernel's ring buffer.
+//!
+//! Invariants: the order of records is the order of submission; a record is seen whole or not at all; no reader is woken,
+//! it looks by itself; what is not read in time is not in the ring, and every later record says so (`drops`), its
+//! blocks being marked in the bitmap. Units: bytes, sectors. Called by `stream` and `selftest`.
+
+use std::sync::atomic::Ordering;
+
+use aya::maps::MapData;
+use reprotect_engine::units::SectorRange;
+
+use super::layout::{Kind, ModeWord, RECORD_BYTES};
+use super::mapped::Mapped;
+use super::{CaptureError, DiskSlot};
+
+/// Before each record: its length with two flags, and a word of the kernel's own.
+const HEADER_BYTES: u64 = 8;
+const BUSY: u32 = 1 << 31;
+const DISCARDED: u32 = 1 << 30;
+/// The record of the self-test.
+const FLAG_PROBE: u8 = 2;
+
+/// A write as it was submitted.
+#[derive(Clone, Copy, Debug)]
+pub struct Record<'a> {
+    /// The disk.
+    pub slot: DiskSlot,
+    /// What was asked for; `None` is the self-test's.
+    pub kind: Option<Kind>,
+    /// Where.
+    pub range: SectorRange,
+    /// What is written; empty unless `kind` is a write.
+    pub data: &'a [u8],
+    /// When it was submitted: nanoseconds since boot, suspended time included.
+    pub boot_ns: u64,
+    /// Records of the machine that found no place before this one.
+    pub drops: u64,
+    /// Generation of the capture mode it was submitted in.
+    pub generation: u64,
+}
+
+/// The reading end.
+#[derive(Debug)]
+pub(crate) struct Ring {
+    consumer: Mapped,
+    producer: Mapped,
+    bytes: u64,
+}
+
+impl Ring {
+    /// Maps the ring.
+    pub(crate) fn open(map: &MapData) -> Result<Self, CaptureError> {
+        let page = rustix::param::page_size();
+        let bytes = map.info().map_err(CaptureError::map("ring"))?.max_entries() as usize;
+        // The data follow the producer's page, twice, so that no record is cut by the end.
+        let consumer = Mapped::new(map.fd(), 0, page, true).map_err(CaptureError::map("ring"))?;
+        let producer =
+            Mapped::new(map.fd(), page as u64, page + 2 * bytes, false).map_err(CaptureError::map("ring"))?;
+        Ok(Self { consumer, producer, bytes: bytes as u64 })
+    }
+
+    /// Where the next record will begin: everything submitted before this call is before it.
+    pub(crate) fn end(&self) -> u64 {
+        self.producer.words().first().map_or(0, |word| word.load(Ordering::SeqCst))
+    }
+
+    /// Where the next record to be read begins.
+    pub(crate) fn position(&self) -> u64 {
+        self.consumer.words().first().map_or(0, |word| word.load(Ordering::SeqCst))
+    }
+
+    /// Bytes that wait.
+    pub(crate) fn waiting(&self) -> u64 {
+        self.end().saturating_sub(self.position())
+    }
+
+    /// Gives everything that waits back to the kernel, unread.
+    pub(crate) fn skip_to_end(&self) {
+        let end = self.end();
+        // A record that is being written ends by itself; its place is given back by the next reader.
+        let _all = self.drain_lengths(end);
+    }
+
+    fn drain_lengths(&self, until: u64) -> bool {
+        let mut position = self.position();
+        while position < until {
+            let at = rustix::param::page_size() as u64 + position % self.bytes;
+            let Some(length) = self.length_at(at) else { return false };
+            position += (HEADER_BYTES + u64::from(length & !(BUSY | DISCARDED))).next_multiple_of(8);
+            self.advance(position);
+        }
+        true
+    }
+
+    fn advance(&self, to: u64) {
+        if let Some(word) = self.consumer.words().first() {
+            word.store(to, Ordering::SeqCst);
+        }
+    }
+
+    /// Gives every committed record before `until` to `take` and its place back to the kernel. Answers whether all were
+    /// committed; if not, the next one is being written just now.
+    ///
+    /// # Errors
+    /// [`CaptureError::Ring`], or what `take` says; the record it failed at is given again.
+    pub(crate) fn drain<E: From<CaptureError>>(
+        &self,
+        until: u64,
+        mut take: impl FnMut(Record<'_>) -> Result<(), E>,
+    ) -> Result<bool, E> {
+        let mut position = self.position();
+        while position < until {
+            let at = rustix::param::page_size() as u64 + position % self.bytes;
+            let Some(length) = self.length_at(at) else { return Ok(false) };
+            let bytes = u64::from(length & !(BUSY | DISCARDED));
+            if length & DISCARDED == 0 {
+                let body = self.producer.settled((at + HEADER_BYTES) as usize, bytes as usize);
+                let record = body.and_then(decode).ok_or_else(|| CaptureError::Ring {
+                    reason: format!("{bytes} bytes at {position}"),
+                })?;
+                take(record)?;
+            }
+            position += (HEADER_BYTES + bytes).next_multiple_of(8);
+            self.advance(position);
+        }
+        Ok(true)
+    }
+
+    /// The length word at `at`, if the record is committed.
+    fn length_at(&self, at: u64) -> Option<u32> {
+        // The kernel writes the lower half; the upper half is its own and does not change after.
+        let word = self.producer.words().get(at as usize / 8)?.load(Ordering::Acquire);
+        let length = if cfg!(target_endian = "little") { word as u32 } else { (word >> 32) as u32 };
+        (length & BUSY == 0).then_some(length)
+    }
+}
+
+/// A record from its bytes. `None` for one that cannot be.
+fn decode(body: &[u8]) -> Option<Record<'_>> {
+    let (head, data) = body.split_first_chunk::<RECORD_BYTES>()?;
+    let word = |at: usize| -> Option<u64> {
+        Some(u64::from_ne_bytes(head.get(at..at + 8)?.try_into().ok()?))
+    };
+    let half = |at: usize| -> Option<u32> {
+        Some(u32::from_ne_bytes(head.get(at..at + 4)?.try_into().ok()?))
+    };
+    let (sector, sectors) = (word(0)?, u64::from(half(32)? >> 9));
+    let slot = usize::from(u16::from_ne_bytes(head.get(40..42)?.try_into().ok()?));
+    let kind = *head.get(42)?;
+    let probe = head.get(43)? & FLAG_PROBE != 0;
+    let kind = if probe { None } else { Some(Kind::of(kind)?) };
+    let data = data.get(..half(36)? as usize)?;
+    if kind == Some(Kind::Write) && data.len() as u64 != sectors << 9 {
+        return None;
+    }
+    Some(Record {
+        slot: DiskSlot(slot),
+        kind,
+        range: SectorRange { start: sector, end: sector.checked_add(sectors)? },
+        data,
+        boot_ns: word(24)?,
+        drops: word(16)?,
+        generation: ModeWord::decode(word(8)?).generation,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn head(sector: u64, bytes: u32, data_bytes: u32, kind: u8) -> Vec<u8> {
+        let mut head = Vec::new();
+        for word in [sector, ModeWord { mode: super::super::Mode::Data, generation: 5 }.encode(), 3, 9] {
+            head.extend_from_slice(&word.to_ne_bytes());
+        }
+        head.extend_from_slice(&bytes.to_ne_bytes());
+        head.extend_from_slice(&data_bytes.to_ne_bytes());
+        head.extend_from_slice(&7_u16.to_ne_bytes());
+        head.extend_from_slice(&[kind, 0, 0, 0, 0, 0]);
+        head
+    }
+
+    #[test]
+    fn a_record_is_read_as_the_program_writes_it() {
+        let mut body = head(16, 1024, 1024, 0);
+        body.extend_from_slice(&[1; 4096]);
+        let record = decode(&body).unwrap();
+        assert_eq!((record.slot, record.kind), (DiskSlot(7), Some(Kind::Write)));
+        assert_eq!(record.range, SectorRange { start: 16, end: 18 });
+        assert_eq!((record.drops, record.boot_ns, record.generation), (3, 9, 5));
+        assert_eq!(record.data, [1; 1024]);
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_is_none() {
+        assert!(decode(&head(16, 1024, 1024, 0)).is_none(), "without its data");
+        assert!(decode(&head(16, 1024, 0, 0)).is_none(), "a write of nothing");
+        assert!(decode(&head(16, 1024, 0, 7)).is_none(), "of no kind");
+        assert!(decode(&head(u64::MAX, 1024, 0, 1)).is_none(), "beyond everything");
+        assert!(decode(&head(16, 1024, 0, 1)).is_some(), "a discard has none");
+        for len in 0..RECORD_BYTES {
+            assert!(decode(&head(1, 512, 0, 1)[..len]).is_none());
+        }
+    }
+}

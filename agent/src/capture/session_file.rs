@@ -1,0 +1,256 @@
+//! The session file: what was captured, by which programs, in which boot; and the maps that a clean stop saved.
+//!
+//! Invariants: the file is durable before a program is attached and before a disk is followed, so that whatever it does not
+//! vouch for is compared; a saved map holds only in the same boot, and only while the kernel's account of the disk has
+//! not changed since: nobody saw the writes in between. Between boots nothing holds: the file system was mounted and its log replayed
+//! before the agent could start. Units: sectors, words of 64 blocks. Called by `tracker`.
+
+use std::path::{Path, PathBuf};
+
+use reprotect_engine::io::durable::{Access, DurableError, read_bounded, replace_file};
+use reprotect_engine::units::SectorCount;
+use serde::{Deserialize, Serialize};
+
+use super::sysfs::Account;
+use super::{Anchor, BlockDisk, CaptureError};
+
+/// The file in the state directory.
+const SESSION_FILE: &str = "capture.json";
+/// Largest file read: 64 disks need a few KiB.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+/// Version of the file and of the layout of maps; another version is as no file.
+pub(crate) const VERSION: u32 = 1;
+/// Begins a saved map.
+const MAP_MAGIC: [u8; 8] = *b"RPDIRTY1";
+
+/// The file's content.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Session {
+    pub(crate) version: u32,
+    pub(crate) boot: String,
+    /// Numbers of the pinned maps and programs.
+    pub(crate) pins: Vec<u32>,
+    /// Nothing is attached any more, and the maps were saved.
+    pub(crate) stopped: bool,
+    pub(crate) disks: Vec<SessionDisk>,
+}
+
+/// A disk in it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct SessionDisk {
+    /// Who it is, as the agent knows it.
+    pub(crate) identity: String,
+    pub(crate) name: String,
+    pub(crate) number: (u32, u32),
+    pub(crate) sequence: u64,
+    pub(crate) size_sectors: u64,
+    pub(crate) slot: usize,
+    /// What its accounting is compared with.
+    pub(crate) anchor: Option<Anchor>,
+    /// The kernel's account when its map was saved.
+    pub(crate) saved_at: Option<Account>,
+}
+
+impl SessionDisk {
+    /// Whether it is the disk that is there now, whatever its size.
+    pub(crate) fn is(&self, disk: &BlockDisk, identity: &str) -> bool {
+        self.identity == identity && self.number == disk.number && self.sequence == disk.sequence
+    }
+}
+
+/// Why a disk must be compared with the target from end to end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CompareCause {
+    /// It was not followed before.
+    FirstTime,
+    /// The machine was started since.
+    NewBoot {
+        /// Whether the capture before was stopped cleanly.
+        stopped: bool,
+    },
+    /// The agent was stopped, and the disk was written to before it started again.
+    WrittenWhileStopped,
+    /// Programs, maps or the session file are not as they were left.
+    PinsChanged {
+        /// What is missing or different.
+        what: String,
+    },
+    /// It is smaller than it was, or another disk in its place.
+    OtherDisk,
+    /// The accounting oracle found writes that were never seen.
+    Unaccounted {
+        /// Sectors.
+        sectors: u64,
+    },
+}
+
+impl std::fmt::Display for CompareCause {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::FirstTime => f.write_str("the disk was not followed before"),
+            Self::NewBoot { stopped: true } => {
+                f.write_str("the machine was started since capture was stopped, and wrote before the agent ran")
+            }
+            Self::NewBoot { stopped: false } => f.write_str("the machine went down without stopping capture"),
+            Self::WrittenWhileStopped => f.write_str("the disk was written to while the agent was stopped"),
+            Self::PinsChanged { what } => write!(f, "capture was interrupted: {what}"),
+            Self::OtherDisk => f.write_str("the disk shrank or was replaced"),
+            Self::Unaccounted { sectors } => {
+                write!(f, "the kernel wrote {sectors} sectors that capture did not see")
+            }
+        }
+    }
+}
+
+/// What is known of a disk's changes when following begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Continuity {
+    /// Every change since the session before is in the map.
+    Continued {
+        /// Blocks that the next harvest finds, at least.
+        dirty_blocks: u64,
+    },
+    /// Nothing is known: everything is compared.
+    Compare(CompareCause),
+}
+
+/// The directory of the file and the maps.
+#[derive(Clone, Debug)]
+pub(crate) struct SessionStore {
+    dir: PathBuf,
+}
+
+impl SessionStore {
+    pub(crate) fn at(dir: &Path) -> Self {
+        Self { dir: dir.to_owned() }
+    }
+
+    /// What was written last; `None` where there is nothing that can be used, which is told to the log.
+    pub(crate) fn load(&self) -> Option<Session> {
+        let path = self.dir.join(SESSION_FILE);
+        match read_bounded(&path, FILE_BYTES_MAX) {
+            Ok(bytes) => match serde_json::from_slice::<Session>(&bytes) {
+                Ok(session) if session.version == VERSION => Some(session),
+                Ok(session) => {
+                    tracing::warn!(path = %path.display(), version = session.version, "capture session of another version; all disks are compared");
+                    None
+                }
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "the capture session is damaged; all disks are compared");
+                    None
+                }
+            },
+            Err(error) if error.is_not_found() => None,
+            Err(error) => {
+                tracing::warn!("{error}; all disks are compared");
+                None
+            }
+        }
+    }
+
+    /// Makes it durable.
+    pub(crate) fn store(&self, session: &Session) -> Result<(), CaptureError> {
+        let bytes = serde_json::to_vec_pretty(session).unwrap_or_default();
+        self.replace(SESSION_FILE, &bytes)
+    }
+
+    fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), CaptureError> {
+        replace_file(&self.dir.join(name), bytes, Access::Private)
+            .map_err(|error| self.failed(name, error))
+    }
+
+    fn failed(&self, name: &str, error: DurableError) -> CaptureError {
+        CaptureError::File { path: self.dir.join(name), source: std::io::Error::other(error) }
+    }
+
+    fn map_file(slot: usize) -> String {
+        format!("capture-{slot}.map")
+    }
+
+    /// Saves a map.
+    pub(crate) fn store_map(&self, slot: usize, disk: SectorCount, words: &[u64]) -> Result<(), CaptureError> {
+        let mut bytes = Vec::with_capacity(words.len() * 8 + 48);
+        bytes.extend_from_slice(&MAP_MAGIC);
+        bytes.extend_from_slice(&disk.0.to_le_bytes());
+        for word in words {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        let hash = blake3::hash(&bytes);
+        bytes.extend_from_slice(hash.as_bytes());
+        self.replace(&Self::map_file(slot), &bytes)
+    }
+
+    /// A saved map, if it is whole and of a disk of this size.
+    pub(crate) fn load_map(&self, slot: usize, disk: SectorCount) -> Option<Vec<u64>> {
+        let words = reprotect_engine::dirty_map::words_for(disk);
+        let bytes = read_bounded(&self.dir.join(Self::map_file(slot)), words * 8 + 48).ok()?;
+        decode_map(&bytes, disk)
+    }
+}
+
+/// The words of a saved map: magic, size of the disk, words, hash of all before.
+fn decode_map(bytes: &[u8], disk: SectorCount) -> Option<Vec<u64>> {
+    let (body, hash) = bytes.split_last_chunk::<32>()?;
+    let rest = body.strip_prefix(&MAP_MAGIC)?;
+    let (size, words) = rest.split_first_chunk::<8>()?;
+    let fits = u64::from_le_bytes(*size) == disk.0
+        && words.len() as u64 == reprotect_engine::dirty_map::words_for(disk) * 8;
+    if !fits || blake3::hash(body) != blake3::Hash::from_bytes(*hash) {
+        return None;
+    }
+    let (words, _) = words.as_chunks::<8>();
+    Some(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session() -> Session {
+        let disk = SessionDisk {
+            identity: "id".into(),
+            name: "loop0".into(),
+            number: (7, 0),
+            sequence: 9,
+            size_sectors: 4096,
+            slot: 3,
+            anchor: Some(Anchor::exact(Account { written: 8, discarded: 0 })),
+            saved_at: Some(Account::default()),
+        };
+        Session { version: VERSION, boot: "b".into(), pins: vec![1, 2], stopped: true, disks: vec![disk] }
+    }
+
+    #[test]
+    fn a_session_is_read_as_it_was_written_and_another_version_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SessionStore::at(dir.path());
+        assert_eq!(store.load(), None);
+        store.store(&session()).unwrap();
+        assert_eq!(store.load(), Some(session()));
+        store.store(&Session { version: VERSION + 1, ..session() }).unwrap();
+        assert_eq!(store.load(), None);
+        std::fs::write(dir.path().join(SESSION_FILE), "{").unwrap();
+        assert_eq!(store.load(), None);
+    }
+
+    #[test]
+    fn a_saved_map_that_is_not_whole_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SessionStore::at(dir.path());
+        let (size, words) = (SectorCount(1000), vec![5, 0x1fff_ffff_ffff_ffff]);
+        store.store_map(2, size, &words).unwrap();
+        assert_eq!(store.load_map(2, size), Some(words));
+        assert_eq!(store.load_map(2, SectorCount(900)), None, "of another size");
+        assert_eq!(store.load_map(1, size), None, "of another disk");
+        let path = dir.path().join("capture-2.map");
+        let whole = std::fs::read(&path).unwrap();
+        for at in 0..whole.len() {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1;
+            std::fs::write(&path, &damaged).unwrap();
+            assert_eq!(store.load_map(2, size), None, "byte {at}");
+            std::fs::write(&path, &whole[..at]).unwrap();
+            assert_eq!(store.load_map(2, size), None, "cut at {at}");
+        }
+    }
+}

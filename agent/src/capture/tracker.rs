@@ -1,0 +1,634 @@
+//! Live capture of a machine: which disks are followed, what changed on them, and whether everything was seen.
+//!
+//! Call order: [`Capture::start`] → [`Capture::follow`] per disk → any of `open_stretch`, `harvest`, `confirm`, `check`,
+//! `window` → drop (programs go on; the next start continues) or [`Capture::stop`] (programs go, maps are saved).
+//! Invariants: the session file is durable before programs are attached and before a disk is followed; a harvested
+//! block stays pending until its stretch is confirmed; one process owns the pins and each disk.
+//! All calls block, briefly; none is for an async runtime. Units: sectors. Called by the agent's daemon.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use reprotect_engine::net::wall_clock;
+use reprotect_engine::range_set::RangeSet;
+use reprotect_engine::units::{SectorCount, SectorRange, Timestamp};
+
+use super::kernel::Kernel;
+use super::layout::{Control, DISKS_MAX, Kind, ModeWord, Tally};
+use super::loader::{LoadOptions, check_machine};
+use super::oracle::{self, Check};
+use super::pins::{self, Claim};
+use super::ring::Ring;
+use super::session_file::{CompareCause, Continuity, Session, SessionDisk, SessionStore, VERSION};
+use super::sysfs::{Account, boot_id};
+use super::tracked::{Stretch, Tracked};
+use super::{BlockDisk, CaptureError, Verdict};
+
+/// How often the kernel is asked whether writes are still in flight.
+const POLL: Duration = Duration::from_millis(2);
+
+/// How capture is set up.
+#[derive(Clone, Debug)]
+pub struct CaptureSettings {
+    /// Name of this agent's place among the pins: agents with different names do not meet, except at a disk.
+    pub instance: String,
+    /// Where the session file lies.
+    pub state_dir: PathBuf,
+    /// Size of the ring for written data; a power of two, locked memory.
+    pub ring_bytes: u32,
+    /// Writes that can be followed in flight at once; about 100 bytes each.
+    pub flights_max: u32,
+    /// Whether events can be lost on purpose, for tests.
+    pub test_hooks: bool,
+}
+
+impl CaptureSettings {
+    /// The usual ones.
+    #[must_use]
+    pub fn new(instance: &str, state_dir: PathBuf) -> Self {
+        Self {
+            instance: instance.to_owned(),
+            state_dir,
+            ring_bytes: 64 << 20,
+            flights_max: 1 << 16,
+            test_hooks: false,
+        }
+    }
+}
+
+/// A followed disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DiskSlot(pub(crate) usize);
+
+/// Counters of a followed disk since its place was first used; they only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskCounts {
+    /// Bios submitted that write, flushes included.
+    pub submitted: u64,
+    /// Sectors seen written or zeroed.
+    pub written_sectors: u64,
+    /// Sectors seen discarded.
+    pub discarded_sectors: u64,
+    /// Bios that came again without having been seen completing.
+    pub stale: u64,
+    /// Completions without a submission.
+    pub orphans: u64,
+    /// Completions of writes that had been given up.
+    pub late: u64,
+    /// Writes that failed.
+    pub failed: u64,
+    /// Writes for which the in-flight map had no place.
+    pub full: u64,
+    /// Writes copied into the ring.
+    pub records: u64,
+    /// Writes that should have been copied and were not.
+    pub unrecorded: u64,
+}
+
+/// A place for an event to be lost, for tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// Its submission.
+    Submission = 1,
+    /// Its completion.
+    Completion = 2,
+    /// Both.
+    Both = 3,
+}
+
+/// Live capture.
+#[derive(Debug)]
+pub struct Capture {
+    pub(crate) place: Claim,
+    root: PathBuf,
+    store: SessionStore,
+    pub(crate) kernel: Kernel,
+    session: Session,
+    /// Disks of the session that this one continues; taken by `follow`.
+    left: Vec<SessionDisk>,
+    /// Why other disks cannot be continued.
+    fresh: CompareCause,
+    pub(crate) disks: Vec<Tracked>,
+    pub(crate) options: LoadOptions,
+    pub(crate) ring: Ring,
+    pub(crate) proven: bool,
+}
+
+impl Capture {
+    /// Continues what a process before left, or begins afresh.
+    ///
+    /// # Errors
+    /// Any [`CaptureError`]: the machine cannot capture, or another agent does under this name.
+    pub fn start(settings: &CaptureSettings) -> Result<Self, CaptureError> {
+        check_machine()?;
+        let root = pins::root()?;
+        let place = Claim::take(root.join(format!("agent-{}", settings.instance)), "capture")?;
+        let store = SessionStore::at(&settings.state_dir);
+        let options = LoadOptions {
+            ring_bytes: settings.ring_bytes,
+            flights_max: settings.flights_max,
+            hooks: settings.test_hooks,
+            only: None,
+        };
+        let boot = boot_id()?;
+        let before = store.load();
+        let (fresh, left) = match &before {
+            None => (CompareCause::FirstTime, Vec::new()),
+            Some(session) if session.boot != boot => {
+                (CompareCause::NewBoot { stopped: session.stopped }, Vec::new())
+            }
+            Some(session) if session.stopped => (CompareCause::FirstTime, session.disks.clone()),
+            Some(session) => match Self::reopen(&place, session) {
+                Ok(kernel) => {
+                    tracing::info!(place = %place.path().display(), "capture goes on with the programs that ran meanwhile");
+                    let (session, left) = (session.clone(), session.disks.clone());
+                    return Self::over(place, root, store, kernel, session, (CompareCause::FirstTime, left), options);
+                }
+                Err(error) => (CompareCause::PinsChanged { what: error.to_string() }, Vec::new()),
+            },
+        };
+        let mut session = Session { version: VERSION, boot, pins: Vec::new(), stopped: false, disks: Vec::new() };
+        let kernel = Kernel::begin(&place, &options, |kernel| {
+            session.pins = kernel.ids().to_vec();
+            // The maps of a clean stop stay valid until something is followed anew.
+            let kept = Session { disks: left.clone(), stopped: !left.is_empty(), ..session.clone() };
+            store.store(&kept)
+        })?;
+        Self::over(place, root, store, kernel, session, (fresh, left), options)
+    }
+
+    fn over(
+        place: Claim,
+        root: PathBuf,
+        store: SessionStore,
+        kernel: Kernel,
+        session: Session,
+        (fresh, left): (CompareCause, Vec<SessionDisk>),
+        options: LoadOptions,
+    ) -> Result<Self, CaptureError> {
+        let ring = Ring::open(kernel.ring())?;
+        // What a process before did not read is marked in the bitmap.
+        ring.skip_to_end();
+        let disks = Vec::new();
+        Ok(Self { place, root, store, kernel, session, left, fresh, disks, options, ring, proven: false })
+    }
+
+    fn reopen(place: &Claim, session: &Session) -> Result<Kernel, CaptureError> {
+        let kernel = Kernel::open(place)?;
+        if kernel.ids() != session.pins {
+            return Err(CaptureError::PinChanged { path: place.path().to_owned() });
+        }
+        kernel.check_links(place)?;
+        // A window that a killed process left open must not fill the ring.
+        let word = kernel.mode();
+        kernel.set_mode(ModeWord { mode: super::Mode::Bitmap, generation: word.generation + 1 });
+        kernel.settle()?;
+        Ok(kernel)
+    }
+
+    /// Follows a disk from now on. Everything written after this returned is found by a harvest; what it says of the
+    /// time before is the answer.
+    ///
+    /// # Errors
+    /// [`CaptureError::InUse`], [`CaptureError::TooMany`], or what the kernel refuses.
+    pub fn follow(&mut self, disk: BlockDisk, identity: &str) -> Result<(DiskSlot, Continuity), CaptureError> {
+        disk.check_counting()?;
+        let claim = Claim::disk(&self.root, &disk)?;
+        let before = self.left.iter().position(|known| known.identity == identity).map(|at| self.left.remove(at));
+        let cause = match before {
+            None => self.fresh.clone(),
+            Some(known) if !known.is(&disk, identity) || known.size_sectors > disk.size.0 => {
+                self.forget(&known)?;
+                CompareCause::OtherDisk
+            }
+            Some(known) if known.saved_at.is_some() => {
+                return self.follow_saved(disk, claim, identity, &known);
+            }
+            Some(known) => match self.is_followed(&known, &disk) {
+                Ok(()) => return self.follow_left(disk, claim, &known),
+                Err(error) => {
+                    self.forget(&known)?;
+                    CompareCause::PinsChanged { what: error.to_string() }
+                }
+            },
+        };
+        let slot = self.follow_anew(disk, claim, identity)?;
+        Ok((slot, Continuity::Compare(cause)))
+    }
+
+    /// Whether the programs really have followed it all the time.
+    fn is_followed(&self, known: &SessionDisk, disk: &BlockDisk) -> Result<(), CaptureError> {
+        let pin = self.place.pin(&format!("dirty_{}", known.slot));
+        let changed = || CaptureError::PinChanged { path: pin.clone() };
+        if self.kernel.followed(disk.key()) != Some(known.slot) || known.anchor.is_none() {
+            return Err(changed());
+        }
+        let pinned = super::kernel::pin_id(&pin)?;
+        if self.kernel.dirty_id(known.slot) == Some(pinned) { Ok(()) } else { Err(changed()) }
+    }
+
+    fn forget(&mut self, known: &SessionDisk) -> Result<(), CaptureError> {
+        if self.disks.iter().all(|tracked| tracked.slot != known.slot) {
+            let key = known.number.0 << 20 | known.number.1;
+            if self.kernel.followed(key) == Some(known.slot) {
+                self.kernel.follow(key, None)?;
+            }
+            Tracked::remove_pins(&self.place, known.slot)?;
+        }
+        Ok(())
+    }
+
+    fn follow_left(
+        &mut self,
+        disk: BlockDisk,
+        claim: Claim,
+        known: &SessionDisk,
+    ) -> Result<(DiskSlot, Continuity), CaptureError> {
+        let size = SectorCount(known.size_sectors);
+        let mut tracked = Tracked::open(&self.place, claim, disk, &known.identity, known.slot, size)?;
+        tracked.anchor = known.anchor;
+        let dirty_blocks = tracked.live().view().count();
+        self.disks.push(tracked);
+        let slot = DiskSlot(known.slot);
+        self.check_size(slot)?;
+        Ok((slot, Continuity::Continued { dirty_blocks }))
+    }
+
+    /// After a clean stop the saved map holds if the kernel wrote nothing since; looked at after following began again, so
+    /// that there is no moment in between.
+    fn follow_saved(
+        &mut self,
+        disk: BlockDisk,
+        claim: Claim,
+        identity: &str,
+        known: &SessionDisk,
+    ) -> Result<(DiskSlot, Continuity), CaptureError> {
+        let size = SectorCount(known.size_sectors);
+        let words = self.store.load_map(known.slot, size);
+        let slot = self.follow_anew(disk, claim, identity)?;
+        let tracked = self.tracked(slot)?;
+        let Some(words) = words.filter(|_| tracked.disk.size == size) else {
+            let what = "the saved map is missing, damaged or of another size".into();
+            return Ok((slot, Continuity::Compare(CompareCause::PinsChanged { what })));
+        };
+        let quiet = tracked.disk.account()? == known.saved_at.unwrap_or_default()
+            && tracked.disk.writes_in_flight()? == 0;
+        if !quiet {
+            return Ok((slot, Continuity::Compare(CompareCause::WrittenWhileStopped)));
+        }
+        let tracked = self.tracked(slot)?;
+        for (word, bits) in (0_u64..).zip(&words).filter(|(_, bits)| **bits != 0) {
+            for bit in (0..64).filter(|bit| bits >> bit & 1 == 1) {
+                let block = word * 64 + bit;
+                tracked.mark(SectorRange::new(block * 8, (block + 1) * 8));
+            }
+        }
+        let dirty_blocks = tracked.live().view().count();
+        Ok((slot, Continuity::Continued { dirty_blocks }))
+    }
+
+    fn follow_anew(&mut self, disk: BlockDisk, claim: Claim, identity: &str) -> Result<DiskSlot, CaptureError> {
+        let taken = |slot: &usize| {
+            self.disks.iter().all(|tracked| tracked.slot != *slot)
+                && self.left.iter().all(|known| known.slot != *slot)
+        };
+        let Some(slot) = (0..DISKS_MAX).find(taken) else {
+            return Err(CaptureError::TooMany { disk: disk.name, max: DISKS_MAX });
+        };
+        let tracked = Tracked::create(&self.place, claim, disk, identity, slot)?;
+        let key = tracked.disk.key();
+        self.kernel.set_dirty(slot, tracked.live().map())?;
+        self.disks.push(tracked);
+        self.store_session()?;
+        self.kernel.follow(key, Some(slot))?;
+        self.kernel.settle()?;
+        let anchor = oracle::anchor(&self.kernel, &self.tracked(DiskSlot(slot))?.disk, slot, wall_clock())?;
+        self.tracked_mut(DiskSlot(slot))?.anchor = Some(anchor);
+        // An anchored disk in the file is one that a killed process may continue.
+        self.store_session()?;
+        Ok(DiskSlot(slot))
+    }
+
+    /// Follows a disk no longer.
+    ///
+    /// # Errors
+    /// What the kernel or the file system says.
+    pub fn unfollow(&mut self, slot: DiskSlot) -> Result<(), CaptureError> {
+        let Some(at) = self.disks.iter().position(|tracked| tracked.slot == slot.0) else { return Ok(()) };
+        let tracked = self.disks.remove(at);
+        self.store_session()?;
+        self.kernel.follow(tracked.disk.key(), None)?;
+        self.kernel.settle()?;
+        Tracked::remove_pins(&self.place, slot.0)
+    }
+
+    pub(crate) fn tracked(&self, slot: DiskSlot) -> Result<&Tracked, CaptureError> {
+        self.disks.iter().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))
+    }
+
+    fn tracked_mut(&mut self, slot: DiskSlot) -> Result<&mut Tracked, CaptureError> {
+        self.disks.iter_mut().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))
+    }
+
+    fn store_session(&mut self) -> Result<(), CaptureError> {
+        self.session.stopped = false;
+        self.session.disks = self.disks.iter().map(|tracked| session_disk(tracked, None)).collect();
+        self.session.disks.extend(self.left.iter().cloned());
+        self.store.store(&self.session)
+    }
+
+    /// Begins a stretch of a disk; `None` when all that may be open at once are.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub fn open_stretch(&mut self, slot: DiskSlot) -> Result<Option<Stretch>, CaptureError> {
+        let tracked =
+            self.disks.iter_mut().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))?;
+        tracked.open_stretch(&self.place)
+    }
+
+    /// Which blocks changed since the last harvest, as sectors. They are pending in `stretch` now; read them after this
+    /// returned, past the page cache.
+    ///
+    /// # Errors
+    /// When the disk is not followed.
+    pub fn harvest(&self, slot: DiskSlot, stretch: Stretch) -> Result<RangeSet, CaptureError> {
+        Ok(self.tracked(slot)?.harvest(stretch))
+    }
+
+    /// The stretch is durable at the target: its blocks are forgotten.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn confirm(&mut self, slot: DiskSlot, stretch: Stretch) -> Result<(), CaptureError> {
+        let tracked =
+            self.disks.iter_mut().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))?;
+        tracked.confirm(&self.place, stretch)
+    }
+
+    /// The stretch will not become durable: the next harvest finds its blocks again. Answers how many.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn give_back(&mut self, slot: DiskSlot, stretch: Stretch) -> Result<u64, CaptureError> {
+        let tracked =
+            self.disks.iter_mut().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))?;
+        tracked.give_back(&self.place, stretch)
+    }
+
+    /// Marks a range as changed: a block that could not be read, or that was read in a window that failed.
+    ///
+    /// # Errors
+    /// When the disk is not followed.
+    pub fn mark(&self, slot: DiskSlot, range: SectorRange) -> Result<(), CaptureError> {
+        self.tracked(slot)?.mark(range);
+        Ok(())
+    }
+
+    /// Looks at the size of the disk: one that grew is followed whole from now on, its open stretches end and are live
+    /// again. Answers the size.
+    ///
+    /// # Errors
+    /// [`CaptureError::Unsupported`] when it shrank.
+    pub fn check_size(&mut self, slot: DiskSlot) -> Result<SectorCount, CaptureError> {
+        let (kernel, place) = (&mut self.kernel, &self.place);
+        let tracked =
+            self.disks.iter_mut().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))?;
+        let (old, new) = (tracked.disk.size, tracked.disk.current_size()?);
+        if new < old {
+            return Err(CaptureError::Unsupported {
+                disk: tracked.disk.name.clone(),
+                reason: format!("it shrank from {} to {} sectors; enable its protection anew", old.0, new.0),
+            });
+        }
+        if new > old {
+            tracked.grow(place, new, |live| kernel.set_dirty(slot.0, live.map()))?;
+            tracing::info!(disk = %tracked.disk.name, from = old.0, to = new.0, "the disk grew");
+            self.store_session()?;
+        }
+        Ok(new)
+    }
+
+    /// Whether everything the kernel wrote was seen. What lost completions left behind is marked first; a disk that is
+    /// still short must be compared, and says so once.
+    ///
+    /// # Errors
+    /// When the disk is gone, or its pins.
+    pub fn check(&mut self, slot: DiskSlot, patience: Duration) -> Result<Check, CaptureError> {
+        self.kernel.check_links(&self.place)?;
+        self.tracked(slot)?.disk.check_counting()?;
+        let now = wall_clock();
+        let first = self.check_once(slot, now)?;
+        if !matches!(first.verdict, Verdict::Short { .. }) {
+            return Ok(first);
+        }
+        for (of, sectors) in self.reap(patience)? {
+            if let Some(tracked) = self.disks.iter_mut().find(|tracked| tracked.slot == of) {
+                tracked.reaped.written += sectors.written;
+                tracked.reaped.discarded += sectors.discarded;
+            }
+        }
+        let second = self.check_once(slot, wall_clock())?;
+        if let Verdict::Short { sectors } = second.verdict {
+            let disk = &self.tracked(slot)?.disk;
+            tracing::error!(disk = %disk.name, sectors, "the kernel wrote what capture did not see; the disk must be compared");
+            let anchor = oracle::accept(&self.kernel, disk, slot.0, wall_clock())?;
+            let tracked = self.tracked_mut(slot)?;
+            (tracked.anchor, tracked.reaped) = (Some(anchor), Account::default());
+        }
+        self.store_session()?;
+        Ok(second)
+    }
+
+    fn check_once(&mut self, slot: DiskSlot, now: Timestamp) -> Result<Check, CaptureError> {
+        let tracked =
+            self.disks.iter_mut().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))?;
+        let Some(anchor) = &mut tracked.anchor else { return Err(gone(slot)) };
+        let check = oracle::check(&self.kernel, &tracked.disk, slot.0, anchor, tracked.reaped, now)?;
+        if check.last_clean == Some(now) {
+            // The new anchor has it in.
+            tracked.reaped = Account::default();
+        }
+        Ok(check)
+    }
+
+    /// Gives up entries of writes that the kernel does not know any more, and marks their blocks. Answers the sectors of
+    /// each place; nothing when writes were in flight on some disk all the time.
+    pub(crate) fn reap(&mut self, patience: Duration) -> Result<Vec<(usize, Account)>, CaptureError> {
+        let generation = self.kernel.switch(self.kernel.mode().mode)?;
+        if !self.await_quiet(patience)? {
+            return Ok(Vec::new());
+        }
+        self.reap_older(generation)
+    }
+
+    /// As [`Self::reap`], of generations before `generation`, if the kernel shows no write in flight in time.
+    pub(crate) fn give_up_older(&mut self, generation: u64, patience: Duration) -> Result<bool, CaptureError> {
+        if !self.await_quiet(patience)? {
+            return Ok(false);
+        }
+        for (slot, sectors) in self.reap_older(generation)? {
+            tracing::warn!(slot, ?sectors, "writes were never seen completing; their blocks are read again");
+            if let Some(tracked) = self.disks.iter_mut().find(|tracked| tracked.slot == slot) {
+                tracked.reaped.written += sectors.written;
+                tracked.reaped.discarded += sectors.discarded;
+            }
+        }
+        Ok(true)
+    }
+
+    fn reap_older(&mut self, generation: u64) -> Result<Vec<(usize, Account)>, CaptureError> {
+        let before = self.kernel.get(Control::ReapedBelow);
+        self.kernel.set(Control::ReapedBelow, generation);
+        self.kernel.settle()?;
+        let mut found: Vec<(usize, Account)> = Vec::new();
+        for (key, flight) in self.kernel.flights() {
+            if flight.generation >= generation {
+                continue;
+            }
+            if flight.generation < before {
+                // A tombstone of an earlier time; whatever its completion was, it does not come any more.
+                self.kernel.forget_flight(key);
+                continue;
+            }
+            if let Some(tracked) = self.disks.iter().find(|tracked| tracked.slot == flight.slot) {
+                tracked.mark(flight.range);
+            }
+            let sectors = Account {
+                written: if flight.discard { 0 } else { flight.remaining },
+                discarded: if flight.discard { flight.remaining } else { 0 },
+            };
+            match found.iter_mut().find(|(slot, _)| *slot == flight.slot) {
+                Some((_, sum)) => {
+                    sum.written += sectors.written;
+                    sum.discarded += sectors.discarded;
+                }
+                None => found.push((flight.slot, sectors)),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Disks on which writes may be in flight that were submitted before they were followed.
+    pub(crate) fn newly_followed(&self) -> Vec<usize> {
+        self.disks.iter().filter(|tracked| !tracked.seen_quiet).map(|tracked| tracked.slot).collect()
+    }
+
+    /// Looks at these disks once; whether all have been seen without writes in flight.
+    pub(crate) fn see_quiet(&mut self) -> Result<bool, CaptureError> {
+        for tracked in self.disks.iter_mut().filter(|tracked| !tracked.seen_quiet) {
+            tracked.seen_quiet = tracked.disk.writes_in_flight()? == 0;
+        }
+        Ok(self.newly_followed().is_empty())
+    }
+
+    /// Waits until every disk was once seen without writes in flight.
+    pub(crate) fn await_quiet(&self, patience: Duration) -> Result<bool, CaptureError> {
+        let deadline = Instant::now() + patience;
+        let mut busy: Vec<&Tracked> = self.disks.iter().collect();
+        loop {
+            let mut still = Vec::new();
+            for tracked in busy {
+                if tracked.disk.writes_in_flight()? != 0 {
+                    still.push(tracked);
+                }
+            }
+            if still.is_empty() {
+                return Ok(true);
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            busy = still;
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Counters of a disk.
+    #[must_use]
+    pub fn counts(&self, slot: DiskSlot) -> DiskCounts {
+        let one = |field| self.kernel.tally(slot.0, field, 0);
+        let kinds = |field, kinds: &[Kind]| -> u64 {
+            kinds.iter().map(|kind| self.kernel.kind_tally(slot.0, field, *kind)).sum()
+        };
+        DiskCounts {
+            submitted: kinds(Tally::Queued, &Kind::ALL),
+            written_sectors: kinds(Tally::DoneSectors, &Kind::WRITTEN) + kinds(Tally::EndedSectors, &Kind::WRITTEN),
+            discarded_sectors: kinds(Tally::DoneSectors, &[Kind::Discard])
+                + kinds(Tally::EndedSectors, &[Kind::Discard]),
+            stale: one(Tally::Stale),
+            orphans: one(Tally::Orphans),
+            late: one(Tally::Late) + one(Tally::EndedLate),
+            failed: one(Tally::Failed) + one(Tally::EndedFailed),
+            full: one(Tally::Full),
+            records: one(Tally::Records),
+            unrecorded: one(Tally::Unrecorded),
+        }
+    }
+
+    /// Operations of a kind that were seen completing.
+    #[must_use]
+    pub fn completed(&self, slot: DiskSlot, kind: Kind) -> u64 {
+        self.kernel.kind_tally(slot.0, Tally::Done, kind) + self.kernel.kind_tally(slot.0, Tally::Ended, kind)
+    }
+
+    /// Blocks that the next harvest finds, at least.
+    ///
+    /// # Errors
+    /// When the disk is not followed.
+    pub fn dirty_blocks(&self, slot: DiskSlot) -> Result<u64, CaptureError> {
+        Ok(self.tracked(slot)?.live().view().count())
+    }
+
+    /// Makes the `nth` event of a kind from now be lost. Only with `test_hooks`.
+    pub fn lose(&self, kind: Kind, loss: Loss, nth: u64) {
+        self.kernel.set(Control::SkipWhat, kind as u64 | (loss as u64) << 32);
+        self.kernel.set(Control::SkipCountdown, nth);
+    }
+
+    /// Events lost on purpose.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.kernel.get(Control::Skipped)
+    }
+
+    /// Ends capture: saves the maps with the kernel's account, then removes programs and maps. The next start continues
+    /// if nothing was written meanwhile.
+    ///
+    /// # Errors
+    /// When the maps cannot be saved; then programs go on.
+    pub fn stop(mut self) -> Result<(), CaptureError> {
+        let mut disks = Vec::new();
+        for tracked in &self.disks {
+            // The account first: what it does not count yet changes it later, and then the map is not believed.
+            let account = tracked.disk.account()?;
+            let in_flight = tracked.disk.writes_in_flight()? > 0;
+            self.store.store_map(tracked.slot, tracked.disk.size, &tracked.all_words())?;
+            disks.push(session_disk(tracked, (!in_flight).then_some(account)));
+        }
+        self.session.stopped = true;
+        self.session.disks = disks;
+        self.store.store(&self.session)?;
+        self.place.clear()
+    }
+}
+
+fn session_disk(tracked: &Tracked, saved_at: Option<Account>) -> SessionDisk {
+    SessionDisk {
+        identity: tracked.identity.clone(),
+        name: tracked.disk.name.clone(),
+        number: tracked.disk.number,
+        sequence: tracked.disk.sequence,
+        size_sectors: tracked.disk.size.0,
+        slot: tracked.slot,
+        anchor: tracked.anchor,
+        saved_at,
+    }
+}
+
+fn gone(slot: DiskSlot) -> CaptureError {
+    CaptureError::Unsupported {
+        disk: format!("disk number {}", slot.0),
+        reason: "it is not followed (any more)".into(),
+    }
+}

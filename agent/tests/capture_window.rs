@@ -1,0 +1,381 @@
+//! `data` and `window` on real loop devices: what is read and what is streamed make the disk of one moment.
+//!
+//! Called by `cargo test`; needs root, eBPF and fio, and says SKIPPED without.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+mod capture_lab;
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Duration;
+
+use capture_lab::{Direct, Loop, Mounted, capable, capture, differences, fio_mix, image, machine, seed};
+use reprotect_agent::capture::{
+    Capture, CaptureError, DiskSlot, Kind, Loss, Mode, Record, WindowEnd, WindowFailure, WindowPlan, WindowSink,
+};
+use reprotect_engine::range_set::RangeSet;
+
+/// Copies of disks, to which blocks and then records are applied.
+#[derive(Default)]
+struct Copies {
+    disks: HashMap<DiskSlot, (Direct, File)>,
+    records: Vec<(DiskSlot, u64, Vec<u8>, u64)>,
+}
+
+impl Copies {
+    fn add(&mut self, slot: DiskSlot, device: &Path, copy: File) {
+        self.disks.insert(slot, (Direct::open(device), copy));
+    }
+
+    fn keep(&mut self, record: &Record<'_>) {
+        // Discards and zeroes read as zeros on a loop device.
+        let data = if record.kind == Some(Kind::Write) { record.data.to_vec() } else { Vec::new() };
+        self.records.push((record.slot, record.range.byte_start(), data, record.range.bytes()));
+    }
+
+    fn overlay(&mut self) {
+        for (slot, at, data, bytes) in self.records.drain(..) {
+            let copy = &self.disks[&slot].1;
+            if data.is_empty() {
+                copy.write_all_at(&vec![0; bytes as usize], at).unwrap();
+            } else {
+                copy.write_all_at(&data, at).unwrap();
+            }
+        }
+    }
+}
+
+impl WindowSink for Copies {
+    fn read(&mut self, slot: DiskSlot, sectors: &RangeSet) -> Result<(), CaptureError> {
+        let (direct, copy) = self.disks.get_mut(&slot).unwrap();
+        direct.copy_ranges(sectors, copy);
+        Ok(())
+    }
+
+    fn record(&mut self, record: &Record<'_>) -> Result<(), CaptureError> {
+        self.keep(record);
+        Ok(())
+    }
+}
+
+fn assert_same(device: &Path, copy: &File) {
+    let different = differences(device, copy);
+    assert!(different.is_empty(), "{} blocks differ: {:?}", different.len(), &different[..different.len().min(20)]);
+}
+
+#[test]
+fn the_self_test_finds_memory_and_every_write_comes_through_the_ring() {
+    let _turn = machine();
+    if !capable() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let device = Loop::new(dir.path(), "disk", 64);
+    let mut capture = capture("through", dir.path());
+    let (slot, _) = capture.follow(device.disk(), "x").unwrap();
+    assert!(matches!(capture.record_all(true), Err(CaptureError::SelfTest { .. })), "not proven");
+    let begun = std::time::Instant::now();
+    capture.prove_data(slot).unwrap();
+    println!("proven in {:?}", begun.elapsed());
+    capture.record_all(true).unwrap();
+    let mut direct = Direct::open(&device.path);
+    for (index, len) in [512, 1024, 4096, 8192, 12288, 65536, 1 << 20].into_iter().enumerate() {
+        direct.write(index as u64 * (2 << 20), index as u8 + 1, len).unwrap();
+    }
+    capture_lab::run("blkdiscard", &["-o", "33554432", "-l", "65536", device.path.to_str().unwrap()]);
+    let mut seen = Vec::new();
+    let drained = capture
+        .drain::<CaptureError>(capture.stream_end(), |record| {
+            let fill = record.data.first().copied().unwrap_or(0);
+            assert!(record.data.iter().all(|byte| *byte == fill));
+            seen.push((record.kind.unwrap(), record.range.byte_start(), record.range.bytes(), fill));
+            Ok(())
+        })
+        .unwrap();
+    assert!(drained.complete);
+    let written: Vec<_> = seen.iter().filter(|(kind, ..)| *kind == Kind::Write).collect();
+    // The device splits at its own limit after the bio was seen, so each write is one record.
+    let expected: Vec<_> = [512, 1024, 4096, 8192, 12288, 65536, 1 << 20]
+        .into_iter()
+        .enumerate()
+        .map(|(index, len)| (Kind::Write, index as u64 * (2 << 20), len as u64, index as u8 + 1))
+        .collect();
+    assert_eq!(written, expected.iter().collect::<Vec<_>>());
+    assert!(seen.contains(&(Kind::Discard, 33_554_432, 65536, 0)), "{seen:?}");
+    assert_eq!((drained.drops, capture.counts(slot).unrecorded), (0, 0));
+    capture.record_all(false).unwrap();
+    assert_eq!(capture.mode(), Mode::Bitmap);
+    capture.stop().unwrap();
+}
+
+fn replay(file_system: &str) {
+    let _turn = machine();
+    if !capable() {
+        return;
+    }
+    let (dir, seed) = (tempfile::tempdir().unwrap(), seed());
+    let device = Loop::new(dir.path(), "disk", 320);
+    let mounted = Mounted::new(dir.path(), &device, file_system);
+    let mut capture = capture("replay", dir.path());
+    let (slot, _) = capture.follow(device.disk(), "x").unwrap();
+    capture.prove_data(slot).unwrap();
+    // Nothing is in flight yet, so the stream is whole from here.
+    capture.await_idle(slot);
+    capture.record_all(true).unwrap();
+    let mut copies = Copies::default();
+    copies.add(slot, &device.path, image(&device.path, &dir.path().join("copy")));
+    let mut load = fio_mix(&mounted.at, seed, 4);
+    let mut records = 0;
+    let mut take = |capture: &Capture, copies: &mut Copies| {
+        let drained = capture.drain::<CaptureError>(capture.stream_end(), |record| {
+            copies.keep(&record);
+            records += 1;
+            Ok(())
+        });
+        copies.overlay();
+        drained.unwrap()
+    };
+    while load.is_running() {
+        take(&capture, &mut copies);
+    }
+    load.wait();
+    capture_lab::run("fstrim", &[mounted.at.to_str().unwrap()]);
+    mounted.unmount();
+    let drained = take(&capture, &mut copies);
+    println!("{file_system}: {records} records, {:?}, {drained:?}", capture.counts(slot));
+    assert!(drained.complete && drained.drops == 0);
+    assert_same(&device.path, &copies.disks[&slot].1);
+    capture.stop().unwrap();
+}
+
+/// Waiting that only tests need: the daemon uses windows.
+trait AwaitIdle {
+    fn await_idle(&self, slot: DiskSlot);
+}
+
+impl AwaitIdle for Capture {
+    fn await_idle(&self, _slot: DiskSlot) {
+        capture_lab::run("sync", &[]);
+    }
+}
+
+#[test]
+fn a_replay_of_the_whole_stream_of_ext4_is_byte_identical() {
+    replay("ext4");
+}
+
+#[test]
+fn a_replay_of_the_whole_stream_of_xfs_is_byte_identical() {
+    replay("xfs");
+}
+
+fn plan(capture: &mut Capture, slots: &[DiskSlot]) -> WindowPlan {
+    let disks = slots.iter().map(|slot| (*slot, capture.open_stretch(*slot).unwrap().unwrap())).collect();
+    WindowPlan { patience: Duration::from_secs(20), ..WindowPlan::new(disks) }
+}
+
+fn confirm(capture: &mut Capture, plan: &WindowPlan) {
+    for (slot, stretch) in &plan.disks {
+        capture.confirm(*slot, *stretch).unwrap();
+    }
+}
+
+/// Windows under fire; each image is a file system that recovers, and the last one, at rest, is the disk.
+fn windows(file_system: &str) {
+    let _turn = machine();
+    if !capable() {
+        return;
+    }
+    let (dir, seed) = (tempfile::tempdir().unwrap(), seed());
+    let device = Loop::new(dir.path(), "disk", 320);
+    device.queue("scheduler", "mq-deadline");
+    let mounted = Mounted::new(dir.path(), &device, file_system);
+    let mut capture = capture("windows", dir.path());
+    let (slot, _) = capture.follow(device.disk(), "x").unwrap();
+    let mut load = fio_mix(&mounted.at, seed, 6);
+    let copy_path = dir.path().join("copy");
+    let mut copies = Copies::default();
+    copies.add(slot, &device.path, image(&device.path, &copy_path));
+    let (mut closed, mut failed) = (0, 0);
+    while load.is_running() {
+        let plan = plan(&mut capture, &[slot]);
+        let end = capture.window(&plan, &mut copies).unwrap();
+        match end {
+            WindowEnd::Closed(what) => {
+                println!("window: {what:?}");
+                copies.overlay();
+                closed += 1;
+                check_image(&copy_path, &dir.path().join("check"), file_system);
+            }
+            WindowEnd::Failed(why) => {
+                println!("window failed: {why}");
+                copies.records.clear();
+                failed += 1;
+            }
+        }
+        confirm(&mut capture, &plan);
+    }
+    load.wait();
+    mounted.unmount();
+    let plan = plan(&mut capture, &[slot]);
+    let end = capture.window(&plan, &mut copies).unwrap();
+    assert!(matches!(end, WindowEnd::Closed(_)), "{end:?}");
+    copies.overlay();
+    println!("{file_system}: {closed} windows closed, {failed} failed; {:?}", capture.counts(slot));
+    assert!(closed > 0);
+    assert_same(&device.path, &copies.disks[&slot].1);
+    capture.stop().unwrap();
+}
+
+/// Recovers the log of a copy of the image, then checks it.
+fn check_image(image: &Path, scratch: &Path, file_system: &str) {
+    capture_lab::run("cp", &["--sparse=always", image.to_str().unwrap(), scratch.to_str().unwrap()]);
+    let scratch_text = scratch.to_str().unwrap();
+    if file_system == "ext4" {
+        // Replays the log and repairs nothing but what a replay leaves to do; a second run must find nothing.
+        capture_lab::run("e2fsck", &["-p", scratch_text]);
+        capture_lab::run("e2fsck", &["-fn", scratch_text]);
+    } else {
+        let at = scratch.with_extension("mnt");
+        std::fs::create_dir_all(&at).unwrap();
+        capture_lab::run("mount", &["-o", "loop,nouuid", scratch_text, at.to_str().unwrap()]);
+        capture_lab::run("umount", &[at.to_str().unwrap()]);
+        capture_lab::run("xfs_repair", &["-n", scratch_text]);
+    }
+}
+
+#[test]
+fn images_of_windows_of_ext4_recover_and_the_last_is_the_disk() {
+    windows("ext4");
+}
+
+#[test]
+fn images_of_windows_of_xfs_recover_and_the_last_is_the_disk() {
+    windows("xfs");
+}
+
+#[test]
+fn a_window_that_overflowed_has_failed_and_has_lost_nothing() {
+    let _turn = machine();
+    if !capable() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let device = Loop::new(dir.path(), "disk", 64);
+    let settings = reprotect_agent::capture::CaptureSettings {
+        ring_bytes: 1 << 20,
+        ..reprotect_agent::capture::CaptureSettings::new("overflow", dir.path().to_owned())
+    };
+    let mut capture = Capture::start(&settings).unwrap();
+    let (slot, _) = capture.follow(device.disk(), "x").unwrap();
+    let mut copies = Copies::default();
+    copies.add(slot, &device.path, image(&device.path, &dir.path().join("copy")));
+    /// Writes more than the ring holds while it is asked to read.
+    struct Overflowing<'a>(&'a mut Copies, Direct);
+    impl WindowSink for Overflowing<'_> {
+        fn read(&mut self, slot: DiskSlot, sectors: &RangeSet) -> Result<(), CaptureError> {
+            for block in 0..512 {
+                self.1.write((1 << 20) + block * 4096, 5, 4096).unwrap();
+            }
+            self.0.read(slot, sectors)
+        }
+        fn record(&mut self, record: &Record<'_>) -> Result<(), CaptureError> {
+            self.0.record(record)
+        }
+    }
+    Direct::open(&device.path).write(0, 1, 4096).unwrap();
+    let plan_one = WindowPlan { rounds_max: 0, ..plan(&mut capture, &[slot]) };
+    let end = capture.window(&plan_one, &mut Overflowing(&mut copies, Direct::open(&device.path))).unwrap();
+    assert!(matches!(end, WindowEnd::Failed(WindowFailure::Dropped(_))), "{end:?}");
+    copies.records.clear();
+    assert_eq!(capture.mode(), Mode::Bitmap);
+    confirm(&mut capture, &plan_one);
+    let plan_two = plan(&mut capture, &[slot]);
+    let end = capture.window(&plan_two, &mut copies).unwrap();
+    assert!(matches!(end, WindowEnd::Closed(_)), "{end:?}");
+    copies.overlay();
+    assert_same(&device.path, &copies.disks[&slot].1);
+    capture.stop().unwrap();
+}
+
+#[test]
+fn a_window_gives_up_on_lost_completions_only_when_the_kernel_has_none_in_flight() {
+    let _turn = machine();
+    if !capable() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let device = Loop::new(dir.path(), "disk", 64);
+    let mut capture = capture("givesup", dir.path());
+    let (slot, _) = capture.follow(device.disk(), "x").unwrap();
+    let mut copies = Copies::default();
+    copies.add(slot, &device.path, image(&device.path, &dir.path().join("copy")));
+    capture.lose(Kind::Write, Loss::Completion, 1);
+    Direct::open(&device.path).write(8192, 1, 4096).unwrap();
+    assert_eq!(capture.lost(), 1);
+    let plan = WindowPlan { patience: Duration::from_millis(200), ..plan(&mut capture, &[slot]) };
+    let end = capture.window(&plan, &mut copies).unwrap();
+    let WindowEnd::Closed(closed) = end else { panic!("{end:?}") };
+    assert!(closed.open_for >= Duration::from_millis(200));
+    // The repaired entry explains what the oracle misses.
+    let check = capture.check(slot, Duration::from_secs(1)).unwrap();
+    assert_eq!(check.verdict, reprotect_agent::capture::Verdict::Clean { explained: 8 });
+    copies.overlay();
+    assert_same(&device.path, &copies.disks[&slot].1);
+    capture.stop().unwrap();
+}
+
+#[test]
+fn one_window_closes_two_disks_together() {
+    let _turn = machine();
+    if !capable() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let devices = [Loop::new(dir.path(), "a", 32), Loop::new(dir.path(), "b", 32)];
+    let mut capture = capture("pair", dir.path());
+    let mut copies = Copies::default();
+    let mut slots = Vec::new();
+    for device in &devices {
+        let (slot, _) = capture.follow(device.disk(), &device.name()).unwrap();
+        copies.add(slot, &device.path, image(&device.path, &dir.path().join(device.name())));
+        slots.push(slot);
+    }
+    // One writer: number n goes to the first disk, then to the second. At every moment the second has the same
+    // number or the one before.
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut disks = devices.each_ref().map(|device| Direct::open(&device.path));
+            let mut number = 0_u8;
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                number = number.wrapping_add(1);
+                disks[0].write(4096, number, 4096).unwrap();
+                disks[1].write(4096, number, 4096).unwrap();
+            }
+        });
+        for _ in 0..10 {
+            let plan = plan(&mut capture, &slots);
+            let end = capture.window(&plan, &mut copies).unwrap();
+            confirm(&mut capture, &plan);
+            assert!(matches!(end, WindowEnd::Closed(_)), "{end:?}");
+            copies.overlay();
+            let numbers: Vec<u8> = slots
+                .iter()
+                .map(|slot| {
+                    let mut byte = [0];
+                    copies.disks[slot].1.read_exact_at(&mut byte, 4096).unwrap();
+                    byte[0]
+                })
+                .collect();
+            assert!(
+                numbers[1] == numbers[0] || numbers[1].wrapping_add(1) == numbers[0],
+                "A without B or B without A: {numbers:?}"
+            );
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    capture.stop().unwrap();
+}
