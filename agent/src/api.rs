@@ -29,6 +29,12 @@ pub struct DiskInfo {
     pub durable: u64,
     /// Last sequence given.
     pub last: u64,
+    /// How changes are found: `window`, `bitmap` or `scan`, and why not better.
+    #[serde(default)]
+    pub capture: String,
+    /// How often live capture missed something, so that the disk was compared.
+    #[serde(default)]
+    pub unaccounted: u64,
     /// Sequences that the target lost after it had called them durable, and got again without a compare.
     #[serde(default)]
     pub lost_at_target: u64,

@@ -30,6 +30,45 @@ pub enum Compress {
     Off,
 }
 
+/// How changes of a disk are found, where it can be followed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CaptureMode {
+    /// By live capture, with a closing window for each point: crash-consistent points.
+    #[default]
+    Window,
+    /// By live capture, without windows: fuzzy points.
+    Bitmap,
+    /// By reading everything and comparing hashes: fuzzy points.
+    Scan,
+}
+
+impl std::fmt::Display for CaptureMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Window => "window",
+            Self::Bitmap => "bitmap",
+            Self::Scan => "scan",
+        })
+    }
+}
+
+/// The `[capture]` table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CaptureConfig {
+    /// How changes are found.
+    pub mode: CaptureMode,
+    /// Pause between two rounds of followed disks.
+    pub interval: DurationText,
+}
+
+impl Default for CaptureConfig {
+    fn default() -> Self {
+        Self { mode: CaptureMode::Window, interval: DurationText(Duration::from_secs(10)) }
+    }
+}
+
 /// The `[disks]` table.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -60,6 +99,8 @@ pub struct RawConfig {
     pub memory: ByteSize,
     /// Which disks.
     pub disks: DisksConfig,
+    /// Live capture.
+    pub capture: CaptureConfig,
     /// The site's own certificates.
     pub pki: PkiConfig,
     /// Logs.
@@ -77,6 +118,7 @@ impl Default for RawConfig {
             scan_interval: DurationText(Duration::from_secs(15 * 60)),
             memory: ByteSize(256 << 20),
             disks: DisksConfig::default(),
+            capture: CaptureConfig::default(),
             pki: PkiConfig::default(),
             log: LogConfig::default(),
         }
@@ -84,7 +126,7 @@ impl Default for RawConfig {
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 14] = [
+pub const KEYS: [KeyDoc; 16] = [
     KeyDoc {
         key: "state_dir",
         about: "Where identity, certificates and progress are kept; setting it moves the admin socket there too.",
@@ -148,6 +190,20 @@ pub const KEYS: [KeyDoc; 14] = [
         cost: "none",
         example: "",
     },
+    KeyDoc {
+        key: "capture.mode",
+        about: "How changes are found: by live capture with a closing window for each point (crash-consistent points), by live capture alone (bitmap, fuzzy points), or by reading everything (scan). A disk that cannot be followed is scanned.",
+        unit: "window, bitmap or scan",
+        cost: "window copies what is written while a window is open; scan reads each disk whole in each round",
+        example: "",
+    },
+    KeyDoc {
+        key: "capture.interval",
+        about: "Pause between two rounds of disks that are followed; the master target's policy wins. Holds from the next start.",
+        unit: "duration from 1s to 7d",
+        cost: "shorter loses less with the machine, and opens more windows",
+        example: "",
+    },
     PKI_KEYS[0],
     PKI_KEYS[1],
     PKI_KEYS[2],
@@ -178,6 +234,10 @@ pub struct Settings {
     pub memory_bytes: u64,
     /// Which disks.
     pub disks: DisksConfig,
+    /// How changes are found.
+    pub capture_mode: CaptureMode,
+    /// Pause between two rounds of followed disks.
+    pub capture_interval: Duration,
     /// Logs.
     pub log: LogConfig,
 }
@@ -225,6 +285,8 @@ impl Settings {
                 ));
             }
         }
+        let capture_range =
+            DurationText(Duration::from_secs(1))..=DurationText(Duration::from_secs(7 * 86_400));
         let places = overrides.places(Program::Agent, loaded, raw.state_dir.as_deref())?;
         Ok(Self {
             credentials: Credentials::new(&places.state_dir, pki::resolve(loaded, &raw.pki)?),
@@ -239,6 +301,8 @@ impl Settings {
                 .in_range("memory", raw.memory, &(ByteSize(64 << 20)..=ByteSize(64 << 30)))?
                 .0,
             disks: raw.disks.clone(),
+            capture_mode: raw.capture.mode,
+            capture_interval: loaded.in_range("capture.interval", raw.capture.interval, &capture_range)?.0,
             log: logging::resolve(loaded, &raw.log, overrides.log_level.as_deref())?,
         })
     }

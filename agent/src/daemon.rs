@@ -24,11 +24,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::api::{MarkAnswer, MarkRequest, StatusInfo};
 use crate::config::Settings;
 use crate::dial::{Dial, Ended, KeyProver, Rota, SharedIdentity};
+use crate::following::Following;
 use crate::freeze::thaw_left_behind;
 use crate::machine::Machine;
 use crate::marking::{Asker, MarkOrder};
 use crate::plan::{Plan, follow_reloads};
 
+/// Longest wait for the capturing thread to save its maps.
+const CAPTURE_GRACE: Duration = Duration::from_secs(1);
 /// Longest wait for answers of the admin interface that are under way.
 const ADMIN_GRACE: Duration = Duration::from_millis(500);
 
@@ -79,7 +82,8 @@ pub async fn run_reloading(
     let shared: SharedIdentity = Arc::new(RwLock::new(Arc::clone(&identity)));
     let core = Agent::new(identity.own().peer, PeerId::NONE, Box::new(KeyProver(Arc::clone(&shared))));
     let host_name = host_name();
-    let mut machine = Machine::new(core, &host_name, plan, from_operators, status)?;
+    let instance = identity.own().peer.to_string();
+    let mut machine = Machine::new(core, &instance, &host_name, plan, from_operators, status)?;
     let mut dial = Dial::new(shared, credentials, host_name.clone())?;
     let reloading = tokio::spawn(follow_reloads(reloads, plans));
     let notifier = Notifier::from_env()?;
@@ -94,6 +98,7 @@ pub async fn run_reloading(
     // Best effort: systemd learns of the end by the exit as well.
     let _ = notifier.send("STOPPING=1");
     reloading.abort();
+    end_capture(&mut machine.following).await;
     // Ends the readers and workers, whatever they wait for.
     drop(machine);
     dial.close().await;
@@ -102,6 +107,16 @@ pub async fn run_reloading(
         Err(_) => tracing::debug!("an answer of the admin interface was cut"),
     }
     Ok(())
+}
+
+/// Saves what capture knows; where that takes too long the next start compares, as after a crash.
+async fn end_capture(following: &mut Following) {
+    let ended = following.take_thread().map(|mut thread| tokio::task::spawn_blocking(move || thread.end()));
+    if let Some(ended) = ended
+        && tokio::time::timeout(CAPTURE_GRACE, ended).await.is_err()
+    {
+        tracing::warn!("capture did not end in time; the next start goes on from what it left");
+    }
 }
 
 /// Makes a point of the machine; answers when it is durable.
@@ -175,6 +190,10 @@ async fn sessions(machine: &mut Machine, dial: &mut Dial) {
             }
             Some(news) = machine.inputs.freezes.recv() => {
                 machine.handle_freeze_news(news);
+                continue;
+            }
+            Some(news) = machine.inputs.capture.recv() => {
+                machine.handle_capture(news);
                 continue;
             }
             Ok(()) = machine.plans.changed() => {

@@ -1,12 +1,14 @@
 //! The agent program as a library; `main.rs` is a thin shell around it.
 //!
 //! A write's way: `reader` (the disk) → `workers` (hash, cut, checksum, compress) → `session` (the protocol core and
-//! the lanes), all kept by `machine`. Which disks there are is told by `disks` and `sources`; what to do by `plan`;
+//! the lanes), all kept by `machine`. What changed is told by `capture`, whose thread is
+//! `capturing`; `following` makes rounds of it. Which disks there are is told by `disks` and `sources`; what to do by `plan`;
 //! whom to talk to by `dial`; points of the machine are made by `marking` and `freeze`; operators come in through `commands` and `service`.
 
 pub mod api;
 pub mod budget;
 pub mod capture;
+mod capturing;
 pub mod check;
 pub mod cli;
 pub mod commands;
@@ -15,6 +17,7 @@ pub mod daemon;
 pub mod dial;
 pub mod disks;
 pub mod faults;
+mod following;
 pub mod freeze;
 pub mod machine;
 mod marking;

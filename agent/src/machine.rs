@@ -26,6 +26,10 @@ use tokio::sync::{mpsc, watch};
 
 use crate::api::{DiskInfo, StatusInfo};
 use crate::budget::Budget;
+use crate::capture::CaptureSettings;
+use crate::capturing::CaptureNews;
+use crate::disks::SourceKind;
+use crate::following::Following;
 use crate::marking::{FreezeNews, MarkOrder, MarkOrders, MarkRun};
 use crate::opening::{Missing, Opened, Opening, Purpose, share_bytes};
 use crate::plan::{Plan, Plans};
@@ -66,6 +70,7 @@ pub struct Machine {
     pub(crate) marks_waiting: VecDeque<MarkOrder>,
     /// Where the threads that freeze and thaw tell.
     pub(crate) freezer: mpsc::UnboundedSender<FreezeNews>,
+    pub(crate) following: Following,
     policy: PolicyKeeper,
     missing: BTreeMap<DiskId, Missing>,
     /// Disks that are being opened.
@@ -82,15 +87,17 @@ pub(crate) struct Inputs {
     pub(crate) opened: mpsc::UnboundedReceiver<Opened>,
     pub(crate) orders: MarkOrders,
     pub(crate) freezes: mpsc::UnboundedReceiver<FreezeNews>,
+    pub(crate) capture: mpsc::UnboundedReceiver<CaptureNews>,
 }
 
 impl Machine {
-    /// A machine that works by `plans`.
+    /// A machine that works by `plans`; `instance` tells its capture from other agents'.
     ///
     /// # Errors
     /// When threads or compression contexts cannot be had.
     pub(crate) fn new(
         core: Agent,
+        instance: &str,
         host_name: &str,
         mut plans: Plans,
         orders: MarkOrders,
@@ -110,6 +117,10 @@ impl Machine {
         let (deliver, reads) = mpsc::unbounded_channel();
         let (openings, opened) = mpsc::unbounded_channel();
         let (freezer, freezes) = mpsc::unbounded_channel();
+        let (captured, capture) = mpsc::unbounded_channel();
+        let state_dir = plan.settings.places.state_dir.clone();
+        let capture_settings = CaptureSettings::new(instance, state_dir);
+        let following = Following::new(plan.settings.capture_mode, capture_settings, captured);
         let policy = PolicyKeeper::load(&plan.settings.places.state_dir);
         let mut machine = Self {
             core,
@@ -119,13 +130,14 @@ impl Machine {
             plan: Arc::clone(&plan),
             sources: Sources::new(),
             workers: Workers::start(threads, level, &done_in)?,
-            inputs: Inputs { done, reads, opened, orders, freezes },
+            inputs: Inputs { done, reads, opened, orders, freezes, capture },
             deliver,
             openings,
             disks: BTreeMap::new(),
             marking: None,
             marks_waiting: VecDeque::new(),
             freezer,
+            following,
             policy,
             missing: BTreeMap::new(),
             opening: BTreeMap::new(),
@@ -163,10 +175,12 @@ impl Machine {
         self.set_sources(plan.sources.clone());
         self.status.send_modify(|status| status.warnings.clone_from(&plan.warnings));
         self.plan = plan;
-        let pause = self.scan_pause();
+        let pauses: BTreeMap<DiskId, Duration> =
+            self.disks.keys().map(|disk| (*disk, self.round_pause(*disk))).collect();
         let now = Instant::now();
         let mut stopped = false;
         for (disk, state) in &mut self.disks {
+            let pause = pauses.get(disk).copied().unwrap_or_default();
             state.faults.hurry(now);
             if state.activity == Activity::Stopped {
                 stopped = true;
@@ -190,6 +204,7 @@ impl Machine {
     /// The session is over: everything that belonged to it only is forgotten.
     pub(crate) fn end_session(&mut self) {
         self.core.handle_disconnected();
+        self.following.end_session();
         for state in self.disks.values_mut() {
             state.end_walk();
             if state.activity != Activity::Stopped {
@@ -208,6 +223,7 @@ impl Machine {
             }
             AgentEvent::Opened { disk, mode } => {
                 tracing::info!(%disk, ?mode, "disk opened at the target");
+                self.handle_opened_followed(disk, mode);
                 self.with(disk, |state| {
                     if state.activity == Activity::Stopped {
                         return; // stopped while it was being opened
@@ -228,6 +244,7 @@ impl Machine {
             }
             AgentEvent::Synced { disk } => {
                 tracing::info!(%disk, "the whole disk is on the target");
+                self.following.handle_synced(disk);
                 self.with(disk, |state| {
                     if state.activity != Activity::Stopped {
                         state.problem = None;
@@ -236,7 +253,8 @@ impl Machine {
                 });
             }
             AgentEvent::ScanDone { disk } => {
-                let pause = self.scan_pause();
+                self.following.handle_round_durable(disk);
+                let pause = self.round_pause(disk);
                 self.with(disk, |state| {
                     state.scan_rounds += 1;
                     state.finish_walk(Instant::now() + pause);
@@ -282,8 +300,21 @@ impl Machine {
     }
 
     /// Pause between two scan rounds: the policy's, else the configuration's.
-    pub(crate) fn scan_pause(&self) -> Duration {
+    fn scan_pause(&self) -> Duration {
         self.policy.points_every().unwrap_or(self.plan.settings.scan_interval)
+    }
+
+    /// Pause between two rounds of a disk, which cost less where it is followed.
+    pub(crate) fn round_pause(&self, disk: DiskId) -> Duration {
+        if !self.following.is_followed(disk) {
+            return self.scan_pause();
+        }
+        self.policy.points_every().unwrap_or(self.plan.settings.capture_interval)
+    }
+
+    /// What a source is, if it is known.
+    pub(crate) fn source_kind(&self, source: SourceId) -> Option<SourceKind> {
+        self.sources.get(&source).map(|known| known.source.kind)
     }
 
     fn take_policy(&mut self, policy: &Policy) {
@@ -292,9 +323,11 @@ impl Machine {
         }
         let pause = self.scan_pause();
         tracing::info!(revision = policy.revision, ?pause, "the master target's policy holds now");
-        let latest = Instant::now() + pause;
-        for state in self.disks.values_mut() {
-            state.next_scan = state.next_scan.map(|at| at.min(latest));
+        let latest: BTreeMap<DiskId, Instant> =
+            self.disks.keys().map(|disk| (*disk, Instant::now() + self.round_pause(*disk))).collect();
+        for (disk, state) in &mut self.disks {
+            let latest = latest.get(disk).copied();
+            state.next_scan = state.next_scan.map(|at| latest.map_or(at, |latest| at.min(latest)));
         }
     }
 
@@ -307,6 +340,7 @@ impl Machine {
     /// Gives back all that a disk holds: its reader, its memory, its place.
     fn forget(&mut self, disk: DiskId) {
         self.core.forget(disk);
+        self.following.forget(disk);
         self.disks.remove(&disk);
         self.missing.remove(&disk);
     }
@@ -319,14 +353,14 @@ impl Machine {
             && state.is_readable()
             && state.source == source
         {
-            return self.open_at_target(disk, size_sectors);
+            return self.follow_and_open(disk, size_sectors);
         }
         let known = self.sources.contains_key(&source);
         self.open(disk, source, Purpose::Offer { size_sectors }, !known);
     }
 
     /// Asks the target for a disk that is being read here, unless the two do not fit.
-    fn open_at_target(&mut self, disk: DiskId, target_sectors: u64) {
+    pub(crate) fn open_at_target(&mut self, disk: DiskId, target_sectors: u64) {
         let Some(state) = self.disks.get_mut(&disk) else { return };
         if state.size_sectors == target_sectors {
             state.activity = Activity::Offered;
@@ -397,7 +431,7 @@ impl Machine {
                         self.disks.insert(disk, Protected::new(source, path, budget, reader));
                     }
                 }
-                self.open_at_target(disk, size_sectors);
+                self.follow_and_open(disk, size_sectors);
             }
             (Ok((reader, path)), Purpose::Probe) => {
                 let Some(state) = self.disks.get_mut(&disk) else { return };
@@ -541,11 +575,14 @@ impl Machine {
         let held: Vec<DiskId> = self.disks.keys().copied().filter(|disk| self.is_marking(*disk)).collect();
         // While all can be read together they are; one that cannot does not hold up the others.
         let together = self.reads_together();
-        for (disk, state) in &mut self.disks {
+        let is_due = |(disk, state): (&DiskId, &Protected)| {
             let due = !together && state.next_scan.is_some_and(|at| now >= at) && !held.contains(disk);
-            if due && self.core.begin_scan(*disk) {
-                state.begin_walk(Activity::Scanning);
-            }
+            due.then_some(*disk)
+        };
+        for disk in self.disks.iter().filter_map(is_due).collect::<Vec<_>>() {
+            self.begin_round(disk, false);
+        }
+        for (disk, state) in &mut self.disks {
             for job in state.faults.due(now) {
                 state.read(job);
             }
@@ -625,6 +662,8 @@ impl Machine {
             wire_bytes_sent: sent.wire,
             durable: durable.0,
             last: last.0,
+            capture: self.following.describe(id),
+            unaccounted: state.unaccounted,
             lost_at_target: state.lost_at_target,
             scan_rounds: state.scan_rounds,
             durable_as_of_ms: state.durable_as_of.0 / 1_000_000,

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! First (with --freeze: a round of every disk, so that the frozen one finds little) → Freezing →
-//! Reading (a round of every disk) → Thawing → Waiting (the marks, one point, are to become durable)
+//! Reading (a round of every disk) → Thawing, or Closing (a window, where all are followed)
+//! → Waiting (the marks, one point, are to become durable)
 //! ```
 //! Invariants: one run at a time, what somebody wants waits for the timer's; all disks of the machine are in it, and all their marks name one random point; a mark
 //! is called frozen only if the guard of the freeze says that it held until everything was read; without a freeze it is
@@ -79,6 +80,8 @@ enum Phase {
     Reading { begun: BTreeSet<DiskId>, read: BTreeSet<DiskId> },
     /// A thread thaws.
     Thawing,
+    /// The closing window is open.
+    Closing,
     /// Marks are placed.
     Waiting { durable: BTreeMap<DiskId, Timestamp> },
 }
@@ -94,6 +97,8 @@ pub(crate) struct MarkRun {
     /// When the freeze is over at the latest.
     deadline: Option<Instant>,
     frozen: Vec<PathBuf>,
+    /// What its marks promise, once they are placed.
+    class: MarkClass,
 }
 
 impl Machine {
@@ -150,7 +155,8 @@ impl Machine {
                     Phase::Reading { begun, read: done }
                 };
                 let (freeze, deadline, frozen) = (None, None, Vec::new());
-                self.marking = Some(MarkRun { order, point, disks, phase, freeze, deadline, frozen });
+                let class = MarkClass::Fuzzy;
+                self.marking = Some(MarkRun { order, point, disks, phase, freeze, deadline, frozen, class });
                 self.advance_run();
             }
             Err(refusal) => self.refuse(order.asker, refusal),
@@ -239,14 +245,7 @@ impl Machine {
         match &mut run.phase {
             Phase::First { begun, done } if done.len() < run.disks.len() => {
                 let to_begin: Vec<DiskId> = run.disks.difference(begun).copied().collect();
-                for disk in to_begin {
-                    if self.core.begin_scan(disk) {
-                        begun.insert(disk);
-                        if let Some(state) = self.disks.get_mut(&disk) {
-                            state.begin_walk(Activity::Scanning);
-                        }
-                    }
-                }
+                self.begin_rounds(to_begin, false);
             }
             Phase::First { .. } => {
                 run.phase = Phase::Freezing;
@@ -254,14 +253,7 @@ impl Machine {
             }
             Phase::Reading { begun, read } if read.len() < run.disks.len() => {
                 let to_begin: Vec<DiskId> = run.disks.difference(begun).copied().collect();
-                for disk in to_begin {
-                    if self.core.begin_scan_to_mark(disk) {
-                        begun.insert(disk);
-                        if let Some(state) = self.disks.get_mut(&disk) {
-                            state.begin_walk(Activity::Scanning);
-                        }
-                    }
-                }
+                self.begin_rounds(to_begin, true);
             }
             Phase::Reading { .. } => match run.freeze.take() {
                 Some(freeze) => {
@@ -269,12 +261,44 @@ impl Machine {
                     let news = self.freezer.clone();
                     thread("thaw", move || drop(news.send(FreezeNews::Ended(freeze.end()))));
                 }
-                None => self.place_marks(MarkClass::Fuzzy),
+                None => self.close_or_mark(),
             },
-            Phase::Freezing | Phase::Thawing => {}
+            Phase::Freezing | Phase::Thawing | Phase::Closing => {}
             Phase::Waiting { durable } if durable.len() == run.disks.len() => self.finish_run(),
             Phase::Waiting { .. } => {}
         }
+    }
+
+    /// Begins rounds of disks of the run, those that can begin now.
+    fn begin_rounds(&mut self, disks: Vec<DiskId>, to_mark: bool) {
+        for disk in disks {
+            if self.begin_round(disk, to_mark)
+                && let Some(MarkRun {
+                    phase: Phase::First { begun, .. } | Phase::Reading { begun, .. }, ..
+                }) = self.marking.as_mut()
+            {
+                begun.insert(disk);
+            }
+        }
+    }
+
+    /// Everything is read, and nothing was frozen: where all disks are followed, a closing window makes the point what
+    /// they were at one moment.
+    fn close_or_mark(&mut self) {
+        let Some(run) = self.marking.as_ref() else { return };
+        if !self.can_close(run.disks.iter().copied()) {
+            return self.place_marks(MarkClass::Fuzzy);
+        }
+        let (point, disks) = (run.point, run.disks.iter().copied().collect());
+        self.order_window(point, disks);
+        if let Some(run) = self.marking.as_mut() {
+            run.phase = Phase::Closing;
+        }
+    }
+
+    /// Whether the run waits for the window that was ordered for it.
+    pub(crate) fn is_closing(&self, point: [u8; 16]) -> bool {
+        self.marking.as_ref().is_some_and(|run| run.point == point && matches!(run.phase, Phase::Closing))
     }
 
     fn begin_freeze(&mut self) {
@@ -329,8 +353,9 @@ impl Machine {
     }
 
     /// Everything is read: the point's marks stand behind it.
-    fn place_marks(&mut self, class: MarkClass) {
+    pub(crate) fn place_marks(&mut self, class: MarkClass) {
         let Some(run) = self.marking.as_mut() else { return };
+        run.class = class;
         let label = MarkLabel {
             point: run.point,
             class,
@@ -402,7 +427,12 @@ impl Machine {
             disk: disk.to_string(),
             source: self.disks.get(disk).map(|state| state.path.clone()).unwrap_or_default(),
         };
-        let class = if run.frozen.is_empty() { "fuzzy" } else { "frozen" };
+        let class = match run.class {
+            MarkClass::Fuzzy => "fuzzy",
+            MarkClass::Crash => "crash-consistent",
+            MarkClass::Frozen => "frozen",
+            MarkClass::App => "application-consistent",
+        };
         let point: String = run.point.iter().map(|byte| format!("{byte:02x}")).collect();
         if matches!(run.order.asker, Asker::Timer) {
             tracing::debug!(point, "the timer's point of the machine is durable");
@@ -428,7 +458,7 @@ impl Machine {
         self.next_run();
     }
 
-    fn fail_run(&mut self, reason: &str) {
+    pub(crate) fn fail_run(&mut self, reason: &str) {
         let Some(mut run) = self.marking.take() else { return };
         if matches!(run.order.asker, Asker::Timer) {
             tracing::debug!(reason, "the timer made no point of the machine");
@@ -441,7 +471,10 @@ impl Machine {
         if let Phase::Reading { read, .. } = &run.phase {
             read.iter().for_each(|disk| self.end_round(*disk));
         }
-        if matches!(run.phase, Phase::Thawing) {
+        if matches!(run.phase, Phase::Closing) {
+            self.drop_window(run.disks.iter().copied());
+        }
+        if matches!(run.phase, Phase::Thawing | Phase::Closing) {
             run.disks.iter().for_each(|disk| self.end_round(*disk));
         }
         for disk in &run.disks {

@@ -71,6 +71,8 @@ pub(crate) struct Protected {
     pub(crate) walk_began: Timestamp,
     pub(crate) durable_as_of: Timestamp,
     pub(crate) lost_at_target: u64,
+    /// How often capture missed something.
+    pub(crate) unaccounted: u64,
     pub(crate) scan_rounds: u64,
     pub(crate) problem: Option<String>,
 }
@@ -92,6 +94,7 @@ impl Protected {
             walk_began: Timestamp::ZERO,
             durable_as_of: Timestamp::ZERO,
             lost_at_target: 0,
+            unaccounted: 0,
             scan_rounds: 0,
             problem: None,
         }

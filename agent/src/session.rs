@@ -103,6 +103,7 @@ impl Machine {
                 Some(opened) = self.inputs.opened.recv() => self.handle_opened(opened),
                 Some(order) = self.inputs.orders.recv() => self.handle_mark_order(order),
                 Some(news) = self.inputs.freezes.recv() => self.handle_freeze_news(news),
+                Some(news) = self.inputs.capture.recv() => self.handle_capture(news),
                 Ok(()) = self.plans.changed() => {
                     let stopped = self.replan();
                     link.compress = self.compresses(link.relayed);

@@ -36,7 +36,12 @@ fn assert_equal(capture: &mut Capture, slot: DiskSlot, device: &Path, copy: &Fil
     assert!(matches!(check.verdict, Verdict::Clean { .. }), "{check:?}");
     while harvest(capture, slot, &mut direct, copy) > 0 {}
     let different = differences(device, copy);
-    assert!(different.is_empty(), "{} blocks differ: {:?}", different.len(), &different[..different.len().min(20)]);
+    assert!(
+        different.is_empty(),
+        "{} blocks differ: {:?}",
+        different.len(),
+        &different[..different.len().min(20)]
+    );
 }
 
 fn under_fire(file_system: &str, scheduler: &str) {

@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use capture_lab::{Direct, Loop, Mounted, capable, capture, differences, fio_mix, image, machine, seed};
 use reprotect_agent::capture::{
-    Capture, CaptureError, DiskSlot, Kind, Loss, Mode, Record, WindowEnd, WindowFailure, WindowPlan, WindowSink,
+    Capture, CaptureError, DiskSlot, Kind, Loss, Mode, Record, WindowEnd, WindowFailure, WindowPlan,
+    WindowSink,
 };
 use reprotect_engine::range_set::RangeSet;
 
@@ -62,7 +63,12 @@ impl WindowSink for Copies {
 
 fn assert_same(device: &Path, copy: &File) {
     let different = differences(device, copy);
-    assert!(different.is_empty(), "{} blocks differ: {:?}", different.len(), &different[..different.len().min(20)]);
+    assert!(
+        different.is_empty(),
+        "{} blocks differ: {:?}",
+        different.len(),
+        &different[..different.len().min(20)]
+    );
 }
 
 #[test]

@@ -12,8 +12,8 @@ use aya::programs::ProgramInfo;
 use aya::programs::links::PinnedLink;
 use rustix::thread::{MembarrierCommand, membarrier};
 
-use super::layout::{Control, Flight, GENERATION_SLOTS, Kind, Mode, ModeWord, Tally};
 use super::layout::{CONTROL_WORDS, DISKS_MAX, FLIGHTS_WORDS, TALLY_WORDS};
+use super::layout::{Control, Flight, GENERATION_SLOTS, Kind, Mode, ModeWord, Tally};
 use super::loader::{LoadOptions, MAPS, PROGRAMS, attach, link_pin, load, program};
 use super::mapped::Mapped;
 use super::pins::Claim;
@@ -77,8 +77,10 @@ impl Kernel {
             flights: mapped("flights", cpus * FLIGHTS_WORDS)?,
             tallies: mapped("tallies", cpus * DISKS_MAX * TALLY_WORDS)?,
             disks: HashMap::try_from(Map::HashMap(map("disks")?)).map_err(CaptureError::map("disks"))?,
-            inflight: HashMap::try_from(Map::HashMap(map("inflight")?)).map_err(CaptureError::map("inflight"))?,
-            dirty: ArrayOfMaps::try_from(Map::ArrayOfMaps(map("dirty")?)).map_err(CaptureError::map("dirty"))?,
+            inflight: HashMap::try_from(Map::HashMap(map("inflight")?))
+                .map_err(CaptureError::map("inflight"))?,
+            dirty: ArrayOfMaps::try_from(Map::ArrayOfMaps(map("dirty")?))
+                .map_err(CaptureError::map("dirty"))?,
             ring: map("ring")?,
             cpus,
             ids,

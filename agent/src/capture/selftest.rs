@@ -11,13 +11,13 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
+use super::CaptureError;
 use super::kernel::Kernel;
 use super::layout::Control;
 use super::loader::{self, LoadOptions, Variant};
 use super::pins::Claim;
 use super::ring::Ring;
 use super::sysfs::BlockDisk;
-use super::CaptureError;
 
 const GIB: u64 = 1 << 30;
 /// Most places that are tried: a machine of 1 TiB has 16,000.

@@ -60,6 +60,14 @@ impl CaptureSettings {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DiskSlot(pub(crate) usize);
 
+impl DiskSlot {
+    /// Its number.
+    #[must_use]
+    pub const fn index(self) -> usize {
+        self.0
+    }
+}
+
 /// Counters of a followed disk since its place was first used; they only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiskCounts {
@@ -142,12 +150,21 @@ impl Capture {
                 Ok(kernel) => {
                     tracing::info!(place = %place.path().display(), "capture goes on with the programs that ran meanwhile");
                     let (session, left) = (session.clone(), session.disks.clone());
-                    return Self::over(place, root, store, kernel, session, (CompareCause::FirstTime, left), options);
+                    return Self::over(
+                        place,
+                        root,
+                        store,
+                        kernel,
+                        session,
+                        (CompareCause::FirstTime, left),
+                        options,
+                    );
                 }
                 Err(error) => (CompareCause::PinsChanged { what: error.to_string() }, Vec::new()),
             },
         };
-        let mut session = Session { version: VERSION, boot, pins: Vec::new(), stopped: false, disks: Vec::new() };
+        let mut session =
+            Session { version: VERSION, boot, pins: Vec::new(), stopped: false, disks: Vec::new() };
         let kernel = Kernel::begin(&place, &options, |kernel| {
             session.pins = kernel.ids().to_vec();
             // The maps of a clean stop stay valid until something is followed anew.
@@ -191,10 +208,15 @@ impl Capture {
     ///
     /// # Errors
     /// [`CaptureError::InUse`], [`CaptureError::TooMany`], or what the kernel refuses.
-    pub fn follow(&mut self, disk: BlockDisk, identity: &str) -> Result<(DiskSlot, Continuity), CaptureError> {
+    pub fn follow(
+        &mut self,
+        disk: BlockDisk,
+        identity: &str,
+    ) -> Result<(DiskSlot, Continuity), CaptureError> {
         disk.check_counting()?;
         let claim = Claim::disk(&self.root, &disk)?;
-        let before = self.left.iter().position(|known| known.identity == identity).map(|at| self.left.remove(at));
+        let before =
+            self.left.iter().position(|known| known.identity == identity).map(|at| self.left.remove(at));
         let cause = match before {
             None => self.fresh.clone(),
             Some(known) if !known.is(&disk, identity) || known.size_sectors > disk.size.0 => {
@@ -287,7 +309,12 @@ impl Capture {
         Ok((slot, Continuity::Continued { dirty_blocks }))
     }
 
-    fn follow_anew(&mut self, disk: BlockDisk, claim: Claim, identity: &str) -> Result<DiskSlot, CaptureError> {
+    fn follow_anew(
+        &mut self,
+        disk: BlockDisk,
+        claim: Claim,
+        identity: &str,
+    ) -> Result<DiskSlot, CaptureError> {
         let taken = |slot: &usize| {
             self.disks.iter().all(|tracked| tracked.slot != *slot)
                 && self.left.iter().all(|known| known.slot != *slot)
@@ -463,7 +490,11 @@ impl Capture {
     }
 
     /// As [`Self::reap`], of generations before `generation`, if the kernel shows no write in flight in time.
-    pub(crate) fn give_up_older(&mut self, generation: u64, patience: Duration) -> Result<bool, CaptureError> {
+    pub(crate) fn give_up_older(
+        &mut self,
+        generation: u64,
+        patience: Duration,
+    ) -> Result<bool, CaptureError> {
         if !self.await_quiet(patience)? {
             return Ok(false);
         }
@@ -553,7 +584,8 @@ impl Capture {
         };
         DiskCounts {
             submitted: kinds(Tally::Queued, &Kind::ALL),
-            written_sectors: kinds(Tally::DoneSectors, &Kind::WRITTEN) + kinds(Tally::EndedSectors, &Kind::WRITTEN),
+            written_sectors: kinds(Tally::DoneSectors, &Kind::WRITTEN)
+                + kinds(Tally::EndedSectors, &Kind::WRITTEN),
             discarded_sectors: kinds(Tally::DoneSectors, &[Kind::Discard])
                 + kinds(Tally::EndedSectors, &[Kind::Discard]),
             stale: one(Tally::Stale),

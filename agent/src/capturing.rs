@@ -1,0 +1,357 @@
+//! The thread that owns live capture: it follows disks, harvests, opens windows and keeps the account.
+//!
+//! Invariants: nothing that may wait for a device is done on the session's task; capture is begun with the first disk that
+//! can be followed; a disk has at most one open stretch, whose blocks are live again unless the machine says that they are
+//! durable; what is only known to be unknown is marked from end to end, so that it outlives this process.
+//! Units: sectors. Ordered about by `following`.
+
+mod gather;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use reprotect_engine::format::batch::Stretch as StretchKind;
+use reprotect_engine::format::extent::Record;
+use reprotect_engine::io::{self, BlockFile};
+use reprotect_engine::range_set::RangeSet;
+use reprotect_engine::units::{DiskId, SectorRange};
+use tokio::sync::mpsc as async_mpsc;
+
+use crate::capture::{
+    BlockDisk, Capture, CaptureError, CaptureSettings, CompareCause, Continuity, DiskSlot, Stretch, Verdict,
+    WindowEnd, WindowPlan,
+};
+use gather::Gatherer;
+
+/// How often the account of each disk is looked at.
+const CHECK_EVERY: Duration = Duration::from_secs(30);
+/// How long a check waits for a moment without writes in flight.
+const CHECK_PATIENCE: Duration = Duration::from_millis(50);
+
+/// What is wanted.
+#[derive(Debug)]
+pub(crate) enum Order {
+    /// Follow the disk from now on.
+    Follow { disk: DiskId, path: PathBuf, identity: String },
+    /// Follow it no longer.
+    Unfollow(DiskId),
+    /// Begin a stretch with what changed.
+    Harvest(DiskId),
+    /// Find a moment of these disks, whose stretches are open.
+    Window { run: [u8; 16], disks: Vec<DiskId> },
+    /// The stretch is durable at the target.
+    Durable(DiskId),
+    /// It will not be.
+    GiveBack(DiskId),
+}
+
+/// Records of one batch, and what promises their order makes.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    pub(crate) disk: DiskId,
+    pub(crate) kind: StretchKind,
+    pub(crate) records: Vec<Record>,
+}
+
+/// What a window brought.
+#[derive(Debug)]
+pub(crate) struct WindowRead {
+    /// To be submitted in this order.
+    pub(crate) batches: Vec<Batch>,
+    /// Why it is no moment, if it is none: the batches are changes like any others then.
+    pub(crate) open: Option<String>,
+}
+
+/// What came of orders.
+#[derive(Debug)]
+pub(crate) enum CaptureNews {
+    /// The disk is followed; what is not known of the time before, if anything.
+    Followed { disk: DiskId, result: Result<Option<CompareCause>, String> },
+    /// What changed is in the open stretch.
+    Harvested { disk: DiskId, result: Result<RangeSet, String> },
+    /// The window is over.
+    Windowed { run: [u8; 16], disks: Vec<DiskId>, result: Result<WindowRead, String> },
+    /// Everything the kernel wrote until now was seen.
+    Accounted { disk: DiskId },
+    /// Something was missed: the disk must be compared.
+    Unaccounted { disk: DiskId, why: String },
+}
+
+/// The thread's handle; dropping it ends capture in order.
+#[derive(Debug)]
+pub(crate) struct Capturing {
+    orders: Option<mpsc::Sender<Order>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Capturing {
+    /// A thread that begins to capture when it is first told to follow a disk; news go to `news`.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub(crate) fn start(
+        settings: CaptureSettings,
+        news: async_mpsc::UnboundedSender<CaptureNews>,
+    ) -> std::io::Result<Self> {
+        let (orders, wanted) = mpsc::channel();
+        let owner = Owner { settings, capture: None, refused: None, disks: BTreeMap::new(), news };
+        let thread = std::thread::Builder::new().name("capture".into()).spawn(move || owner.run(&wanted))?;
+        Ok(Self { orders: Some(orders), thread: Some(thread) })
+    }
+
+    /// Hands an order over.
+    pub(crate) fn order(&self, order: Order) {
+        if let Some(orders) = &self.orders {
+            // A failed send means that the thread panicked, which was logged.
+            let _ = orders.send(order);
+        }
+    }
+
+    /// Ends capture: the maps are saved. Blocks until that is done.
+    pub(crate) fn end(&mut self) {
+        self.orders = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the capturing thread panicked; its disks are compared at the next start");
+        }
+    }
+}
+
+impl Drop for Capturing {
+    fn drop(&mut self) {
+        self.orders = None; // the thread ends by itself
+    }
+}
+
+/// A followed disk.
+struct Followed {
+    slot: DiskSlot,
+    file: Box<dyn BlockFile>,
+    whole: SectorRange,
+    stretch: Option<Stretch>,
+}
+
+/// The thread's own.
+struct Owner {
+    settings: CaptureSettings,
+    capture: Option<Capture>,
+    /// Why there is no capture on this machine.
+    refused: Option<String>,
+    disks: BTreeMap<DiskId, Followed>,
+    news: async_mpsc::UnboundedSender<CaptureNews>,
+}
+
+impl Owner {
+    fn run(mut self, orders: &mpsc::Receiver<Order>) {
+        let mut checked = Instant::now();
+        loop {
+            match orders.recv_timeout(CHECK_EVERY.saturating_sub(checked.elapsed())) {
+                Ok(order) => self.take(order),
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            }
+            if checked.elapsed() >= CHECK_EVERY {
+                self.check_all();
+                checked = Instant::now();
+            }
+        }
+        if let Some(capture) = self.capture.take()
+            && let Err(error) = capture.stop()
+        {
+            tracing::warn!(%error, "capture could not be ended in order; its disks are compared at the next start");
+        }
+    }
+
+    fn take(&mut self, order: Order) {
+        match order {
+            Order::Follow { disk, path, identity } => {
+                let result = self.follow(disk, &path, &identity).map_err(|error| error.to_string());
+                self.tell(CaptureNews::Followed { disk, result });
+            }
+            Order::Unfollow(disk) => {
+                if let (Some(known), Some(capture)) = (self.disks.remove(&disk), &mut self.capture)
+                    && let Err(error) = capture.unfollow(known.slot)
+                {
+                    tracing::warn!(%disk, %error, "the disk could not be let go");
+                }
+            }
+            Order::Harvest(disk) => {
+                let result = self.harvest(disk).map_err(|error| error.to_string());
+                self.tell(CaptureNews::Harvested { disk, result });
+            }
+            Order::Window { run, disks } => {
+                let result = self.window(&disks).map_err(|error| error.to_string());
+                self.tell(CaptureNews::Windowed { run, disks, result });
+            }
+            Order::Durable(disk) => self.end_stretch(disk, true),
+            Order::GiveBack(disk) => self.end_stretch(disk, false),
+        }
+    }
+
+    fn tell(&self, news: CaptureNews) {
+        // A failed send means that the agent is stopping.
+        let _ = self.news.send(news);
+    }
+
+    /// The capture of this machine, begun where it was not yet.
+    fn capture(&mut self) -> Result<&mut Capture, String> {
+        if let Some(why) = &self.refused {
+            return Err(why.clone());
+        }
+        if self.capture.is_none() {
+            match Capture::start(&self.settings) {
+                Ok(capture) => self.capture = Some(capture),
+                Err(error) => {
+                    let why = error.to_string();
+                    self.refused = Some(why.clone());
+                    return Err(why);
+                }
+            }
+        }
+        self.capture.as_mut().ok_or_else(|| "capture is not there".to_owned())
+    }
+
+    fn follow(
+        &mut self,
+        disk: DiskId,
+        path: &std::path::Path,
+        identity: &str,
+    ) -> Result<Option<CompareCause>, String> {
+        if self.disks.contains_key(&disk) {
+            return Ok(None);
+        }
+        let text = |error: CaptureError| error.to_string();
+        let device = BlockDisk::at(path).map_err(text)?;
+        let whole = SectorRange::new(0, device.size.0);
+        let (file, backend) =
+            io::open_reporting(path, &io::OpenOptions::reading()).map_err(|error| error.to_string())?;
+        if !backend.is_direct() {
+            return Err(format!("{} can only be read through the page cache", path.display()));
+        }
+        let capture = self.capture()?;
+        let (slot, continuity) = capture.follow(device, identity).map_err(text)?;
+        let cause = match continuity {
+            Continuity::Continued { dirty_blocks } => {
+                tracing::info!(%disk, dirty_blocks, "capture goes on where it was");
+                None
+            }
+            Continuity::Compare(cause) => {
+                // Until that was put right, also by a process after this one.
+                capture.mark(slot, whole).map_err(text)?;
+                Some(cause)
+            }
+        };
+        self.disks.insert(disk, Followed { slot, file, whole, stretch: None });
+        Ok(cause)
+    }
+
+    fn harvest(&mut self, disk: DiskId) -> Result<RangeSet, CaptureError> {
+        self.end_stretch(disk, false);
+        let (Some(capture), Some(known)) = (&mut self.capture, self.disks.get_mut(&disk)) else {
+            return Err(not_followed(disk));
+        };
+        let Some(stretch) = capture.open_stretch(known.slot)? else {
+            return Err(CaptureError::Unsupported {
+                disk: disk.to_string(),
+                reason: "all its stretches are open".to_owned(),
+            });
+        };
+        known.stretch = Some(stretch);
+        let mut changed = capture.harvest(known.slot, stretch)?;
+        // The last block of a disk may be shorter than the map's.
+        changed.remove(SectorRange::new(known.whole.end, u64::MAX));
+        Ok(changed)
+    }
+
+    fn end_stretch(&mut self, disk: DiskId, durable: bool) {
+        let (Some(capture), Some(known)) = (&mut self.capture, self.disks.get_mut(&disk)) else { return };
+        let Some(stretch) = known.stretch.take() else { return };
+        let ended = if durable {
+            capture.confirm(known.slot, stretch)
+        } else {
+            capture.give_back(known.slot, stretch).map(drop)
+        };
+        if let Err(error) = ended {
+            tracing::error!(%disk, %error, "a stretch of changes could not be ended");
+        }
+    }
+
+    fn window(&mut self, disks: &[DiskId]) -> Result<WindowRead, CaptureError> {
+        let Some(capture) = &mut self.capture else {
+            return Err(CaptureError::Unsupported {
+                disk: "no disk".into(),
+                reason: "none is followed".into(),
+            });
+        };
+        let mut plan = Vec::new();
+        let mut files = BTreeMap::new();
+        for (disk, known) in self.disks.iter_mut().filter(|(disk, _)| disks.contains(disk)) {
+            plan.push((known.slot, known.stretch.ok_or_else(|| not_followed(*disk))?));
+            files.insert(known.slot.index(), (*disk, &mut known.file, known.whole));
+        }
+        if plan.len() != disks.len() {
+            return Err(CaptureError::Unsupported {
+                disk: "a disk".into(),
+                reason: "it is not followed".into(),
+            });
+        }
+        let mut gatherer = Gatherer::new(files);
+        let end = capture.window(&WindowPlan::new(plan), &mut gatherer)?;
+        let (read, discarded) = gatherer.into_batches(matches!(end, WindowEnd::Closed(_)));
+        // What a device makes of a discarded range is its own affair: it is read again in the next round.
+        for (slot, range) in discarded {
+            capture.mark(slot, range)?;
+        }
+        let open = match end {
+            WindowEnd::Closed(closed) => {
+                tracing::debug!(?closed, "a window closed");
+                None
+            }
+            WindowEnd::Failed(failure) => Some(failure.to_string()),
+        };
+        Ok(WindowRead { batches: read, open })
+    }
+
+    fn check_all(&mut self) {
+        let Some(capture) = &mut self.capture else { return };
+        let mut news = Vec::new();
+        for (disk, known) in &self.disks {
+            let checked = capture.check(known.slot, CHECK_PATIENCE);
+            let missed = |why: String| CaptureNews::Unaccounted { disk: *disk, why };
+            match checked {
+                Ok(check) => match check.verdict {
+                    Verdict::Clean { .. } => news.push(CaptureNews::Accounted { disk: *disk }),
+                    Verdict::Undecided => {}
+                    Verdict::Short { sectors } => {
+                        let why = CompareCause::Unaccounted { sectors }.to_string();
+                        news.push(missed(why));
+                    }
+                    Verdict::Unranged { commands } => {
+                        let why = format!(
+                            "{commands} commands went past the block layer and may have written anything"
+                        );
+                        news.push(missed(why));
+                    }
+                },
+                Err(error) => news.push(missed(error.to_string())),
+            }
+        }
+        for one in news {
+            if let CaptureNews::Unaccounted { disk, .. } = &one
+                && let Some(known) = self.disks.get(disk)
+                && let Err(error) = capture.mark(known.slot, known.whole)
+            {
+                tracing::error!(%disk, %error, "the disk could not be marked");
+            }
+            // A failed send means that the agent is stopping.
+            let _ = self.news.send(one);
+        }
+    }
+}
+
+fn not_followed(disk: DiskId) -> CaptureError {
+    CaptureError::Unsupported { disk: disk.to_string(), reason: "it is not followed".to_owned() }
+}

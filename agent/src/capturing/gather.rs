@@ -1,0 +1,142 @@
+//! What a closing window reads and records, kept in memory and made into batches.
+//!
+//! Invariants: the blocks that were read come first, later reads of a block behind earlier ones, then the records in
+//! their order: so each disk's batches, one after another, make it what it was when the window closed; memory is
+//! bounded by [`WINDOW_BYTES_MAX`], beyond which the window fails. Units: sectors, bytes. Called by `capturing` only.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use reprotect_engine::format::batch::Stretch as StretchKind;
+use reprotect_engine::format::extent::Record as Change;
+use reprotect_engine::io::{BlockFile, ReadAt};
+use reprotect_engine::limits::{
+    BATCH_PLAIN_BYTES_MAX, BATCH_RECORDS_MAX, DELTA_RECORD_BYTES_MAX, ZERO_RECORD_BYTES_MAX,
+};
+use reprotect_engine::proto::batch::cut_records;
+use reprotect_engine::range_set::RangeSet;
+use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange};
+
+use super::Batch;
+use crate::capture::{CaptureError, DiskSlot, Kind, Record, WindowSink};
+
+/// Bytes that a window may gather.
+const WINDOW_BYTES_MAX: u64 = 128 << 20;
+/// Longest single read.
+const READ_BYTES_MAX: u64 = 1 << 20;
+/// Reads handed over at once.
+const READS_AT_ONCE: usize = 64;
+
+/// Disks by their slots' numbers: who they are, how they are read, and how far they go.
+type Files<'a> = BTreeMap<usize, (DiskId, &'a mut Box<dyn BlockFile>, SectorRange)>;
+
+pub(super) struct Gatherer<'a> {
+    files: Files<'a>,
+    read: BTreeMap<DiskId, Vec<Change>>,
+    recorded: BTreeMap<DiskId, Vec<Change>>,
+    discarded: Vec<(DiskSlot, SectorRange)>,
+    bytes: u64,
+}
+
+impl<'a> Gatherer<'a> {
+    pub(super) const fn new(files: Files<'a>) -> Self {
+        Self { files, read: BTreeMap::new(), recorded: BTreeMap::new(), discarded: Vec::new(), bytes: 0 }
+    }
+
+    fn disk(&mut self, slot: DiskSlot) -> Option<(DiskId, &mut Box<dyn BlockFile>, SectorRange)> {
+        self.files.get_mut(&slot.index()).map(|(disk, file, whole)| (*disk, &mut **file, *whole))
+    }
+
+    fn count(&mut self, bytes: u64) -> Result<(), CaptureError> {
+        self.bytes += bytes;
+        if self.bytes > WINDOW_BYTES_MAX {
+            return Err(CaptureError::WindowTooLarge { bytes: self.bytes, max: WINDOW_BYTES_MAX });
+        }
+        Ok(())
+    }
+
+    /// Batches in the order in which they are to be submitted, with the records if the window `closed`, and the ranges
+    /// that were discarded.
+    pub(super) fn into_batches(self, closed: bool) -> (Vec<Batch>, Vec<(DiskSlot, SectorRange)>) {
+        let mut batches = Vec::new();
+        for (disk, changes) in self.read {
+            batches.extend(split(disk, StretchKind::Diff, changes));
+        }
+        for (disk, changes) in self.recorded.into_iter().filter(|_| closed) {
+            batches.extend(split(disk, StretchKind::Ordered, changes));
+        }
+        (batches, self.discarded)
+    }
+}
+
+/// Cuts into batches as large as they may be.
+fn split(disk: DiskId, kind: StretchKind, changes: Vec<Change>) -> Vec<Batch> {
+    let mut batches: Vec<Batch> = Vec::new();
+    let mut plain = u64::MAX;
+    for change in changes {
+        let bytes = change.plain_bytes();
+        let full = |batch: &Batch| batch.records.len() >= BATCH_RECORDS_MAX as usize;
+        if plain.saturating_add(bytes) > BATCH_PLAIN_BYTES_MAX || batches.last().is_none_or(full) {
+            batches.push(Batch { disk, kind, records: Vec::new() });
+            plain = 0;
+        }
+        plain += bytes;
+        if let Some(batch) = batches.last_mut() {
+            batch.records.push(change);
+        }
+    }
+    batches
+}
+
+impl WindowSink for Gatherer<'_> {
+    fn read(&mut self, slot: DiskSlot, sectors: &RangeSet) -> Result<(), CaptureError> {
+        self.count(sectors.sector_count() * SECTOR_BYTES)?;
+        let Some((disk, file, whole)) = self.disk(slot) else { return Ok(()) };
+        let inside = sectors.iter().map(|range| range.intersect(whole)).filter(|range| !range.is_empty());
+        let pieces: Vec<SectorRange> =
+            inside.flat_map(|range| range.aligned_pieces(READ_BYTES_MAX / SECTOR_BYTES)).collect();
+        let mut changes = Vec::new();
+        for pieces in pieces.chunks(READS_AT_ONCE) {
+            let mut data: Vec<Vec<u8>> = pieces.iter().map(|piece| vec![0; piece.bytes() as usize]).collect();
+            let mut reads: Vec<ReadAt<'_>> = pieces
+                .iter()
+                .zip(&mut data)
+                .map(|(piece, data)| ReadAt { offset: piece.byte_start(), data })
+                .collect();
+            file.read(&mut reads).map_err(|error| CaptureError::Unsupported {
+                disk: disk.to_string(),
+                reason: error.to_string(),
+            })?;
+            for (piece, data) in pieces.iter().zip(data) {
+                changes.extend(cut_records(piece.start, &data.into(), &[*piece], DELTA_RECORD_BYTES_MAX));
+            }
+        }
+        self.read.entry(disk).or_default().extend(changes);
+        Ok(())
+    }
+
+    fn record(&mut self, record: &Record<'_>) -> Result<(), CaptureError> {
+        self.count(record.data.len() as u64)?;
+        let Some((disk, _, whole)) = self.disk(record.slot) else { return Ok(()) };
+        let range = record.range.intersect(whole);
+        let zero_sectors = ZERO_RECORD_BYTES_MAX / SECTOR_BYTES;
+        let changes: Vec<Change> = match record.kind {
+            Some(Kind::Write) => {
+                let data = Bytes::copy_from_slice(record.data);
+                let piece = |piece: SectorRange| {
+                    let at = ((piece.start - range.start) * SECTOR_BYTES) as usize;
+                    Change::data(piece.start, data.slice(at..at + piece.bytes() as usize))
+                };
+                range.aligned_pieces(DELTA_RECORD_BYTES_MAX / SECTOR_BYTES).map(piece).collect()
+            }
+            Some(Kind::Zeroes) => range.aligned_pieces(zero_sectors).map(Change::zeros).collect(),
+            Some(Kind::Discard | Kind::SecureErase) => {
+                self.discarded.push((record.slot, range));
+                range.aligned_pieces(zero_sectors).map(Change::discard).collect()
+            }
+            Some(Kind::Flush | Kind::Passthrough | Kind::Zone) | None => Vec::new(),
+        };
+        self.recorded.entry(disk).or_default().extend(changes);
+        Ok(())
+    }
+}

@@ -1,0 +1,350 @@
+//! Rounds by live capture: which disks are followed, what their stretches are for, and the closing window of a point.
+//!
+//! ```text
+//! Asked ─▶ Opening ─▶ Idle ─▶ Harvesting ─▶ Round ─▶ Idle        (a round of changes, its mark durable)
+//!              └────▶ Pass ─▶ Idle    └───▶ Pass                 (the whole disk is read, by copy or compare)
+//! ```
+//! Invariants: a disk is followed before anything of it is read; what is harvested before a pass is forgotten only when
+//! the pass is durable, and what is harvested for a round only when the round's mark is; whatever goes wrong, the
+//! stretch is given back before anybody can call it durable; a disk that cannot be followed is scanned, and says why.
+//! Units: sectors. Part of `machine`; works by `capturing`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use reprotect_engine::format::batch::MarkClass;
+use reprotect_engine::format::message::{PassCause, PassMode};
+use reprotect_engine::net::wall_clock;
+use reprotect_engine::range_set::RangeSet;
+use reprotect_engine::units::{DiskId, Sequence};
+use tokio::sync::mpsc;
+
+use crate::capture::CaptureSettings;
+use crate::capturing::{CaptureNews, Capturing, Order, WindowRead};
+use crate::config::CaptureMode;
+use crate::disks::SourceKind;
+use crate::machine::Machine;
+use crate::protected::Activity;
+
+/// A round that would send more than this share of a disk is a compare instead: a half.
+const COMPARE_ABOVE: u64 = 2;
+
+/// What is done with a disk's changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Step {
+    /// It is to be followed, then opened at the target, which has this size.
+    Asked { size_sectors: u64 },
+    /// It cannot be followed, and why.
+    Refused { why: String },
+    /// Its changes so far are harvested before it is opened at the target.
+    Opening { size_sectors: u64 },
+    /// Changes gather.
+    Idle,
+    /// A pass over the whole disk, which has what was harvested before it.
+    Pass,
+    /// Its changes are wanted for a round; with `to_mark` somebody else places the mark.
+    Harvesting { to_mark: bool },
+    /// A round, until its mark is durable.
+    Round,
+}
+
+/// The disks that are followed or were to be.
+#[derive(Debug)]
+pub(crate) struct Following {
+    mode: CaptureMode,
+    thread: Option<Capturing>,
+    steps: BTreeMap<DiskId, Step>,
+    /// The sequence at the last moment at which everything was known to be seen.
+    accounted: BTreeMap<DiskId, Sequence>,
+    /// Windows that found no moment, since the start.
+    pub(crate) windows_failed: u64,
+}
+
+impl Following {
+    /// Nothing is followed yet; a thread that cannot be had is a reason to scan.
+    pub(crate) fn new(
+        mode: CaptureMode,
+        settings: CaptureSettings,
+        news: mpsc::UnboundedSender<CaptureNews>,
+    ) -> Self {
+        let wanted = (mode != CaptureMode::Scan).then(|| Capturing::start(settings, news));
+        let thread = match wanted {
+            Some(Err(error)) => {
+                tracing::error!(%error, "no thread for live capture: disks are scanned; raise the limit on processes");
+                None
+            }
+            Some(Ok(thread)) => Some(thread),
+            None => None,
+        };
+        Self { mode, thread, steps: BTreeMap::new(), accounted: BTreeMap::new(), windows_failed: 0 }
+    }
+
+    fn order(&self, order: Order) {
+        if let Some(thread) = &self.thread {
+            thread.order(order);
+        }
+    }
+
+    /// Hands the thread over, to be ended; nothing is followed any more.
+    pub(crate) const fn take_thread(&mut self) -> Option<Capturing> {
+        self.thread.take()
+    }
+
+    /// Whether changes of the disk are known without reading it.
+    pub(crate) fn is_followed(&self, disk: DiskId) -> bool {
+        self.steps.get(&disk).is_some_and(|step| !matches!(step, Step::Asked { .. } | Step::Refused { .. }))
+    }
+
+    /// How changes of a disk are found, for people.
+    pub(crate) fn describe(&self, disk: DiskId) -> String {
+        match self.steps.get(&disk) {
+            Some(Step::Refused { why }) => format!("scan ({why})"),
+            Some(Step::Asked { .. }) | None => CaptureMode::Scan.to_string(),
+            Some(_) => self.mode.to_string(),
+        }
+    }
+
+    /// The disk is not protected any more.
+    pub(crate) fn forget(&mut self, disk: DiskId) {
+        if self.steps.remove(&disk).is_some() {
+            self.order(Order::Unfollow(disk));
+        }
+        self.accounted.remove(&disk);
+    }
+
+    fn set(&mut self, disk: DiskId, step: Step) {
+        self.steps.insert(disk, step);
+    }
+
+    /// What was harvested is live again.
+    fn give_back(&mut self, disk: DiskId) {
+        self.order(Order::GiveBack(disk));
+        self.set(disk, Step::Idle);
+    }
+
+    /// The session is over. A pass goes on in the next one, rounds do not.
+    pub(crate) fn end_session(&mut self) {
+        let open = |(disk, step): (&DiskId, &Step)| {
+            matches!(step, Step::Round | Step::Harvesting { .. } | Step::Opening { .. }).then_some(*disk)
+        };
+        let open: Vec<DiskId> = self.steps.iter().filter_map(open).collect();
+        open.into_iter().for_each(|disk| self.give_back(disk));
+    }
+
+    /// A pass ended durably.
+    pub(crate) fn handle_synced(&mut self, disk: DiskId) {
+        if self.steps.get(&disk) == Some(&Step::Pass) {
+            self.order(Order::Durable(disk));
+            self.set(disk, Step::Idle);
+        }
+    }
+
+    /// A round ended durably.
+    pub(crate) fn handle_round_durable(&mut self, disk: DiskId) {
+        if self.steps.get(&disk) == Some(&Step::Round) {
+            self.order(Order::Durable(disk));
+            self.set(disk, Step::Idle);
+        }
+    }
+}
+
+impl Machine {
+    /// Opens a disk at the target, followed if that can be.
+    pub(crate) fn follow_and_open(&mut self, disk: DiskId, size_sectors: u64) {
+        let Some(state) = self.disks.get(&disk) else { return };
+        let source = state.source;
+        let is_device = self.source_kind(source) == Some(SourceKind::BlockDevice);
+        let following = &mut self.following;
+        if following.thread.is_none() || !is_device {
+            return self.open_at_target(disk, size_sectors);
+        }
+        match following.steps.get(&disk) {
+            None => {
+                let identity = source.iter().map(|byte| format!("{byte:02x}")).collect();
+                following.order(Order::Follow { disk, path: PathBuf::from(&state.path), identity });
+                following.set(disk, Step::Asked { size_sectors });
+            }
+            Some(Step::Asked { .. }) => following.set(disk, Step::Asked { size_sectors }),
+            Some(Step::Refused { .. } | Step::Pass) => self.open_at_target(disk, size_sectors),
+            Some(_) => {
+                following.order(Order::Harvest(disk));
+                following.set(disk, Step::Opening { size_sectors });
+            }
+        }
+    }
+
+    /// The disk is open at the target. What was harvested before belongs to the pass only if that reads everything.
+    pub(crate) fn handle_opened_followed(&mut self, disk: DiskId, mode: PassMode) {
+        let from_the_start = self.core.pass_progress(disk).is_some_and(|(settled, _)| settled == 0);
+        let following = &mut self.following;
+        match following.steps.get(&disk) {
+            Some(Step::Opening { .. }) if mode != PassMode::Done && from_the_start => {
+                following.set(disk, Step::Pass);
+            }
+            Some(Step::Opening { .. }) => following.give_back(disk),
+            Some(Step::Pass) if mode == PassMode::Done => following.give_back(disk),
+            _ => {}
+        }
+    }
+
+    /// Begins a round over a disk, by what is known to have changed or by reading all of it; answers whether it began.
+    pub(crate) fn begin_round(&mut self, disk: DiskId, to_mark: bool) -> bool {
+        let following = &mut self.following;
+        let begun = match following.steps.get(&disk) {
+            None | Some(Step::Asked { .. } | Step::Refused { .. }) if to_mark => {
+                self.core.begin_scan_to_mark(disk)
+            }
+            None | Some(Step::Asked { .. } | Step::Refused { .. }) => self.core.begin_scan(disk),
+            Some(Step::Idle) if self.core.is_idle(disk) => {
+                following.order(Order::Harvest(disk));
+                following.set(disk, Step::Harvesting { to_mark });
+                true
+            }
+            Some(_) => false,
+        };
+        if begun && let Some(state) = self.disks.get_mut(&disk) {
+            state.begin_walk(Activity::Scanning);
+        }
+        begun
+    }
+
+    /// News from the capturing thread.
+    pub(crate) fn handle_capture(&mut self, news: CaptureNews) {
+        match news {
+            CaptureNews::Followed { disk, result } => {
+                let Some(Step::Asked { size_sectors }) = self.following.steps.get(&disk).cloned() else {
+                    return;
+                };
+                match result {
+                    Ok(cause) => {
+                        if let Some(cause) = cause {
+                            tracing::info!(%disk, %cause, "followed from now on; what was before is not known");
+                        }
+                        self.following.order(Order::Harvest(disk));
+                        self.following.set(disk, Step::Opening { size_sectors });
+                    }
+                    Err(why) => {
+                        tracing::warn!(%disk, "the disk is scanned, because it cannot be followed: {why}");
+                        self.following.set(disk, Step::Refused { why });
+                        self.open_at_target(disk, size_sectors);
+                    }
+                }
+            }
+            CaptureNews::Harvested { disk, result } => self.handle_harvested(disk, result),
+            CaptureNews::Windowed { run, disks, result } => self.handle_window(run, &disks, result),
+            CaptureNews::Accounted { disk } => {
+                if let Some((_, last)) = self.core.position(disk) {
+                    self.following.accounted.insert(disk, last);
+                }
+            }
+            CaptureNews::Unaccounted { disk, why } => self.handle_unaccounted(disk, &why),
+        }
+    }
+
+    fn handle_harvested(&mut self, disk: DiskId, result: Result<RangeSet, String>) {
+        let step = self.following.steps.get(&disk).cloned();
+        match (step, result) {
+            (Some(Step::Opening { size_sectors }), result) => {
+                if let Err(why) = result {
+                    // Without its changes it would have to be read whole each time: that is what scanning is.
+                    tracing::error!(%disk, "the disk is scanned, because its changes cannot be had: {why}");
+                    self.following.set(disk, Step::Refused { why });
+                }
+                self.open_at_target(disk, size_sectors);
+            }
+            (Some(Step::Harvesting { to_mark }), Ok(changed)) => self.begin_delta(disk, &changed, to_mark),
+            (Some(Step::Harvesting { .. }), Err(why)) => {
+                tracing::error!(%disk, "no round: {why}");
+                self.following.give_back(disk);
+                self.pause_round(disk);
+                self.fail_run(&format!("the changes of disk {disk} cannot be had: {why}"));
+            }
+            // Of a session that is over: given back already.
+            _ => {}
+        }
+    }
+
+    fn begin_delta(&mut self, disk: DiskId, changed: &RangeSet, to_mark: bool) {
+        let size_sectors = self.disks.get(&disk).map_or(0, |state| state.size_sectors);
+        if changed.sector_count() > size_sectors / COMPARE_ABOVE {
+            self.following.set(disk, Step::Pass);
+            return self.core.begin_pass(disk, PassCause::TrackingLost);
+        }
+        if self.core.begin_delta(disk, changed, to_mark) {
+            self.following.set(disk, Step::Round);
+        } else {
+            self.following.give_back(disk);
+            self.pause_round(disk);
+        }
+    }
+
+    /// A round did not begin: the next one is tried after the usual pause.
+    fn pause_round(&mut self, disk: DiskId) {
+        let pause = self.round_pause(disk);
+        if let Some(state) = self.disks.get_mut(&disk)
+            && state.activity == Activity::Scanning
+        {
+            state.activity = Activity::Synced;
+            state.next_scan = Some(Instant::now() + pause);
+        }
+    }
+
+    /// Whether a point of these disks can be made by a closing window.
+    pub(crate) fn can_close(&self, mut disks: impl Iterator<Item = DiskId>) -> bool {
+        let round = |disk: DiskId| self.following.steps.get(&disk) == Some(&Step::Round);
+        self.following.mode == CaptureMode::Window && disks.all(round)
+    }
+
+    /// Looks for a moment of these disks.
+    pub(crate) fn order_window(&self, run: [u8; 16], disks: Vec<DiskId>) {
+        self.following.order(Order::Window { run, disks });
+    }
+
+    /// What a window harvested and nobody will submit must not be called durable.
+    pub(crate) fn drop_window(&self, disks: impl Iterator<Item = DiskId>) {
+        disks.for_each(|disk| self.following.order(Order::GiveBack(disk)));
+    }
+
+    fn handle_window(&mut self, run: [u8; 16], disks: &[DiskId], result: Result<WindowRead, String>) {
+        if !self.is_closing(run) {
+            return; // given back already
+        }
+        let class = match result {
+            Ok(WindowRead { batches, open }) => {
+                let now = wall_clock();
+                for batch in batches {
+                    self.core.submit_delta(batch.disk, batch.kind, now, batch.records);
+                }
+                if let Some(why) = &open {
+                    tracing::warn!("no consistent moment was found, the point is fuzzy: {why}");
+                    self.following.windows_failed += 1;
+                }
+                if open.is_none() { MarkClass::Crash } else { MarkClass::Fuzzy }
+            }
+            Err(why) => {
+                tracing::warn!("no consistent moment was looked for, the point is fuzzy: {why}");
+                self.following.windows_failed += 1;
+                self.drop_window(disks.iter().copied());
+                MarkClass::Fuzzy
+            }
+        };
+        self.place_marks(class);
+    }
+
+    /// Writes were missed: points since the last clean check promise less, and the disk is compared. Its map is marked
+    /// from end to end, so the next round is that compare.
+    fn handle_unaccounted(&mut self, disk: DiskId, why: &str) {
+        tracing::error!(%disk, "capture missed something, the whole disk is compared: {why}");
+        if let Some((_, last)) = self.core.position(disk) {
+            let from = self.following.accounted.get(&disk).copied().unwrap_or_default().next();
+            if from <= last && !self.core.degrade(disk, from, last, why) {
+                tracing::warn!(%disk, "its points since the last clean check could not be called doubtful: there is no session");
+            }
+        }
+        if let Some(state) = self.disks.get_mut(&disk) {
+            state.unaccounted += 1;
+            state.next_scan = state.next_scan.map(|at| at.min(Instant::now()));
+        }
+    }
+}
