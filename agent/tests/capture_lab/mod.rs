@@ -152,11 +152,12 @@ impl Drop for Running {
     }
 }
 
-/// fio with several jobs over a mounted file system: direct, buffered with fsync, mapped, 512 B to 1 MiB.
-pub fn fio_mix(mount: &Path, seed: u64, seconds: u64) -> Running {
+/// fio with several jobs over a mounted file system: direct, buffered with fsync, mapped, 512 B to 1 MiB; each as fast as it
+/// may (`0`: as it can).
+pub fn fio_mix(mount: &Path, seed: u64, seconds: u64, rate: &str) -> Running {
     let (dir, seed, seconds) = (mount.display().to_string(), seed.to_string(), seconds.to_string());
     let global = format!(
-        "[global]\ndirectory={dir}\ntime_based=1\nruntime={seconds}\nrandseed={seed}\nsize=24m\ngroup_reporting=1\n\
+        "[global]\ndirectory={dir}\ntime_based=1\nruntime={seconds}\nrandseed={seed}\nsize=24m\nrate={rate}\ngroup_reporting=1\n\
          [direct]\nioengine=libaio\ndirect=1\nrw=randwrite\nbsrange=4k-256k\niodepth=32\nnumjobs=1\n\
          [buffered]\nioengine=psync\nrw=randwrite\nbsrange=512-64k\nbs_unaligned=1\nfsync=16\n\
          [mapped]\nioengine=mmap\nrw=randwrite\nbs=4k\nfsync=64\n\
