@@ -115,12 +115,18 @@ fn a_lost_submission_is_counted_and_fails_the_window() {
 }
 
 /// A device whose writes beyond 4 MiB fail: its image lies on a file system that is full then.
-fn failing(dir: &std::path::Path) -> (Loop, capture_lab::Mounted) {
+struct Failing {
+    // Dropped in this order.
+    device: Loop,
+    _mounted: capture_lab::Mounted,
+}
+
+fn failing(dir: &std::path::Path) -> Failing {
     let at = dir.join("small");
     std::fs::create_dir_all(&at).unwrap();
     run("mount", &["-t", "tmpfs", "-o", "size=4m", "tmpfs", at.to_str().unwrap()]);
     let mounted = capture_lab::Mounted { at: at.clone() };
-    (Loop::new(&at, "disk", 64), mounted)
+    Failing { device: Loop::new(&at, "disk", 64), _mounted: mounted }
 }
 
 #[test]
@@ -130,7 +136,8 @@ fn failed_writes_are_counted_and_marked_again_when_they_end() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
-    let (device, _mounted) = failing(dir.path());
+    let lab = failing(dir.path());
+    let device = &lab.device;
     let mut capture = capture("failed", dir.path());
     let (slot, _) = capture.follow(device.disk(), "x").unwrap();
     let mut direct = Direct::open(&device.path);
@@ -144,8 +151,8 @@ fn failed_writes_are_counted_and_marked_again_when_they_end() {
     assert!(matches!(check.verdict, Verdict::Clean { .. }), "{check:?}");
     assert_eq!(dirty(&mut capture, slot), (16 << 20) / 512);
     /// Fails writes when it is asked to read.
-    struct Failing(Direct);
-    impl WindowSink for Failing {
+    struct FailingWrites(Direct);
+    impl WindowSink for FailingWrites {
         fn read(&mut self, _: DiskSlot, _: &RangeSet) -> Result<(), CaptureError> {
             assert!(self.0.write(40 << 20, 1, 1 << 20).is_err());
             Ok(())
@@ -157,7 +164,7 @@ fn failed_writes_are_counted_and_marked_again_when_they_end() {
     direct.write(0, 9, 4096).unwrap();
     let stretch = capture.open_stretch(slot).unwrap().unwrap();
     let plan = WindowPlan { rounds_max: 0, ..WindowPlan::new(vec![(slot, stretch)]) };
-    let end = capture.window(&plan, &mut Failing(Direct::open(&device.path))).unwrap();
+    let end = capture.window(&plan, &mut FailingWrites(Direct::open(&device.path))).unwrap();
     assert!(matches!(end, WindowEnd::Failed(WindowFailure::FailedWrites(_))), "{end:?}");
     capture.stop().unwrap();
 }
