@@ -13,8 +13,10 @@ struct small_record {
     __u8 data[SMALL_BYTES];
 };
 
-static __always_inline void lose(struct control *ctl, struct tally *tally)
+static __always_inline void lose(struct control *ctl, struct tally *tally, __u8 flags)
 {
+    if (flags & RECORD_PROBE)
+        return;
     __sync_fetch_and_add(&ctl->drops, 1);
     tally->unrecorded++;
 }
@@ -143,13 +145,13 @@ static __always_inline void record_large(struct control *ctl, struct tally *tall
     struct record head;
     copy->room = ((flight->bytes + 511) & ~511) + SLACK;
     if (flight->bytes > LARGE_BYTES_MAX) {
-        lose(ctl, tally);
+        lose(ctl, tally, flags);
         return;
     }
     /* A reservation that failed is to be discarded as well, says the verifier. */
     if (bpf_ringbuf_reserve_dynptr(&ring, RECORD_BYTES + copy->room, 0, &out)) {
         bpf_ringbuf_discard_dynptr(&out, BPF_RB_NO_WAKEUP);
-        lose(ctl, tally);
+        lose(ctl, tally, flags);
         return;
     }
     /* More than a slice per 4 KiB: a vec may end anywhere. */
@@ -158,8 +160,8 @@ static __always_inline void record_large(struct control *ctl, struct tally *tall
     head.data_bytes = flight->bytes;
     if (copy->failed || copy->left || bpf_dynptr_write(&out, 0, &head, sizeof(head), 0)) {
         bpf_ringbuf_discard_dynptr(&out, BPF_RB_NO_WAKEUP);
-        tally->unmapped++;
-        lose(ctl, tally);
+        tally->unmapped += !(flags & RECORD_PROBE);
+        lose(ctl, tally, flags);
         return;
     }
     bpf_ringbuf_submit_dynptr(&out, BPF_RB_NO_WAKEUP);
@@ -227,7 +229,7 @@ static __always_inline void record_pieces(struct control *ctl, struct tally *tal
                 break;
     }
     if (copy->failed || copy->left) {
-        lose(ctl, tally);
+        lose(ctl, tally, flags);
         return;
     }
     tally->records++;
@@ -240,7 +242,7 @@ static __always_inline void record(struct control *ctl, struct tally *tally, str
     if (flight->kind != KIND_WRITE && !flags) {
         struct record *head = bpf_ringbuf_reserve(&ring, sizeof(*head), 0);
         if (!head) {
-            lose(ctl, tally);
+            lose(ctl, tally, flags);
             return;
         }
         fill_head(head, ctl, flight, word, flags);
@@ -256,7 +258,7 @@ static __always_inline void record(struct control *ctl, struct tally *tally, str
         __u64 from = address_of(ctl, (__u64)PROBE(vec->bv_page)) + PROBE(vec->bv_offset) + done;
         struct small_record *small = bpf_ringbuf_reserve(&ring, sizeof(*small), 0);
         if (!small) {
-            lose(ctl, tally);
+            lose(ctl, tally, flags);
             return;
         }
         fill_head(&small->head, ctl, flight, word, flags);
@@ -264,8 +266,8 @@ static __always_inline void record(struct control *ctl, struct tally *tally, str
         __u32 bytes = *(volatile __u32 *)&flight->bytes;
         if (bytes > SMALL_BYTES || bpf_probe_read_kernel(small->data, bytes, (void *)from)) {
             bpf_ringbuf_discard(small, BPF_RB_NO_WAKEUP);
-            tally->unmapped++;
-            lose(ctl, tally);
+            tally->unmapped += !(flags & RECORD_PROBE);
+            lose(ctl, tally, flags);
             return;
         }
         small->head.data_bytes = bytes;

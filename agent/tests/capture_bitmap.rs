@@ -32,7 +32,7 @@ fn follow(capture: &mut Capture, device: &Loop) -> (DiskSlot, Continuity) {
 fn assert_equal(capture: &mut Capture, slot: DiskSlot, device: &Path, copy: &File) {
     let mut direct = Direct::open(device);
     let check = capture.check(slot, PATIENCE).unwrap();
-    println!("oracle: {check:?}; {:?}", capture.counts(slot));
+    println!("oracle: {check:?}; {:?}; {:?}", capture.counts(slot), capture.costs().unwrap());
     assert!(matches!(check.verdict, Verdict::Clean { .. }), "{check:?}");
     while harvest(capture, slot, &mut direct, copy) > 0 {}
     let different = differences(device, copy);
@@ -57,7 +57,7 @@ fn under_fire(file_system: &str, scheduler: &str) {
     let (slot, continuity) = follow(&mut capture, &device);
     assert_eq!(continuity, Continuity::Compare(CompareCause::FirstTime));
     // The copy begins while the load runs: tracked before it is read.
-    let mut load = fio_mix(&mounted.at, seed, 4);
+    let mut load = fio_mix(&mounted.at, seed, 4, "0");
     let copy = image(&device.path, &dir.path().join("copy"));
     let (mut direct, mut rounds, mut blocks) = (Direct::open(&device.path), 0, 0);
     while load.is_running() {

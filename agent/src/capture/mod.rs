@@ -8,6 +8,7 @@
 //! Invariants: a write is never missed without being noticed (see `oracle`); nothing here blocks or delays a write.
 
 mod bitmap;
+mod costs;
 mod error;
 mod kernel;
 mod layout;
@@ -25,6 +26,7 @@ mod tracked;
 mod tracker;
 mod window;
 
+pub use costs::{Measuring, ProgramCost};
 pub use error::CaptureError;
 pub use layout::{DISKS_MAX, Kind, Mode};
 pub(crate) use oracle::Anchor;

@@ -22,7 +22,7 @@ use super::ring::Ring;
 use super::session_file::{CompareCause, Continuity, Session, SessionDisk, SessionStore, VERSION};
 use super::sysfs::{Account, boot_id};
 use super::tracked::{Stretch, Tracked};
-use super::{BlockDisk, CaptureError, Verdict};
+use super::{BlockDisk, CaptureError, ProgramCost, Verdict, costs};
 
 /// How often the kernel is asked whether writes are still in flight.
 const POLL: Duration = Duration::from_millis(2);
@@ -91,6 +91,8 @@ pub struct DiskCounts {
     pub records: u64,
     /// Writes that should have been copied and were not.
     pub unrecorded: u64,
+    /// Of these, those whose data could not be read.
+    pub unreadable: u64,
 }
 
 /// A place for an event to be lost, for tests.
@@ -595,7 +597,16 @@ impl Capture {
             full: one(Tally::Full),
             records: one(Tally::Records),
             unrecorded: one(Tally::Unrecorded),
+            unreadable: one(Tally::Unmapped),
         }
+    }
+
+    /// What the programs cost, and how often they were skipped.
+    ///
+    /// # Errors
+    /// When the pins are gone.
+    pub fn costs(&self) -> Result<Vec<ProgramCost>, CaptureError> {
+        costs::read(&self.place)
     }
 
     /// Operations of a kind that were seen completing.

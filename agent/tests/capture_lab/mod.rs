@@ -76,6 +76,16 @@ impl Loop {
         File::create(&image).unwrap().set_len(mib << 20).unwrap();
         let image_text = image.display().to_string();
         let path = run("losetup", &["-f", "--show", "--direct-io=on", &image_text]);
+        Self::over(image, path)
+    }
+
+    /// Over a file that exists.
+    pub fn existing(image: &Path) -> Self {
+        let path = run("losetup", &["-f", "--show", "--direct-io=on", image.to_str().unwrap()]);
+        Self::over(image.to_owned(), path)
+    }
+
+    fn over(image: PathBuf, path: String) -> Self {
         // The mark stays with the number of a loop device, whoever set it.
         run("blockdev", &["--setrw", &path]);
         Self { path: path.into(), image }
@@ -158,11 +168,12 @@ impl Drop for Running {
     }
 }
 
-/// fio with several jobs over a mounted file system: direct, buffered with fsync, mapped, 512 B to 1 MiB.
-pub fn fio_mix(mount: &Path, seed: u64, seconds: u64) -> Running {
+/// fio with several jobs over a mounted file system: direct, buffered with fsync, mapped, 512 B to 1 MiB; each as fast as it
+/// may (`0`: as it can).
+pub fn fio_mix(mount: &Path, seed: u64, seconds: u64, rate: &str) -> Running {
     let (dir, seed, seconds) = (mount.display().to_string(), seed.to_string(), seconds.to_string());
     let global = format!(
-        "[global]\ndirectory={dir}\ntime_based=1\nruntime={seconds}\nrandseed={seed}\nsize=24m\ngroup_reporting=1\n\
+        "[global]\ndirectory={dir}\ntime_based=1\nruntime={seconds}\nrandseed={seed}\nsize=24m\nrate={rate}\ngroup_reporting=1\n\
          [direct]\nioengine=libaio\ndirect=1\nrw=randwrite\nbsrange=4k-256k\niodepth=32\nnumjobs=1\n\
          [buffered]\nioengine=psync\nrw=randwrite\nbsrange=512-64k\nbs_unaligned=1\nfsync=16\n\
          [mapped]\nioengine=mmap\nrw=randwrite\nbs=4k\nfsync=64\n\
@@ -300,4 +311,52 @@ pub fn until(what: &str, mut so: impl FnMut() -> bool) {
 pub fn capture(instance: &str, dir: &Path) -> Capture {
     Capture::start(&CaptureSettings { test_hooks: true, ..CaptureSettings::new(instance, dir.to_owned()) })
         .unwrap()
+}
+
+/// A device in memory whose writes take their time. Its reads do not overtake them on the way through the loop device, so who
+/// wants that reads `file`, which is the same memory.
+pub struct Slow {
+    device: Option<Loop>,
+    pub file: PathBuf,
+    mount: PathBuf,
+    server: Child,
+}
+
+impl Slow {
+    pub fn new(dir: &Path, mib: u64, write_ms: u64) -> Self {
+        let mount = dir.join("slow");
+        std::fs::create_dir_all(&mount).unwrap();
+        let (size, delay) = (format!("{mib}M"), format!("wdelay={write_ms}ms"));
+        let server = Command::new("nbdfuse")
+            .arg(&mount)
+            .args(["--command", "nbdkit", "-s", "--filter=delay", "memory", &size, &delay])
+            .spawn()
+            .unwrap();
+        let file = mount.join("nbd");
+        until("the slow device is there", || file.exists());
+        Self { device: Some(Loop::existing(&file)), file, mount, server }
+    }
+
+    pub fn device(&self) -> &Loop {
+        self.device.as_ref().unwrap()
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        // The loop device holds the file, so it goes first.
+        self.device = None;
+        let _unmounted = Command::new("umount").arg("-l").arg(&self.mount).status();
+        let _killed = self.server.kill();
+        let _ended = self.server.wait();
+    }
+}
+
+/// Whether slow devices can be made here; says why not.
+pub fn has_slow_devices() -> bool {
+    let found = Command::new("sh").args(["-c", "command -v nbdkit && command -v nbdfuse"]).output().unwrap();
+    if !found.status.success() {
+        println!("SKIPPED: nbdkit or nbdfuse is missing");
+    }
+    found.status.success()
 }
