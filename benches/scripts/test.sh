@@ -33,7 +33,7 @@ if [ "$status" -ne 0 ] || grep -qE '^test result: FAILED|^error' "$log"; then
             awk -v head="---- $test stdout ----" '
                 $0 == head { seen = 1; next }
                 /^---- .* ----$/ || /^(failures|successes):$/ { seen = 0 }
-                seen && NF && !/RUST_BACKTRACE/' "$log" | tail -n 12
+                seen && NF && !/RUST_BACKTRACE/' "$log" | head -n 12 || true
         done
         grep -E '^error' "$log" || true
         echo "tests: FAILED"

@@ -222,7 +222,7 @@ pub const KEYS: [KeyDoc; 25] = [
     },
     KeyDoc {
         key: "retention.reserve",
-        about: "Bytes of the retention drive that stay free, so that a full one can still recover and expire; at most a twentieth of the drive.",
+        about: "Bytes of the retention drive that stay free, so that a full one can still recover and expire; at most a twentieth of what the journal may have.",
         unit: "size from 0 to 1 TiB",
         cost: "that much disk space",
         example: "",
