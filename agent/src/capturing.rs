@@ -16,7 +16,7 @@ use reprotect_engine::format::batch::Stretch as StretchKind;
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::io::{self, BlockFile};
 use reprotect_engine::range_set::RangeSet;
-use reprotect_engine::units::{DiskId, SectorRange};
+use reprotect_engine::units::{BLOCK_BYTES, DiskId, SECTOR_BYTES, SectorRange};
 use tokio::sync::mpsc as async_mpsc;
 
 use crate::capture::{
@@ -25,6 +25,8 @@ use crate::capture::{
 };
 use gather::Gatherer;
 
+/// Sectors of a block of the maps.
+const BLOCK_SECTORS: u64 = BLOCK_BYTES / SECTOR_BYTES;
 /// How often the account of each disk is looked at.
 const CHECK_EVERY: Duration = Duration::from_secs(30);
 /// How long a check waits for a moment without writes in flight.
@@ -234,6 +236,10 @@ impl Owner {
         let capture = self.capture()?;
         let (slot, continuity) = capture.follow(device, identity).map_err(text)?;
         let cause = match continuity {
+            // Marked from end to end by a process before this one, and not put right by it.
+            Continuity::Continued { dirty_blocks } if dirty_blocks >= whole.len() / BLOCK_SECTORS => {
+                Some(CompareCause::FirstTime)
+            }
             Continuity::Continued { dirty_blocks } => {
                 tracing::info!(%disk, dirty_blocks, "capture goes on where it was");
                 None

@@ -9,7 +9,7 @@
 //! stretch is given back before anybody can call it durable; a disk that cannot be followed is scanned, and says why.
 //! Units: sectors. Part of `machine`; works by `capturing`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -26,9 +26,6 @@ use crate::config::CaptureMode;
 use crate::disks::SourceKind;
 use crate::machine::Machine;
 use crate::protected::Activity;
-
-/// A round that would send more than this share of a disk is a compare instead: a half.
-const COMPARE_ABOVE: u64 = 2;
 
 /// What is done with a disk's changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +52,8 @@ pub(crate) struct Following {
     mode: CaptureMode,
     thread: Option<Capturing>,
     steps: BTreeMap<DiskId, Step>,
+    /// Disks of which it is not known what changed: their next round is a compare.
+    unknown: BTreeSet<DiskId>,
     /// The sequence at the last moment at which everything was known to be seen.
     accounted: BTreeMap<DiskId, Sequence>,
     /// Windows that found no moment, since the start.
@@ -77,7 +76,8 @@ impl Following {
             Some(Ok(thread)) => Some(thread),
             None => None,
         };
-        Self { mode, thread, steps: BTreeMap::new(), accounted: BTreeMap::new(), windows_failed: 0 }
+        let (steps, unknown, accounted) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
+        Self { mode, thread, steps, unknown, accounted, windows_failed: 0 }
     }
 
     fn order(&self, order: Order) {
@@ -110,6 +110,7 @@ impl Following {
         if self.steps.remove(&disk).is_some() {
             self.order(Order::Unfollow(disk));
         }
+        self.unknown.remove(&disk);
         self.accounted.remove(&disk);
     }
 
@@ -136,6 +137,7 @@ impl Following {
     pub(crate) fn handle_synced(&mut self, disk: DiskId) {
         if self.steps.get(&disk) == Some(&Step::Pass) {
             self.order(Order::Durable(disk));
+            self.unknown.remove(&disk);
             self.set(disk, Step::Idle);
         }
     }
@@ -219,7 +221,8 @@ impl Machine {
                 match result {
                     Ok(cause) => {
                         if let Some(cause) = cause {
-                            tracing::info!(%disk, %cause, "followed from now on; what was before is not known");
+                            tracing::info!(%disk, "followed from now on, what was before is not known: {cause}");
+                            self.following.unknown.insert(disk);
                         }
                         self.following.order(Order::Harvest(disk));
                         self.following.set(disk, Step::Opening { size_sectors });
@@ -266,8 +269,7 @@ impl Machine {
     }
 
     fn begin_delta(&mut self, disk: DiskId, changed: &RangeSet, to_mark: bool) {
-        let size_sectors = self.disks.get(&disk).map_or(0, |state| state.size_sectors);
-        if changed.sector_count() > size_sectors / COMPARE_ABOVE {
+        if self.following.unknown.contains(&disk) {
             self.following.set(disk, Step::Pass);
             return self.core.begin_pass(disk, PassCause::TrackingLost);
         }
@@ -342,6 +344,7 @@ impl Machine {
                 tracing::warn!(%disk, "its points since the last clean check could not be called doubtful: there is no session");
             }
         }
+        self.following.unknown.insert(disk);
         if let Some(state) = self.disks.get_mut(&disk) {
             state.unaccounted += 1;
             state.next_scan = state.next_scan.map(|at| at.min(Instant::now()));

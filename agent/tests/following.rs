@@ -1,0 +1,194 @@
+//! The agent daemon over live loop devices: rounds by capture instead of scans, points by closing windows, and what a
+//! restart goes on from.
+
+#![expect(clippy::unwrap_used, reason = "a failed step is a failed test")]
+
+mod capture_lab;
+mod common;
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use capture_lab::Loop;
+use common::target::FakeTarget;
+use common::{AgentDaemon, Site, noise, run, source_id, write_config};
+use reprotect_engine::format::batch::MarkClass;
+use reprotect_engine::format::message::PassMode;
+use reprotect_engine::units::DiskId;
+
+const MIB: usize = 1 << 20;
+const SIZE: usize = 48 * MIB;
+
+/// An agent with loop devices, and the target that protects them.
+struct Setup {
+    _site: Site,
+    target: FakeTarget,
+    state_dir: PathBuf,
+    loops: Vec<Loop>,
+    disks: Vec<DiskId>,
+}
+
+impl Setup {
+    fn new(count: usize, capture: &str) -> Self {
+        let site = Site::new();
+        let target = FakeTarget::start(&site);
+        let (state_dir, agent) = site.state_dir("agent");
+        let loops: Vec<Loop> = (0..count)
+            .map(|number| {
+                let image = site.path(&format!("disk-{number}.img"));
+                std::fs::write(&image, noise(SIZE, 3 + number as u64)).unwrap();
+                Loop::existing(&image)
+            })
+            .collect();
+        let paths: Vec<_> = loops.iter().map(|device| device.path.as_path()).collect();
+        write_config(&state_dir, target.address, &paths, "");
+        let config = state_dir.join("agent.toml");
+        let text = std::fs::read_to_string(&config).unwrap();
+        std::fs::write(config, format!("{text}[capture]\n{capture}\n")).unwrap();
+        let protect = |device: &Loop| {
+            target.protect_source(agent, source_id(&device.path), vec![0; SIZE], PassMode::Copy)
+        };
+        let disks = loops.iter().map(protect).collect();
+        Self { _site: site, target, state_dir, loops, disks }
+    }
+
+    fn start(&self) -> AgentDaemon {
+        AgentDaemon::start(&self.state_dir)
+    }
+
+    fn equal(&self) -> bool {
+        self.loops.iter().zip(&self.disks).all(|(device, disk)| {
+            capture_lab::run("blockdev", &["--flushbufs", device.path.to_str().unwrap()]);
+            let content = std::fs::read(&device.path).unwrap();
+            self.target.with_bytes(*disk, |bytes| bytes == content)
+        })
+    }
+
+    fn write(&self, device: usize, at: usize, bytes: &[u8]) {
+        let file = OpenOptions::new().write(true).open(&self.loops[device].path).unwrap();
+        file.write_all_at(bytes, at as u64).unwrap();
+        file.sync_all().unwrap();
+    }
+
+    /// Waits until rounds that began after now are durable on every disk.
+    async fn settled(&self, agent: &AgentDaemon) {
+        for disk in &self.disks {
+            let rounds = agent.until_disk("a look", *disk, |_| true).await.scan_rounds;
+            agent.until_disk("two rounds more", *disk, |info| info.scan_rounds >= rounds + 2).await;
+        }
+    }
+}
+
+#[test]
+fn rounds_of_a_followed_disk_read_what_changed_and_their_points_are_crash_consistent() {
+    let _machine = capture_lab::machine();
+    if !capture_lab::capable() {
+        return;
+    }
+    run(async {
+        let setup = Setup::new(2, "interval = \"1s\"");
+        let agent = setup.start();
+        for disk in &setup.disks {
+            let info = agent.until_disk("a round", *disk, |info| info.scan_rounds > 0).await;
+            assert_eq!(info.capture, "window", "{info:?}");
+        }
+        assert!(setup.equal());
+        let before = agent.until("a status", |_| true).await;
+        setup.write(0, 5 * MIB, &noise(8192, 77));
+        setup.write(1, 9 * MIB + 4096, &noise(4096, 78));
+        setup.settled(&agent).await;
+        assert!(setup.equal());
+        let after = agent.until("a status", |_| true).await;
+        for (before, after) in before.disks.iter().zip(&after.disks) {
+            assert!(after.read_bytes - before.read_bytes <= MIB as u64, "{before:?} {after:?}");
+            assert_eq!(after.unaccounted, 0);
+        }
+        let newest = setup.target.marks();
+        let crash: Vec<_> = newest.iter().filter(|mark| mark.class == MarkClass::Crash).collect();
+        assert!(crash.len() >= 4, "{newest:?}");
+        let last = crash[crash.len() - 1].point;
+        assert_eq!(crash.iter().filter(|mark| mark.point == last).count(), 2, "one point of both disks");
+        agent.stop().await;
+    });
+}
+
+#[test]
+fn a_disk_under_fire_is_equal_once_it_is_left_alone_whatever_happened_to_the_session() {
+    let _machine = capture_lab::machine();
+    if !capture_lab::capable() {
+        return;
+    }
+    run(async {
+        for mode in ["window", "bitmap"] {
+            let mut setup = Setup::new(2, &format!("mode = \"{mode}\"\ninterval = \"1s\""));
+            let fire = Arc::new(AtomicBool::new(true));
+            let writers: Vec<_> = setup
+                .loops
+                .iter()
+                .enumerate()
+                .map(|(number, device)| {
+                    let (path, fire) = (device.path.clone(), Arc::clone(&fire));
+                    std::thread::spawn(move || {
+                        let file = OpenOptions::new().write(true).open(path).unwrap();
+                        let mut seed = 100 + number as u64;
+                        while fire.load(Ordering::Relaxed) {
+                            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                            let length = 512 << (seed >> 60 & 7);
+                            let at = (seed >> 20) as usize % (SIZE - length) / 512 * 512;
+                            file.write_all_at(&noise(length, seed), at as u64).unwrap();
+                            if seed >> 40 & 7 == 0 {
+                                file.sync_data().unwrap();
+                            }
+                        }
+                        file.sync_all().unwrap();
+                    })
+                })
+                .collect();
+            let agent = setup.start();
+            for disk in &setup.disks {
+                agent.until_disk("two rounds", *disk, |info| info.scan_rounds > 1).await;
+            }
+            setup.target.restart().await;
+            setup.settled(&agent).await;
+            agent.stop().await;
+            let agent = setup.start();
+            for disk in &setup.disks {
+                agent.until_disk("rounds again", *disk, |info| info.scan_rounds > 1).await;
+            }
+            fire.store(false, Ordering::Relaxed);
+            writers.into_iter().for_each(|writer| writer.join().unwrap());
+            setup.settled(&agent).await;
+            assert!(setup.equal(), "{mode}");
+            agent.stop().await;
+        }
+    });
+}
+
+#[test]
+fn after_a_clean_stop_a_quiet_disk_goes_on_and_one_that_was_written_is_compared() {
+    let _machine = capture_lab::machine();
+    if !capture_lab::capable() {
+        return;
+    }
+    run(async {
+        let setup = Setup::new(1, "interval = \"1s\"");
+        let agent = setup.start();
+        agent.until_disk("a round", setup.disks[0], |info| info.scan_rounds > 0).await;
+        agent.stop().await;
+        let agent = setup.start();
+        let info = agent.until_disk("a round", setup.disks[0], |info| info.scan_rounds > 0).await;
+        assert!(info.read_bytes < MIB as u64, "nothing was read again: {info:?}");
+        agent.stop().await;
+
+        setup.write(0, 7 * MIB, &noise(4096, 5));
+        let agent = setup.start();
+        let info = agent.until_disk("a round", setup.disks[0], |info| info.scan_rounds > 0).await;
+        assert!(info.read_bytes >= SIZE as u64, "it was compared: {info:?}");
+        assert_eq!(info.plain_bytes_sent, 4096, "and only what differs was sent");
+        assert!(setup.equal());
+        agent.stop().await;
+    });
+}
