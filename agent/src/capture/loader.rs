@@ -210,3 +210,32 @@ pub(crate) fn refused(error: impl std::error::Error) -> CaptureError {
     };
     CaptureError::Refused { reason }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What an older kernel gets must pass a newer one's verifier too, so that it is known to load at all.
+    #[test]
+    fn every_variant_is_taken_by_this_kernel() {
+        if let Err(error) = check_machine() {
+            println!("SKIPPED: {error}");
+            return;
+        }
+        let place = Claim::take(super::super::pins::root().unwrap().join("agent-variants"), "variants").unwrap();
+        for variant in VARIANTS {
+            place.clear().unwrap();
+            let options =
+                LoadOptions { ring_bytes: 1 << 20, flights_max: 1024, hooks: false, only: Some(variant) };
+            let begun = std::time::Instant::now();
+            let (mut loaded, taken) =
+                load(&place, &options).unwrap_or_else(|error| panic!("{variant}: {error}"));
+            assert_eq!(taken, variant);
+            let types = kernel_types().unwrap();
+            let probe = program(&mut loaded, "on_probe").unwrap();
+            load_program(probe, "block_bio_queue", &types).unwrap_or_else(|error| panic!("{variant}: {error}"));
+            println!("{variant}: loaded in {:?}", begun.elapsed());
+        }
+        place.clear().unwrap();
+    }
+}
