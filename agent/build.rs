@@ -26,7 +26,17 @@ fn compile(object: &Path, more: &[&str]) -> Result<(), String> {
     let arch = std::env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
     let mut command = Command::new(&clang);
     // The third instruction set has the atomics. `-g` makes the BTF that fits the program to the kernel.
-    command.args(["-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]);
+    command.args([
+        "-target",
+        "bpf",
+        "-mcpu=v3",
+        "-O2",
+        "-g",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unused-parameter",
+    ]);
     // Debian keeps `asm/types.h` per architecture, which the BPF target does not know.
     let headers = PathBuf::from(format!("/usr/include/{arch}-linux-gnu"));
     if headers.is_dir() {

@@ -110,7 +110,8 @@ fn pairs_against_no_agent() {
             let (mut iops, mut p99) = (Vec::new(), Vec::new());
             for pair in 0..pairs {
                 let bare = || run(&device.path, arguments, seconds);
-                let captured = || with_capture(dir.path(), &device, data, || run(&device.path, arguments, seconds));
+                let captured =
+                    || with_capture(dir.path(), &device, data, || run(&device.path, arguments, seconds));
                 let (bare, captured) = if pair % 2 == 0 {
                     let first = bare();
                     (first, captured())
@@ -171,7 +172,11 @@ fn nanoseconds_per_event() {
                 let runs = after.runs - before.runs;
                 if runs > 0 {
                     let mean = (after.run_ns - before.run_ns) as f64 / runs as f64;
-                    line += &format!("; {} {mean:.0} ns × {runs}, skipped {}", after.name, after.skipped - before.skipped);
+                    line += &format!(
+                        "; {} {mean:.0} ns × {runs}, skipped {}",
+                        after.name,
+                        after.skipped - before.skipped
+                    );
                 }
             }
             println!("{line}; {:?}", capture.counts(slot));

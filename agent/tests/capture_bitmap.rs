@@ -36,7 +36,12 @@ fn assert_equal(capture: &mut Capture, slot: DiskSlot, device: &Path, copy: &Fil
     assert!(matches!(check.verdict, Verdict::Clean { .. }), "{check:?}");
     while harvest(capture, slot, &mut direct, copy) > 0 {}
     let different = differences(device, copy);
-    assert!(different.is_empty(), "{} blocks differ: {:?}", different.len(), &different[..different.len().min(20)]);
+    assert!(
+        different.is_empty(),
+        "{} blocks differ: {:?}",
+        different.len(),
+        &different[..different.len().min(20)]
+    );
 }
 
 fn under_fire(file_system: &str, scheduler: &str) {
@@ -94,11 +99,12 @@ fn overlapping_direct_writes_and_discards_of_the_bare_device_are_all_found() {
     if !capable() {
         return;
     }
-    for scheduler in ["none", "mq-deadline"] {
+    for (scheduler, plainest) in [("none", false), ("mq-deadline", false), ("mq-deadline", true)] {
         let (dir, seed) = (tempfile::tempdir().unwrap(), seed());
         let device = Loop::new(dir.path(), "disk", 96);
         device.queue("scheduler", scheduler);
-        let mut capture = capture("raw", dir.path());
+        let settings = CaptureSettings { plainest, ..CaptureSettings::new("raw", dir.path().to_owned()) };
+        let mut capture = Capture::start(&settings).unwrap();
         let (slot, _) = follow(&mut capture, &device);
         let mut load = fio_raw(&device.path, seed, 4, true);
         let copy = image(&device.path, &dir.path().join("copy"));

@@ -11,13 +11,19 @@ use reprotect_engine::error::{Answer, Severity};
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
     /// The kernel wants privileges.
-    #[error("capture needs root or the capabilities CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN; run the agent as a system service")]
+    #[error(
+        "capture needs root or the capabilities CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN; run the agent as a system service"
+    )]
     NotPermitted,
     /// The kernel is locked down.
-    #[error("the kernel is in lockdown mode `confidentiality`, which forbids eBPF programs to read kernel memory; boot with lockdown=integrity, or use mode `scan`")]
+    #[error(
+        "the kernel is in lockdown mode `confidentiality`, which forbids eBPF programs to read kernel memory; boot with lockdown=integrity, or use mode `scan`"
+    )]
     Lockdown,
     /// No type information.
-    #[error("the kernel has no type information (/sys/kernel/btf/vmlinux): {reason}; use a kernel built with CONFIG_DEBUG_INFO_BTF, or mode `scan`")]
+    #[error(
+        "the kernel has no type information (/sys/kernel/btf/vmlinux): {reason}; use a kernel built with CONFIG_DEBUG_INFO_BTF, or mode `scan`"
+    )]
     NoTypes {
         /// What was found instead.
         reason: String,
@@ -31,13 +37,17 @@ pub enum CaptureError {
         source: io::Error,
     },
     /// The kernel refuses a program.
-    #[error("the kernel does not take the capture program: {reason}; use mode `scan`, and report this with the kernel's version")]
+    #[error(
+        "the kernel does not take the capture program: {reason}; use mode `scan`, and report this with the kernel's version"
+    )]
     Refused {
         /// What the kernel said.
         reason: String,
     },
     /// The queue does not count.
-    #[error("{disk} does not count its I/O (queue/iostats is 0), so that misses could not be noticed; write 1 to /sys/block/{disk}/queue/iostats")]
+    #[error(
+        "{disk} does not count its I/O (queue/iostats is 0), so that misses could not be noticed; write 1 to /sys/block/{disk}/queue/iostats"
+    )]
     NotCounting {
         /// The disk.
         disk: String,
@@ -89,7 +99,9 @@ pub enum CaptureError {
         source: io::Error,
     },
     /// The data that the programs copy are not the data that were written.
-    #[error("the self-test of data capture failed: {reason}; points at every write are not available, `bitmap` is")]
+    #[error(
+        "the self-test of data capture failed: {reason}; points at every write are not available, `bitmap` is"
+    )]
     SelfTest {
         /// What was seen.
         reason: String,

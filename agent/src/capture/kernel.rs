@@ -4,7 +4,7 @@
 //! both ways are one; counters only grow and are summed over CPUs. Units: sectors, 64-bit words.
 //! Owned by `tracker`; read by `oracle` and `window`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapInfo};
@@ -12,8 +12,8 @@ use aya::programs::ProgramInfo;
 use aya::programs::links::PinnedLink;
 use rustix::thread::{MembarrierCommand, membarrier};
 
-use super::layout::{Control, Flight, GENERATION_SLOTS, Kind, Mode, ModeWord, Tally};
 use super::layout::{CONTROL_WORDS, DISKS_MAX, FLIGHTS_WORDS, TALLY_WORDS};
+use super::layout::{Control, Flight, GENERATION_SLOTS, Kind, Mode, ModeWord, Tally};
 use super::loader::{LoadOptions, MAPS, PROGRAMS, attach, link_pin, load, program};
 use super::mapped::Mapped;
 use super::pins::Claim;
@@ -77,8 +77,10 @@ impl Kernel {
             flights: mapped("flights", cpus * FLIGHTS_WORDS)?,
             tallies: mapped("tallies", cpus * DISKS_MAX * TALLY_WORDS)?,
             disks: HashMap::try_from(Map::HashMap(map("disks")?)).map_err(CaptureError::map("disks"))?,
-            inflight: HashMap::try_from(Map::HashMap(map("inflight")?)).map_err(CaptureError::map("inflight"))?,
-            dirty: ArrayOfMaps::try_from(Map::ArrayOfMaps(map("dirty")?)).map_err(CaptureError::map("dirty"))?,
+            inflight: HashMap::try_from(Map::HashMap(map("inflight")?))
+                .map_err(CaptureError::map("inflight"))?,
+            dirty: ArrayOfMaps::try_from(Map::ArrayOfMaps(map("dirty")?))
+                .map_err(CaptureError::map("dirty"))?,
             ring: map("ring")?,
             cpus,
             ids,
@@ -258,9 +260,9 @@ fn program_info(path: &Path) -> Result<ProgramInfo, CaptureError> {
 }
 
 fn same(
-    path: &PathBuf,
+    path: &Path,
     id: u32,
     ask: impl FnOnce(&Path) -> Result<u32, CaptureError>,
 ) -> Result<(), CaptureError> {
-    if ask(path)? == id { Ok(()) } else { Err(CaptureError::PinChanged { path: path.clone() }) }
+    if ask(path)? == id { Ok(()) } else { Err(CaptureError::PinChanged { path: path.to_owned() }) }
 }

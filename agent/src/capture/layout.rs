@@ -187,7 +187,9 @@ mod tests {
         assert_eq!(asserted("flights"), FLIGHTS_WORDS * 8);
         assert_eq!(asserted("tally"), TALLY_WORDS * 8);
         assert_eq!(asserted("flight"), size_of::<[u64; 4]>());
-        assert!(include_str!("../../bpf/capture.h").contains(&format!("#define RECORD_BYTES {RECORD_BYTES}")));
+        assert!(
+            include_str!("../../bpf/capture.h").contains(&format!("#define RECORD_BYTES {RECORD_BYTES}"))
+        );
         assert!(include_str!("../../bpf/capture.h").contains(&format!("#define DISKS_MAX {DISKS_MAX}")));
     }
 
@@ -198,11 +200,15 @@ mod tests {
         let mut at = 0;
         let mut places = std::collections::BTreeMap::new();
         for line in body.lines() {
-            let Some(declaration) = line.trim().strip_prefix("__u64 ").and_then(|rest| rest.split(';').next()) else {
+            let Some(declaration) =
+                line.trim().strip_prefix("__u64 ").and_then(|rest| rest.split(';').next())
+            else {
                 continue;
             };
             let (name, count) = match declaration.split_once('[') {
-                Some((name, count)) => (name, count.trim_end_matches(']').replace("KINDS", "8").parse().unwrap()),
+                Some((name, count)) => {
+                    (name, count.trim_end_matches(']').replace("KINDS", "8").parse().unwrap())
+                }
                 None => (declaration, 1),
             };
             places.insert(name.to_owned(), at);

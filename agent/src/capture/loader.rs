@@ -40,6 +40,12 @@ pub(crate) const VARIANTS: [Variant; 6] = [
     Variant { typed: false, loops: false, any_length: false },
 ];
 
+/// What the oldest supported kernels get.
+pub(crate) const fn plainest() -> Variant {
+    let [.., last] = VARIANTS;
+    last
+}
+
 impl std::fmt::Display for Variant {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(if self.typed { "typed" } else { "raw" })?;
@@ -222,7 +228,8 @@ mod tests {
             println!("SKIPPED: {error}");
             return;
         }
-        let place = Claim::take(super::super::pins::root().unwrap().join("agent-variants"), "variants").unwrap();
+        let place =
+            Claim::take(super::super::pins::root().unwrap().join("agent-variants"), "variants").unwrap();
         for variant in VARIANTS {
             place.clear().unwrap();
             let options =
@@ -233,7 +240,8 @@ mod tests {
             assert_eq!(taken, variant);
             let types = kernel_types().unwrap();
             let probe = program(&mut loaded, "on_probe").unwrap();
-            load_program(probe, "block_bio_queue", &types).unwrap_or_else(|error| panic!("{variant}: {error}"));
+            load_program(probe, "block_bio_queue", &types)
+                .unwrap_or_else(|error| panic!("{variant}: {error}"));
             println!("{variant}: loaded in {:?}", begun.elapsed());
         }
         place.clear().unwrap();

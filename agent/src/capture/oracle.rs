@@ -150,7 +150,8 @@ fn read(kernel: &Kernel, disk: &BlockDisk, slot: usize) -> Result<Reading, Captu
         written: kernel.tally(slot, Tally::StaleWritten, 0),
         discarded: kernel.tally(slot, Tally::StaleDiscarded, 0),
     };
-    let commands = |kind| kernel.kind_tally(slot, Tally::Done, kind) + kernel.kind_tally(slot, Tally::Ended, kind);
+    let commands =
+        |kind| kernel.kind_tally(slot, Tally::Done, kind) + kernel.kind_tally(slot, Tally::Ended, kind);
     // Submissions too: a kernel without loops counts operations here that are too long for it to mark.
     let zone = commands(Kind::Zone) + kernel.kind_tally(slot, Tally::Queued, Kind::Zone);
     let unranged = commands(Kind::Passthrough) + zone;
@@ -273,6 +274,9 @@ mod tests {
     #[test]
     fn a_vague_anchor_never_accuses() {
         let anchor = Anchor { written: Bounds { low: 90, high: 130 }, ..Anchor::exact(Account::default()) };
-        assert_eq!(judge(&anchor, &reading(120, 120, 0), Account::default()), Verdict::Clean { explained: 0 });
+        assert_eq!(
+            judge(&anchor, &reading(120, 120, 0), Account::default()),
+            Verdict::Clean { explained: 0 }
+        );
     }
 }

@@ -115,9 +115,9 @@ impl Ring {
             let bytes = u64::from(length & !(BUSY | DISCARDED));
             if length & DISCARDED == 0 {
                 let body = self.producer.settled((at + HEADER_BYTES) as usize, bytes as usize);
-                let record = body.and_then(decode).ok_or_else(|| CaptureError::Ring {
-                    reason: format!("{bytes} bytes at {position}"),
-                })?;
+                let record = body
+                    .and_then(decode)
+                    .ok_or_else(|| CaptureError::Ring { reason: format!("{bytes} bytes at {position}") })?;
                 take(record)?;
             }
             position += (HEADER_BYTES + bytes).next_multiple_of(8);
@@ -138,12 +138,10 @@ impl Ring {
 /// A record from its bytes. `None` for one that cannot be.
 fn decode(body: &[u8]) -> Option<Record<'_>> {
     let (head, data) = body.split_first_chunk::<RECORD_BYTES>()?;
-    let word = |at: usize| -> Option<u64> {
-        Some(u64::from_ne_bytes(head.get(at..at + 8)?.try_into().ok()?))
-    };
-    let half = |at: usize| -> Option<u32> {
-        Some(u32::from_ne_bytes(head.get(at..at + 4)?.try_into().ok()?))
-    };
+    let word =
+        |at: usize| -> Option<u64> { Some(u64::from_ne_bytes(head.get(at..at + 8)?.try_into().ok()?)) };
+    let half =
+        |at: usize| -> Option<u32> { Some(u32::from_ne_bytes(head.get(at..at + 4)?.try_into().ok()?)) };
     let (sector, sectors) = (word(0)?, u64::from(half(32)? >> 9));
     let slot = usize::from(u16::from_ne_bytes(head.get(40..42)?.try_into().ok()?));
     let kind = *head.get(42)?;

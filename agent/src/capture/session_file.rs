@@ -88,9 +88,9 @@ impl std::fmt::Display for CompareCause {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::FirstTime => f.write_str("the disk was not followed before"),
-            Self::NewBoot { stopped: true } => {
-                f.write_str("the machine was started since capture was stopped, and wrote before the agent ran")
-            }
+            Self::NewBoot { stopped: true } => f.write_str(
+                "the machine was started since capture was stopped, and wrote before the agent ran",
+            ),
             Self::NewBoot { stopped: false } => f.write_str("the machine went down without stopping capture"),
             Self::WrittenWhileStopped => f.write_str("the disk was written to while the agent was stopped"),
             Self::PinsChanged { what } => write!(f, "capture was interrupted: {what}"),
@@ -155,8 +155,7 @@ impl SessionStore {
     }
 
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), CaptureError> {
-        replace_file(&self.dir.join(name), bytes, Access::Private)
-            .map_err(|error| self.failed(name, error))
+        replace_file(&self.dir.join(name), bytes, Access::Private).map_err(|error| self.failed(name, error))
     }
 
     fn failed(&self, name: &str, error: DurableError) -> CaptureError {
@@ -168,7 +167,12 @@ impl SessionStore {
     }
 
     /// Saves a map.
-    pub(crate) fn store_map(&self, slot: usize, disk: SectorCount, words: &[u64]) -> Result<(), CaptureError> {
+    pub(crate) fn store_map(
+        &self,
+        slot: usize,
+        disk: SectorCount,
+        words: &[u64],
+    ) -> Result<(), CaptureError> {
         let mut bytes = Vec::with_capacity(words.len() * 8 + 48);
         bytes.extend_from_slice(&MAP_MAGIC);
         bytes.extend_from_slice(&disk.0.to_le_bytes());

@@ -60,7 +60,9 @@ impl BlockDisk {
             return Err(refused("it is a partition; name its whole disk"));
         }
         if dir.join("dm").exists() {
-            return Err(refused("it is a mapped device; name the disks below it, whose capture sees its writes too"));
+            return Err(refused(
+                "it is a mapped device; name the disks below it, whose capture sees its writes too",
+            ));
         }
         let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let disk = Self {

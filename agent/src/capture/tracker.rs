@@ -15,7 +15,7 @@ use reprotect_engine::units::{SectorCount, SectorRange, Timestamp};
 
 use super::kernel::Kernel;
 use super::layout::{Control, DISKS_MAX, Kind, ModeWord, Tally};
-use super::loader::{LoadOptions, check_machine};
+use super::loader::{self, LoadOptions, check_machine};
 use super::oracle::{self, Check};
 use super::pins::{self, Claim};
 use super::ring::Ring;
@@ -40,6 +40,8 @@ pub struct CaptureSettings {
     pub flights_max: u32,
     /// Whether events can be lost on purpose, for tests.
     pub test_hooks: bool,
+    /// Whether the programs for the oldest supported kernels are used on any, for tests.
+    pub plainest: bool,
 }
 
 impl CaptureSettings {
@@ -52,6 +54,7 @@ impl CaptureSettings {
             ring_bytes: 64 << 20,
             flights_max: 1 << 16,
             test_hooks: false,
+            plainest: false,
         }
     }
 }
@@ -79,8 +82,12 @@ pub struct DiskCounts {
     pub failed: u64,
     /// Writes for which the in-flight map had no place.
     pub full: u64,
+    /// Pieces of bios that requests were seen completing.
+    pub completed: u64,
     /// Writes copied into the ring.
     pub records: u64,
+    /// Their data, in bytes.
+    pub record_bytes: u64,
     /// Writes that should have been copied and were not.
     pub unrecorded: u64,
     /// Of these, those whose data could not be read.
@@ -130,7 +137,7 @@ impl Capture {
             ring_bytes: settings.ring_bytes,
             flights_max: settings.flights_max,
             hooks: settings.test_hooks,
-            only: None,
+            only: settings.plainest.then(loader::plainest),
         };
         let boot = boot_id()?;
         let before = store.load();
@@ -144,12 +151,21 @@ impl Capture {
                 Ok(kernel) => {
                     tracing::info!(place = %place.path().display(), "capture goes on with the programs that ran meanwhile");
                     let (session, left) = (session.clone(), session.disks.clone());
-                    return Self::over(place, root, store, kernel, session, (CompareCause::FirstTime, left), options);
+                    return Self::over(
+                        place,
+                        root,
+                        store,
+                        kernel,
+                        session,
+                        (CompareCause::FirstTime, left),
+                        options,
+                    );
                 }
                 Err(error) => (CompareCause::PinsChanged { what: error.to_string() }, Vec::new()),
             },
         };
-        let mut session = Session { version: VERSION, boot, pins: Vec::new(), stopped: false, disks: Vec::new() };
+        let mut session =
+            Session { version: VERSION, boot, pins: Vec::new(), stopped: false, disks: Vec::new() };
         let kernel = Kernel::begin(&place, &options, |kernel| {
             session.pins = kernel.ids().to_vec();
             // The maps of a clean stop stay valid until something is followed anew.
@@ -193,10 +209,15 @@ impl Capture {
     ///
     /// # Errors
     /// [`CaptureError::InUse`], [`CaptureError::TooMany`], or what the kernel refuses.
-    pub fn follow(&mut self, disk: BlockDisk, identity: &str) -> Result<(DiskSlot, Continuity), CaptureError> {
+    pub fn follow(
+        &mut self,
+        disk: BlockDisk,
+        identity: &str,
+    ) -> Result<(DiskSlot, Continuity), CaptureError> {
         disk.check_counting()?;
         let claim = Claim::disk(&self.root, &disk)?;
-        let before = self.left.iter().position(|known| known.identity == identity).map(|at| self.left.remove(at));
+        let before =
+            self.left.iter().position(|known| known.identity == identity).map(|at| self.left.remove(at));
         let cause = match before {
             None => self.fresh.clone(),
             Some(known) if !known.is(&disk, identity) || known.size_sectors > disk.size.0 => {
@@ -289,7 +310,12 @@ impl Capture {
         Ok((slot, Continuity::Continued { dirty_blocks }))
     }
 
-    fn follow_anew(&mut self, disk: BlockDisk, claim: Claim, identity: &str) -> Result<DiskSlot, CaptureError> {
+    fn follow_anew(
+        &mut self,
+        disk: BlockDisk,
+        claim: Claim,
+        identity: &str,
+    ) -> Result<DiskSlot, CaptureError> {
         let taken = |slot: &usize| {
             self.disks.iter().all(|tracked| tracked.slot != *slot)
                 && self.left.iter().all(|known| known.slot != *slot)
@@ -465,7 +491,11 @@ impl Capture {
     }
 
     /// As [`Self::reap`], of generations before `generation`, if the kernel shows no write in flight in time.
-    pub(crate) fn give_up_older(&mut self, generation: u64, patience: Duration) -> Result<bool, CaptureError> {
+    pub(crate) fn give_up_older(
+        &mut self,
+        generation: u64,
+        patience: Duration,
+    ) -> Result<bool, CaptureError> {
         if !self.await_quiet(patience)? {
             return Ok(false);
         }
@@ -555,7 +585,8 @@ impl Capture {
         };
         DiskCounts {
             submitted: kinds(Tally::Queued, &Kind::ALL),
-            written_sectors: kinds(Tally::DoneSectors, &Kind::WRITTEN) + kinds(Tally::EndedSectors, &Kind::WRITTEN),
+            written_sectors: kinds(Tally::DoneSectors, &Kind::WRITTEN)
+                + kinds(Tally::EndedSectors, &Kind::WRITTEN),
             discarded_sectors: kinds(Tally::DoneSectors, &[Kind::Discard])
                 + kinds(Tally::EndedSectors, &[Kind::Discard]),
             stale: one(Tally::Stale),
@@ -563,7 +594,9 @@ impl Capture {
             late: one(Tally::Late) + one(Tally::EndedLate),
             failed: one(Tally::Failed) + one(Tally::EndedFailed),
             full: one(Tally::Full),
+            completed: one(Tally::DoneBios),
             records: one(Tally::Records),
+            record_bytes: one(Tally::RecordBytes),
             unrecorded: one(Tally::Unrecorded),
             unreadable: one(Tally::Unmapped),
         }

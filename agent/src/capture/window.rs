@@ -89,7 +89,9 @@ pub enum WindowFailure {
     #[error("the ring overflowed: {0} writes were not recorded; read faster or enlarge the ring")]
     Dropped(u64),
     /// A write of before t0 does not end.
-    #[error("{writes} writes submitted before the window are still in flight after {waited:?}; the device is slow or hangs")]
+    #[error(
+        "{writes} writes submitted before the window are still in flight after {waited:?}; the device is slow or hangs"
+    )]
     NotDrained {
         /// How many.
         writes: u64,
@@ -128,9 +130,16 @@ impl Capture {
     ///
     /// # Errors
     /// When the kernel or the sink fails. Data capture is off then, and what was harvested is in its stretches.
-    pub fn window(&mut self, plan: &WindowPlan, sink: &mut dyn WindowSink) -> Result<WindowEnd, CaptureError> {
+    pub fn window(
+        &mut self,
+        plan: &WindowPlan,
+        sink: &mut dyn WindowSink,
+    ) -> Result<WindowEnd, CaptureError> {
         let Some((first, _)) = plan.disks.first() else {
-            return Err(CaptureError::Unsupported { disk: "no disk".into(), reason: "a window needs one".into() });
+            return Err(CaptureError::Unsupported {
+                disk: "no disk".into(),
+                reason: "a window needs one".into(),
+            });
         };
         self.prove_data(*first)?;
         let mut blocks = 0;
@@ -169,7 +178,12 @@ impl Capture {
         Ok(blocks)
     }
 
-    fn take_records(&self, sink: &mut dyn WindowSink, until: u64, records: &mut u64) -> Result<bool, CaptureError> {
+    fn take_records(
+        &self,
+        sink: &mut dyn WindowSink,
+        until: u64,
+        records: &mut u64,
+    ) -> Result<bool, CaptureError> {
         let drained = self.drain::<CaptureError>(until, |record| {
             sink.record(&record)?;
             *records += 1;

@@ -31,7 +31,13 @@ pub fn machine() -> MutexGuard<'static, ()> {
 /// Whether capture can be tested here; says why not.
 pub fn capable() -> bool {
     for program in ["losetup", "mkfs.ext4", "mkfs.xfs", "fio"] {
-        if !Command::new("sh").args(["-c", &format!("command -v {program}")]).output().unwrap().status.success() {
+        if !Command::new("sh")
+            .args(["-c", &format!("command -v {program}")])
+            .output()
+            .unwrap()
+            .status
+            .success()
+        {
             println!("SKIPPED: {program} is missing");
             return false;
         }
@@ -303,7 +309,8 @@ pub fn until(what: &str, mut so: impl FnMut() -> bool) {
 
 /// A capture of its own.
 pub fn capture(instance: &str, dir: &Path) -> Capture {
-    Capture::start(&CaptureSettings { test_hooks: true, ..CaptureSettings::new(instance, dir.to_owned()) }).unwrap()
+    Capture::start(&CaptureSettings { test_hooks: true, ..CaptureSettings::new(instance, dir.to_owned()) })
+        .unwrap()
 }
 
 /// A device in memory whose writes take their time. Its reads do not overtake them on the way through the loop device, so who
