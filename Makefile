@@ -8,7 +8,7 @@ export SIZE_MIB APPLY_MIB EXTENTS GROW SIZE TARGET TARGETS RELAY KEEP SEED FILL 
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test delta-test points-test failback-test export-test scrub-test ordered-test crash flips bench-sync bench-journal sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test delta-test points-test failback-test export-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,12 @@ delta-test: build ## an existing target, a share of its blocks changed: [SIZE=8G
 bench-sync: setup ## speed and cost of the initial sync, release build: [SIZE=8G] [FILL=50] [ROUNDS=3] [CASES="direct, -1;relayed, -1"]
 	$(CARGO) build --release --workspace --bins
 	@REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_sync.py
+
+bench-capture: setup ## cost of live capture, release build, as root: [PAIRS=30] [SECONDS=3]
+	PAIRS=$(PAIRS) SECONDS=$(SECONDS) $(CARGO) test --release -p reprotect-agent --test capture_bench -- --ignored --nocapture --test-threads=1
+
+capture-stress: setup ## equality under fire, many runs per mode, as root: [RUNS=50]
+	RUNS=$(or $(RUNS),50) $(SCRIPTS)/capture_stress.sh
 
 bench-journal: setup ## speed and cost of the retention journal, release build: [DIR=target/bench-journal] [PARTS="commit apply"] [SIZE_MIB=2048] [APPLY_MIB=192] [EXTENTS=10000000] [GROW=300000]
 	$(CARGO) build --release -p reprotect-benches --bin bench_journal

@@ -24,6 +24,7 @@
 
 #define EEXIST 17
 #define REQ_OP_MASK 0xff
+#define LONG_WORDS_MAX 1024
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";
 
@@ -173,6 +174,27 @@ static long mark_whole_word(__u32 index, struct run *run)
     return 0;
 }
 
+/* Words between the first and the last of a long run. A function of its own, so that the verifier walks its loop once and
+ * not at every call. */
+__attribute__((noinline)) int mark_words(__u32 slot, __u32 first_word, __u32 count)
+{
+    if (WITH_LOOP) {
+        struct run run = {.slot = slot, .first_word = first_word};
+        bpf_loop(count, mark_whole_word, &run, 0);
+        return 0;
+    }
+    void *map = bpf_map_lookup_elem(&dirty, &slot);
+    if (!map)
+        return 0;
+    /* At most 256 MiB without bpf_loop; what is longer is told by the return value. */
+    for (__u32 index = 0; index < LONG_WORDS_MAX; index++) {
+        if (index >= count)
+            return 0;
+        mark_word(map, first_word + index, ~0ULL);
+    }
+    return count > LONG_WORDS_MAX;
+}
+
 /* Marks every block that [sector, sector + bytes) touches. */
 static __always_inline void mark(__u32 slot, __u64 sector, __u32 bytes)
 {
@@ -189,15 +211,11 @@ static __always_inline void mark(__u32 slot, __u64 sector, __u32 bytes)
     }
     mark_word(map, first_word, head);
     mark_word(map, last_word, tail);
-    if (last_word - first_word > 1) {
-        struct run run = {.slot = slot, .first_word = first_word + 1};
-        if (WITH_LOOP) {
-            bpf_loop(last_word - first_word - 1, mark_whole_word, &run, 0);
-        } else {
-            /* At most 32 MiB without bpf_loop; longer operations are split by the loader's refusal of such disks. */
-            for (__u32 index = 0; index < 128 && index < last_word - first_word - 1; index++)
-                mark_word(map, run.first_word + index, ~0ULL);
-        }
+    if (last_word - first_word > 1 && mark_words(slot, first_word + 1, last_word - first_word - 1)) {
+        /* Longer than the loop: the oracle's reader is told by the counter of operations without a range. */
+        struct tally *tally = my_tally(slot & (DISKS_MAX - 1));
+        if (tally)
+            tally->queued[KIND_ZONE]++;
     }
 }
 
@@ -357,6 +375,15 @@ static __always_inline void bio_done(struct walk *walk, __u64 bio, __u64 private
     mine->done[generation & (GENERATION_SLOTS - 1)]++;
 }
 
+/* The same as a function of its own, for the loop over further bios: its arguments are numbers, so that the verifier looks at
+ * it once. */
+__attribute__((noinline)) int further_bio_done(__u64 bio, __u64 private, __u64 sector, __u32 bytes, __u64 place)
+{
+    struct walk walk = {.slot = place & (DISKS_MAX - 1), .failed = place >> 32};
+    bio_done(&walk, bio, private, sector, bytes);
+    return 0;
+}
+
 static long next_bio(__u32 index, struct walk *walk)
 {
     struct bio *bio = (struct bio *)walk->bio;
@@ -369,7 +396,7 @@ static long next_bio(__u32 index, struct walk *walk)
     walk->bio = (__u64)PROBE(bio->bi_next);
     walk->left -= bytes;
     if (bytes)
-        bio_done(walk, (__u64)bio, private, sector, bytes);
+        further_bio_done((__u64)bio, private, sector, bytes, walk->slot | (__u64)walk->failed << 32);
     return 0;
 }
 
@@ -411,8 +438,10 @@ int on_request(__u64 *ctx)
     __u32 size = GET(bio->bi_iter.bi_size);
     __u32 bytes = size < walk.left ? size : walk.left;
     __u64 private = (__u64)GET(bio->bi_private), sector = GET(bio->bi_iter.bi_sector);
-    walk.bio = (__u64)GET(bio->bi_next);
     walk.left -= bytes;
+    /* A number, not a pointer that the verifier follows. */
+    if (walk.left)
+        walk.bio = (__u64)PROBE(bio->bi_next);
     if (bytes)
         bio_done(&walk, (__u64)bio, private, sector, bytes);
     if (walk.left && walk.bio) {

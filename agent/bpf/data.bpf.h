@@ -61,6 +61,10 @@ struct copying {
     __u64 from;  /* address of the vec's data */
     __u32 length; /* of the vec */
     __u32 failed;
+    /* What a record of a piece says; not used where a record holds a whole bio. */
+    struct flight flight;
+    __u64 word;
+    __u64 flags;
 };
 
 struct {
@@ -135,7 +139,7 @@ static long next_slice(__u32 index, struct bpf_dynptr *out)
     struct copying *copy = bpf_map_lookup_elem(&copying, &zero);
     if (!ctl || !copy)
         return 1;
-    return copy_slice(ctl, copy, out);
+    return copy_slice(ctl, copy, out) ? 1 : 0;
 }
 
 static __always_inline void record_large(struct control *ctl, struct tally *tally, struct copying *copy,
@@ -172,15 +176,13 @@ static __always_inline void record_large(struct control *ctl, struct tally *tall
 /* Without records of any length, pieces of 4 KiB follow one another. A bio that does not get all its records counts as
  * dropped; its pieces are then newer than the disk at that place for a moment, as any write in flight is. */
 
-struct piecewise {
-    struct flight flight;
-    __u64 word;
-    __u64 flags;
-};
-
-static __always_inline int copy_piece(struct control *ctl, struct copying *copy, struct piecewise *whole)
+/* One piece; 0 while there is more. A function of its own, so that the verifier looks at it once. */
+__attribute__((noinline)) int copy_piece(__u32 index)
 {
-    if (!copy->left)
+    __u32 zero = 0;
+    struct control *ctl = the_control();
+    struct copying *copy = bpf_map_lookup_elem(&copying, &zero);
+    if (!ctl || !copy || !copy->left)
         return 1;
     struct small_record *out = bpf_ringbuf_reserve(&ring, sizeof(*out), 0);
     if (!out) {
@@ -195,8 +197,8 @@ static __always_inline int copy_piece(struct control *ctl, struct copying *copy,
         copy->failed = 1;
         return 1;
     }
-    fill_head(&out->head, ctl, &whole->flight, whole->word, whole->flags);
-    out->head.sector = whole->flight.sector + (copy->at >> 9);
+    fill_head(&out->head, ctl, &copy->flight, copy->word, copy->flags);
+    out->head.sector = copy->flight.sector + (copy->at >> 9);
     out->head.bytes = piece;
     out->head.data_bytes = piece;
     /* A piece that begins or ends inside a sector cannot be written alone. */
@@ -204,28 +206,25 @@ static __always_inline int copy_piece(struct control *ctl, struct copying *copy,
         copy->failed = 1;
     bpf_ringbuf_submit(out, BPF_RB_NO_WAKEUP);
     advance(ctl, copy, piece);
-    return copy->failed;
+    return copy->failed ? 1 : 0;
 }
 
-static long next_piece_record(__u32 index, struct piecewise *whole)
+static long next_piece_record(__u32 index, void *unused)
 {
-    __u32 zero = 0;
-    struct control *ctl = the_control();
-    struct copying *copy = bpf_map_lookup_elem(&copying, &zero);
-    if (!ctl || !copy)
-        return 1;
-    return copy_piece(ctl, copy, whole);
+    return copy_piece(index) ? 1 : 0;
 }
 
 static __always_inline void record_pieces(struct control *ctl, struct tally *tally, struct copying *copy,
                                           struct flight *flight, __u64 word, __u8 flags)
 {
-    struct piecewise whole = {.flight = *flight, .word = word, .flags = flags};
+    copy->flight = *flight;
+    copy->word = word;
+    copy->flags = flags;
     if (WITH_LOOP) {
-        bpf_loop(4 * (LARGE_BYTES_MAX / SMALL_BYTES), next_piece_record, &whole, 0);
+        bpf_loop(1 << 14, next_piece_record, 0, 0);
     } else {
-        for (__u32 index = 0; index < 64; index++)
-            if (copy_piece(ctl, copy, &whole))
+        for (__u32 index = 0; index < 512; index++)
+            if (copy_piece(index))
                 break;
     }
     if (copy->failed || copy->left) {

@@ -99,11 +99,12 @@ fn overlapping_direct_writes_and_discards_of_the_bare_device_are_all_found() {
     if !capable() {
         return;
     }
-    for scheduler in ["none", "mq-deadline"] {
+    for (scheduler, plainest) in [("none", false), ("mq-deadline", false), ("mq-deadline", true)] {
         let (dir, seed) = (tempfile::tempdir().unwrap(), seed());
         let device = Loop::new(dir.path(), "disk", 96);
         device.queue("scheduler", scheduler);
-        let mut capture = capture("raw", dir.path());
+        let settings = CaptureSettings { plainest, ..CaptureSettings::new("raw", dir.path().to_owned()) };
+        let mut capture = Capture::start(&settings).unwrap();
         let (slot, _) = follow(&mut capture, &device);
         let mut load = fio_raw(&device.path, seed, 4, true);
         let copy = image(&device.path, &dir.path().join("copy"));

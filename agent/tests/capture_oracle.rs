@@ -10,7 +10,9 @@ use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use capture_lab::{Direct, Loop, PATIENCE, Running, capable, capture, differences, image, machine, run, until};
+use capture_lab::{
+    Direct, Loop, PATIENCE, Running, capable, capture, differences, image, machine, run, until,
+};
 use reprotect_agent::capture::{
     Capture, CaptureError, CompareCause, Continuity, DiskSlot, Kind, Loss, Record, Verdict, WindowEnd,
     WindowFailure, WindowPlan, WindowSink,
@@ -243,7 +245,9 @@ fn pins_that_were_removed_or_replaced_are_noticed_at_once_and_at_the_next_start(
         drop(first);
         let mut second = capture("pins", dir.path());
         let (_, continuity) = second.follow(device.disk(), "x").unwrap();
-        let Continuity::Compare(CompareCause::PinsChanged { what }) = continuity else { panic!("{continuity:?}") };
+        let Continuity::Compare(CompareCause::PinsChanged { what }) = continuity else {
+            panic!("{continuity:?}")
+        };
         assert!(what.contains(pin), "{what}");
         second.stop().unwrap();
     }
@@ -280,7 +284,9 @@ fn a_write_is_seen_where_it_lands_whatever_partition_it_was_made_through() {
     let dir = tempfile::tempdir().unwrap();
     let device = Loop::new(dir.path(), "disk", 64);
     let path = device.path.to_str().unwrap();
-    let script = format!("echo 'start=40960, size=40960' | sfdisk -q --no-reread --no-tell-kernel {path} && partx -a {path}");
+    let script = format!(
+        "echo 'start=40960, size=40960' | sfdisk -q --no-reread --no-tell-kernel {path} && partx -a {path}"
+    );
     run("sh", &["-c", &script]);
     let mut capture = capture("partition", dir.path());
     let (slot, _) = capture.follow(device.disk(), "x").unwrap();

@@ -9,6 +9,7 @@ declare -A packages=(
     [mke2fs]=e2fsprogs [mkfs.xfs]=xfsprogs [mkfs.btrfs]=btrfs-progs [mkfs.vfat]=dosfstools [qemu-img]=qemu-utils [losetup]=mount [mount]=mount [sfdisk]=fdisk
     [blockdev]=util-linux [swapon]=mount [python3]=python3 [cc]=gcc [make]=make [cmp]=diffutils [debugfs]=e2fsprogs
     [pkg-config]=pkg-config [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [nbdfuse]=libnbd-bin [mkfs.ext4]=e2fsprogs [qemu-io]=qemu-utils [fio]=fio
+    [clang]=clang [nbdkit]=nbdkit [partx]=util-linux [blkdiscard]=util-linux
 )
 missing=()
 for program in "${!packages[@]}"; do
@@ -28,6 +29,9 @@ if command -v cc >/dev/null && ! echo '#include <stdlib.h>' | cc -E - >/dev/null
 elif ! command -v cc >/dev/null; then
     missing+=(libc6-dev)
 fi
+# What the capture programs are compiled with: helpers, and the kernel's own headers.
+[ -e /usr/include/bpf/bpf_helpers.h ] || missing+=(libbpf-dev)
+[ -e /usr/include/linux/bpf.h ] || missing+=(linux-libc-dev)
 if ! command -v cargo >/dev/null; then
     echo "setup: cargo is missing; install Rust from https://rustup.rs" >&2
     exit 1

@@ -4,7 +4,7 @@
 //! both ways are one; counters only grow and are summed over CPUs. Units: sectors, 64-bit words.
 //! Owned by `tracker`; read by `oracle` and `window`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapInfo};
@@ -260,9 +260,9 @@ fn program_info(path: &Path) -> Result<ProgramInfo, CaptureError> {
 }
 
 fn same(
-    path: &PathBuf,
+    path: &Path,
     id: u32,
     ask: impl FnOnce(&Path) -> Result<u32, CaptureError>,
 ) -> Result<(), CaptureError> {
-    if ask(path)? == id { Ok(()) } else { Err(CaptureError::PinChanged { path: path.clone() }) }
+    if ask(path)? == id { Ok(()) } else { Err(CaptureError::PinChanged { path: path.to_owned() }) }
 }

@@ -40,6 +40,12 @@ pub(crate) const VARIANTS: [Variant; 6] = [
     Variant { typed: false, loops: false, any_length: false },
 ];
 
+/// What the oldest supported kernels get.
+pub(crate) const fn plainest() -> Variant {
+    let [.., last] = VARIANTS;
+    last
+}
+
 impl std::fmt::Display for Variant {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(if self.typed { "typed" } else { "raw" })?;
@@ -209,4 +215,35 @@ pub(crate) fn refused(error: impl std::error::Error) -> CaptureError {
         None => reason,
     };
     CaptureError::Refused { reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What an older kernel gets must pass a newer one's verifier too, so that it is known to load at all.
+    #[test]
+    fn every_variant_is_taken_by_this_kernel() {
+        if let Err(error) = check_machine() {
+            println!("SKIPPED: {error}");
+            return;
+        }
+        let place =
+            Claim::take(super::super::pins::root().unwrap().join("agent-variants"), "variants").unwrap();
+        for variant in VARIANTS {
+            place.clear().unwrap();
+            let options =
+                LoadOptions { ring_bytes: 1 << 20, flights_max: 1024, hooks: false, only: Some(variant) };
+            let begun = std::time::Instant::now();
+            let (mut loaded, taken) =
+                load(&place, &options).unwrap_or_else(|error| panic!("{variant}: {error}"));
+            assert_eq!(taken, variant);
+            let types = kernel_types().unwrap();
+            let probe = program(&mut loaded, "on_probe").unwrap();
+            load_program(probe, "block_bio_queue", &types)
+                .unwrap_or_else(|error| panic!("{variant}: {error}"));
+            println!("{variant}: loaded in {:?}", begun.elapsed());
+        }
+        place.clear().unwrap();
+    }
 }

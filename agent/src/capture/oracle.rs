@@ -152,7 +152,9 @@ fn read(kernel: &Kernel, disk: &BlockDisk, slot: usize) -> Result<Reading, Captu
     };
     let commands =
         |kind| kernel.kind_tally(slot, Tally::Done, kind) + kernel.kind_tally(slot, Tally::Ended, kind);
-    let unranged = commands(Kind::Passthrough) + commands(Kind::Zone);
+    // Submissions too: a kernel without loops counts operations here that are too long for it to mark.
+    let zone = commands(Kind::Zone) + kernel.kind_tally(slot, Tally::Queued, Kind::Zone);
+    let unranged = commands(Kind::Passthrough) + zone;
     Ok(Reading { written, discarded, stale, unranged })
 }
 

@@ -89,7 +89,9 @@ pub(crate) fn prove(
 ) -> Result<(), CaptureError> {
     let types = loader::kernel_types()?;
     let mut refusal = None;
-    for variant in loader::VARIANTS {
+    for variant in
+        loader::VARIANTS.into_iter().filter(|variant| options.only.is_none_or(|only| only == *variant))
+    {
         match attach_probe(place, options, variant, &types) {
             Ok((_loaded, _link)) => return prove_attached(kernel, ring, disk),
             Err(error) => refusal = Some(error),
@@ -164,7 +166,7 @@ fn guesses(kernel: &Kernel) -> Result<Vec<u64>, CaptureError> {
     if page == 0 || description == 0 {
         return Err(CaptureError::SelfTest { reason: "the probe did not run".into() });
     }
-    if page_bytes % description != 0 {
+    if !page_bytes.is_multiple_of(description) {
         return Err(CaptureError::SelfTest {
             reason: format!("a page's description has {description} bytes, which does not divide a page"),
         });

@@ -15,7 +15,7 @@ use reprotect_engine::units::{SectorCount, SectorRange, Timestamp};
 
 use super::kernel::Kernel;
 use super::layout::{Control, DISKS_MAX, Kind, ModeWord, Tally};
-use super::loader::{LoadOptions, check_machine};
+use super::loader::{self, LoadOptions, check_machine};
 use super::oracle::{self, Check};
 use super::pins::{self, Claim};
 use super::ring::Ring;
@@ -40,6 +40,8 @@ pub struct CaptureSettings {
     pub flights_max: u32,
     /// Whether events can be lost on purpose, for tests.
     pub test_hooks: bool,
+    /// Whether the programs for the oldest supported kernels are used on any, for tests.
+    pub plainest: bool,
 }
 
 impl CaptureSettings {
@@ -52,6 +54,7 @@ impl CaptureSettings {
             ring_bytes: 64 << 20,
             flights_max: 1 << 16,
             test_hooks: false,
+            plainest: false,
         }
     }
 }
@@ -87,8 +90,12 @@ pub struct DiskCounts {
     pub failed: u64,
     /// Writes for which the in-flight map had no place.
     pub full: u64,
+    /// Pieces of bios that requests were seen completing.
+    pub completed: u64,
     /// Writes copied into the ring.
     pub records: u64,
+    /// Their data, in bytes.
+    pub record_bytes: u64,
     /// Writes that should have been copied and were not.
     pub unrecorded: u64,
     /// Of these, those whose data could not be read.
@@ -138,7 +145,7 @@ impl Capture {
             ring_bytes: settings.ring_bytes,
             flights_max: settings.flights_max,
             hooks: settings.test_hooks,
-            only: None,
+            only: settings.plainest.then(loader::plainest),
         };
         let boot = boot_id()?;
         let before = store.load();
@@ -595,7 +602,9 @@ impl Capture {
             late: one(Tally::Late) + one(Tally::EndedLate),
             failed: one(Tally::Failed) + one(Tally::EndedFailed),
             full: one(Tally::Full),
+            completed: one(Tally::DoneBios),
             records: one(Tally::Records),
+            record_bytes: one(Tally::RecordBytes),
             unrecorded: one(Tally::Unrecorded),
             unreadable: one(Tally::Unmapped),
         }
