@@ -510,9 +510,7 @@ impl Capture {
     }
 
     fn reap_older(&mut self, generation: u64) -> Result<Vec<(usize, Account)>, CaptureError> {
-        let before = self.kernel.get(Control::ReapedBelow);
-        self.kernel.set(Control::ReapedBelow, generation);
-        self.kernel.settle()?;
+        let before = self.kernel.give_up_before(generation)?;
         let mut found: Vec<(usize, Account)> = Vec::new();
         for (key, flight) in self.kernel.flights() {
             if flight.generation >= generation {
