@@ -370,6 +370,7 @@ impl Capture {
     /// # Errors
     /// What the kernel refuses.
     pub fn open_stretch(&mut self, slot: DiskSlot) -> Result<Option<Stretch>, CaptureError> {
+        self.see_quiet()?;
         let tracked =
             self.disks.iter_mut().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))?;
         tracked.open_stretch(&self.place)
@@ -445,6 +446,7 @@ impl Capture {
     pub fn check(&mut self, slot: DiskSlot, patience: Duration) -> Result<Check, CaptureError> {
         self.kernel.check_links(&self.place)?;
         self.tracked(slot)?.disk.check_counting()?;
+        self.see_quiet()?;
         let now = wall_clock();
         let first = self.check_once(slot, now)?;
         if !matches!(first.verdict, Verdict::Short { .. }) {
