@@ -47,6 +47,8 @@ struct control {
     __u64 probe_page;
     __u64 probe_task;
     __u64 probe_page_bytes; /* sizeof(struct page) */
+    /* The agent's own: entries given up, by generation, so that their place in the counters can be used again. */
+    __u64 written_off[GENERATION_SLOTS];
 };
 
 /* Writes of each generation, one per CPU. Each field has one writing program, so plain additions do. */
@@ -110,7 +112,7 @@ struct record {
 #define RECORD_FUA 1
 #define RECORD_PROBE 2
 
-_Static_assert(sizeof(struct control) == 96, "control");
+_Static_assert(sizeof(struct control) == 224, "control");
 _Static_assert(sizeof(struct flights) == 512, "flights");
 _Static_assert(sizeof(struct tally) == 448, "tally");
 _Static_assert(sizeof(struct flight) == 32, "flight");

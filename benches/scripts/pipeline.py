@@ -66,6 +66,9 @@ class Pipeline:
             relay.start_and_wait()
             upstream = self.relay_port
         config = {"upstream": [f"127.0.0.1:{upstream}"], **self.configs[AGENT]}
+        if "scan_interval" in config:
+            # The script is about rounds that read everything, whether the disk could be followed or not.
+            config.setdefault("capture", {"mode": "scan"})
         agent = self.lab.add(AGENT, {**config, "disks": {"include": [self.source]}})
         offered = agent.command("disks")["disks"]
         others = [disk["path"] for disk in offered if disk["verdict"]["selected"] and disk["path"] != self.source]

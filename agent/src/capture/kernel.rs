@@ -12,7 +12,7 @@ use aya::programs::ProgramInfo;
 use aya::programs::links::PinnedLink;
 use rustix::thread::{MembarrierCommand, membarrier};
 
-use super::layout::{CONTROL_WORDS, DISKS_MAX, FLIGHTS_WORDS, TALLY_WORDS};
+use super::layout::{CONTROL_WORDS, DISKS_MAX, FLIGHTS_WORDS, TALLY_WORDS, WRITTEN_OFF};
 use super::layout::{Control, Flight, GENERATION_SLOTS, Kind, Mode, ModeWord, Tally};
 use super::loader::{LoadOptions, MAPS, PROGRAMS, attach, link_pin, load, program};
 use super::mapped::Mapped;
@@ -164,9 +164,29 @@ impl Kernel {
         let mut sum = 0_u64;
         let oldest = reaped_below.max(generation.saturating_sub(GENERATION_SLOTS as u64 - 1));
         for older in oldest..generation {
-            sum += in_flight_of(words, self.cpus, older);
+            let written_off = self.written_off(older).load(Ordering::SeqCst);
+            sum = sum.wrapping_add(in_flight_of(words, self.cpus, older).wrapping_sub(written_off));
         }
         sum
+    }
+
+    fn written_off(&self, generation: u64) -> &AtomicU64 {
+        &self.control.words()[WRITTEN_OFF + (generation % GENERATION_SLOTS as u64) as usize]
+    }
+
+    /// Gives up every entry older than `generation`; answers from which generation on entries had not been given up before.
+    /// From then on programs credit nothing to those generations, so that what is missing in their counters stays as it is
+    /// and is remembered: the counters are used again by later generations.
+    pub(crate) fn give_up_before(&self, generation: u64) -> Result<u64, CaptureError> {
+        let before = self.get(Control::ReapedBelow);
+        self.set(Control::ReapedBelow, generation);
+        self.settle()?;
+        let oldest = before.max(generation.saturating_sub(GENERATION_SLOTS as u64 - 1));
+        for older in oldest..generation {
+            let missing = in_flight_of(self.flights.words(), self.cpus, older);
+            self.written_off(older).store(missing, Ordering::SeqCst);
+        }
+        Ok(before)
     }
 
     /// A counter of a disk, over all CPUs.

@@ -10,7 +10,9 @@ pub const DISKS_MAX: usize = 64;
 /// Places for counters of generations; a generation uses the one of its number modulo this.
 pub(crate) const GENERATION_SLOTS: usize = 16;
 /// Words of the control value.
-pub(crate) const CONTROL_WORDS: usize = 12;
+pub(crate) const CONTROL_WORDS: usize = WRITTEN_OFF + GENERATION_SLOTS;
+/// Where the counts of entries that were given up begin in it.
+pub(crate) const WRITTEN_OFF: usize = 12;
 /// Words of one CPU's generation counters.
 pub(crate) const FLIGHTS_WORDS: usize = 4 * GENERATION_SLOTS;
 /// Words of one CPU's counters of one disk.

@@ -378,6 +378,7 @@ impl Capture {
     /// # Errors
     /// What the kernel refuses.
     pub fn open_stretch(&mut self, slot: DiskSlot) -> Result<Option<Stretch>, CaptureError> {
+        self.see_quiet()?;
         let tracked =
             self.disks.iter_mut().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))?;
         tracked.open_stretch(&self.place)
@@ -453,6 +454,7 @@ impl Capture {
     pub fn check(&mut self, slot: DiskSlot, patience: Duration) -> Result<Check, CaptureError> {
         self.kernel.check_links(&self.place)?;
         self.tracked(slot)?.disk.check_counting()?;
+        self.see_quiet()?;
         let now = wall_clock();
         let first = self.check_once(slot, now)?;
         if !matches!(first.verdict, Verdict::Short { .. }) {
@@ -518,9 +520,7 @@ impl Capture {
     }
 
     fn reap_older(&mut self, generation: u64) -> Result<Vec<(usize, Account)>, CaptureError> {
-        let before = self.kernel.get(Control::ReapedBelow);
-        self.kernel.set(Control::ReapedBelow, generation);
-        self.kernel.settle()?;
+        let before = self.kernel.give_up_before(generation)?;
         let mut found: Vec<(usize, Account)> = Vec::new();
         for (key, flight) in self.kernel.flights() {
             if flight.generation >= generation {

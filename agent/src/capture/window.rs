@@ -167,6 +167,8 @@ impl Capture {
 
     /// Harvests every disk into its stretch and reads what was found. Answers the blocks.
     fn round(&mut self, plan: &WindowPlan, sink: &mut dyn WindowSink) -> Result<u64, CaptureError> {
+        // A look costs little, and the first window is not held up by it if one of many has found the disks quiet.
+        self.see_quiet()?;
         let mut blocks = 0;
         for (slot, stretch) in &plan.disks {
             let found = self.harvest(*slot, *stretch)?;

@@ -1,0 +1,180 @@
+#!/usr/bin/env python3
+"""Live capture from end to end: a mounted ext4 with a database and an ordered writer, protected while it is written to.
+
+Environment: SIZE (1G), POINTS (20), RELAY (1), SEED (random, printed), KEEP. Asserted: the disk is followed, not
+scanned; points come every second and are crash-consistent; of each point that is judged, ext4 replays its journal and
+`e2fsck -fn` then finds nothing, SQLite's `integrity_check` is ok and holds no less than the point before, and the
+ordered writer (A, fsync, B, fsync) never shows B without A; an agent that was killed goes on from what the kernel
+remembered, without a compare; when the writers have stopped the newest point is the disk, byte for byte. Called by
+`make capture-test`, and small by the suite.
+"""
+
+import os
+import random
+import sqlite3
+import struct
+import sys
+import threading
+import time
+
+from lab import AGENT, LabError, is_root, run, wait_for
+from pipeline import Pipeline
+from runner import main, mib, say, seed_setting, setting, size_setting, skipped
+
+RECORD = struct.Struct("<QQ")
+
+
+class OrderedWriter(threading.Thread):
+    """Writes each number to A, makes it durable, and only then to B."""
+
+    def __init__(self, folder):
+        super().__init__(daemon=True)
+        self.folder, self.going, self.count = folder, True, 0
+
+    def run(self):
+        with open(self.folder / "a", "wb", buffering=0) as a, open(self.folder / "b", "wb", buffering=0) as b:
+            while self.going:
+                self.count += 1
+                for file in (a, b):
+                    # Somewhere else each time, so that the two files' blocks are far apart on the disk.
+                    file.seek(self.count % 4096 * 4096)
+                    file.write(RECORD.pack(self.count, ~self.count & (1 << 64) - 1))
+                    os.fsync(file.fileno())
+
+
+class DatabaseWriter(threading.Thread):
+    """Commits rows of random size."""
+
+    def __init__(self, path, seed):
+        super().__init__(daemon=True)
+        self.path, self.going, self.rng = path, True, random.Random(seed)
+
+    def run(self):
+        with sqlite3.connect(self.path) as database:
+            database.execute("pragma journal_mode = wal")
+            database.execute("create table rows (number integer primary key, value blob)")
+            while self.going:
+                for _ in range(self.rng.randrange(1, 20)):
+                    database.execute("insert into rows (value) values (?)", (self.rng.randbytes(self.rng.randrange(9000)),))
+                database.commit()
+                database.execute("delete from rows where number < (select max(number) from rows) - 3000")
+                database.commit()
+                time.sleep(0.01)
+
+
+def newest(path):
+    """The newest number in a file of the ordered writer; a torn or foreign record is an error."""
+    best = 0
+    with open(path, "rb") as file:
+        while block := file.read(4096):
+            number, check = RECORD.unpack_from(block.ljust(RECORD.size, b"\0"))
+            if (number, check) != (0, 0):
+                if check != ~number & (1 << 64) - 1:
+                    raise LabError(f"{path}: a record of {number} is torn")
+                best = max(best, number)
+    return best
+
+
+def judge(lab, image, at):
+    """What a point shows; answers what its writers had done. ext4 replays its journal when it is mounted."""
+    device = lab.loop(image)
+    lab.mount(device, at.name)
+    try:
+        done = (newest(at / "a"), newest(at / "b"))
+        if not done[0] - 1 <= done[1] <= done[0]:
+            raise LabError(f"A holds {done[0]} and B {done[1]}: B was never written before A was durable")
+        with sqlite3.connect(at / "database") as database:
+            verdict = database.execute("pragma integrity_check").fetchone()[0]
+            rows = database.execute("select max(number) from rows").fetchone()[0] or 0
+        if verdict != "ok":
+            raise LabError(f"SQLite: {verdict}")
+    finally:
+        lab.unmount(at)
+    run("e2fsck", "-fn", device)
+    lab.unloop(device)
+    return rows, done[1]
+
+
+def crash_points(target, name):
+    """Points that promise to be a state of the disk, oldest first."""
+    points = target.command("points", name)["points"]
+    return [point for point in reversed(points) if point["class"] == "crash-consistent" and not point["degraded"]]
+
+
+def kill_agent(lab, pipeline):
+    """The kernel goes on remembering; the agent that comes next reads what changed and nothing else."""
+    lab.daemons[AGENT].kill()
+    time.sleep(1)
+    lab.daemons[AGENT].start_and_wait()
+    pipeline.wait_followed(60, "after kill -9 of the agent")
+    info = lab.agent.status()["disks"][0]
+    if info["capture"] != "window" or info["unaccounted"]:
+        raise LabError(f"after the kill: {info}")
+    return info
+
+
+def body(lab):
+    if not is_root():
+        skipped("live capture needs root")
+        return
+    size, count, seed = size_setting("1G"), setting("POINTS", 20, int), seed_setting()
+    lab.need_space(size * 4, f"a capture test of {mib(size)}")
+    image = lab.dir / "disk.raw"
+    with open(image, "wb") as file:
+        file.truncate(size)
+    source = lab.loop(image)
+    run("mkfs.ext4", "-q", source)
+    folder = lab.mount(source, "live")
+    (folder / "first").write_bytes(random.Random(seed).randbytes(size // 8))
+    run("sync")
+    retention = {"path": str(lab.dir / "retention"), "undo_epoch": "5s", "segment_bytes": "64 MiB"}
+    pipeline = Pipeline(lab, source, relay=setting("RELAY", "1") == "1", agent={"capture": {"interval": "1s"}},
+                        target={"retention": retention})
+    writers = [OrderedWriter(folder), DatabaseWriter(folder / "database", seed)]
+    for writer in writers:
+        writer.start()
+    pipeline.start()
+    pipeline.protect("flat")
+    disk = pipeline.wait_synced(max(120, size / 5e6))
+    name, target = disk["disk"], lab.target
+    info = lab.agent.status()["disks"][0]
+    if info["capture"] != "window":
+        raise LabError(f"the disk is not followed: {info['capture']}")
+    before = info["read_bytes"]
+    wait_for("half of the points", lambda: len(crash_points(target, name)) >= count // 2, 30 + 10 * count, lab.agent.log)
+    read = lab.agent.status()["disks"][0]["read_bytes"] - before
+    say(f"  {count // 2} points while {writers[0].count} ordered writes were made; {mib(read)} of the disk were read for them")
+    info = kill_agent(lab, pipeline)
+    if info["read_bytes"] > size // 2:
+        raise LabError(f"the agent read {mib(info['read_bytes'])} again after a kill")
+    say(f"  the agent was killed and goes on; it read {mib(info['read_bytes'])}")
+    wait_for("all points", lambda: len(crash_points(target, name)) >= count, 30 + 10 * count, lab.agent.log)
+    for writer in writers:
+        writer.going = False
+        writer.join()
+    lab.unmount(folder)
+    pipeline.wait_followed(60, "after the writers stopped")
+    points = crash_points(target, name)
+    chosen = sorted(random.Random(seed).sample(range(len(points)), min(count, len(points))))
+    at, copy, last = lab.dir / "judged", lab.dir / "point.raw", (0, 0)
+    for index in chosen:
+        point = points[index]["point"]
+        target.command("export", name, point, "--format", "raw", "-o", copy, timeout=600)
+        try:
+            shown = judge(lab, copy, at)
+        except LabError as error:
+            raise LabError(f"point {point}: {error}") from error
+        if shown[0] < last[0] or shown[1] < last[1]:
+            raise LabError(f"point {point} shows {shown}, the one before it {last}")
+        last = shown
+        copy.unlink()
+    say(f"  {len(chosen)} of {len(points)} points judged: file system, database and ordered writes are sound")
+    target.command("export", name, crash_points(target, name)[-1]["point"], "--format", "raw", "-o", copy, timeout=600)
+    run("blockdev", "--flushbufs", source)
+    run("cmp", source, copy)
+    info = lab.agent.status()["disks"][0]
+    say(f"  the newest point is the disk, byte for byte; {info['unaccounted']} misses")
+
+
+if __name__ == "__main__":
+    sys.exit(main("capture-test", body))
