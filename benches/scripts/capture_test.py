@@ -9,6 +9,7 @@ remembered, without a compare; when the writers have stopped the newest point is
 `make capture-test`, and small by the suite.
 """
 
+import contextlib
 import os
 import random
 import sqlite3
@@ -50,7 +51,7 @@ class DatabaseWriter(threading.Thread):
         self.path, self.going, self.rng = path, True, random.Random(seed)
 
     def run(self):
-        with sqlite3.connect(self.path) as database:
+        with contextlib.closing(sqlite3.connect(self.path)) as database:
             database.execute("pragma journal_mode = wal")
             database.execute("create table rows (number integer primary key, value blob)")
             while self.going:
@@ -83,7 +84,7 @@ def judge(lab, image, at):
         done = (newest(at / "a"), newest(at / "b"))
         if not done[0] - 1 <= done[1] <= done[0]:
             raise LabError(f"A holds {done[0]} and B {done[1]}: B was never written before A was durable")
-        with sqlite3.connect(at / "database") as database:
+        with contextlib.closing(sqlite3.connect(at / "database")) as database:
             verdict = database.execute("pragma integrity_check").fetchone()[0]
             rows = database.execute("select max(number) from rows").fetchone()[0] or 0
         if verdict != "ok":
