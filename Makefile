@@ -8,7 +8,7 @@ export SIZE_MIB APPLY_MIB EXTENTS GROW SIZE TARGET TARGETS RELAY KEEP SEED FILL 
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test delta-test points-test failback-test export-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test delta-test points-test failback-test export-test capture-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ failback-test: build ## a disk goes home and is taken back, with kills between t
 
 export-test: build ## points exported, and extracted from the folder alone after kills: [SIZE=1G] [POINTS=3] [KILLS=3] [SEED=n]
 	@$(SCRIPTS)/export_test.py
+
+capture-test: build ## a live ext4 with a database, its crash-consistent points judged: [SIZE=1G] [POINTS=20] [RELAY=1] [SEED=n]
+	@$(SCRIPTS)/capture_test.py
 
 scrub-test: build ## the scrub under load, after kills, with rot and outside writes: [SIZE=1G] [SEED=n]
 	@$(SCRIPTS)/scrub_test.py

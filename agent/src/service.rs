@@ -164,6 +164,7 @@ fn render(info: &StatusInfo) -> String {
         ("READ", Align::Right),
         ("SENT", Align::Right),
         ("ROUNDS", Align::Right),
+        ("CAPTURE", Align::Left),
         ("PROBLEM", Align::Left),
     ]);
     for disk in &info.disks {
@@ -175,6 +176,7 @@ fn render(info: &StatusInfo) -> String {
             output::bytes(disk.read_bytes),
             output::bytes(disk.wire_bytes_sent),
             disk.scan_rounds.to_string(),
+            disk.capture.clone(),
             disk.problem.clone().unwrap_or_default(),
         ]);
     }

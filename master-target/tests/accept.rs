@@ -88,6 +88,11 @@ fn the_scrub_finds_rot_and_outside_writes_and_nothing_else() {
 }
 
 #[test]
+fn points_of_a_live_disk_are_states_it_was_in_and_a_killed_agent_goes_on() {
+    script("capture_test.py", &[("SIZE", "256M"), ("POINTS", "8")]);
+}
+
+#[test]
 fn the_demonstration_tells_its_story_to_the_end() {
     script("demo.py", &[("SIZE", "256M"), ("TARGET", "sparse")]);
 }
