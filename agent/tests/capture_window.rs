@@ -365,6 +365,8 @@ fn over_a_device_that_holds_its_writes_no_window_has_b_without_a() {
     let (slot, _) = capture.follow(device.disk(), "x").unwrap();
     let mut copies = Copies::default();
     copies.add(slot, &slow.file, image(&slow.file, &dir.path().join("copy")));
+    // While nothing is in flight: later there is always something.
+    capture.check(slot, Duration::ZERO).unwrap();
     let stop = std::sync::atomic::AtomicBool::new(false);
     let lanes = 4_u64;
     std::thread::scope(|scope| {

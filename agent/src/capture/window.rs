@@ -204,8 +204,8 @@ impl Capture {
         let mut records = 0;
         let before: Vec<DiskCounts> = plan.disks.iter().map(|(slot, _)| self.counts(*slot)).collect();
         let drops = self.drops();
-        let generation = self.kernel.switch(Mode::Data)?;
         let begun = Instant::now();
+        let generation = self.kernel.switch(Mode::Data)?;
         // The longest round is read while old writes come to their end.
         blocks += self.round(plan, sink)?;
         self.take_records(sink, self.ring.end(), &mut records)?;
