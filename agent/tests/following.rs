@@ -135,7 +135,9 @@ fn a_disk_under_fire_is_equal_once_it_is_left_alone_whatever_happened_to_the_ses
                         let file = OpenOptions::new().write(true).open(path).unwrap();
                         let mut seed = 100 + number as u64;
                         while fire.load(Ordering::Relaxed) {
-                            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                            seed = seed
+                                .wrapping_mul(6_364_136_223_846_793_005)
+                                .wrapping_add(1_442_695_040_888_963_407);
                             let length = 512 << (seed >> 60 & 7);
                             let at = (seed >> 20) as usize % (SIZE - length) / 512 * 512;
                             file.write_all_at(&noise(length, seed), at as u64).unwrap();
