@@ -41,7 +41,7 @@ pub struct Finding {
 }
 
 /// Every name.
-pub const NAMES: [&str; 15] = [
+pub const NAMES: [&str; 16] = [
     "configuration",
     "state-dir",
     "enrolled",
@@ -50,6 +50,7 @@ pub const NAMES: [&str; 15] = [
     "upstream",
     "disks",
     "unsupported",
+    "capture",
     "io-uring",
     "open-files",
     "memory",
@@ -121,6 +122,7 @@ pub async fn all(settings: &Settings) -> Vec<Finding> {
         let mut findings = vec![local::configuration(&own)];
         findings.extend(required(&own));
         findings.push(local::clock(&own));
+        findings.push(local::capture(&own));
         findings.push(local::io_uring());
         findings.extend(boot::findings(&SystemRoot::default(), &boot::Kernel::running()));
         findings

@@ -71,7 +71,7 @@ pub(crate) struct LoadOptions {
 }
 
 /// Whether this process on this kernel can load programs at all.
-pub(crate) fn check_machine() -> Result<(), CaptureError> {
+pub fn check_machine() -> Result<(), CaptureError> {
     let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
     if lockdown.contains("[confidentiality]") {
         return Err(CaptureError::Lockdown);

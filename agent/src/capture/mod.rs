@@ -29,6 +29,7 @@ mod window;
 pub use costs::{Measuring, ProgramCost};
 pub use error::CaptureError;
 pub use layout::{DISKS_MAX, Kind, Mode};
+pub use loader::check_machine;
 pub(crate) use oracle::Anchor;
 pub use oracle::{Check, Verdict};
 pub use ring::Record;

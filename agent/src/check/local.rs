@@ -200,6 +200,26 @@ fn unsupported(disk: &Disk) -> Option<Finding> {
     Some(warn("unsupported", text, remedy))
 }
 
+/// Whether the disks can be followed; otherwise they are scanned.
+pub(super) fn capture(settings: &Settings) -> Finding {
+    if settings.capture_mode == CaptureMode::Scan {
+        return pass("capture", "`capture.mode` is scan: the disks are read whole in each round");
+    }
+    let sources = sources::find(&settings.disks).map(|found| found.sources).unwrap_or_default();
+    let followed = |source: &&KnownSource| source.selected && source.source.kind == SourceKind::BlockDevice;
+    let devices = sources.values().filter(followed);
+    let refused = capture::check_machine()
+        .err()
+        .or_else(|| devices.filter_map(|known| BlockDisk::at(&known.source.path).err()).next());
+    match refused {
+        None => pass("capture", format!("writes can be followed, in mode {}", settings.capture_mode)),
+        Some(error) => {
+            let (reason, remedy) = split(&error.to_string());
+            warn("capture", format!("disks are read whole in each round: {reason}"), remedy)
+        }
+    }
+}
+
 pub(super) fn io_uring() -> Finding {
     if io::uring_permitted() {
         return pass("io-uring", "permitted");
