@@ -71,6 +71,9 @@ pub(crate) struct LoadOptions {
 }
 
 /// Whether this process on this kernel can load programs at all.
+///
+/// # Errors
+/// [`CaptureError::Lockdown`], [`CaptureError::NoTypes`] or [`CaptureError::NotPermitted`].
 pub fn check_machine() -> Result<(), CaptureError> {
     let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
     if lockdown.contains("[confidentiality]") {

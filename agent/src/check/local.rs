@@ -11,7 +11,8 @@ use reprotect_engine::net::identity::Identity;
 use reprotect_engine::net::wall_clock;
 
 use super::{Finding, fail, pass, split, warn};
-use crate::config::Settings;
+use crate::capture::{self, BlockDisk};
+use crate::config::{CaptureMode, Settings};
 use crate::daemon::load_identity;
 use crate::disks::{Class, Disk, SourceKind, SystemRoot, enumerate};
 use crate::plan;
