@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""A disk comes home, told so that a person can follow: sync, follow changes, stop, prove.
+"""A disk comes home, told so that a person can follow.
 
 Environment: SIZE (1G), TARGET (flat), RELAY (1), KEEP (0), SEED (1). Ends with `demo: OK` and status 0; anything else
-is a failure. Leaves nothing behind unless KEEP=1. As root on a loop device with a mounted file system; otherwise on an
-image file that debugfs changes. Called by `make demo`.
+is a failure. Leaves nothing behind unless KEEP=1. As root, on a loop device that is written to all the time: live capture,
+an attack, the moment before it found, judged and brought home. Without root, on an image file that debugfs changes:
+sync, scan rounds, stop, proof; it says what it cannot show. Called by `make demo`.
 """
 
 import os
@@ -13,58 +14,25 @@ import sys
 import time
 from pathlib import Path
 
-from lab import Lab, LabError, is_root, mib, run, say
+from lab import Lab, LabError, is_root, mib, run, say, wait_for
+from live import DatabaseWriter, OrderedWriter, crash_points, judge
 from make_image import make_image, parse_size
 from pipeline import KINDS, Pipeline
-from proof import is_device, same_files, whole_disk
+from proof import is_device, same_files, tree_digest, whole_disk
 
-STEPS = 8
+# Where the programs of the live machine write.
+WORK = "work"
 
 
 class Story:
     """Numbers the chapters, with the seconds since the beginning."""
 
-    def __init__(self):
-        self.at, self.begun = 0, time.monotonic()
+    def __init__(self, steps):
+        self.at, self.steps, self.begun = 0, steps, time.monotonic()
 
     def __call__(self, text):
         self.at += 1
-        say(f"\n[{self.at}/{STEPS}] {time.monotonic() - self.begun:4.0f} s  {text}")
-
-
-class MountedSource:
-    """The machine's disk: a loop device with a mounted file system."""
-
-    def __init__(self, lab, image):
-        self.lab = lab
-        self.path = lab.loop(image)
-        self.root = lab.mount(self.path, "machine")
-
-    def change(self, wave, rng):
-        """Writes, overwrites, appends, renames, removes; answers what was done."""
-        files = sorted(path for path in self.root.rglob("*") if path.is_file() and not path.is_symlink())
-        folder = self.root / f"changes-{wave}"
-        folder.mkdir()
-        for number in range(20):
-            (folder / f"new-{number}.bin").write_bytes(rng.randbytes(rng.randrange(1, 300_000)))
-        chosen = rng.sample(files, min(30, len(files)))
-        for path in chosen[:10]:
-            with open(path, "r+b") as file:
-                file.seek(rng.randrange(path.stat().st_size + 1))
-                file.write(b"overwritten in wave %d " % wave * rng.randrange(1, 500))
-        for path in chosen[10:20]:
-            path.rename(folder / f"renamed-{path.name}")
-        for path in chosen[20:]:
-            path.unlink()
-        # Of this file system only: the machine's other writers are none of our business.
-        run("sync", "--file-system", self.root)
-        return f"20 files written, {len(chosen[:10])} overwritten in place, {len(chosen[10:20])} renamed, " \
-               f"{len(chosen[20:])} removed"
-
-    def rest(self):
-        """Makes the state final."""
-        self.lab.unmount(self.root)
-        run("blockdev", "--flushbufs", self.path)
+        say(f"\n[{self.at}/{self.steps}] {time.monotonic() - self.begun:4.0f} s  {text}")
 
 
 class ImageSource:
@@ -113,32 +81,115 @@ def show_counters(pipeline, span):
             say(f"      {text:<28}{mib(count[key]):>16}   {count[key] / 1e6 / span:>8,.0f} MB/s")
 
 
-def demo(lab, size, kind, relay, seed):
-    story, rng, begun = Story(), random.Random(seed), time.monotonic()
-    lab.need_space(size * 5 // 2, f"a demo of {mib(size)}")
-    story(f"A machine in the cloud has a disk of {mib(size)}, half full (seed {seed}).")
-    image = lab.dir / "disk.raw"
-    make_image(image, size, 50, seed)
-    if is_root():
-        source = MountedSource(lab, image)
-        say(f"      {source.path}, ext4, mounted like a running machine's")
-    else:
-        source = ImageSource(lab, image)
-        say("      NOT ROOT: no loop device and no mount; the disk is the image file itself, debugfs changes it")
+def begin(story, lab, source, size, kind, relay, agent):
+    """Daemons, protection, initial sync; answers the pipeline, the disk, and when the sync began."""
     story("Three daemons start on loopback, each enrolled with a one-time token and a fresh certificate.")
-    pipeline = Pipeline(lab, source.path, relay=relay, agent={"scan_interval": "500ms"},
+    pipeline = Pipeline(lab, source, relay=relay, agent=agent,
                         target={"retention": {"path": str(lab.dir / "retention"), "undo_epoch": "2s",
                                               "segment_bytes": "64 MiB"}})
     pipeline.start()
     path = "agent -> process server -> master target" if relay else "agent -> master target"
     say(f"      {path}; logs in {lab.dir}")
     story(f"The master target is told to protect it ({kind}), the initial sync runs.")
-    sync_begun = time.monotonic()
+    begun = time.monotonic()
     pipeline.protect(kind, original=make_target(lab, kind, size), overwrite=kind == "device")
     disk = pipeline.wait_synced(max(300, size / 5e6))
-    span = time.monotonic() - sync_begun
+    span = time.monotonic() - begun
     show_counters(pipeline, span)
     say(f"      {mib(size)} in {span:.1f} s: {size / 1e6 / span:,.0f} MB/s of disk")
+    return pipeline, disk, begun
+
+
+def documents(root):
+    """Digest of what stands still on the machine: everything but the folder of the programs that write."""
+    return {name: entry for name, entry in tree_digest(root).items() if name.split("/")[0] != WORK}
+
+
+def attack(root, rng):
+    """Overwrites every document with noise and renames it; answers how many."""
+    files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink() and WORK not in path.parts]
+    for path in files:
+        path.write_bytes(rng.randbytes(min(path.stat().st_size, 65536)))
+        path.rename(path.with_name(path.name + ".locked"))
+    run("sync", "--file-system", root)
+    return len(files)
+
+
+def live_demo(lab, size, kind, relay, seed):
+    story, rng, begun = Story(9), random.Random(seed), time.monotonic()
+    lab.need_space(size * 7 // 2, f"a demo of {mib(size)}")
+    story(f"A machine in the cloud has a disk of {mib(size)}, half full (seed {seed}); a database and another program write to it.")
+    image = lab.dir / "disk.raw"
+    make_image(image, size, 50, seed)
+    device = lab.loop(image)
+    root = lab.mount(device, "machine")
+    work = root / WORK
+    work.mkdir()
+    writers = [OrderedWriter(work), DatabaseWriter(work / "database", seed)]
+    for writer in writers:
+        writer.start()
+    say(f"      {device}, ext4, mounted; SQLite commits, the other program makes A durable before it writes B")
+    pipeline, disk, _ = begin(story, lab, device, size, kind, relay, {"capture": {"interval": "1s"}})
+    target, name = lab.target, disk["disk"]
+    story("The agent follows every write in the kernel, and makes a crash-consistent point every second.")
+    info = lab.agent.status()["disks"][0]
+    if info["capture"] != "window":
+        raise LabError(f"the disk is not followed: {info['capture']}")
+    wait_for("five points", lambda: len(crash_points(target, name)) >= 5, 60, lab.agent.log)
+    info = lab.agent.status()["disks"][0]
+    age = time.time() - info["durable_as_of_ms"] / 1000
+    say(f"      {len(crash_points(target, name))} points, {info['scan_rounds']} rounds; the newest durable state is "
+        f"{age:.1f} s old; the disk was read {info['read_bytes'] / size:.1f} times since the start, the first sync included")
+    story("Ransomware: every document is overwritten and renamed. The programs work on, the points go on.")
+    before, moment = documents(root), time.time()
+    say(f"      {attack(root, rng)} files lost; replication brings the damage home, as it must")
+    for writer in writers:
+        writer.going = False
+        writer.join()
+    lab.unmount(root)
+    pipeline.wait_followed(60, "after the attack")
+    story("The moment just before is found by its time, mounted over NBD, read and judged.")
+    when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment % 1 * 1000):03d}Z"
+    mount = target.command("mount", name, f"@{when}")["mounts"][0]
+    point, copy = mount["point"], lab.dir / "before.raw"
+    run("qemu-img", "convert", "-f", "raw", "-O", "raw", mount["uri"], copy, timeout=1800)
+    target.command("unmount", mount["id"])
+    judged = lab.dir / "judged.raw"
+    run("cp", "--sparse=always", copy, judged)
+    rows, count, found = judge(lab, judged, lab.dir / "before", WORK, documents)
+    if found != before:
+        raise LabError(f"the documents of point {point} are not those of before the attack")
+    say(f"      {point} by @{when}: journal replayed, e2fsck finds nothing; SQLite integrity_check ok, {rows} rows; "
+        f"A and B in order at {count}; {len(found)} documents as they were")
+    story("The machine goes home to that moment: the target is rolled back, read again, and released.")
+    answer = target.command("failback", disk["agent"], "--point", point, "--verify", "whole", "--yes", timeout=1800)
+    say(f"      {answer['state']} at {answer['point']} ({answer['class']})")
+    pipeline.stop()
+    story("Every byte is compared with what was mounted.")
+    path = Path(disk["path"])
+    for verdict in whole_disk(copy, path):
+        say(f"      {verdict}")
+    story("The result is started like a machine after a power cut, and compared file by file.")
+    home = lab.dir / "home.raw"
+    run("qemu-img", "convert", "-f", "raw" if is_device(path) else "vmdk", "-O", "raw", path, home, timeout=1800)
+    *_, found = judge(lab, home, lab.dir / "home", WORK, documents)
+    if found != before:
+        raise LabError("the documents at home are not those of before the attack")
+    say(f"      {len(found)} files, folders and links are the same by SHA-256, size, mode, owner and time")
+    where = path if is_device(path) else f"{path.name} ({kind})"
+    say(f"\nThe disk came home into {where}, as it was before the attack, in {time.monotonic() - begun:.0f} s.")
+
+
+def demo(lab, size, kind, relay, seed):
+    story, rng, begun = Story(8), random.Random(seed), time.monotonic()
+    lab.need_space(size * 5 // 2, f"a demo of {mib(size)}")
+    story(f"A machine in the cloud has a disk of {mib(size)}, half full (seed {seed}).")
+    image = lab.dir / "disk.raw"
+    make_image(image, size, 50, seed)
+    source = ImageSource(lab, image)
+    say("      NOT ROOT, so NOT SHOWN: live capture, crash-consistent points, the way back to before an attack.")
+    say("      The disk is an image file, debugfs changes it, and it is scanned. Run `make demo` as root for the rest.")
+    pipeline, disk, sync_begun = begin(story, lab, source.path, size, kind, relay, {"scan_interval": "500ms"})
     story("The machine goes on working; the agent follows with scan rounds.")
     for wave in (1, 2):
         say(f"      wave {wave}: {source.change(wave, rng)}")
@@ -178,7 +229,7 @@ def main():
         if shutil.which("qemu-img") is None:
             raise LabError("qemu-img is not installed; run `make setup`")
         with Lab("demo", keep) as lab:
-            demo(lab, size, kind, relay, int(os.environ.get("SEED") or 1))
+            (live_demo if is_root() else demo)(lab, size, kind, relay, int(os.environ.get("SEED") or 1))
     except Exception as error:
         # A failure of any kind ends with one readable line; LAB_TRACE=1 shows where it came from.
         if os.environ.get("LAB_TRACE"):

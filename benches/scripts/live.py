@@ -1,0 +1,99 @@
+"""Programs that write to a live file system, and how to tell whether a point is a state it was in.
+
+Why: a file system check alone does not see a write that is missing; a program that makes A durable before it writes B
+does. Invariants: a writer runs until its `going` is false; every judgement is of a copy. Used by the demonstration and the
+capture test.
+"""
+
+import contextlib
+import os
+import random
+import sqlite3
+import struct
+import threading
+import time
+
+from lab import LabError, run
+
+RECORD = struct.Struct("<QQ")
+
+
+class OrderedWriter(threading.Thread):
+    """Writes each number to A, makes it durable, and only then to B."""
+
+    def __init__(self, folder):
+        super().__init__(daemon=True)
+        self.folder, self.going, self.count = folder, True, 0
+
+    def run(self):
+        with open(self.folder / "a", "wb", buffering=0) as a, open(self.folder / "b", "wb", buffering=0) as b:
+            while self.going:
+                self.count += 1
+                for file in (a, b):
+                    # Somewhere else each time, so that the two files' blocks are far apart on the disk.
+                    file.seek(self.count % 4096 * 4096)
+                    file.write(RECORD.pack(self.count, ~self.count & (1 << 64) - 1))
+                    os.fsync(file.fileno())
+
+
+class DatabaseWriter(threading.Thread):
+    """Commits rows of random size."""
+
+    def __init__(self, path, seed):
+        super().__init__(daemon=True)
+        self.path, self.going, self.rng = path, True, random.Random(seed)
+
+    def run(self):
+        with contextlib.closing(sqlite3.connect(self.path)) as database:
+            database.execute("pragma journal_mode = wal")
+            database.execute("create table rows (number integer primary key, value blob)")
+            while self.going:
+                for _ in range(self.rng.randrange(1, 20)):
+                    database.execute("insert into rows (value) values (?)", (self.rng.randbytes(self.rng.randrange(9000)),))
+                database.commit()
+                database.execute("delete from rows where number < (select max(number) from rows) - 3000")
+                database.commit()
+                time.sleep(0.01)
+
+
+def newest(path):
+    """The newest number in a file of the ordered writer; a torn or foreign record is an error."""
+    best = 0
+    with open(path, "rb") as file:
+        while block := file.read(4096):
+            number, check = RECORD.unpack_from(block.ljust(RECORD.size, b"\0"))
+            if (number, check) != (0, 0):
+                if check != ~number & (1 << 64) - 1:
+                    raise LabError(f"{path}: a record of {number} is torn")
+                best = max(best, number)
+    return best
+
+
+def judge(lab, image, at, folder=".", look=None):
+    """What a point shows; answers what its writers had done in `folder`, and what `look` says of the mounted file system.
+
+    ext4 replays its journal when it is mounted."""
+    device = lab.loop(image)
+    root = lab.mount(device, at.name)
+    at = root / folder
+    try:
+        done = (newest(at / "a"), newest(at / "b"))
+        if not done[0] - 1 <= done[1] <= done[0]:
+            raise LabError(f"A holds {done[0]} and B {done[1]}: B was never written before A was durable")
+        with contextlib.closing(sqlite3.connect(at / "database")) as database:
+            verdict = database.execute("pragma integrity_check").fetchone()[0]
+            rows = database.execute("select max(number) from rows").fetchone()[0] or 0
+        if verdict != "ok":
+            raise LabError(f"SQLite: {verdict}")
+        seen = look(root) if look else None
+    finally:
+        lab.unmount(root)
+    run("e2fsck", "-fn", device)
+    lab.unloop(device)
+    return (rows, done[1]) if look is None else (rows, done[1], seen)
+
+
+def crash_points(target, name):
+    """Points that promise to be a state of the disk, oldest first."""
+    points = target.command("points", name)["points"]
+    return [point for point in reversed(points) if point["class"] == "crash-consistent" and not point["degraded"]]
