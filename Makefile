@@ -3,7 +3,7 @@
 
 SCRIPTS := benches/scripts
 CARGO ?= cargo
-export SIZE_MIB APPLY_MIB EXTENTS GROW SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS ROLLBACKS PERCENT ROUNDS CASES LEVEL POINTS
+export SIZE_MIB APPLY_MIB EXTENTS GROW SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS ROLLBACKS PERCENT ROUNDS CASES LEVEL POINTS MODE
 # Python writes no caches beside the scripts.
 export PYTHONDONTWRITEBYTECODE := 1
 
@@ -60,7 +60,7 @@ failback-test: build ## a disk goes home and is taken back, with kills between t
 export-test: build ## points exported, and extracted from the folder alone after kills: [SIZE=1G] [POINTS=3] [KILLS=3] [SEED=n]
 	@$(SCRIPTS)/export_test.py
 
-capture-test: build ## a live ext4 with a database, its crash-consistent points judged: [SIZE=1G] [POINTS=20] [RELAY=1] [SEED=n]
+capture-test: build ## a live ext4 with a database, its crash-consistent points judged: [SIZE=1G] [POINTS=20] [MODE=window|data] [RELAY=1] [SEED=n]
 	@$(SCRIPTS)/capture_test.py
 
 scrub-test: build ## the scrub under load, after kills, with rot and outside writes: [SIZE=1G] [SEED=n]

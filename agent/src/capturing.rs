@@ -6,6 +6,7 @@
 //! Units: sectors. Ordered about by `following`.
 
 mod gather;
+mod stream;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -24,6 +25,7 @@ use crate::capture::{
     WindowEnd, WindowPlan,
 };
 use gather::Gatherer;
+use stream::{Broken, Stream};
 
 /// Sectors of a block of the maps.
 const BLOCK_SECTORS: u64 = BLOCK_BYTES / SECTOR_BYTES;
@@ -31,6 +33,8 @@ const BLOCK_SECTORS: u64 = BLOCK_BYTES / SECTOR_BYTES;
 const CHECK_EVERY: Duration = Duration::from_secs(30);
 /// How long a check waits for a moment without writes in flight.
 const CHECK_PATIENCE: Duration = Duration::from_millis(50);
+/// How often the ring is read while every write is streamed: 64 MiB hold that long at 12 GB/s.
+const STREAM_EVERY: Duration = Duration::from_millis(5);
 
 /// What is wanted.
 #[derive(Debug)]
@@ -42,7 +46,11 @@ pub(crate) enum Order {
     /// Begin a stretch with what changed.
     Harvest(DiskId),
     /// Find a moment of these disks, whose stretches are open.
-    Window { run: [u8; 16], disks: Vec<DiskId> },
+    Window { run: [u8; 16], disks: Vec<DiskId>, stay: bool },
+    /// Of the disks whose every write is streamed: everything up to a moment that is now.
+    Point { run: [u8; 16], disks: Vec<DiskId> },
+    /// Stream no longer.
+    EndStream,
     /// The stretch is durable at the target.
     Durable(DiskId),
     /// It will not be.
@@ -64,6 +72,8 @@ pub(crate) struct WindowRead {
     pub(crate) batches: Vec<Batch>,
     /// Why it is no moment, if it is none: the batches are changes like any others then.
     pub(crate) open: Option<String>,
+    /// Every write since then follows, in [`CaptureNews::Streamed`].
+    pub(crate) streams: bool,
 }
 
 /// What came of orders.
@@ -75,6 +85,10 @@ pub(crate) enum CaptureNews {
     Harvested { disk: DiskId, result: Result<RangeSet, String> },
     /// The window is over.
     Windowed { run: [u8; 16], disks: Vec<DiskId>, result: Result<WindowRead, String> },
+    /// Writes in their order, behind the last window or point.
+    Streamed { batches: Vec<Batch> },
+    /// The stream is over: what it did not hand out is in the maps.
+    StreamEnded { disks: Vec<DiskId>, why: String },
     /// Everything the kernel wrote until now was seen.
     Accounted { disk: DiskId },
     /// Something was missed: the disk must be compared.
@@ -98,7 +112,8 @@ impl Capturing {
         news: async_mpsc::UnboundedSender<CaptureNews>,
     ) -> std::io::Result<Self> {
         let (orders, wanted) = mpsc::channel();
-        let owner = Owner { settings, capture: None, refused: None, disks: BTreeMap::new(), news };
+        let owner =
+            Owner { settings, capture: None, refused: None, disks: BTreeMap::new(), stream: None, news };
         let thread = std::thread::Builder::new().name("capture".into()).spawn(move || owner.run(&wanted))?;
         Ok(Self { orders: Some(orders), thread: Some(thread) })
     }
@@ -143,6 +158,7 @@ struct Owner {
     /// Why there is no capture on this machine.
     refused: Option<String>,
     disks: BTreeMap<DiskId, Followed>,
+    stream: Option<Stream>,
     news: async_mpsc::UnboundedSender<CaptureNews>,
 }
 
@@ -150,11 +166,13 @@ impl Owner {
     fn run(mut self, orders: &mpsc::Receiver<Order>) {
         let mut checked = Instant::now();
         loop {
-            match orders.recv_timeout(CHECK_EVERY.saturating_sub(checked.elapsed())) {
+            let wait = CHECK_EVERY.saturating_sub(checked.elapsed());
+            match orders.recv_timeout(if self.stream.is_some() { wait.min(STREAM_EVERY) } else { wait }) {
                 Ok(order) => self.take(order),
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
                 Err(mpsc::RecvTimeoutError::Disconnected) => break,
             }
+            self.stream_on();
             if checked.elapsed() >= CHECK_EVERY {
                 self.check_all();
                 checked = Instant::now();
@@ -184,8 +202,14 @@ impl Owner {
                 let result = self.harvest(disk).map_err(|error| error.to_string());
                 self.tell(CaptureNews::Harvested { disk, result });
             }
-            Order::Window { run, disks } => {
-                let result = self.window(&disks).map_err(|error| error.to_string());
+            Order::Point { run, disks } => {
+                let result = self.point(&disks).map_err(|error| error.to_string());
+                self.tell(CaptureNews::Windowed { run, disks, result });
+            }
+            Order::EndStream => self.end_stream("it is not wanted any more"),
+            Order::Window { run, disks, stay } => {
+                self.end_stream("a window begins");
+                let result = self.window(&disks, stay).map_err(|error| error.to_string());
                 self.tell(CaptureNews::Windowed { run, disks, result });
             }
             Order::Durable(disk) => self.end_stretch(disk, true),
@@ -285,7 +309,71 @@ impl Owner {
         }
     }
 
-    fn window(&mut self, disks: &[DiskId]) -> Result<WindowRead, CaptureError> {
+    /// Hands on what stands in the ring.
+    fn stream_on(&mut self) {
+        let (Some(stream), Some(capture)) = (&mut self.stream, &self.capture) else { return };
+        let advanced = stream.advance(capture);
+        self.after_stream(advanced, |batches| CaptureNews::Streamed { batches });
+    }
+
+    /// Tells of batches, or of the end of the stream.
+    fn after_stream(
+        &mut self,
+        result: Result<Vec<Batch>, Broken>,
+        news: impl FnOnce(Vec<Batch>) -> CaptureNews,
+    ) {
+        match result {
+            Ok(batches) if batches.is_empty() => {}
+            Ok(batches) => self.tell(news(batches)),
+            Err(broken) => self.end_stream(&broken.to_string()),
+        }
+    }
+
+    fn end_stream(&mut self, why: &str) {
+        let Some(stream) = self.stream.take() else { return };
+        if let Some(capture) = &mut self.capture
+            && let Err(error) = capture.record_all(false).and_then(|()| {
+                // What nobody reads any more is marked in the maps.
+                let end = capture.stream_end();
+                while !capture.drain::<CaptureError>(end, |_| Ok(()))?.complete {
+                    std::thread::yield_now();
+                }
+                Ok(())
+            })
+        {
+            tracing::error!(%error, "the stream of writes could not be ended");
+        }
+        self.tell(CaptureNews::StreamEnded { disks: stream.disks(), why: why.to_owned() });
+    }
+
+    /// Everything streamed so far, and a stretch of each disk that holds no more than that.
+    fn point(&mut self, disks: &[DiskId]) -> Result<WindowRead, CaptureError> {
+        // Marked before the stream's end is taken: what is harvested was submitted before, and is in the stream.
+        for disk in disks {
+            self.harvest(*disk)?;
+        }
+        let (Some(stream), Some(capture)) = (&mut self.stream, &mut self.capture) else {
+            return Err(CaptureError::Unsupported {
+                disk: "no disk".into(),
+                reason: "nothing is streamed".into(),
+            });
+        };
+        match stream.close(capture) {
+            Ok(batches) => {
+                for (slot, range) in stream.take_discarded() {
+                    capture.mark(slot, range)?;
+                }
+                Ok(WindowRead { batches, open: None, streams: true })
+            }
+            Err(broken) => {
+                let reason = broken.to_string();
+                self.end_stream(&reason);
+                Err(CaptureError::Unsupported { disk: "the stream".into(), reason })
+            }
+        }
+    }
+
+    fn window(&mut self, disks: &[DiskId], stay: bool) -> Result<WindowRead, CaptureError> {
         let Some(capture) = &mut self.capture else {
             return Err(CaptureError::Unsupported {
                 disk: "no disk".into(),
@@ -294,8 +382,10 @@ impl Owner {
         };
         let mut plan = Vec::new();
         let mut files = BTreeMap::new();
+        let mut streamed = Vec::new();
         for (disk, known) in self.disks.iter_mut().filter(|(disk, _)| disks.contains(disk)) {
             plan.push((known.slot, known.stretch.ok_or_else(|| not_followed(*disk))?));
+            streamed.push((*disk, known.slot, known.whole, capture.counts(known.slot)));
             files.insert(known.slot.index(), (*disk, &mut known.file, known.whole));
         }
         if plan.len() != disks.len() {
@@ -305,7 +395,8 @@ impl Owner {
             });
         }
         let mut gatherer = Gatherer::new(files);
-        let end = capture.window(&WindowPlan::new(plan), &mut gatherer)?;
+        let drops = capture.drops();
+        let end = capture.window(&WindowPlan { stay, ..WindowPlan::new(plan) }, &mut gatherer)?;
         let (read, discarded) = gatherer.into_batches(matches!(end, WindowEnd::Closed(_)));
         // What a device makes of a discarded range is its own affair: it is read again in the next round.
         for (slot, range) in discarded {
@@ -318,7 +409,11 @@ impl Owner {
             }
             WindowEnd::Failed(failure) => Some(failure.to_string()),
         };
-        Ok(WindowRead { batches: read, open })
+        let streams = stay && open.is_none();
+        if streams {
+            self.stream = Some(Stream::begin(streamed.into_iter(), drops));
+        }
+        Ok(WindowRead { batches: read, open, streams })
     }
 
     fn check_all(&mut self) {

@@ -37,6 +37,8 @@ pub enum CaptureMode {
     /// By live capture, with a closing window for each point: crash-consistent points.
     #[default]
     Window,
+    /// By live capture of every write, in its order: each is a point.
+    Data,
     /// By live capture, without windows: fuzzy points.
     Bitmap,
     /// By reading everything and comparing hashes: fuzzy points.
@@ -47,6 +49,7 @@ impl std::fmt::Display for CaptureMode {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Window => "window",
+            Self::Data => "data",
             Self::Bitmap => "bitmap",
             Self::Scan => "scan",
         })
@@ -192,9 +195,9 @@ pub const KEYS: [KeyDoc; 16] = [
     },
     KeyDoc {
         key: "capture.mode",
-        about: "How changes are found: by live capture with a closing window for each point (crash-consistent points), by live capture alone (bitmap, fuzzy points), or by reading everything (scan). A disk that cannot be followed is scanned.",
-        unit: "window, bitmap or scan",
-        cost: "window copies what is written while a window is open; scan reads each disk whole in each round",
+        about: "How changes are found: by live capture with a closing window for each point (crash-consistent points), by live capture of every write (data: each is a point), by live capture alone (bitmap, fuzzy points), or by reading everything (scan). A disk that cannot be followed is scanned.",
+        unit: "window, data, bitmap or scan",
+        cost: "data copies everything that is written, window only what is while a window is open; scan reads each disk whole in each round",
         example: "",
     },
     KeyDoc {

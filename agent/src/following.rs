@@ -21,11 +21,14 @@ use reprotect_engine::units::{DiskId, Sequence};
 use tokio::sync::mpsc;
 
 use crate::capture::CaptureSettings;
-use crate::capturing::{CaptureNews, Capturing, Order, WindowRead};
+use crate::capturing::{Batch, CaptureNews, Capturing, Order, WindowRead};
 use crate::config::CaptureMode;
 use crate::disks::SourceKind;
 use crate::machine::Machine;
 use crate::protected::Activity;
+
+/// Bytes of a disk that may wait to become durable while every write is streamed; beyond, its map has to do.
+const STREAM_BYTES_MAX: u64 = 128 << 20;
 
 /// What is done with a disk's changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,6 +47,8 @@ enum Step {
     Harvesting { to_mark: bool },
     /// A round, until its mark is durable.
     Round,
+    /// Every write is streamed; what was harvested belongs to the newest point.
+    Streaming,
 }
 
 /// The disks that are followed or were to be.
@@ -56,6 +61,8 @@ pub(crate) struct Following {
     unknown: BTreeSet<DiskId>,
     /// The sequence at the last moment at which everything was known to be seen.
     accounted: BTreeMap<DiskId, Sequence>,
+    /// Writes are streamed since the last window.
+    streams: bool,
     /// Windows that found no moment, since the start.
     pub(crate) windows_failed: u64,
 }
@@ -77,7 +84,7 @@ impl Following {
             None => None,
         };
         let (steps, unknown, accounted) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
-        Self { mode, thread, steps, unknown, accounted, windows_failed: 0 }
+        Self { mode, thread, steps, unknown, accounted, streams: false, windows_failed: 0 }
     }
 
     fn order(&self, order: Order) {
@@ -131,6 +138,25 @@ impl Following {
         };
         let open: Vec<DiskId> = self.steps.iter().filter_map(open).collect();
         open.into_iter().for_each(|disk| self.give_back(disk));
+        self.end_stream();
+    }
+
+    /// Writes are streamed no longer; the maps have what was not handed on.
+    fn end_stream(&mut self) {
+        if !std::mem::take(&mut self.streams) {
+            return;
+        }
+        self.order(Order::EndStream);
+        let streaming = |(disk, step): (&DiskId, &Step)| (*step == Step::Streaming).then_some(*disk);
+        let streaming: Vec<DiskId> = self.steps.iter().filter_map(streaming).collect();
+        streaming.into_iter().for_each(|disk| self.give_back(disk));
+    }
+
+    /// A point of disks whose writes are streamed is durable.
+    pub(crate) fn handle_point_durable(&self, disks: impl Iterator<Item = DiskId>) {
+        for disk in disks.filter(|disk| self.steps.get(disk) == Some(&Step::Streaming)) {
+            self.order(Order::Durable(disk));
+        }
     }
 
     /// A pass ended durably.
@@ -146,7 +172,7 @@ impl Following {
     pub(crate) fn handle_round_durable(&mut self, disk: DiskId) {
         if self.steps.get(&disk) == Some(&Step::Round) {
             self.order(Order::Durable(disk));
-            self.set(disk, Step::Idle);
+            self.set(disk, if self.streams { Step::Streaming } else { Step::Idle });
         }
     }
 }
@@ -236,6 +262,13 @@ impl Machine {
             }
             CaptureNews::Harvested { disk, result } => self.handle_harvested(disk, result),
             CaptureNews::Windowed { run, disks, result } => self.handle_window(run, &disks, result),
+            CaptureNews::Streamed { batches } => self.handle_streamed(batches),
+            CaptureNews::StreamEnded { disks, why } => {
+                if self.following.streams {
+                    tracing::warn!(?disks, "not every write is known any more, points only: {why}");
+                    self.end_streaming();
+                }
+            }
             CaptureNews::Accounted { disk } => {
                 if let Some((_, last)) = self.core.position(disk) {
                     self.following.accounted.insert(disk, last);
@@ -295,12 +328,52 @@ impl Machine {
     /// Whether a point of these disks can be made by a closing window.
     pub(crate) fn can_close(&self, mut disks: impl Iterator<Item = DiskId>) -> bool {
         let round = |disk: DiskId| self.following.steps.get(&disk) == Some(&Step::Round);
-        self.following.mode == CaptureMode::Window && disks.all(round)
+        matches!(self.following.mode, CaptureMode::Window | CaptureMode::Data) && disks.all(round)
     }
 
-    /// Looks for a moment of these disks.
+    /// Whether every write of these disks is streamed, so that any moment is a point.
+    pub(crate) fn is_streaming(&self, mut disks: impl Iterator<Item = DiskId>) -> bool {
+        self.following.streams && disks.all(|disk| self.following.steps.get(&disk) == Some(&Step::Streaming))
+    }
+
+    /// Looks for a moment of these disks, or takes the present one where every write is known.
     pub(crate) fn order_window(&self, run: [u8; 16], disks: Vec<DiskId>) {
-        self.following.order(Order::Window { run, disks });
+        let following = &self.following;
+        following.order(if self.is_streaming(disks.iter().copied()) {
+            Order::Point { run, disks }
+        } else {
+            Order::Window { run, disks, stay: following.mode == CaptureMode::Data }
+        });
+    }
+
+    /// Rounds are wanted: writes are streamed again from the next window on.
+    pub(crate) fn pause_stream(&mut self) {
+        self.following.end_stream();
+    }
+
+    fn handle_streamed(&mut self, batches: Vec<Batch>) {
+        if !self.following.streams {
+            return; // it was ended meanwhile; the maps have it
+        }
+        let now = wall_clock();
+        for batch in batches {
+            let disk = batch.disk;
+            self.core.submit_delta(disk, batch.kind, now, batch.records);
+            let waiting = self.core.undurable_bytes(disk);
+            if waiting > STREAM_BYTES_MAX {
+                tracing::warn!(%disk, waiting, "the target does not keep up with every write: points only, until it does");
+                return self.end_streaming();
+            }
+        }
+    }
+
+    /// One step down the ladder: rounds and windows from now on, until a window stays open again.
+    fn end_streaming(&mut self) {
+        self.following.end_stream();
+        let pause = self.plan().settings.capture_interval;
+        for state in self.disks.values_mut().filter(|state| state.activity == Activity::Synced) {
+            state.next_scan = state.next_scan.or(Some(Instant::now() + pause));
+        }
     }
 
     /// What a window harvested and nobody will submit must not be called durable.
@@ -310,11 +383,20 @@ impl Machine {
 
     fn handle_window(&mut self, run: [u8; 16], disks: &[DiskId], result: Result<WindowRead, String>) {
         if !self.is_closing(run) {
-            return; // given back already
+            // Given back already; a stream that began, or whose batches are dropped here, must not go on.
+            if result.is_ok_and(|read| read.streams) {
+                self.following.streams = true;
+                self.end_streaming();
+            }
+            return;
         }
         let class = match result {
-            Ok(WindowRead { batches, open }) => {
+            Ok(WindowRead { batches, open, streams }) => {
                 let now = wall_clock();
+                if streams && !self.following.streams {
+                    tracing::info!(?disks, "every write is known from here on");
+                }
+                self.following.streams = streams;
                 for batch in batches {
                     self.core.submit_delta(batch.disk, batch.kind, now, batch.records);
                 }
@@ -338,6 +420,7 @@ impl Machine {
     /// from end to end, so the next round is that compare.
     fn handle_unaccounted(&mut self, disk: DiskId, why: &str) {
         tracing::error!(%disk, "capture missed something, the whole disk is compared: {why}");
+        self.end_streaming();
         if let Some((_, last)) = self.core.position(disk) {
             let from = self.following.accounted.get(&disk).copied().unwrap_or_default().next();
             if from <= last && !self.core.degrade(disk, from, last, why) {

@@ -149,8 +149,14 @@ impl Machine {
         match self.new_run(&order) {
             Ok((point, disks)) => {
                 let (begun, done) = (BTreeSet::new(), BTreeSet::new());
+                let streaming = self.is_streaming(disks.iter().copied());
                 let phase = if order.request.freeze {
+                    self.pause_stream();
                     Phase::First { begun, done }
+                } else if streaming {
+                    // Whatever moment is taken, everything up to it is in the stream.
+                    self.order_window(point, disks.iter().copied().collect());
+                    Phase::Closing
                 } else {
                     Phase::Reading { begun, read: done }
                 };
@@ -447,6 +453,19 @@ impl Machine {
             disks: durable.keys().map(disk).collect(),
             frozen: run.frozen.iter().map(|path| path.display().to_string()).collect(),
         };
+        self.following.handle_point_durable(run.disks.iter().copied());
+        let pauses: Vec<(DiskId, Duration)> =
+            run.disks.iter().map(|disk| (*disk, self.round_pause(*disk))).collect();
+        for (disk, pause) in pauses {
+            // Rounds set their own pause when they end; a point of a stream has none.
+            if let Some(state) = self.disks.get_mut(&disk)
+                && state.activity == Activity::Synced
+                && state.next_scan.is_some_and(|at| at <= Instant::now())
+            {
+                state.durable_as_of = state.durable_as_of.max(time);
+                state.next_scan = Some(Instant::now() + pause);
+            }
+        }
         if run.order.asker.cause() == MarkCause::Stop {
             let later = Some(Instant::now() + STOPPED_PAUSE);
             self.disks.values_mut().for_each(|state| state.next_scan = later);
@@ -471,10 +490,13 @@ impl Machine {
         if let Phase::Reading { read, .. } = &run.phase {
             read.iter().for_each(|disk| self.end_round(*disk));
         }
+        let streaming = self.is_streaming(run.disks.iter().copied());
         if matches!(run.phase, Phase::Closing) {
             self.drop_window(run.disks.iter().copied());
+            // What was taken for this point is not submitted, so what follows it would have a gap.
+            self.pause_stream();
         }
-        if matches!(run.phase, Phase::Thawing | Phase::Closing) {
+        if matches!(run.phase, Phase::Thawing | Phase::Closing) && !streaming {
             run.disks.iter().for_each(|disk| self.end_round(*disk));
         }
         for disk in &run.disks {

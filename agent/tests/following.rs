@@ -17,6 +17,7 @@ use common::target::FakeTarget;
 use common::{AgentDaemon, Site, noise, run, source_id, write_config};
 use reprotect_engine::format::batch::MarkClass;
 use reprotect_engine::format::message::PassMode;
+use reprotect_engine::net::wall_clock;
 use reprotect_engine::units::DiskId;
 
 const MIB: usize = 1 << 20;
@@ -73,11 +74,11 @@ impl Setup {
         file.sync_all().unwrap();
     }
 
-    /// Waits until rounds that began after now are durable on every disk.
+    /// Waits until rounds or points that began after now are durable on every disk.
     async fn settled(&self, agent: &AgentDaemon) {
+        let since = wall_clock().0 / 1_000_000;
         for disk in &self.disks {
-            let rounds = agent.until_disk("a look", *disk, |_| true).await.scan_rounds;
-            agent.until_disk("two rounds more", *disk, |info| info.scan_rounds >= rounds + 2).await;
+            agent.until_disk("a newer state", *disk, |info| info.durable_as_of_ms > since).await;
         }
     }
 }
@@ -116,13 +117,48 @@ fn rounds_of_a_followed_disk_read_what_changed_and_their_points_are_crash_consis
 }
 
 #[test]
+fn every_write_of_a_streamed_disk_arrives_without_another_round_and_its_points_follow() {
+    let _machine = capture_lab::machine();
+    if !capture_lab::capable() {
+        return;
+    }
+    run(async {
+        let setup = Setup::new(2, "mode = \"data\"\ninterval = \"2s\"");
+        let agent = setup.start();
+        for disk in &setup.disks {
+            let info = agent.until_disk("a round", *disk, |info| info.scan_rounds > 0).await;
+            assert_eq!(info.capture, "data", "{info:?}");
+        }
+        let before = agent.until("a status", |_| true).await;
+        for number in 0..20 {
+            setup.write(number % 2, number * MIB + 512, &noise(4096 + 512 * number, 500 + number as u64));
+        }
+        let crash =
+            |setup: &Setup| setup.target.marks().iter().filter(|mark| mark.class == MarkClass::Crash).count();
+        let marks = crash(&setup);
+        common::wait_for("two points more", async || (crash(&setup) >= marks + 4).then_some(())).await;
+        assert!(setup.equal());
+        let after = agent.until("a status", |_| true).await;
+        for (before, after) in before.disks.iter().zip(&after.disks) {
+            assert_eq!(
+                (before.scan_rounds, before.read_bytes),
+                (after.scan_rounds, after.read_bytes),
+                "{after:?}"
+            );
+            assert!(after.durable > before.durable);
+        }
+        agent.stop().await;
+    });
+}
+
+#[test]
 fn a_disk_under_fire_is_equal_once_it_is_left_alone_whatever_happened_to_the_session() {
     let _machine = capture_lab::machine();
     if !capture_lab::capable() {
         return;
     }
     run(async {
-        for mode in ["window", "bitmap"] {
+        for mode in ["window", "data", "bitmap"] {
             let mut setup = Setup::new(2, &format!("mode = \"{mode}\"\ninterval = \"1s\""));
             let fire = Arc::new(AtomicBool::new(true));
             let writers: Vec<_> = setup
@@ -150,16 +186,12 @@ fn a_disk_under_fire_is_equal_once_it_is_left_alone_whatever_happened_to_the_ses
                 })
                 .collect();
             let agent = setup.start();
-            for disk in &setup.disks {
-                agent.until_disk("two rounds", *disk, |info| info.scan_rounds > 1).await;
-            }
+            setup.settled(&agent).await;
             setup.target.restart().await;
             setup.settled(&agent).await;
             agent.stop().await;
             let agent = setup.start();
-            for disk in &setup.disks {
-                agent.until_disk("rounds again", *disk, |info| info.scan_rounds > 1).await;
-            }
+            setup.settled(&agent).await;
             fire.store(false, Ordering::Relaxed);
             writers.into_iter().for_each(|writer| writer.join().unwrap());
             setup.settled(&agent).await;

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Live capture from end to end: a mounted ext4 with a database and an ordered writer, protected while it is written to.
 
-Environment: SIZE (1G), POINTS (20), RELAY (1), SEED (random, printed), KEEP. Asserted: the disk is followed, not
+Environment: SIZE (1G), POINTS (20), MODE (window), RELAY (1), SEED (random, printed), KEEP. Asserted: the disk is followed, not
 scanned; points come every second and are crash-consistent; of each point that is judged, ext4 replays its journal and
 `e2fsck -fn` then finds nothing, SQLite's `integrity_check` is ok and holds no less than the point before, and the
 ordered writer (A, fsync, B, fsync) never shows B without A; an agent that was killed goes on from what the kernel
-remembered, without a compare; when the writers have stopped the newest point is the disk, byte for byte. Called by
+remembered, without a compare; when the writers have stopped the newest point is the disk, byte for byte. With
+MODE=data as many single writes between the points are judged like points. Called by
 `make capture-test`, and small by the suite.
 """
 
@@ -25,9 +26,30 @@ def kill_agent(lab, pipeline):
     lab.daemons[AGENT].start_and_wait()
     pipeline.wait_followed(60, "after kill -9 of the agent")
     info = lab.agent.status()["disks"][0]
-    if info["capture"] != "window" or info["unaccounted"]:
+    if info["capture"] == "scan" or info["unaccounted"]:
         raise LabError(f"after the kill: {info}")
     return info
+
+
+def judge_writes(lab, target, name, sequences, count, seed):
+    """Single writes, each a point: what is not in an ordered stretch is refused, and few are."""
+    copy, judged = lab.dir / "write.raw", 0
+    for sequence in random.Random(seed).sample(sequences, min(count, len(sequences))):
+        try:
+            target.command("export", name, f"seq:{sequence}", "--format", "raw", "-o", copy, timeout=600)
+        except LabError as error:
+            if "seq:" not in str(error) and "sequence" not in str(error):
+                raise
+            continue
+        try:
+            judge(lab, copy, lab.dir / "judged")
+        except LabError as error:
+            raise LabError(f"sequence {sequence}: {error}") from error
+        copy.unlink()
+        judged += 1
+    if judged * 2 < count:
+        raise LabError(f"only {judged} of {count} single writes can be had")
+    say(f"  {judged} of {count} single writes between them judged")
 
 
 def body(lab):
@@ -44,8 +66,9 @@ def body(lab):
     folder = lab.mount(source, "live")
     (folder / "first").write_bytes(random.Random(seed).randbytes(size // 8))
     run("sync")
+    mode = setting("MODE", "window")
     retention = {"path": str(lab.dir / "retention"), "undo_epoch": "5s", "segment_bytes": "64 MiB"}
-    pipeline = Pipeline(lab, source, relay=setting("RELAY", "1") == "1", agent={"capture": {"interval": "1s"}},
+    pipeline = Pipeline(lab, source, relay=setting("RELAY", "1") == "1", agent={"capture": {"mode": mode, "interval": "1s"}},
                         target={"retention": retention})
     writers = [OrderedWriter(folder), DatabaseWriter(folder / "database", seed)]
     for writer in writers:
@@ -55,7 +78,7 @@ def body(lab):
     disk = pipeline.wait_synced(max(120, size / 5e6))
     name, target = disk["disk"], lab.target
     info = lab.agent.status()["disks"][0]
-    if info["capture"] != "window":
+    if info["capture"] != mode:
         raise LabError(f"the disk is not followed: {info['capture']}")
     before = info["read_bytes"]
     wait_for("half of the points", lambda: len(crash_points(target, name)) >= count // 2, 30 + 10 * count, lab.agent.log)
@@ -65,6 +88,7 @@ def body(lab):
     if info["read_bytes"] > size // 2:
         raise LabError(f"the agent read {mib(info['read_bytes'])} again after a kill")
     say(f"  the agent was killed and goes on; it read {mib(info['read_bytes'])}")
+    first = pipeline.target_disk()["durable"]
     wait_for("all points", lambda: len(crash_points(target, name)) >= count, 30 + 10 * count, lab.agent.log)
     for writer in writers:
         writer.going = False
@@ -85,6 +109,8 @@ def body(lab):
             raise LabError(f"point {point} shows {shown}, the one before it {last}")
         last = shown
         copy.unlink()
+    if mode == "data":
+        judge_writes(lab, target, name, range(first, pipeline.target_disk()["durable"]), len(chosen), seed)
     say(f"  {len(chosen)} of {len(points)} points judged: file system, database and ordered writes are sound")
     target.command("export", name, crash_points(target, name)[-1]["point"], "--format", "raw", "-o", copy, timeout=600)
     run("blockdev", "--flushbufs", source)

@@ -126,6 +126,20 @@ fn judge(before: &DiskCounts, after: &DiskCounts) -> Option<WindowFailure> {
 }
 
 impl Capture {
+    /// Why records since `before` may not be the whole truth of a disk; `None` while they are.
+    #[must_use]
+    pub fn doubt(&self, slot: DiskSlot, before: &DiskCounts) -> Option<WindowFailure> {
+        judge(before, &self.counts(slot))
+    }
+
+    /// Waits until programs that began before this call have counted what they were to count.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn settle(&self) -> Result<(), CaptureError> {
+        self.kernel.settle()
+    }
+
     /// Finds a crash-consistent moment of the plan's disks. On success, the marks of the stretches may be placed.
     ///
     /// # Errors

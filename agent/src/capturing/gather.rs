@@ -70,7 +70,7 @@ impl<'a> Gatherer<'a> {
 }
 
 /// Cuts into batches as large as they may be.
-fn split(disk: DiskId, kind: StretchKind, changes: Vec<Change>) -> Vec<Batch> {
+pub(super) fn split(disk: DiskId, kind: StretchKind, changes: Vec<Change>) -> Vec<Batch> {
     let mut batches: Vec<Batch> = Vec::new();
     let mut plain = u64::MAX;
     for change in changes {
@@ -86,6 +86,32 @@ fn split(disk: DiskId, kind: StretchKind, changes: Vec<Change>) -> Vec<Batch> {
         }
     }
     batches
+}
+
+/// Whether what the device makes of it is the device's own affair.
+pub(super) const fn is_discard(record: &Record<'_>) -> bool {
+    matches!(record.kind, Some(Kind::Discard | Kind::SecureErase))
+}
+
+/// A record of the ring as changes of the stream.
+pub(super) fn changes_of(record: &Record<'_>, whole: SectorRange) -> Vec<Change> {
+    let range = record.range.intersect(whole);
+    let zero_sectors = ZERO_RECORD_BYTES_MAX / SECTOR_BYTES;
+    match record.kind {
+        Some(Kind::Write) => {
+            let data = Bytes::copy_from_slice(record.data);
+            let piece = |piece: SectorRange| {
+                let at = ((piece.start - range.start) * SECTOR_BYTES) as usize;
+                Change::data(piece.start, data.slice(at..at + piece.bytes() as usize))
+            };
+            range.aligned_pieces(DELTA_RECORD_BYTES_MAX / SECTOR_BYTES).map(piece).collect()
+        }
+        Some(Kind::Zeroes) => range.aligned_pieces(zero_sectors).map(Change::zeros).collect(),
+        Some(Kind::Discard | Kind::SecureErase) => {
+            range.aligned_pieces(zero_sectors).map(Change::discard).collect()
+        }
+        Some(Kind::Flush | Kind::Passthrough | Kind::Zone) | None => Vec::new(),
+    }
 }
 
 impl WindowSink for Gatherer<'_> {
@@ -118,24 +144,10 @@ impl WindowSink for Gatherer<'_> {
     fn record(&mut self, record: &Record<'_>) -> Result<(), CaptureError> {
         self.count(record.data.len() as u64)?;
         let Some((disk, _, whole)) = self.disk(record.slot) else { return Ok(()) };
-        let range = record.range.intersect(whole);
-        let zero_sectors = ZERO_RECORD_BYTES_MAX / SECTOR_BYTES;
-        let changes: Vec<Change> = match record.kind {
-            Some(Kind::Write) => {
-                let data = Bytes::copy_from_slice(record.data);
-                let piece = |piece: SectorRange| {
-                    let at = ((piece.start - range.start) * SECTOR_BYTES) as usize;
-                    Change::data(piece.start, data.slice(at..at + piece.bytes() as usize))
-                };
-                range.aligned_pieces(DELTA_RECORD_BYTES_MAX / SECTOR_BYTES).map(piece).collect()
-            }
-            Some(Kind::Zeroes) => range.aligned_pieces(zero_sectors).map(Change::zeros).collect(),
-            Some(Kind::Discard | Kind::SecureErase) => {
-                self.discarded.push((record.slot, range));
-                range.aligned_pieces(zero_sectors).map(Change::discard).collect()
-            }
-            Some(Kind::Flush | Kind::Passthrough | Kind::Zone) | None => Vec::new(),
-        };
+        let changes = changes_of(record, whole);
+        if is_discard(record) {
+            self.discarded.push((record.slot, record.range.intersect(whole)));
+        }
         self.recorded.entry(disk).or_default().extend(changes);
         Ok(())
     }

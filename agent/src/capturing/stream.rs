@@ -1,0 +1,148 @@
+//! The stream of every write, between the window that began it and whatever ends it.
+//!
+//! Invariants: a batch is handed out only after everything that could make its order doubtful was looked at; a stream that
+//! is doubtful ends, with its reason, and nothing is lost: every write it held is marked in the maps. Records wait
+//! here for at most [`BATCH_AGE`], or until they fill a batch. Units: bytes of the ring. Called by `capturing` only.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use reprotect_engine::format::batch::Stretch as StretchKind;
+use reprotect_engine::format::extent::Record as Change;
+use reprotect_engine::limits::{BATCH_AGE_NANOS_MAX, BATCH_PLAIN_BYTES_MAX};
+use reprotect_engine::units::{DiskId, SectorRange};
+
+use super::Batch;
+use super::gather::{changes_of, is_discard, split};
+use crate::capture::{Capture, CaptureError, DiskCounts, DiskSlot};
+
+/// How long a record may wait for others.
+const BATCH_AGE: Duration = Duration::from_nanos(BATCH_AGE_NANOS_MAX);
+
+/// A disk of the stream.
+#[derive(Debug)]
+struct Streamed {
+    slot: DiskSlot,
+    whole: SectorRange,
+    before: DiskCounts,
+    changes: Vec<Change>,
+}
+
+/// A stream under way.
+#[derive(Debug)]
+pub(super) struct Stream {
+    disks: BTreeMap<DiskId, Streamed>,
+    drops: u64,
+    discarded: Vec<(DiskSlot, SectorRange)>,
+    bytes: u64,
+    oldest: Option<Instant>,
+}
+
+/// Why a stream is over.
+#[derive(Debug)]
+pub(super) enum Broken {
+    Doubtful(String),
+    Failed(CaptureError),
+}
+
+impl From<CaptureError> for Broken {
+    fn from(error: CaptureError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl std::fmt::Display for Broken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Doubtful(why) => f.write_str(why),
+            Self::Failed(error) => error.fmt(f),
+        }
+    }
+}
+
+impl Stream {
+    /// Goes on where a window that stays open closed; `before` are the counts it was judged by.
+    pub(super) fn begin(
+        disks: impl Iterator<Item = (DiskId, DiskSlot, SectorRange, DiskCounts)>,
+        drops: u64,
+    ) -> Self {
+        let disks = disks
+            .map(|(disk, slot, whole, before)| (disk, Streamed { slot, whole, before, changes: Vec::new() }))
+            .collect();
+        Self { disks, drops, discarded: Vec::new(), bytes: 0, oldest: None }
+    }
+
+    /// Takes what stands in the ring; answers batches when it is time for them.
+    ///
+    /// # Errors
+    /// When the stream is over.
+    pub(super) fn advance(&mut self, capture: &Capture) -> Result<Vec<Batch>, Broken> {
+        self.take(capture, capture.stream_end())?;
+        let due =
+            self.bytes >= BATCH_PLAIN_BYTES_MAX || self.oldest.is_some_and(|at| at.elapsed() >= BATCH_AGE);
+        if due { self.batches(capture) } else { Ok(Vec::new()) }
+    }
+
+    /// Everything submitted before this call, in batches.
+    ///
+    /// # Errors
+    /// When the stream is over.
+    pub(super) fn close(&mut self, capture: &Capture) -> Result<Vec<Batch>, Broken> {
+        let end = capture.stream_end();
+        while !self.take(capture, end)? {
+            std::thread::yield_now();
+        }
+        // What programs that ran then had to count must be counted before it is believed.
+        capture.settle()?;
+        self.batches(capture)
+    }
+
+    /// Ranges whose content is the device's own affair since the last call: they are to be read again.
+    pub(super) fn take_discarded(&mut self) -> Vec<(DiskSlot, SectorRange)> {
+        std::mem::take(&mut self.discarded)
+    }
+
+    /// The disks.
+    pub(super) fn disks(&self) -> Vec<DiskId> {
+        self.disks.keys().copied().collect()
+    }
+
+    fn take(&mut self, capture: &Capture, until: u64) -> Result<bool, CaptureError> {
+        let (mut bytes, mut discarded) = (0, Vec::new());
+        let disks = &mut self.disks;
+        let drained = capture.drain::<CaptureError>(until, |record| {
+            if let Some(disk) = disks.values_mut().find(|disk| disk.slot == record.slot) {
+                bytes += record.data.len() as u64;
+                disk.changes.extend(changes_of(&record, disk.whole));
+                if is_discard(&record) {
+                    discarded.push((record.slot, record.range.intersect(disk.whole)));
+                }
+            }
+            Ok(())
+        })?;
+        self.bytes += bytes;
+        self.discarded.extend(discarded);
+        if self.oldest.is_none() && disks.values().any(|disk| !disk.changes.is_empty()) {
+            self.oldest = Some(Instant::now());
+        }
+        Ok(drained.complete)
+    }
+
+    fn batches(&mut self, capture: &Capture) -> Result<Vec<Batch>, Broken> {
+        let drops = capture.drops().wrapping_sub(self.drops);
+        if drops != 0 {
+            return Err(Broken::Doubtful(format!("the ring overflowed: {drops} writes were not recorded")));
+        }
+        for disk in self.disks.values() {
+            if let Some(doubt) = capture.doubt(disk.slot, &disk.before) {
+                return Err(Broken::Doubtful(doubt.to_string()));
+            }
+        }
+        (self.bytes, self.oldest) = (0, None);
+        let mut batches = Vec::new();
+        for (disk, streamed) in &mut self.disks {
+            batches.extend(split(*disk, StretchKind::Ordered, std::mem::take(&mut streamed.changes)));
+        }
+        Ok(batches)
+    }
+}
