@@ -93,6 +93,11 @@ fn points_of_a_live_disk_are_states_it_was_in_and_a_killed_agent_goes_on() {
 }
 
 #[test]
+fn single_writes_of_a_live_disk_are_states_it_was_in() {
+    script("capture_test.py", &[("SIZE", "256M"), ("POINTS", "6"), ("MODE", "data"), ("RELAY", "0")]);
+}
+
+#[test]
 fn the_demonstration_tells_its_story_to_the_end() {
     script("demo.py", &[("SIZE", "256M"), ("TARGET", "sparse")]);
 }
