@@ -78,7 +78,17 @@ pub enum Command {
     Status(StatusArgs),
     /// Make a recovery point of all protected disks of this machine.
     Mark(MarkArgs),
+    /// Remove what live capture left in the kernel, when this machine is not to be protected any more.
+    Unfollow(UnfollowArgs),
 }
+
+/// Arguments of `unfollow`.
+#[derive(Clone, Debug, Args)]
+#[command(
+    after_help = "A killed agent leaves its programs in the kernel on purpose: the next one goes on from what they saw.\n\
+    After this command it compares the disks instead. The agent must not run."
+)]
+pub struct UnfollowArgs {}
 
 /// Arguments of `disks`.
 #[derive(Clone, Debug, Args)]
@@ -137,9 +147,9 @@ pub struct StatusArgs {
 /// Arguments of `mark`.
 #[derive(Clone, Debug, Args)]
 #[command(
-    after_help = "Reads every protected disk once (twice with --freeze) and waits until the point is durable at the master target.\n\
-    Without --freeze the disks change while they are read: the point is fuzzy, no consistent state.\n\
-    With --freeze programs that write to the disks' file systems wait during the second reading.\n\n\
+    after_help = "Reads what changed on every protected disk (all of it where a disk is scanned) and waits until the point is durable\n\
+    at the master target. Where all disks are followed it is crash-consistent; where one is scanned it is fuzzy, no consistent state.\n\
+    With --freeze the file systems are clean at the point; programs that write to them wait while the rest is read.\n\n\
     Example:\n  reprotect-agent mark --freeze --name before-upgrade"
 )]
 pub struct MarkArgs {

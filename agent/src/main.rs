@@ -36,5 +36,6 @@ fn dispatch(cli: &Cli) -> anyhow::Result<()> {
         Command::Run(args) => service::run(settings, args),
         Command::Status(args) => service::status(&settings, args, output),
         Command::Mark(args) => service::mark(&settings, args, output),
+        Command::Unfollow(_) => service::unfollow(&settings, output),
     }
 }

@@ -1,4 +1,4 @@
-//! The agent's commands around the running daemon: `run`, `check`, `enroll`, `status`, `mark`.
+//! The agent's commands around the running daemon: `run`, `check`, `enroll`, `status`, `mark`, `unfollow`.
 //!
 //! Invariant: a command prints its result to standard output once, and says in its error what to do.
 //! Called by `main`.
@@ -9,6 +9,7 @@ use anyhow::Context;
 use reprotect_engine::host::admin_client::AdminClient;
 use reprotect_engine::host::output::{self, Align, Output, Table};
 use reprotect_engine::host::places::Program;
+use reprotect_engine::host::run_lock::RunLock;
 use reprotect_engine::host::shutdown::{Shutdown, on_signals};
 use reprotect_engine::io::durable::{Access, replace_file};
 use reprotect_engine::net::enroll::enroll as enroll_at;
@@ -17,6 +18,7 @@ use reprotect_engine::net::token::Token;
 use serde_json::json;
 
 use crate::api::{DiskInfo, MarkAnswer, MarkRequest, StatusInfo};
+use crate::capture;
 use crate::check;
 use crate::cli::{EnrollArgs, MarkArgs, RunArgs, StatusArgs};
 use crate::config::Settings;
@@ -118,6 +120,26 @@ pub fn mark(settings: &Settings, args: &MarkArgs, output: Output) -> anyhow::Res
     let client = AdminClient::new(Program::Agent, &settings.places.socket).with_wait(MARK_WAIT);
     let answer: MarkAnswer = runtime()?.block_on(client.post_json("/v1/mark", &request))?;
     output.result(&answer, || render_mark(&answer))?;
+    Ok(())
+}
+
+/// `unfollow`: the kernel forgets this agent's capture.
+///
+/// # Errors
+/// When the agent runs, has no identity, or the pins cannot be removed.
+pub fn unfollow(settings: &Settings, output: Output) -> anyhow::Result<()> {
+    let places = &settings.places;
+    let _lock = RunLock::acquire(Program::Agent, &places.state_dir)?;
+    let identity = daemon::load_identity(&settings.credentials)?;
+    let removed = capture::let_go(&identity.own().peer.to_string())?;
+    output.result(&json!({ "removed": removed }), || {
+        let text = if removed {
+            "Removed what live capture had left in the kernel; the disks are compared when the agent runs again."
+        } else {
+            "Live capture had left nothing in the kernel."
+        };
+        text.to_owned()
+    })?;
     Ok(())
 }
 

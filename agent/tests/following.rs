@@ -15,10 +15,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use capture_lab::Loop;
 use common::target::FakeTarget;
 use common::{AgentDaemon, Site, noise, run, source_id, write_config};
+use reprotect_agent::capture;
 use reprotect_engine::format::batch::MarkClass;
 use reprotect_engine::format::message::PassMode;
 use reprotect_engine::net::wall_clock;
-use reprotect_engine::units::DiskId;
+use reprotect_engine::units::{DiskId, PeerId};
 
 const MIB: usize = 1 << 20;
 const SIZE: usize = 48 * MIB;
@@ -30,6 +31,14 @@ struct Setup {
     state_dir: PathBuf,
     loops: Vec<Loop>,
     disks: Vec<DiskId>,
+    agent: PeerId,
+}
+
+impl Drop for Setup {
+    /// What a failed test leaves in the kernel.
+    fn drop(&mut self) {
+        let _ended = capture::let_go(&self.agent.to_string());
+    }
 }
 
 impl Setup {
@@ -53,7 +62,7 @@ impl Setup {
             target.protect_source(agent, source_id(&device.path), vec![0; SIZE], PassMode::Copy)
         };
         let disks = loops.iter().map(protect).collect();
-        Self { _site: site, target, state_dir, loops, disks }
+        Self { _site: site, target, state_dir, loops, disks, agent }
     }
 
     fn start(&self) -> AgentDaemon {

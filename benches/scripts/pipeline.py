@@ -74,6 +74,8 @@ class Pipeline:
         others = [disk["path"] for disk in offered if disk["verdict"]["selected"] and disk["path"] != self.source]
         agent.configure({**config, "disks": {"include": [self.source], "exclude": others}})
         self.enroll(agent)
+        # A killed agent leaves its programs in the kernel for the one that comes next; here none does.
+        self.lab.undo("let go of the disks", lambda: agent.state.exists() and agent.command("unfollow"))
         agent.start_and_wait()
 
     def enroll(self, daemon):

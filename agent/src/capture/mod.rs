@@ -32,6 +32,7 @@ pub use layout::{DISKS_MAX, Kind, Mode};
 pub use loader::check_machine;
 pub(crate) use oracle::Anchor;
 pub use oracle::{Check, Verdict};
+pub use pins::let_go;
 pub use ring::Record;
 pub use session_file::{CompareCause, Continuity};
 pub use stream::Drained;

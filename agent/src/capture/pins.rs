@@ -64,6 +64,28 @@ impl Claim {
     }
 }
 
+/// The place of an agent's pins.
+pub(crate) fn place_of(root: &Path, instance: &str) -> PathBuf {
+    root.join(format!("agent-{instance}"))
+}
+
+/// Removes what capture of an agent that does not run left in the kernel: its programs stop, its maps are gone, and its
+/// next start compares. Answers whether there was anything.
+///
+/// # Errors
+/// [`CaptureError::InUse`] when the agent runs, or what the file system says.
+pub fn let_go(instance: &str) -> Result<bool, CaptureError> {
+    let path = place_of(&Path::new(BPF_MOUNT).join(OUR_DIR), instance);
+    if !path.exists() {
+        return Ok(false);
+    }
+    let place = Claim::take(path, "capture")?;
+    let found = fs::read_dir(&place.path).map_err(CaptureError::file(&place.path))?.next().is_some();
+    place.clear()?;
+    fs::remove_dir(&place.path).map_err(CaptureError::file(&place.path))?;
+    Ok(found)
+}
+
 /// Removes a pin, which may be gone already.
 pub(crate) fn remove(path: &Path) -> Result<(), CaptureError> {
     match fs::remove_file(path) {

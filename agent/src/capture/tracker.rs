@@ -139,7 +139,7 @@ impl Capture {
     pub fn start(settings: &CaptureSettings) -> Result<Self, CaptureError> {
         check_machine()?;
         let root = pins::root()?;
-        let place = Claim::take(root.join(format!("agent-{}", settings.instance)), "capture")?;
+        let place = Claim::take(pins::place_of(&root, &settings.instance), "capture")?;
         let store = SessionStore::at(&settings.state_dir);
         let options = LoadOptions {
             ring_bytes: settings.ring_bytes,
