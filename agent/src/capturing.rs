@@ -148,6 +148,8 @@ struct Followed {
     slot: DiskSlot,
     file: Box<dyn BlockFile>,
     whole: SectorRange,
+    /// Number and sequence of the device, which tell it from another one that takes its place.
+    device: ((u32, u32), u64),
     stretch: Option<Stretch>,
 }
 
@@ -191,13 +193,7 @@ impl Owner {
                 let result = self.follow(disk, &path, &identity).map_err(|error| error.to_string());
                 self.tell(CaptureNews::Followed { disk, result });
             }
-            Order::Unfollow(disk) => {
-                if let (Some(known), Some(capture)) = (self.disks.remove(&disk), &mut self.capture)
-                    && let Err(error) = capture.unfollow(known.slot)
-                {
-                    tracing::warn!(%disk, %error, "the disk could not be let go");
-                }
-            }
+            Order::Unfollow(disk) => self.unfollow(disk),
             Order::Harvest(disk) => {
                 let result = self.harvest(disk).map_err(|error| error.to_string());
                 self.tell(CaptureNews::Harvested { disk, result });
@@ -246,11 +242,15 @@ impl Owner {
         path: &std::path::Path,
         identity: &str,
     ) -> Result<Option<CompareCause>, String> {
-        if self.disks.contains_key(&disk) {
-            return Ok(None);
-        }
         let text = |error: CaptureError| error.to_string();
         let device = BlockDisk::at(path).map_err(text)?;
+        if let Some(known) = self.disks.get(&disk) {
+            if known.device == (device.number, device.sequence) {
+                return Ok(None);
+            }
+            self.unfollow(disk);
+        }
+        let place = (device.number, device.sequence);
         let whole = SectorRange::new(0, device.size.0);
         let (file, backend) =
             io::open_reporting(path, &io::OpenOptions::reading()).map_err(|error| error.to_string())?;
@@ -274,8 +274,20 @@ impl Owner {
                 Some(cause)
             }
         };
-        self.disks.insert(disk, Followed { slot, file, whole, stretch: None });
+        self.disks.insert(disk, Followed { slot, file, whole, device: place, stretch: None });
         Ok(cause)
+    }
+
+    fn unfollow(&mut self, disk: DiskId) {
+        // Its place may be another disk's next, and the stream knows disks by their places.
+        if self.stream.as_ref().is_some_and(|stream| stream.disks().contains(&disk)) {
+            self.end_stream("a disk is followed no longer");
+        }
+        if let (Some(known), Some(capture)) = (self.disks.remove(&disk), &mut self.capture)
+            && let Err(error) = capture.unfollow(known.slot)
+        {
+            tracing::warn!(%disk, %error, "the disk could not be let go");
+        }
     }
 
     fn harvest(&mut self, disk: DiskId) -> Result<RangeSet, CaptureError> {

@@ -166,6 +166,14 @@ impl Following {
             self.unknown.remove(&disk);
             self.set(disk, Step::Idle);
         }
+        self.abandon_round(disk);
+    }
+
+    /// A pass over the whole disk takes the place of a round, whose end will never be told.
+    pub(crate) fn abandon_round(&mut self, disk: DiskId) {
+        if matches!(self.steps.get(&disk), Some(Step::Round | Step::Harvesting { .. })) {
+            self.give_back(disk);
+        }
     }
 
     /// A round ended durably.
@@ -187,19 +195,15 @@ impl Machine {
         if following.thread.is_none() || !is_device {
             return self.open_at_target(disk, size_sectors);
         }
-        match following.steps.get(&disk) {
-            None => {
-                let identity = source.iter().map(|byte| format!("{byte:02x}")).collect();
-                following.order(Order::Follow { disk, path: PathBuf::from(&state.path), identity });
-                following.set(disk, Step::Asked { size_sectors });
-            }
-            Some(Step::Asked { .. }) => following.set(disk, Step::Asked { size_sectors }),
-            Some(Step::Refused { .. } | Step::Pass) => self.open_at_target(disk, size_sectors),
-            Some(_) => {
-                following.order(Order::Harvest(disk));
-                following.set(disk, Step::Opening { size_sectors });
-            }
+        if matches!(following.steps.get(&disk), Some(Step::Refused { .. } | Step::Pass)) {
+            return self.open_at_target(disk, size_sectors);
         }
+        // Also where it is followed: another device may stand there now.
+        if !matches!(following.steps.get(&disk), Some(Step::Asked { .. })) {
+            let identity = source.iter().map(|byte| format!("{byte:02x}")).collect();
+            following.order(Order::Follow { disk, path: PathBuf::from(&state.path), identity });
+        }
+        following.set(disk, Step::Asked { size_sectors });
     }
 
     /// The disk is open at the target. What was harvested before belongs to the pass only if that reads everything.

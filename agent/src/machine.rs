@@ -267,6 +267,7 @@ impl Machine {
             AgentEvent::Policy(policy) => self.take_policy(&policy),
             AgentEvent::MarkRequested(request) => self.handle_mark_request(&request),
             AgentEvent::Resync { disk, cause } => {
+                self.following.abandon_round(disk);
                 let problem = (cause == PassCause::DamagedStream).then(|| DAMAGED_TEXT.to_owned());
                 match &problem {
                     Some(text) => tracing::error!(%disk, ?cause, "{text}"),
@@ -534,6 +535,8 @@ impl Machine {
     }
 
     fn handle_resized(&mut self, disk: DiskId, bytes: u64) {
+        // Followed anew, and compared, once source and target fit again.
+        self.following.forget(disk);
         self.with(disk, |state| {
             let text = format!(
                 "the disk had {} and has {} ({bytes} bytes) now; make the target (or the disk) fit, then reload the agent; or protect the disk anew",
