@@ -54,10 +54,7 @@ impl Setup {
             })
             .collect();
         let paths: Vec<_> = loops.iter().map(|device| device.path.as_path()).collect();
-        write_config(&state_dir, target.address, &paths, "");
-        let config = state_dir.join("agent.toml");
-        let text = std::fs::read_to_string(&config).unwrap();
-        std::fs::write(config, format!("{text}[capture]\n{capture}\n")).unwrap();
+        write_config(&state_dir, target.address, &paths, capture);
         let protect = |device: &Loop| {
             target.protect_source(agent, source_id(&device.path), vec![0; SIZE], PassMode::Copy)
         };
@@ -99,7 +96,7 @@ fn rounds_of_a_followed_disk_read_what_changed_and_their_points_are_crash_consis
         return;
     }
     run(async {
-        let setup = Setup::new(2, "interval = \"1s\"");
+        let setup = Setup::new(2, "capture.interval = \"1s\"");
         let agent = setup.start();
         for disk in &setup.disks {
             let info = agent.until_disk("a round", *disk, |info| info.scan_rounds > 0).await;
@@ -132,7 +129,7 @@ fn every_write_of_a_streamed_disk_arrives_without_another_round_and_its_points_f
         return;
     }
     run(async {
-        let setup = Setup::new(2, "mode = \"data\"\ninterval = \"2s\"");
+        let setup = Setup::new(2, "capture.mode = \"data\"\ncapture.interval = \"2s\"");
         let agent = setup.start();
         for disk in &setup.disks {
             let info = agent.until_disk("a round", *disk, |info| info.scan_rounds > 0).await;
@@ -168,7 +165,7 @@ fn a_disk_under_fire_is_equal_once_it_is_left_alone_whatever_happened_to_the_ses
     }
     run(async {
         for mode in ["window", "data", "bitmap"] {
-            let mut setup = Setup::new(2, &format!("mode = \"{mode}\"\ninterval = \"1s\""));
+            let mut setup = Setup::new(2, &format!("capture.mode = \"{mode}\"\ncapture.interval = \"1s\""));
             let fire = Arc::new(AtomicBool::new(true));
             let writers: Vec<_> = setup
                 .loops
@@ -217,7 +214,7 @@ fn after_a_clean_stop_a_quiet_disk_goes_on_and_one_that_was_written_is_compared(
         return;
     }
     run(async {
-        let setup = Setup::new(1, "interval = \"1s\"");
+        let setup = Setup::new(1, "capture.interval = \"1s\"");
         let agent = setup.start();
         agent.until_disk("a round", setup.disks[0], |info| info.scan_rounds > 0).await;
         agent.stop().await;

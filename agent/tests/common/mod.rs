@@ -80,12 +80,14 @@ pub fn source_id(path: &Path) -> SourceId {
     found.sources.values().find(|known| known.source.path == path).expect("it is a source").id
 }
 
+/// A configuration whose disks are scanned, also where they could be followed, unless `more` says otherwise.
 pub fn write_config(state_dir: &Path, target: SocketAddr, include: &[&Path], more: &str) {
     let include: Vec<String> =
         include.iter().map(|path| format!("{:?}", path.display().to_string())).collect();
     let include = include.join(", ");
+    let capture = if more.contains("capture.") { "" } else { "capture.mode = \"scan\"" };
     let text = format!(
-        "upstream = [\"{target}\"]\nscan_interval = \"100ms\"\n{more}\n[disks]\ninclude = [{include}]\nexclude = [{}]\n",
+        "upstream = [\"{target}\"]\n{capture}\nscan_interval = \"100ms\"\n{more}\n[disks]\ninclude = [{include}]\nexclude = [{}]\n",
         excluded(&include)
     );
     std::fs::write(state_dir.join("agent.toml"), text).unwrap();
