@@ -72,6 +72,8 @@ pub(crate) struct WindowRead {
     pub(crate) batches: Vec<Batch>,
     /// Why it is no moment, if it is none: the batches are changes like any others then.
     pub(crate) open: Option<String>,
+    /// It is a place in a stream, not a window.
+    pub(crate) point: bool,
     /// Every write since then follows, in [`CaptureNews::Streamed`].
     pub(crate) streams: bool,
 }
@@ -91,6 +93,8 @@ pub(crate) enum CaptureNews {
     StreamEnded { disks: Vec<DiskId>, why: String },
     /// Everything the kernel wrote until now was seen.
     Accounted { disk: DiskId },
+    /// Its account cannot be had any more, and so its changes cannot be trusted: it is followed no longer.
+    Unfollowed { disk: DiskId, why: String },
     /// Something was missed: the disk must be compared.
     Unaccounted { disk: DiskId, why: String },
 }
@@ -121,8 +125,9 @@ impl Capturing {
     /// Hands an order over.
     pub(crate) fn order(&self, order: Order) {
         if let Some(orders) = &self.orders {
-            // A failed send means that the thread panicked, which was logged.
-            let _ = orders.send(order);
+            if orders.send(order).is_err() {
+                tracing::error!("the capturing thread is gone; restart the agent");
+            }
         }
     }
 
@@ -360,6 +365,13 @@ impl Owner {
 
     /// Everything streamed so far, and a stretch of each disk that holds no more than that.
     fn point(&mut self, disks: &[DiskId]) -> Result<WindowRead, CaptureError> {
+        if !self.stream.as_ref().is_some_and(|stream| disks.iter().all(|disk| stream.disks().contains(disk)))
+        {
+            return Err(CaptureError::Unsupported {
+                disk: "a disk".into(),
+                reason: "its writes are not streamed".into(),
+            });
+        }
         // Marked before the stream's end is taken: what is harvested was submitted before, and is in the stream.
         for disk in disks {
             self.harvest(*disk)?;
@@ -372,10 +384,11 @@ impl Owner {
         };
         match stream.close(capture) {
             Ok(batches) => {
-                for (slot, range) in stream.take_discarded() {
+                // Until the stream ends: then a round reads them.
+                for (slot, range) in stream.discarded() {
                     capture.mark(slot, range)?;
                 }
-                Ok(WindowRead { batches, open: None, streams: true })
+                Ok(WindowRead { batches, open: None, point: true, streams: true })
             }
             Err(broken) => {
                 let reason = broken.to_string();
@@ -411,8 +424,8 @@ impl Owner {
         let end = capture.window(&WindowPlan { stay, ..WindowPlan::new(plan) }, &mut gatherer)?;
         let (read, discarded) = gatherer.into_batches(matches!(end, WindowEnd::Closed(_)));
         // What a device makes of a discarded range is its own affair: it is read again in the next round.
-        for (slot, range) in discarded {
-            capture.mark(slot, range)?;
+        for (slot, range) in &discarded {
+            capture.mark(*slot, *range)?;
         }
         let open = match end {
             WindowEnd::Closed(closed) => {
@@ -423,9 +436,9 @@ impl Owner {
         };
         let streams = stay && open.is_none();
         if streams {
-            self.stream = Some(Stream::begin(streamed.into_iter(), drops));
+            self.stream = Some(Stream::begin(streamed.into_iter(), drops, discarded));
         }
-        Ok(WindowRead { batches: read, open, streams })
+        Ok(WindowRead { batches: read, open, point: false, streams })
     }
 
     fn check_all(&mut self) {
@@ -449,9 +462,12 @@ impl Owner {
                         news.push(missed(why));
                     }
                 },
-                Err(error) => news.push(missed(error.to_string())),
+                Err(error) => {
+                    news.push(CaptureNews::Unfollowed { disk: *disk, why: error.to_string() });
+                }
             }
         }
+        let mut gone = Vec::new();
         for one in news {
             if let CaptureNews::Unaccounted { disk, .. } = &one
                 && let Some(known) = self.disks.get(disk)
@@ -459,9 +475,13 @@ impl Owner {
             {
                 tracing::error!(%disk, %error, "the disk could not be marked");
             }
+            if let CaptureNews::Unfollowed { disk, .. } = &one {
+                gone.push(*disk);
+            }
             // A failed send means that the agent is stopping.
             let _ = self.news.send(one);
         }
+        gone.into_iter().for_each(|disk| self.unfollow(disk));
     }
 }
 

@@ -16,6 +16,7 @@ use std::time::Instant;
 use reprotect_engine::format::batch::MarkClass;
 use reprotect_engine::format::message::{PassCause, PassMode};
 use reprotect_engine::net::wall_clock;
+use reprotect_engine::proto::agent::Agent;
 use reprotect_engine::range_set::RangeSet;
 use reprotect_engine::units::{DiskId, Sequence};
 use tokio::sync::mpsc;
@@ -25,6 +26,7 @@ use crate::capturing::{Batch, CaptureNews, Capturing, Order, WindowRead};
 use crate::config::CaptureMode;
 use crate::disks::SourceKind;
 use crate::machine::Machine;
+use crate::positions::Positions;
 use crate::protected::Activity;
 
 /// Bytes of a disk that may wait to become durable while every write is streamed; beyond, its map has to do.
@@ -34,7 +36,11 @@ const STREAM_BYTES_MAX: u64 = 128 << 20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Step {
     /// It is to be followed, then opened at the target, which has this size.
-    Asked { size_sectors: u64 },
+    Asked {
+        size_sectors: u64,
+        /// A pass is under way that has what was harvested before it.
+        pass: bool,
+    },
     /// It cannot be followed, and why.
     Refused { why: String },
     /// Its changes so far are harvested before it is opened at the target.
@@ -59,10 +65,14 @@ pub(crate) struct Following {
     steps: BTreeMap<DiskId, Step>,
     /// Disks of which it is not known what changed: their next round is a compare.
     unknown: BTreeSet<DiskId>,
+    /// Where the streams stood, kept for the next process.
+    positions: Positions,
     /// The sequence at the last moment at which everything was known to be seen.
     accounted: BTreeMap<DiskId, Sequence>,
-    /// Writes are streamed since the last window.
-    streams: bool,
+    /// Disks whose every write is streamed since the last window.
+    streams: BTreeSet<DiskId>,
+    /// What could not be said yet of points: the session was away.
+    doubtful: BTreeMap<DiskId, (Sequence, Sequence, String)>,
     /// Windows that found no moment, since the start.
     pub(crate) windows_failed: u64,
 }
@@ -74,6 +84,7 @@ impl Following {
         settings: CaptureSettings,
         news: mpsc::UnboundedSender<CaptureNews>,
     ) -> Self {
+        let positions = Positions::in_folder(&settings.state_dir);
         let wanted = (mode != CaptureMode::Scan).then(|| Capturing::start(settings, news));
         let thread = match wanted {
             Some(Err(error)) => {
@@ -84,7 +95,17 @@ impl Following {
             None => None,
         };
         let (steps, unknown, accounted) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
-        Self { mode, thread, steps, unknown, accounted, streams: false, windows_failed: 0 }
+        Self {
+            mode,
+            thread,
+            steps,
+            unknown,
+            positions,
+            accounted,
+            streams: BTreeSet::new(),
+            doubtful: BTreeMap::new(),
+            windows_failed: 0,
+        }
     }
 
     fn order(&self, order: Order) {
@@ -117,7 +138,10 @@ impl Following {
         if self.steps.remove(&disk).is_some() {
             self.order(Order::Unfollow(disk));
         }
+        self.positions.remove(disk);
         self.unknown.remove(&disk);
+        self.doubtful.remove(&disk);
+        self.streams.remove(&disk);
         self.accounted.remove(&disk);
     }
 
@@ -143,7 +167,7 @@ impl Following {
 
     /// Writes are streamed no longer; the maps have what was not handed on.
     fn end_stream(&mut self) {
-        if !std::mem::take(&mut self.streams) {
+        if std::mem::take(&mut self.streams).is_empty() {
             return;
         }
         self.order(Order::EndStream);
@@ -153,14 +177,26 @@ impl Following {
     }
 
     /// A point of disks whose writes are streamed is durable.
-    pub(crate) fn handle_point_durable(&self, disks: impl Iterator<Item = DiskId>) {
+    pub(crate) fn handle_point_durable(&self, core: &Agent, disks: impl Iterator<Item = DiskId>) {
         for disk in disks.filter(|disk| self.steps.get(disk) == Some(&Step::Streaming)) {
+            self.remember(core, disk);
             self.order(Order::Durable(disk));
         }
     }
 
+    /// Where the stream stands now outlives this process, before anything is forgotten because of it.
+    fn remember(&self, core: &Agent, disk: DiskId) {
+        if self.is_followed(disk)
+            && let Some(known) = core.stream_position(disk)
+            && let Err(error) = self.positions.store(disk, &known)
+        {
+            tracing::warn!(%disk, %error, "the position of the stream is not kept: after a restart the disk is compared");
+        }
+    }
+
     /// A pass ended durably.
-    pub(crate) fn handle_synced(&mut self, disk: DiskId) {
+    pub(crate) fn handle_synced(&mut self, core: &Agent, disk: DiskId) {
+        self.remember(core, disk);
         if self.steps.get(&disk) == Some(&Step::Pass) {
             self.order(Order::Durable(disk));
             self.unknown.remove(&disk);
@@ -177,10 +213,11 @@ impl Following {
     }
 
     /// A round ended durably.
-    pub(crate) fn handle_round_durable(&mut self, disk: DiskId) {
+    pub(crate) fn handle_round_durable(&mut self, core: &Agent, disk: DiskId) {
+        self.remember(core, disk);
         if self.steps.get(&disk) == Some(&Step::Round) {
             self.order(Order::Durable(disk));
-            self.set(disk, if self.streams { Step::Streaming } else { Step::Idle });
+            self.set(disk, if self.streams.contains(&disk) { Step::Streaming } else { Step::Idle });
         }
     }
 }
@@ -195,19 +232,52 @@ impl Machine {
         if following.thread.is_none() || !is_device {
             return self.open_at_target(disk, size_sectors);
         }
-        if matches!(following.steps.get(&disk), Some(Step::Refused { .. } | Step::Pass)) {
+        if matches!(following.steps.get(&disk), Some(Step::Refused { .. })) {
             return self.open_at_target(disk, size_sectors);
         }
+        let pass = matches!(following.steps.get(&disk), Some(Step::Pass | Step::Asked { pass: true, .. }));
         // Also where it is followed: another device may stand there now.
         if !matches!(following.steps.get(&disk), Some(Step::Asked { .. })) {
             let identity = source.iter().map(|byte| format!("{byte:02x}")).collect();
             following.order(Order::Follow { disk, path: PathBuf::from(&state.path), identity });
         }
-        following.set(disk, Step::Asked { size_sectors });
+        following.set(disk, Step::Asked { size_sectors, pass });
+    }
+
+    /// The device of a disk that is open at the target was opened anew, perhaps as another one.
+    pub(crate) fn follow_again(&mut self, disk: DiskId) {
+        let Some(state) = self.disks.get(&disk) else { return };
+        if !self.following.is_followed(disk) {
+            return;
+        }
+        let (source, path, size_sectors) = (state.source, PathBuf::from(&state.path), state.size_sectors);
+        self.following.end_stream();
+        self.following.forget(disk);
+        let identity = source.iter().map(|byte| format!("{byte:02x}")).collect();
+        self.following.order(Order::Follow { disk, path, identity });
+        self.following.set(disk, Step::Asked { size_sectors, pass: false });
+        self.fail_run(&format!("the device of disk {disk} was opened anew"));
+    }
+
+    /// Tells the core where the stream was when an agent before this one was last told of it: a target that is behind that
+    /// lost something, and what the maps say is not enough.
+    fn recall(&mut self, disk: DiskId) {
+        if self.core.has_stream(disk) {
+            return; // this process knows better
+        }
+        match self.following.positions.load(disk) {
+            Some(known) => self.core.recall(disk, known),
+            None => {
+                tracing::info!(%disk, "nothing is known of its stream; it is compared");
+                self.following.unknown.insert(disk);
+            }
+        }
     }
 
     /// The disk is open at the target. What was harvested before belongs to the pass only if that reads everything.
     pub(crate) fn handle_opened_followed(&mut self, disk: DiskId, mode: PassMode) {
+        self.tell_doubts(disk);
+        self.following.remember(&self.core, disk);
         let from_the_start = self.core.pass_progress(disk).is_some_and(|(settled, _)| settled == 0);
         let following = &mut self.following;
         match following.steps.get(&disk) {
@@ -245,17 +315,29 @@ impl Machine {
     pub(crate) fn handle_capture(&mut self, news: CaptureNews) {
         match news {
             CaptureNews::Followed { disk, result } => {
-                let Some(Step::Asked { size_sectors }) = self.following.steps.get(&disk).cloned() else {
+                let Some(Step::Asked { size_sectors, pass }) = self.following.steps.get(&disk).cloned()
+                else {
                     return;
                 };
                 match result {
                     Ok(cause) => {
+                        let same = cause.is_none();
                         if let Some(cause) = cause {
                             tracing::info!(%disk, "followed from now on, what was before is not known: {cause}");
                             self.following.unknown.insert(disk);
+                        } else {
+                            self.recall(disk);
                         }
-                        self.following.order(Order::Harvest(disk));
-                        self.following.set(disk, Step::Opening { size_sectors });
+                        if self.core.is_open(disk) {
+                            // Another device stands there since: what is not known is compared in the next round.
+                            self.following.set(disk, Step::Idle);
+                        } else if same && pass {
+                            self.following.set(disk, Step::Pass);
+                            self.open_at_target(disk, size_sectors);
+                        } else {
+                            self.following.order(Order::Harvest(disk));
+                            self.following.set(disk, Step::Opening { size_sectors });
+                        }
                     }
                     Err(why) => {
                         tracing::warn!(%disk, "the disk is scanned, because it cannot be followed: {why}");
@@ -268,7 +350,7 @@ impl Machine {
             CaptureNews::Windowed { run, disks, result } => self.handle_window(run, &disks, result),
             CaptureNews::Streamed { batches } => self.handle_streamed(batches),
             CaptureNews::StreamEnded { disks, why } => {
-                if self.following.streams {
+                if !self.following.streams.is_empty() {
                     tracing::warn!(?disks, "not every write is known any more, points only: {why}");
                     self.end_streaming();
                 }
@@ -279,6 +361,11 @@ impl Machine {
                 }
             }
             CaptureNews::Unaccounted { disk, why } => self.handle_unaccounted(disk, &why),
+            CaptureNews::Unfollowed { disk, why } => {
+                self.handle_unaccounted(disk, &why);
+                self.following.set(disk, Step::Refused { why });
+                self.fail_run(&format!("disk {disk} cannot be followed any more"));
+            }
         }
     }
 
@@ -315,6 +402,7 @@ impl Machine {
         } else {
             self.following.give_back(disk);
             self.pause_round(disk);
+            self.fail_run(&format!("the round of disk {disk} could not begin"));
         }
     }
 
@@ -331,13 +419,18 @@ impl Machine {
 
     /// Whether a point of these disks can be made by a closing window.
     pub(crate) fn can_close(&self, mut disks: impl Iterator<Item = DiskId>) -> bool {
-        let round = |disk: DiskId| self.following.steps.get(&disk) == Some(&Step::Round);
+        let following = &self.following;
+        let round = |disk: DiskId| {
+            following.steps.get(&disk) == Some(&Step::Round) && !following.unknown.contains(&disk)
+        };
         matches!(self.following.mode, CaptureMode::Window | CaptureMode::Data) && disks.all(round)
     }
 
     /// Whether every write of these disks is streamed, so that any moment is a point.
     pub(crate) fn is_streaming(&self, mut disks: impl Iterator<Item = DiskId>) -> bool {
-        self.following.streams && disks.all(|disk| self.following.steps.get(&disk) == Some(&Step::Streaming))
+        let following = &self.following;
+        let streams = |disk: DiskId| following.steps.get(&disk) == Some(&Step::Streaming);
+        !following.streams.is_empty() && disks.all(|disk| following.streams.contains(&disk) && streams(disk))
     }
 
     /// Looks for a moment of these disks, or takes the present one where every write is known.
@@ -356,7 +449,7 @@ impl Machine {
     }
 
     fn handle_streamed(&mut self, batches: Vec<Batch>) {
-        if !self.following.streams {
+        if self.following.streams.is_empty() {
             return; // it was ended meanwhile; the maps have it
         }
         let now = wall_clock();
@@ -389,18 +482,24 @@ impl Machine {
         if !self.is_closing(run) {
             // Given back already; a stream that began, or whose batches are dropped here, must not go on.
             if result.is_ok_and(|read| read.streams) {
-                self.following.streams = true;
+                self.following.streams.extend(disks);
                 self.end_streaming();
             }
             return;
         }
+        let known = disks.iter().all(|disk| !self.following.unknown.contains(disk));
         let class = match result {
-            Ok(WindowRead { batches, open, streams }) => {
+            // The stream it stands in was ended meanwhile: batches before it are missing.
+            Ok(WindowRead { point: true, .. }) if self.following.streams.is_empty() => {
+                self.drop_window(disks.iter().copied());
+                MarkClass::Fuzzy
+            }
+            Ok(WindowRead { batches, open, streams, .. }) => {
                 let now = wall_clock();
-                if streams && !self.following.streams {
+                if streams && self.following.streams.is_empty() {
                     tracing::info!(?disks, "every write is known from here on");
+                    self.following.streams.extend(disks);
                 }
-                self.following.streams = streams;
                 for batch in batches {
                     self.core.submit_delta(batch.disk, batch.kind, now, batch.records);
                 }
@@ -408,7 +507,7 @@ impl Machine {
                     tracing::warn!("no consistent moment was found, the point is fuzzy: {why}");
                     self.following.windows_failed += 1;
                 }
-                if open.is_none() { MarkClass::Crash } else { MarkClass::Fuzzy }
+                if open.is_none() && known { MarkClass::Crash } else { MarkClass::Fuzzy }
             }
             Err(why) => {
                 tracing::warn!("no consistent moment was looked for, the point is fuzzy: {why}");
@@ -420,16 +519,26 @@ impl Machine {
         self.place_marks(class);
     }
 
+    /// Says of points what could not be said before.
+    fn tell_doubts(&mut self, disk: DiskId) {
+        if let Some((from, to, why)) = self.following.doubtful.get(&disk)
+            && self.core.degrade(disk, *from, *to, why)
+        {
+            self.following.doubtful.remove(&disk);
+        }
+    }
+
     /// Writes were missed: points since the last clean check promise less, and the disk is compared. Its map is marked
     /// from end to end, so the next round is that compare.
     fn handle_unaccounted(&mut self, disk: DiskId, why: &str) {
         tracing::error!(%disk, "capture missed something, the whole disk is compared: {why}");
         self.end_streaming();
         if let Some((_, last)) = self.core.position(disk) {
-            let from = self.following.accounted.get(&disk).copied().unwrap_or_default().next();
-            if from <= last && !self.core.degrade(disk, from, last, why) {
-                tracing::warn!(%disk, "its points since the last clean check could not be called doubtful: there is no session");
-            }
+            // The point at the last clean account may have been made after it.
+            let from = self.following.accounted.get(&disk).copied().unwrap_or_default();
+            let known = self.following.doubtful.remove(&disk).map_or(from, |(known, ..)| known.min(from));
+            self.following.doubtful.insert(disk, (known, last, why.to_owned()));
+            self.tell_doubts(disk);
         }
         self.following.unknown.insert(disk);
         if let Some(state) = self.disks.get_mut(&disk) {

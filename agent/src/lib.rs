@@ -24,6 +24,7 @@ mod marking;
 mod opening;
 pub mod plan;
 mod policy;
+mod positions;
 mod protected;
 pub mod reader;
 pub mod service;

@@ -244,7 +244,7 @@ impl Machine {
             }
             AgentEvent::Synced { disk } => {
                 tracing::info!(%disk, "the whole disk is on the target");
-                self.following.handle_synced(disk);
+                self.following.handle_synced(&self.core, disk);
                 self.with(disk, |state| {
                     if state.activity != Activity::Stopped {
                         state.problem = None;
@@ -253,7 +253,7 @@ impl Machine {
                 });
             }
             AgentEvent::ScanDone { disk } => {
-                self.following.handle_round_durable(disk);
+                self.following.handle_round_durable(&self.core, disk);
                 let pause = self.round_pause(disk);
                 self.with(disk, |state| {
                     state.scan_rounds += 1;
@@ -279,6 +279,8 @@ impl Machine {
                         state.problem = Some(problem);
                     }
                 });
+                // A point that waits for this disk's round is not made, also where the compare is over in no time.
+                self.advance_run();
             }
             AgentEvent::TargetLost { disk, from, to } => {
                 tracing::error!(%disk, %from, %to, "the target lost what it had called durable and gets it again: look at its retention drive");
@@ -348,7 +350,12 @@ impl Machine {
 
     fn handle_offer(&mut self, disk: DiskId, source: SourceId, size_sectors: u64) {
         // As in the core: what was protected of this source before is not any more.
-        self.disks.retain(|id, known| *id == disk || known.source != source);
+        let gone =
+            |(id, known): (&DiskId, &Protected)| (*id != disk && known.source == source).then_some(*id);
+        for id in self.disks.iter().filter_map(gone).collect::<Vec<_>>() {
+            self.following.forget(id);
+            self.disks.remove(&id);
+        }
         self.missing.retain(|id, known| *id == disk || known.source != source);
         if let Some(state) = self.disks.get(&disk)
             && state.is_readable()
@@ -444,6 +451,7 @@ impl Machine {
                 if let Some(job) = state.faults.probe() {
                     state.read(job);
                 }
+                self.follow_again(disk);
             }
             (Err(problem), Purpose::Offer { size_sectors }) => {
                 tracing::error!(%disk, "{problem}");

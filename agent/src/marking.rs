@@ -30,6 +30,8 @@ use crate::protected::Activity;
 
 /// Points that wait for the one that is being made.
 const WAITING_MAX: usize = 8;
+/// How long marks may wait to become durable before a run gives up on them; they are sent all the same.
+const WAITING_LIMIT: Duration = Duration::from_secs(600);
 /// After the source was stopped nothing is read for a while: the target takes the disks away.
 const STOPPED_PAUSE: Duration = Duration::from_secs(60);
 
@@ -158,6 +160,8 @@ impl Machine {
                     self.order_window(point, disks.iter().copied().collect());
                     Phase::Closing
                 } else {
+                    // Not all of them are streamed: rounds of them all, then.
+                    self.pause_stream();
                     Phase::Reading { begun, read: done }
                 };
                 let (freeze, deadline, frozen) = (None, None, Vec::new());
@@ -231,13 +235,12 @@ impl Machine {
     pub(crate) fn advance_run(&mut self) {
         let Some(run) = self.marking.as_mut() else { return };
         let waiting = matches!(run.phase, Phase::Waiting { .. });
-        let timers = matches!(run.order.asker, Asker::Timer);
         let gone = |disk: &DiskId| {
             let state = self.disks.get(disk);
             // A session may go and come while marks wait: they are sent again.
             state.is_none_or(|state| {
                 state.activity == Activity::Stopped
-                    || (timers && !waiting && state.faults.is_paused())
+                    || (!waiting && state.faults.is_paused())
                     || (!waiting && !matches!(state.activity, Activity::Synced | Activity::Scanning))
             })
         };
@@ -247,6 +250,11 @@ impl Machine {
         }
         if !waiting && run.deadline.is_some_and(|at| Instant::now() >= at) {
             return self.fail_run(LATE_TEXT);
+        }
+        // A disk that went away for good must not keep the others from their points.
+        if waiting && self.core.is_ready() && run.deadline.is_some_and(|at| Instant::now() >= at) {
+            return self
+                .fail_run("a mark of it is not durable for a long time; see `status` on the master target");
         }
         match &mut run.phase {
             Phase::First { begun, done } if done.len() < run.disks.len() => {
@@ -370,9 +378,9 @@ impl Machine {
             source_time: wall_clock(),
         };
         run.phase = Phase::Waiting { durable: BTreeMap::new() };
-        run.deadline = None;
-        let placed = run.disks.iter().all(|disk| self.core.submit_mark(*disk, label));
-        if !placed {
+        run.deadline = Some(Instant::now() + WAITING_LIMIT);
+        let placed: Vec<bool> = run.disks.iter().map(|disk| self.core.submit_mark(*disk, label)).collect();
+        if placed.contains(&false) {
             self.fail_run("too many marks wait to become durable; see why in `reprotect-agent status`");
         }
     }
@@ -453,7 +461,7 @@ impl Machine {
             disks: durable.keys().map(disk).collect(),
             frozen: run.frozen.iter().map(|path| path.display().to_string()).collect(),
         };
-        self.following.handle_point_durable(run.disks.iter().copied());
+        self.following.handle_point_durable(&self.core, run.disks.iter().copied());
         let pauses: Vec<(DiskId, Duration)> =
             run.disks.iter().map(|disk| (*disk, self.round_pause(*disk))).collect();
         for (disk, pause) in pauses {

@@ -223,6 +223,21 @@ fn after_a_clean_stop_a_quiet_disk_goes_on_and_one_that_was_written_is_compared(
         assert!(info.read_bytes < MIB as u64, "nothing was read again: {info:?}");
         agent.stop().await;
 
+        // A target that lost durable data while no agent ran: no map knows of it, the stream's position does.
+        let agent = setup.start();
+        agent.until_disk("a round", setup.disks[0], |info| info.scan_rounds > 0).await;
+        let promised = setup.target.promised(setup.disks[0]);
+        setup.write(0, 3 * MIB, &noise(4096, 6));
+        setup.settled(&agent).await;
+        agent.stop().await;
+        setup.target.lose(setup.disks[0], promised);
+        assert!(!setup.equal());
+        let agent = setup.start();
+        let info = agent.until_disk("a round", setup.disks[0], |info| info.scan_rounds > 0).await;
+        assert!(info.read_bytes >= SIZE as u64, "it was compared: {info:?}");
+        assert!(setup.equal());
+        agent.stop().await;
+
         setup.write(0, 7 * MIB, &noise(4096, 5));
         let agent = setup.start();
         let info = agent.until_disk("a round", setup.disks[0], |info| info.scan_rounds > 0).await;

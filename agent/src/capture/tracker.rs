@@ -457,6 +457,9 @@ impl Capture {
         self.see_quiet()?;
         let now = wall_clock();
         let first = self.check_once(slot, now)?;
+        if let Verdict::Unranged { .. } = first.verdict {
+            return self.accept(slot, first);
+        }
         if !matches!(first.verdict, Verdict::Short { .. }) {
             return Ok(first);
         }
@@ -470,12 +473,19 @@ impl Capture {
         if let Verdict::Short { sectors } = second.verdict {
             let disk = &self.tracked(slot)?.disk;
             tracing::error!(disk = %disk.name, sectors, "the kernel wrote what capture did not see; the disk must be compared");
-            let anchor = oracle::accept(&self.kernel, disk, slot.0, wall_clock())?;
-            let tracked = self.tracked_mut(slot)?;
-            (tracked.anchor, tracked.reaped) = (Some(anchor), Account::default());
+            return self.accept(slot, second);
         }
         self.store_session()?;
         Ok(second)
+    }
+
+    /// What a check found is told once: the account goes on from here.
+    fn accept(&mut self, slot: DiskSlot, check: Check) -> Result<Check, CaptureError> {
+        let anchor = oracle::accept(&self.kernel, &self.tracked(slot)?.disk, slot.0, wall_clock())?;
+        let tracked = self.tracked_mut(slot)?;
+        (tracked.anchor, tracked.reaped) = (Some(anchor), Account::default());
+        self.store_session()?;
+        Ok(check)
     }
 
     fn check_once(&mut self, slot: DiskSlot, now: Timestamp) -> Result<Check, CaptureError> {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use reprotect_engine::format::batch::Stretch as StretchKind;
 use reprotect_engine::format::extent::Record as Change;
 use reprotect_engine::limits::{BATCH_AGE_NANOS_MAX, BATCH_PLAIN_BYTES_MAX};
+use reprotect_engine::range_set::RangeSet;
 use reprotect_engine::units::{DiskId, SectorRange};
 
 use super::Batch;
@@ -26,6 +27,8 @@ struct Streamed {
     whole: SectorRange,
     before: DiskCounts,
     changes: Vec<Change>,
+    /// What the device makes of these is its own affair: they are to be read when the stream is over.
+    discarded: RangeSet,
 }
 
 /// A stream under way.
@@ -33,7 +36,6 @@ struct Streamed {
 pub(super) struct Stream {
     disks: BTreeMap<DiskId, Streamed>,
     drops: u64,
-    discarded: Vec<(DiskSlot, SectorRange)>,
     bytes: u64,
     oldest: Option<Instant>,
 }
@@ -65,11 +67,16 @@ impl Stream {
     pub(super) fn begin(
         disks: impl Iterator<Item = (DiskId, DiskSlot, SectorRange, DiskCounts)>,
         drops: u64,
+        discarded: Vec<(DiskSlot, SectorRange)>,
     ) -> Self {
         let disks = disks
-            .map(|(disk, slot, whole, before)| (disk, Streamed { slot, whole, before, changes: Vec::new() }))
+            .map(|(disk, slot, whole, before)| {
+                (disk, Streamed { slot, whole, before, changes: Vec::new(), discarded: RangeSet::new() })
+            })
             .collect();
-        Self { disks, drops, discarded: Vec::new(), bytes: 0, oldest: None }
+        let mut stream = Self { disks, drops, bytes: 0, oldest: None };
+        discarded.into_iter().for_each(|(slot, range)| stream.discard(slot, range));
+        stream
     }
 
     /// Takes what stands in the ring; answers batches when it is time for them.
@@ -97,9 +104,16 @@ impl Stream {
         self.batches(capture)
     }
 
-    /// Ranges whose content is the device's own affair since the last call: they are to be read again.
-    pub(super) fn take_discarded(&mut self) -> Vec<(DiskSlot, SectorRange)> {
-        std::mem::take(&mut self.discarded)
+    /// Ranges that were discarded since the stream began.
+    pub(super) fn discarded(&self) -> Vec<(DiskSlot, SectorRange)> {
+        let of = |disk: &Streamed| disk.discarded.iter().map(|range| (disk.slot, range)).collect::<Vec<_>>();
+        self.disks.values().flat_map(of).collect()
+    }
+
+    fn discard(&mut self, slot: DiskSlot, range: SectorRange) {
+        if let Some(disk) = self.disks.values_mut().find(|disk| disk.slot == slot) {
+            disk.discarded.insert(range);
+        }
     }
 
     /// The disks.
@@ -108,20 +122,19 @@ impl Stream {
     }
 
     fn take(&mut self, capture: &Capture, until: u64) -> Result<bool, CaptureError> {
-        let (mut bytes, mut discarded) = (0, Vec::new());
+        let mut bytes = 0;
         let disks = &mut self.disks;
         let drained = capture.drain::<CaptureError>(until, |record| {
             if let Some(disk) = disks.values_mut().find(|disk| disk.slot == record.slot) {
                 bytes += record.data.len() as u64;
                 disk.changes.extend(changes_of(&record, disk.whole));
                 if is_discard(&record) {
-                    discarded.push((record.slot, record.range.intersect(disk.whole)));
+                    disk.discarded.insert(record.range.intersect(disk.whole));
                 }
             }
             Ok(())
         })?;
         self.bytes += bytes;
-        self.discarded.extend(discarded);
         if self.oldest.is_none() && disks.values().any(|disk| !disk.changes.is_empty()) {
             self.oldest = Some(Instant::now());
         }

@@ -14,8 +14,8 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 
-pub use super::agent_disk::SentBytes;
 use super::agent_disk::{AgentDisk, ScanEnd, SentBatch, WaitingBulk, WantedPass, next_bulk, next_delta};
+pub use super::agent_disk::{SentBytes, StreamPosition};
 pub use super::agent_event::AgentEvent;
 use super::credit::Balance;
 use super::pass::{Pass, PassAction, Sink};
@@ -301,8 +301,15 @@ impl Agent {
         };
         let theirs = Theirs { lineage: head.lineage, durable: head.durable, chain: head.chain };
         let mut cause = disk.wanted.map(|wanted| wanted.cause).or(foreign.then_some(PassCause::OtherSession));
+        if ours.lineage.is_none()
+            && let Some(known) = disk.recalled.take()
+        {
+            cause = cause.or_else(|| known.contradiction(head));
+        }
         match decide(&ours, &theirs) {
             Decision::Adopt => disk.adopt(head),
+            // The compare reads everything anew: older changes sent behind its beginning would stand above what it read.
+            Decision::Continue { .. } | Decision::Resend { .. } if cause.is_some() => disk.adopt(head),
             Decision::Continue { .. } => disk.go_on(head),
             Decision::Resend { from } => {
                 self.events.push_back(AgentEvent::TargetLost { disk: head.disk, from, to: disk.durable });
@@ -695,6 +702,33 @@ impl Agent {
     #[must_use]
     pub fn mark_pending(&self, disk: DiskId) -> bool {
         self.disks.get(&disk).is_some_and(|disk| !disk.marks.is_empty())
+    }
+
+    /// Whether the disk is open at the target.
+    #[must_use]
+    pub fn is_open(&self, disk: DiskId) -> bool {
+        self.disks.get(&disk).is_some_and(|state| state.phase == AgentDiskPhase::Open)
+    }
+
+    /// Whether this agent remembers the disk's stream by itself.
+    #[must_use]
+    pub fn has_stream(&self, disk: DiskId) -> bool {
+        self.disks.get(&disk).is_some_and(|state| state.lineage.is_some())
+    }
+
+    /// Where the stream stands, to be [`Self::recall`]ed by an agent that comes after this one.
+    #[must_use]
+    pub fn stream_position(&self, disk: DiskId) -> Option<StreamPosition> {
+        let state = self.disks.get(&disk)?;
+        let (generation, durable) = (state.granted, state.durable);
+        Some(StreamPosition { lineage: state.lineage?, generation, durable })
+    }
+
+    /// What an agent before this one knew of the disk's stream. A target that contradicts it is compared.
+    pub fn recall(&mut self, disk: DiskId, known: StreamPosition) {
+        if let Some(state) = self.disks.get_mut(&disk) {
+            state.recalled = Some(known);
+        }
     }
 
     /// The durable and the last given sequence.

@@ -56,6 +56,31 @@ pub struct SentBytes {
     pub wire: u64,
 }
 
+/// Where a stream stood.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StreamPosition {
+    /// Its history.
+    pub lineage: LineageId,
+    /// The generation that was granted last.
+    pub generation: Generation,
+    /// What was durable, at least.
+    pub durable: Sequence,
+}
+
+impl StreamPosition {
+    /// Why what is remembered and a grant do not fit, if they do not: durable data were lost, or somebody else had the
+    /// disk open since.
+    pub(super) fn contradiction(&self, head: &GrantHead) -> Option<PassCause> {
+        if self.lineage != head.lineage {
+            return Some(PassCause::OtherLineage);
+        }
+        if head.durable < self.durable {
+            return Some(PassCause::TargetLostDurable);
+        }
+        (head.generation != self.generation.next()).then_some(PassCause::OtherSession)
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct AgentDisk {
     pub(super) phase: AgentDiskPhase,
@@ -67,6 +92,8 @@ pub(super) struct AgentDisk {
     pub(super) granted: Generation,
     pub(super) grant: Bytes,
     pub(super) lineage: Option<LineageId>,
+    /// What an agent before this one knew.
+    pub(super) recalled: Option<StreamPosition>,
     pub(super) durable: Sequence,
     pub(super) durable_chain: Chain,
     pub(super) last: Sequence,
@@ -146,6 +173,7 @@ impl AgentDisk {
             granted: Generation::ZERO,
             grant: Bytes::new(),
             lineage: None,
+            recalled: None,
             durable: Sequence::ZERO,
             durable_chain: CHAIN_START,
             last: Sequence::ZERO,
