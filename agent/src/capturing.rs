@@ -124,10 +124,8 @@ impl Capturing {
 
     /// Hands an order over.
     pub(crate) fn order(&self, order: Order) {
-        if let Some(orders) = &self.orders {
-            if orders.send(order).is_err() {
-                tracing::error!("the capturing thread is gone; restart the agent");
-            }
+        if self.orders.as_ref().is_some_and(|orders| orders.send(order).is_err()) {
+            tracing::error!("the capturing thread is gone; restart the agent");
         }
     }
 
