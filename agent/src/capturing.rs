@@ -25,7 +25,7 @@ use crate::capture::{
     WindowEnd, WindowPlan,
 };
 use gather::Gatherer;
-use stream::{Broken, Stream};
+use stream::Stream;
 
 /// Sectors of a block of the maps.
 const BLOCK_SECTORS: u64 = BLOCK_BYTES / SECTOR_BYTES;
@@ -97,6 +97,20 @@ pub(crate) enum CaptureNews {
     Unfollowed { disk: DiskId, why: String },
     /// Something was missed: the disk must be compared.
     Unaccounted { disk: DiskId, why: String },
+    /// The thread is gone, by a defect: no order is taken any more.
+    Gone,
+}
+
+/// Tells of the thread's end where nothing else does.
+struct Farewell(async_mpsc::UnboundedSender<CaptureNews>);
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // A failed send means that the agent is stopping.
+            let _ = self.0.send(CaptureNews::Gone);
+        }
+    }
 }
 
 /// The thread's handle; dropping it ends capture in order.
@@ -116,16 +130,22 @@ impl Capturing {
         news: async_mpsc::UnboundedSender<CaptureNews>,
     ) -> std::io::Result<Self> {
         let (orders, wanted) = mpsc::channel();
+        let farewell = Farewell(news.clone());
         let owner =
             Owner { settings, capture: None, refused: None, disks: BTreeMap::new(), stream: None, news };
-        let thread = std::thread::Builder::new().name("capture".into()).spawn(move || owner.run(&wanted))?;
+        let run = move || {
+            let _farewell = farewell;
+            owner.run(&wanted);
+        };
+        let thread = std::thread::Builder::new().name("capture".into()).spawn(run)?;
         Ok(Self { orders: Some(orders), thread: Some(thread) })
     }
 
     /// Hands an order over.
     pub(crate) fn order(&self, order: Order) {
-        if self.orders.as_ref().is_some_and(|orders| orders.send(order).is_err()) {
-            tracing::error!("the capturing thread is gone; restart the agent");
+        if let Some(orders) = &self.orders {
+            // A thread that is gone has said so.
+            let _ = orders.send(order);
         }
     }
 
@@ -247,13 +267,13 @@ impl Owner {
     ) -> Result<Option<CompareCause>, String> {
         let text = |error: CaptureError| error.to_string();
         let device = BlockDisk::at(path).map_err(text)?;
+        let place = (device.number, device.sequence);
         if let Some(known) = self.disks.get(&disk) {
-            if known.device == (device.number, device.sequence) {
+            if known.device == place {
                 return Ok(None);
             }
             self.unfollow(disk);
         }
-        let place = (device.number, device.sequence);
         let whole = SectorRange::new(0, device.size.0);
         let (file, backend) =
             io::open_reporting(path, &io::OpenOptions::reading()).map_err(|error| error.to_string())?;
@@ -327,19 +347,9 @@ impl Owner {
     /// Hands on what stands in the ring.
     fn stream_on(&mut self) {
         let (Some(stream), Some(capture)) = (&mut self.stream, &self.capture) else { return };
-        let advanced = stream.advance(capture);
-        self.after_stream(advanced, |batches| CaptureNews::Streamed { batches });
-    }
-
-    /// Tells of batches, or of the end of the stream.
-    fn after_stream(
-        &mut self,
-        result: Result<Vec<Batch>, Broken>,
-        news: impl FnOnce(Vec<Batch>) -> CaptureNews,
-    ) {
-        match result {
+        match stream.advance(capture) {
             Ok(batches) if batches.is_empty() => {}
-            Ok(batches) => self.tell(news(batches)),
+            Ok(batches) => self.tell(CaptureNews::Streamed { batches }),
             Err(broken) => self.end_stream(&broken.to_string()),
         }
     }
@@ -365,20 +375,14 @@ impl Owner {
     fn point(&mut self, disks: &[DiskId]) -> Result<WindowRead, CaptureError> {
         if !self.stream.as_ref().is_some_and(|stream| disks.iter().all(|disk| stream.disks().contains(disk)))
         {
-            return Err(CaptureError::Unsupported {
-                disk: "a disk".into(),
-                reason: "its writes are not streamed".into(),
-            });
+            return Err(not_streamed("a window comes first"));
         }
         // Marked before the stream's end is taken: what is harvested was submitted before, and is in the stream.
         for disk in disks {
             self.harvest(*disk)?;
         }
         let (Some(stream), Some(capture)) = (&mut self.stream, &mut self.capture) else {
-            return Err(CaptureError::Unsupported {
-                disk: "no disk".into(),
-                reason: "nothing is streamed".into(),
-            });
+            return Err(not_streamed("there is no stream"));
         };
         match stream.close(capture) {
             Ok(batches) => {
@@ -391,17 +395,14 @@ impl Owner {
             Err(broken) => {
                 let reason = broken.to_string();
                 self.end_stream(&reason);
-                Err(CaptureError::Unsupported { disk: "the stream".into(), reason })
+                Err(CaptureError::NotStreamed { reason })
             }
         }
     }
 
     fn window(&mut self, disks: &[DiskId], stay: bool) -> Result<WindowRead, CaptureError> {
         let Some(capture) = &mut self.capture else {
-            return Err(CaptureError::Unsupported {
-                disk: "no disk".into(),
-                reason: "none is followed".into(),
-            });
+            return Err(CaptureError::NotFollowed { disk: names(disks) });
         };
         let mut plan = Vec::new();
         let mut files = BTreeMap::new();
@@ -412,10 +413,7 @@ impl Owner {
             files.insert(known.slot.index(), (*disk, &mut known.file, known.whole));
         }
         if plan.len() != disks.len() {
-            return Err(CaptureError::Unsupported {
-                disk: "a disk".into(),
-                reason: "it is not followed".into(),
-            });
+            return Err(CaptureError::NotFollowed { disk: names(disks) });
         }
         let mut gatherer = Gatherer::new(files);
         let drops = capture.drops();
@@ -484,5 +482,13 @@ impl Owner {
 }
 
 fn not_followed(disk: DiskId) -> CaptureError {
-    CaptureError::Unsupported { disk: disk.to_string(), reason: "it is not followed".to_owned() }
+    CaptureError::NotFollowed { disk: disk.to_string() }
+}
+
+fn not_streamed(reason: &str) -> CaptureError {
+    CaptureError::NotStreamed { reason: reason.to_owned() }
+}
+
+fn names(disks: &[DiskId]) -> String {
+    disks.iter().map(DiskId::to_string).collect::<Vec<_>>().join(", ")
 }

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! Asked ─▶ Opening ─▶ Idle ─▶ Harvesting ─▶ Round ─▶ Idle        (a round of changes, its mark durable)
-//!              └────▶ Pass ─▶ Idle    └───▶ Pass                 (the whole disk is read, by copy or compare)
+//!   │          └────▶ Pass ─▶ Idle    └───▶ Pass                 (the whole disk is read, by copy or compare)
+//!   └▶ Refused (scanned from here on)                   Round ─▶ Streaming ─▶ Idle   (every write is known meanwhile)
 //! ```
+//! `Step::may_become` is the table; a disk that is offered again is asked for again from any step.
 //! Invariants: a disk is followed before anything of it is read; what is harvested before a pass is forgotten only when
 //! the pass is durable, and what is harvested for a round only when the round's mark is; whatever goes wrong, the
 //! stretch is given back before anybody can call it durable; a disk that cannot be followed is scanned, and says why.
@@ -14,14 +16,14 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use reprotect_engine::format::batch::MarkClass;
-use reprotect_engine::format::message::{PassCause, PassMode};
+use reprotect_engine::format::message::{PassCause, PassMode, SourceId};
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::agent::Agent;
 use reprotect_engine::range_set::RangeSet;
 use reprotect_engine::units::{DiskId, Sequence};
 use tokio::sync::mpsc;
 
-use crate::capture::CaptureSettings;
+use crate::capture::{CaptureSettings, CompareCause};
 use crate::capturing::{Batch, CaptureNews, Capturing, Order, WindowRead};
 use crate::config::CaptureMode;
 use crate::disks::SourceKind;
@@ -55,6 +57,23 @@ enum Step {
     Round,
     /// Every write is streamed; what was harvested belongs to the newest point.
     Streaming,
+}
+
+impl Step {
+    /// Whether `next` may follow; anything may be asked for again, refused, or given back.
+    const fn may_become(&self, next: &Self) -> bool {
+        match (self, next) {
+            (Self::Refused { .. }, Self::Refused { .. }) => true,
+            (Self::Refused { .. }, _) => false,
+            (_, Self::Asked { .. } | Self::Refused { .. } | Self::Idle) => true,
+            (Self::Asked { .. }, Self::Opening { .. }) => true,
+            (Self::Asked { .. } | Self::Opening { .. } | Self::Harvesting { .. }, Self::Pass) => true,
+            (Self::Idle, Self::Harvesting { .. }) => true,
+            (Self::Harvesting { .. }, Self::Round) => true,
+            (Self::Round, Self::Streaming) => true,
+            _ => false,
+        }
+    }
 }
 
 /// The disks that are followed or were to be.
@@ -133,12 +152,17 @@ impl Following {
         }
     }
 
-    /// The disk is not protected any more.
+    /// The disk is not protected any more, or not as it was.
     pub(crate) fn forget(&mut self, disk: DiskId) {
+        self.let_go(disk);
+        self.positions.remove(disk);
+    }
+
+    /// The disk is followed no longer; where its stream stood stays known.
+    fn let_go(&mut self, disk: DiskId) {
         if self.steps.remove(&disk).is_some() {
             self.order(Order::Unfollow(disk));
         }
-        self.positions.remove(disk);
         self.unknown.remove(&disk);
         self.doubtful.remove(&disk);
         self.streams.remove(&disk);
@@ -146,7 +170,17 @@ impl Following {
     }
 
     fn set(&mut self, disk: DiskId, step: Step) {
+        if let Some(before) = self.steps.get(&disk) {
+            debug_assert!(before.may_become(&step), "illegal step of {disk}: {before:?} to {step:?}");
+        }
         self.steps.insert(disk, step);
+    }
+
+    /// The disk at `path` is to be followed.
+    fn ask(&mut self, disk: DiskId, source: &SourceId, path: &str, asked: Step) {
+        let identity = source.iter().map(|byte| format!("{byte:02x}")).collect();
+        self.order(Order::Follow { disk, path: PathBuf::from(path), identity });
+        self.set(disk, asked);
     }
 
     /// What was harvested is live again.
@@ -236,12 +270,12 @@ impl Machine {
             return self.open_at_target(disk, size_sectors);
         }
         let pass = matches!(following.steps.get(&disk), Some(Step::Pass | Step::Asked { pass: true, .. }));
-        // Also where it is followed: another device may stand there now.
-        if !matches!(following.steps.get(&disk), Some(Step::Asked { .. })) {
-            let identity = source.iter().map(|byte| format!("{byte:02x}")).collect();
-            following.order(Order::Follow { disk, path: PathBuf::from(&state.path), identity });
+        let asked = Step::Asked { size_sectors, pass };
+        if matches!(following.steps.get(&disk), Some(Step::Asked { .. })) {
+            return following.set(disk, asked);
         }
-        following.set(disk, Step::Asked { size_sectors, pass });
+        // Also where it is followed: another device may stand there now.
+        following.ask(disk, &source, &state.path, asked);
     }
 
     /// The device of a disk that is open at the target was opened anew, perhaps as another one.
@@ -250,12 +284,10 @@ impl Machine {
         if !self.following.is_followed(disk) {
             return;
         }
-        let (source, path, size_sectors) = (state.source, PathBuf::from(&state.path), state.size_sectors);
         self.following.end_stream();
-        self.following.forget(disk);
-        let identity = source.iter().map(|byte| format!("{byte:02x}")).collect();
-        self.following.order(Order::Follow { disk, path, identity });
-        self.following.set(disk, Step::Asked { size_sectors, pass: false });
+        self.following.let_go(disk);
+        let asked = Step::Asked { size_sectors: state.size_sectors, pass: false };
+        self.following.ask(disk, &state.source, &state.path, asked);
         self.fail_run(&format!("the device of disk {disk} was opened anew"));
     }
 
@@ -314,38 +346,7 @@ impl Machine {
     /// News from the capturing thread.
     pub(crate) fn handle_capture(&mut self, news: CaptureNews) {
         match news {
-            CaptureNews::Followed { disk, result } => {
-                let Some(Step::Asked { size_sectors, pass }) = self.following.steps.get(&disk).cloned()
-                else {
-                    return;
-                };
-                match result {
-                    Ok(cause) => {
-                        let same = cause.is_none();
-                        if let Some(cause) = cause {
-                            tracing::info!(%disk, "followed from now on, what was before is not known: {cause}");
-                            self.following.unknown.insert(disk);
-                        } else {
-                            self.recall(disk);
-                        }
-                        if self.core.is_open(disk) {
-                            // Another device stands there since: what is not known is compared in the next round.
-                            self.following.set(disk, Step::Idle);
-                        } else if same && pass {
-                            self.following.set(disk, Step::Pass);
-                            self.open_at_target(disk, size_sectors);
-                        } else {
-                            self.following.order(Order::Harvest(disk));
-                            self.following.set(disk, Step::Opening { size_sectors });
-                        }
-                    }
-                    Err(why) => {
-                        tracing::warn!(%disk, "the disk is scanned, because it cannot be followed: {why}");
-                        self.following.set(disk, Step::Refused { why });
-                        self.open_at_target(disk, size_sectors);
-                    }
-                }
-            }
+            CaptureNews::Followed { disk, result } => self.handle_followed(disk, result),
             CaptureNews::Harvested { disk, result } => self.handle_harvested(disk, result),
             CaptureNews::Windowed { run, disks, result } => self.handle_window(run, &disks, result),
             CaptureNews::Streamed { batches } => self.handle_streamed(batches),
@@ -366,7 +367,57 @@ impl Machine {
                 self.following.set(disk, Step::Refused { why });
                 self.fail_run(&format!("disk {disk} cannot be followed any more"));
             }
+            CaptureNews::Gone => self.handle_thread_gone(),
         }
+    }
+
+    fn handle_followed(&mut self, disk: DiskId, result: Result<Option<CompareCause>, String>) {
+        let Some(Step::Asked { size_sectors, pass }) = self.following.steps.get(&disk).cloned() else {
+            return;
+        };
+        let cause = match result {
+            Ok(cause) => cause,
+            Err(why) => {
+                tracing::warn!(%disk, "the disk is scanned, because it cannot be followed: {why}");
+                self.following.set(disk, Step::Refused { why });
+                return self.open_at_target(disk, size_sectors);
+            }
+        };
+        let same = cause.is_none();
+        if let Some(cause) = cause {
+            tracing::info!(%disk, "followed from now on, what was before is not known: {cause}");
+            self.following.unknown.insert(disk);
+        } else {
+            self.recall(disk);
+        }
+        if self.core.is_open(disk) {
+            // Another device stands there since: what is not known is compared in the next round.
+            self.following.set(disk, Step::Idle);
+        } else if same && pass {
+            self.following.set(disk, Step::Pass);
+            self.open_at_target(disk, size_sectors);
+        } else {
+            self.following.order(Order::Harvest(disk));
+            self.following.set(disk, Step::Opening { size_sectors });
+        }
+    }
+
+    /// No order is taken any more: what is open is left to the next process, which finds the maps as they are; until
+    /// then disks are scanned.
+    fn handle_thread_gone(&mut self) {
+        const WHY: &str = "the capturing thread ended by a defect; restart the agent and report this";
+        tracing::error!("{WHY}");
+        self.following.streams.clear();
+        for (disk, step) in self.following.steps.clone() {
+            self.following.set(disk, Step::Refused { why: WHY.to_owned() });
+            if let Step::Asked { size_sectors, .. } | Step::Opening { size_sectors } = step {
+                self.open_at_target(disk, size_sectors);
+            }
+            if matches!(step, Step::Harvesting { .. }) {
+                self.pause_round(disk);
+            }
+        }
+        self.fail_run(WHY);
     }
 
     fn handle_harvested(&mut self, disk: DiskId, result: Result<RangeSet, String>) {

@@ -60,6 +60,26 @@ pub enum CaptureError {
         /// Why, and what to do instead.
         reason: String,
     },
+    /// An order came for a disk that is not followed.
+    #[error("{disk} is not followed; report this as a defect if it was said to be")]
+    NotFollowed {
+        /// The disk.
+        disk: String,
+    },
+    /// An order came for a stream that is over.
+    #[error("not every write of the disks is streamed: {reason}")]
+    NotStreamed {
+        /// Why.
+        reason: String,
+    },
+    /// A block could not be read.
+    #[error("{disk} cannot be read: {source}")]
+    Read {
+        /// The disk.
+        disk: String,
+        /// What the device said.
+        source: reprotect_engine::io::BlockError,
+    },
     /// Another agent has it.
     #[error("{what} is in use by another agent on this machine ({}); stop that agent, or exclude the disk in one of them", path.display())]
     InUse {

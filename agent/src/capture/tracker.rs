@@ -689,8 +689,5 @@ fn session_disk(tracked: &Tracked, saved_at: Option<Account>) -> SessionDisk {
 }
 
 fn gone(slot: DiskSlot) -> CaptureError {
-    CaptureError::Unsupported {
-        disk: format!("disk number {}", slot.0),
-        reason: "it is not followed (any more)".into(),
-    }
+    CaptureError::NotFollowed { disk: format!("disk number {}", slot.0) }
 }

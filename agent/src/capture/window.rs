@@ -150,10 +150,7 @@ impl Capture {
         sink: &mut dyn WindowSink,
     ) -> Result<WindowEnd, CaptureError> {
         let Some((first, _)) = plan.disks.first() else {
-            return Err(CaptureError::Unsupported {
-                disk: "no disk".into(),
-                reason: "a window needs one".into(),
-            });
+            return Err(CaptureError::NotFollowed { disk: "no disk".to_owned() });
         };
         self.prove_data(*first)?;
         let mut blocks = 0;
