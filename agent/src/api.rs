@@ -98,9 +98,18 @@ pub struct MarkRequest {
     pub freeze: bool,
     /// How long they may be frozen; from 1 s to 10 min.
     pub freeze_limit_ms: u64,
+    /// Bring applications to rest by the hooks before, and let them go on after.
+    #[serde(default)]
+    pub app: bool,
 }
 
 impl MarkRequest {
+    /// A point without a name, of the machine as it runs.
+    #[must_use]
+    pub const fn plain() -> Self {
+        Self { name: String::new(), freeze: false, freeze_limit_ms: 0, app: false }
+    }
+
     /// Longest name.
     pub const NAME_BYTES_MAX: usize = 64;
 }
@@ -119,7 +128,7 @@ pub struct MarkedDisk {
 pub struct MarkAnswer {
     /// The point's identity, 32 hexadecimal digits; all disks' marks have it.
     pub point: String,
-    /// `frozen` or `fuzzy`.
+    /// `application-consistent`, `frozen`, `crash-consistent` or `fuzzy`.
     pub class: String,
     /// Its name; empty without one.
     pub name: String,
@@ -129,4 +138,13 @@ pub struct MarkAnswer {
     pub disks: Vec<MarkedDisk>,
     /// The mount points that were frozen for it.
     pub frozen: Vec<String>,
+    /// How long the calls took that freeze, writing out included; microseconds.
+    #[serde(default)]
+    pub freeze_call_us: u64,
+    /// How long everything was frozen beyond that; microseconds.
+    #[serde(default)]
+    pub frozen_us: u64,
+    /// What went wrong with the hooks, the point notwithstanding.
+    #[serde(default)]
+    pub problems: Vec<String>,
 }

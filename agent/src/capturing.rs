@@ -6,6 +6,7 @@
 //! Units: sectors. Ordered about by `following`.
 
 mod gather;
+mod held;
 mod stream;
 
 use std::collections::BTreeMap;
@@ -21,10 +22,12 @@ use reprotect_engine::units::{BLOCK_BYTES, DiskId, SECTOR_BYTES, SectorRange};
 use tokio::sync::mpsc as async_mpsc;
 
 use crate::capture::{
-    BlockDisk, Capture, CaptureError, CaptureSettings, CompareCause, Continuity, DiskSlot, Stretch, Verdict,
-    WindowEnd, WindowPlan,
+    BlockDisk, Capture, CaptureError, CaptureSettings, CompareCause, Continuity, DiskSlot, Moment, Stretch,
+    Verdict, WindowEnd, WindowPlan,
 };
+use crate::freeze::{Freeze, FreezeEnd};
 use gather::Gatherer;
+use held::HeldFreeze;
 use stream::Stream;
 
 /// Sectors of a block of the maps.
@@ -46,15 +49,23 @@ pub(crate) enum Order {
     /// Begin a stretch with what changed.
     Harvest(DiskId),
     /// Find a moment of these disks, whose stretches are open.
-    Window { run: [u8; 16], disks: Vec<DiskId>, stay: bool },
+    Window { run: [u8; 16], disks: Vec<DiskId>, stay: bool, freeze: Option<ToFreeze> },
     /// Of the disks whose every write is streamed: everything up to a moment that is now.
-    Point { run: [u8; 16], disks: Vec<DiskId> },
+    Point { run: [u8; 16], disks: Vec<DiskId>, freeze: Option<ToFreeze> },
     /// Stream no longer.
     EndStream,
     /// The stretch is durable at the target.
     Durable(DiskId),
     /// It will not be.
     GiveBack(DiskId),
+}
+
+/// File systems that are to be frozen at the moment.
+#[derive(Debug)]
+pub(crate) struct ToFreeze {
+    pub(crate) freeze: Freeze,
+    /// How long the calls may take.
+    pub(crate) limit: Duration,
 }
 
 /// Records of one batch, and what promises their order makes.
@@ -76,6 +87,8 @@ pub(crate) struct WindowRead {
     pub(crate) point: bool,
     /// Every write since then follows, in [`CaptureNews::Streamed`].
     pub(crate) streams: bool,
+    /// How the freeze went, where one was wanted.
+    pub(crate) frozen: Option<Result<FreezeEnd, String>>,
 }
 
 /// What came of orders.
@@ -221,14 +234,14 @@ impl Owner {
                 let result = self.harvest(disk).map_err(|error| error.to_string());
                 self.tell(CaptureNews::Harvested { disk, result });
             }
-            Order::Point { run, disks } => {
-                let result = self.point(&disks).map_err(|error| error.to_string());
+            Order::Point { run, disks, freeze } => {
+                let result = self.point(&disks, held(freeze)).map_err(|error| error.to_string());
                 self.tell(CaptureNews::Windowed { run, disks, result });
             }
             Order::EndStream => self.end_stream("it is not wanted any more"),
-            Order::Window { run, disks, stay } => {
+            Order::Window { run, disks, stay, freeze } => {
                 self.end_stream("a window begins");
-                let result = self.window(&disks, stay).map_err(|error| error.to_string());
+                let result = self.window(&disks, stay, held(freeze)).map_err(|error| error.to_string());
                 self.tell(CaptureNews::Windowed { run, disks, result });
             }
             Order::Durable(disk) => self.end_stretch(disk, true),
@@ -372,25 +385,33 @@ impl Owner {
     }
 
     /// Everything streamed so far, and a stretch of each disk that holds no more than that.
-    fn point(&mut self, disks: &[DiskId]) -> Result<WindowRead, CaptureError> {
+    fn point(&mut self, disks: &[DiskId], mut held: HeldFreeze) -> Result<WindowRead, CaptureError> {
         if !self.stream.as_ref().is_some_and(|stream| disks.iter().all(|disk| stream.disks().contains(disk)))
         {
             return Err(not_streamed("a window comes first"));
         }
-        // Marked before the stream's end is taken: what is harvested was submitted before, and is in the stream.
+        // Before the stream's end is taken: what is harvested was submitted before, and is in the stream.
         for disk in disks {
             self.harvest(*disk)?;
+        }
+        while !held.is_ready() {
+            if let (Some(stream), Some(capture)) = (&mut self.stream, &self.capture) {
+                stream.keep_up(capture)?;
+            }
+            std::thread::sleep(STREAM_EVERY / 10);
         }
         let (Some(stream), Some(capture)) = (&mut self.stream, &mut self.capture) else {
             return Err(not_streamed("there is no stream"));
         };
-        match stream.close(capture) {
+        let end = capture.stream_end();
+        held.is_over();
+        match stream.close(capture, end) {
             Ok(batches) => {
                 // Until the stream ends: then a round reads them.
                 for (slot, range) in stream.discarded() {
                     capture.mark(slot, range)?;
                 }
-                Ok(WindowRead { batches, open: None, point: true, streams: true })
+                Ok(WindowRead { batches, open: None, point: true, streams: true, frozen: held.into_result() })
             }
             Err(broken) => {
                 let reason = broken.to_string();
@@ -400,7 +421,12 @@ impl Owner {
         }
     }
 
-    fn window(&mut self, disks: &[DiskId], stay: bool) -> Result<WindowRead, CaptureError> {
+    fn window(
+        &mut self,
+        disks: &[DiskId],
+        stay: bool,
+        mut held: HeldFreeze,
+    ) -> Result<WindowRead, CaptureError> {
         let Some(capture) = &mut self.capture else {
             return Err(CaptureError::NotFollowed { disk: names(disks) });
         };
@@ -417,7 +443,7 @@ impl Owner {
         }
         let mut gatherer = Gatherer::new(files);
         let drops = capture.drops();
-        let end = capture.window(&WindowPlan { stay, ..WindowPlan::new(plan) }, &mut gatherer)?;
+        let end = capture.window(&WindowPlan { stay, ..WindowPlan::new(plan) }, &mut gatherer, &mut held)?;
         let (read, discarded) = gatherer.into_batches(matches!(end, WindowEnd::Closed(_)));
         // What a device makes of a discarded range is its own affair: it is read again in the next round.
         for (slot, range) in &discarded {
@@ -434,7 +460,7 @@ impl Owner {
         if streams {
             self.stream = Some(Stream::begin(streamed.into_iter(), drops, discarded));
         }
-        Ok(WindowRead { batches: read, open, point: false, streams })
+        Ok(WindowRead { batches: read, open, point: false, streams, frozen: held.into_result() })
     }
 
     fn check_all(&mut self) {
@@ -479,6 +505,11 @@ impl Owner {
         }
         gone.into_iter().for_each(|disk| self.unfollow(disk));
     }
+}
+
+fn held(wanted: Option<ToFreeze>) -> HeldFreeze {
+    let limit = wanted.as_ref().map_or(Duration::ZERO, |wanted| wanted.limit);
+    HeldFreeze::new(wanted.map(|wanted| wanted.freeze), limit)
 }
 
 fn not_followed(disk: DiskId) -> CaptureError {

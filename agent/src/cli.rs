@@ -149,20 +149,21 @@ pub struct StatusArgs {
 #[command(
     after_help = "Reads what changed on every protected disk (all of it where a disk is scanned) and waits until the point is durable\n\
     at the master target. Where all disks are followed it is crash-consistent; where one is scanned it is fuzzy, no consistent state.\n\
-    With --freeze the file systems are clean at the point; programs that write to them wait while the rest is read.\n\n\
-    Example:\n  reprotect-agent mark --freeze --name before-upgrade"
+    With --freeze the file systems are clean at the point; programs that write to them wait for milliseconds where all disks\n\
+    are followed, else while the rest is read. With --app the hooks bring applications to rest before and let them go on after.\n\n\
+    Examples:\n  reprotect-agent mark --freeze --name before-upgrade\n  reprotect-agent mark --app"
 )]
 pub struct MarkArgs {
     /// Name of the point, shown by `reprotect-master-target points`.
     #[arg(long, value_name = "NAME", default_value = "")]
     pub name: String,
-    /// Freeze the file systems mounted from the protected disks while they are read the second time.
+    /// Freeze the file systems mounted from the protected disks at the point.
     #[arg(long)]
     pub freeze: bool,
     /// Thaw after this long in any case; the point is not made then.
-    #[arg(long, value_name = "DURATION", default_value = "30s", requires = "freeze")]
+    #[arg(long, value_name = "DURATION", default_value = "30s")]
     pub freeze_limit: DurationText,
-    /// An application-consistent point, by hooks.
+    /// An application-consistent point, by the hooks of the configuration and a freeze.
     #[arg(long)]
     pub app: bool,
 }

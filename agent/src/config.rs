@@ -15,6 +15,8 @@ use reprotect_engine::host::values::{AddressText, ByteSize, DurationText, HostPo
 use reprotect_engine::net::credentials::Credentials;
 use serde::{Deserialize, Serialize};
 
+use crate::hooks::Hooks;
+
 /// Who compresses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -64,11 +66,35 @@ pub struct CaptureConfig {
     pub mode: CaptureMode,
     /// Pause between two rounds of followed disks.
     pub interval: DurationText,
+    /// Pause between two points that bring the machine to rest.
+    pub app_interval: DurationText,
 }
 
 impl Default for CaptureConfig {
     fn default() -> Self {
-        Self { mode: CaptureMode::Window, interval: DurationText(Duration::from_secs(10)) }
+        Self {
+            mode: CaptureMode::Window,
+            interval: DurationText(Duration::from_secs(10)),
+            app_interval: DurationText(Duration::from_secs(3600)),
+        }
+    }
+}
+
+/// The `[hooks]` table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HooksConfig {
+    /// Brings applications to rest.
+    pub pre_freeze: Vec<String>,
+    /// Lets them go on.
+    pub post_thaw: Vec<String>,
+    /// How long each may take.
+    pub limit: DurationText,
+}
+
+impl Default for HooksConfig {
+    fn default() -> Self {
+        Self { pre_freeze: Vec::new(), post_thaw: Vec::new(), limit: DurationText(Duration::from_secs(30)) }
     }
 }
 
@@ -104,6 +130,8 @@ pub struct RawConfig {
     pub disks: DisksConfig,
     /// Live capture.
     pub capture: CaptureConfig,
+    /// Programs around a freeze.
+    pub hooks: HooksConfig,
     /// The site's own certificates.
     pub pki: PkiConfig,
     /// Logs.
@@ -122,6 +150,7 @@ impl Default for RawConfig {
             memory: ByteSize(256 << 20),
             disks: DisksConfig::default(),
             capture: CaptureConfig::default(),
+            hooks: HooksConfig::default(),
             pki: PkiConfig::default(),
             log: LogConfig::default(),
         }
@@ -129,7 +158,7 @@ impl Default for RawConfig {
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 16] = [
+pub const KEYS: [KeyDoc; 20] = [
     KeyDoc {
         key: "state_dir",
         about: "Where identity, certificates and progress are kept; setting it moves the admin socket there too.",
@@ -207,6 +236,34 @@ pub const KEYS: [KeyDoc; 16] = [
         cost: "shorter loses less with the machine, and opens more windows",
         example: "",
     },
+    KeyDoc {
+        key: "capture.app_interval",
+        about: "Pause between two points for which the machine is brought to rest: by the hooks (application-consistent), or by freezing its file systems alone (frozen). The master target's policy wins.",
+        unit: "duration from 1m to 7d; 0s for never",
+        cost: "each writes out what the file systems hold, and stops writes for milliseconds",
+        example: "",
+    },
+    KeyDoc {
+        key: "hooks.pre_freeze",
+        about: "Program that brings applications to rest before the file systems are frozen; REPROTECT_POINT names the point. It must succeed for the point to be application-consistent.",
+        unit: "list: program and arguments; empty for none",
+        cost: "applications stand still until the post_thaw hook",
+        example: "[\"/etc/reprotect/pre-freeze\"]",
+    },
+    KeyDoc {
+        key: "hooks.post_thaw",
+        about: "Program that lets applications go on after the thaw. It is run whenever pre_freeze was begun, also when that failed or the agent was killed meanwhile, and must bear being run twice.",
+        unit: "list: program and arguments; empty for none",
+        cost: "none",
+        example: "[\"/etc/reprotect/post-thaw\"]",
+    },
+    KeyDoc {
+        key: "hooks.limit",
+        about: "How long each hook may take; then it is ended with everything it started.",
+        unit: "duration from 1s to 1h",
+        cost: "applications stand still that long at most, and for the window after",
+        example: "",
+    },
     PKI_KEYS[0],
     PKI_KEYS[1],
     PKI_KEYS[2],
@@ -241,6 +298,10 @@ pub struct Settings {
     pub capture_mode: CaptureMode,
     /// Pause between two rounds of followed disks.
     pub capture_interval: Duration,
+    /// Pause between two points that bring the machine to rest; `None` for never.
+    pub app_interval: Option<Duration>,
+    /// Programs around a freeze.
+    pub hooks: Hooks,
     /// Logs.
     pub log: LogConfig,
 }
@@ -306,9 +367,41 @@ impl Settings {
             disks: raw.disks.clone(),
             capture_mode: raw.capture.mode,
             capture_interval: loaded.in_range("capture.interval", raw.capture.interval, &capture_range)?.0,
+            app_interval: app_interval(loaded, raw.capture.app_interval)?,
+            hooks: hooks(loaded, &raw.hooks)?,
             log: logging::resolve(loaded, &raw.log, overrides.log_level.as_deref())?,
         })
     }
+}
+
+fn app_interval(loaded: &Loaded<RawConfig>, interval: DurationText) -> Result<Option<Duration>, ConfigError> {
+    if interval.0.is_zero() {
+        return Ok(None);
+    }
+    let range = DurationText(Duration::from_secs(60))..=DurationText(Duration::from_secs(7 * 86_400));
+    Ok(Some(loaded.in_range("capture.app_interval", interval, &range)?.0))
+}
+
+fn hooks(loaded: &Loaded<RawConfig>, raw: &HooksConfig) -> Result<Hooks, ConfigError> {
+    for (key, command) in [("hooks.pre_freeze", &raw.pre_freeze), ("hooks.post_thaw", &raw.post_thaw)] {
+        if command.first().is_some_and(|program| !program.starts_with('/')) {
+            return Err(loaded.invalid(
+                key,
+                "the program is not named by its whole path",
+                "write it as [\"/path/of/program\", \"argument\"]",
+            ));
+        }
+    }
+    if raw.pre_freeze.is_empty() && !raw.post_thaw.is_empty() {
+        return Err(loaded.invalid(
+            "hooks.post_thaw",
+            "it is never run without hooks.pre_freeze",
+            "set both, or neither",
+        ));
+    }
+    let range = DurationText(Duration::from_secs(1))..=DurationText(Duration::from_secs(3600));
+    let limit = loaded.in_range("hooks.limit", raw.limit, &range)?.0;
+    Ok(Hooks { pre_freeze: raw.pre_freeze.clone(), post_thaw: raw.post_thaw.clone(), limit })
 }
 
 #[cfg(test)]

@@ -29,9 +29,12 @@ use crate::freeze::thaw_left_behind;
 use crate::machine::Machine;
 use crate::marking::{Asker, MarkOrder};
 use crate::plan::{Plan, follow_reloads};
+use crate::quiescing::release_left_behind;
 
 /// Longest wait for the capturing thread to save its maps.
 const CAPTURE_GRACE: Duration = Duration::from_secs(1);
+/// Longest wait for a post_thaw hook, which needs nobody to wait for it.
+const RELEASE_GRACE: Duration = Duration::from_millis(500);
 /// Longest wait for answers of the admin interface that are under way.
 const ADMIN_GRACE: Duration = Duration::from_millis(500);
 
@@ -72,6 +75,7 @@ pub async fn run_reloading(
     });
     let admin = AdminServer::bind(&socket).await?;
     thaw_left_behind(&state_dir);
+    release_left_behind(&plan.borrow().settings.hooks, &state_dir);
     let (orders, from_operators) = mpsc::channel(ORDERS_MAX);
     let router = Router::new()
         .route("/v1/status", get(show_status))
@@ -98,6 +102,11 @@ pub async fn run_reloading(
     // Best effort: systemd learns of the end by the exit as well.
     let _ = notifier.send("STOPPING=1");
     reloading.abort();
+    if let Some(released) = machine.release_run()
+        && tokio::time::timeout(RELEASE_GRACE, released).await.is_err()
+    {
+        tracing::warn!("the post_thaw hook goes on by itself");
+    }
     end_capture(&mut machine.following).await;
     // Ends the readers and workers, whatever they wait for.
     drop(machine);
@@ -188,8 +197,8 @@ async fn sessions(machine: &mut Machine, dial: &mut Dial) {
                 machine.handle_mark_order(order); // refused, as there is no session
                 continue;
             }
-            Some(news) = machine.inputs.freezes.recv() => {
-                machine.handle_freeze_news(news);
+            Some((point, news)) = machine.inputs.freezes.recv() => {
+                machine.handle_freeze_news(point, news);
                 continue;
             }
             Some(news) = machine.inputs.capture.recv() => {

@@ -24,7 +24,7 @@ use reprotect_engine::units::{DiskId, Sequence};
 use tokio::sync::mpsc;
 
 use crate::capture::{CaptureSettings, CompareCause};
-use crate::capturing::{Batch, CaptureNews, Capturing, Order, WindowRead};
+use crate::capturing::{Batch, CaptureNews, Capturing, Order, ToFreeze, WindowRead};
 use crate::config::CaptureMode;
 use crate::disks::SourceKind;
 use crate::machine::Machine;
@@ -468,7 +468,13 @@ impl Machine {
         }
     }
 
-    /// Whether a point of these disks can be made by a closing window.
+    /// Whether points of these disks are made by closing windows.
+    pub(crate) fn has_windows(&self, mut disks: impl Iterator<Item = DiskId>) -> bool {
+        matches!(self.following.mode, CaptureMode::Window | CaptureMode::Data)
+            && disks.all(|disk| self.following.is_followed(disk) && !self.following.unknown.contains(&disk))
+    }
+
+    /// Whether a point of these disks can be made by a closing window now.
     pub(crate) fn can_close(&self, mut disks: impl Iterator<Item = DiskId>) -> bool {
         let following = &self.following;
         let round = |disk: DiskId| {
@@ -485,12 +491,12 @@ impl Machine {
     }
 
     /// Looks for a moment of these disks, or takes the present one where every write is known.
-    pub(crate) fn order_window(&self, run: [u8; 16], disks: Vec<DiskId>) {
+    pub(crate) fn order_window(&self, run: [u8; 16], disks: Vec<DiskId>, freeze: Option<ToFreeze>) {
         let following = &self.following;
         following.order(if self.is_streaming(disks.iter().copied()) {
-            Order::Point { run, disks }
+            Order::Point { run, disks, freeze }
         } else {
-            Order::Window { run, disks, stay: following.mode == CaptureMode::Data }
+            Order::Window { run, disks, stay: following.mode == CaptureMode::Data, freeze }
         });
     }
 
@@ -539,13 +545,15 @@ impl Machine {
             return;
         }
         let known = disks.iter().all(|disk| !self.following.unknown.contains(disk));
+        let mut held = None;
         let class = match result {
             // The stream it stands in was ended meanwhile: batches before it are missing.
             Ok(WindowRead { point: true, .. }) if self.following.streams.is_empty() => {
                 self.drop_window(disks.iter().copied());
                 MarkClass::Fuzzy
             }
-            Ok(WindowRead { batches, open, streams, .. }) => {
+            Ok(WindowRead { batches, open, streams, frozen, .. }) => {
+                held = frozen;
                 let now = wall_clock();
                 if streams && self.following.streams.is_empty() {
                     tracing::info!(?disks, "every write is known from here on");
@@ -567,7 +575,7 @@ impl Machine {
                 MarkClass::Fuzzy
             }
         };
-        self.place_marks(class);
+        self.end_window(class, held);
     }
 
     /// Says of points what could not be said before.

@@ -1,41 +1,32 @@
-//! Freezing the file systems of protected disks for the time of a scan round, so that what is read is one state.
+//! Freezing the file systems of protected disks: for the moment at which a closing window closes, or for the time of a
+//! scan round, so that what is read is one state.
 //!
 //! A frozen file system stops every program that writes to it, so the thaw must not depend on this program: before
 //! anything is frozen a child process is forked that does nothing but wait. It thaws when it is told to, when the time
-//! limit is over, and when its pipe closes, which happens whatever ends the agent. It allocates nothing, calls only
-//! what is allowed after a fork, and blocks every signal that can be blocked. For the case that both are killed at once
+//! limit is over, and when its pipe closes, which happens whatever ends the agent (`guard`). For the case that both are killed at once
 //! the mount points are written to a file first, and thawed at the agent's next start.
 //!
 //! Invariants: the guard knows of a file system before it is frozen; what somebody else froze is never thawed; a freeze
 //! counts as held only if the guard says that the limit was not reached; when [`Freeze`] is dropped everything is
-//! thawed. Units: milliseconds. Blocking: called on threads of their own by `marking`.
-#![expect(unsafe_code, reason = "fork, and an ioctl that no safe wrapper offers")]
+//! thawed. Units: milliseconds. Blocking: called on threads of their own by `marking`, and by `capturing`.
+
+mod guard;
 
 use std::fs::File;
-use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+pub use guard::Limits;
+use guard::{FIFREEZE, FITHAW, Guard, ioctl};
 use reprotect_engine::io::durable::{Access, read_bounded, replace_file};
 
 /// Names what is frozen, in the state directory, while it is.
 const FROZEN_FILE: &str = "frozen";
 /// File systems at a time: bits of the guard's set.
 const MOUNTS_MAX: usize = 64;
-/// `_IOWR('X', 119, int)` and `_IOWR('X', 120, int)`.
-const FIFREEZE: libc::Ioctl = 0xC004_5877_u32 as libc::Ioctl;
-const FITHAW: libc::Ioctl = 0xC004_5878_u32 as libc::Ioctl;
-/// To the guard: file system N (in the low bits) is about to be frozen, is not ours after all, thaw everything.
-const ABOUT: u8 = 0x40;
-const NOT_OURS: u8 = 0x80;
-const THAW: u8 = 0xC0;
-/// After the limit the guard looks again: a freeze that was under way then may have come about.
-const LATE_LOOK_MS: i64 = 1000;
-/// From the guard: the limit was reached; everything is thawed.
-const LATE: u8 = b'L';
-const DONE: u8 = b'D';
 
 /// Why nothing is frozen.
 #[derive(Debug, thiserror::Error)]
@@ -91,41 +82,75 @@ pub struct Freeze {
     ours: u64,
     guard: Option<Guard>,
     record: PathBuf,
+    /// How long the calls that freeze took.
+    call: Duration,
+    /// Since when everything is frozen.
+    since: Option<Instant>,
 }
 
-/// The process that thaws.
-#[derive(Debug)]
-struct Guard {
-    pid: libc::pid_t,
-    orders: PipeWriter,
-    answers: PipeReader,
+/// How a freeze went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FreezeEnd {
+    /// Everything was frozen until it was told to thaw.
+    pub held: bool,
+    /// How long the calls that freeze took: file systems write out what they hold, programs wait already.
+    pub call: Duration,
+    /// How long everything was frozen beyond that.
+    pub frozen: Duration,
 }
 
 impl Freeze {
-    /// Freezes the file systems at `mount_points` for `limit` at most; those that are mounted several times once.
+    /// Freezes the file systems at `mount_points` within `limits`; those that are mounted several times once.
     ///
     /// # Errors
     /// When one of them cannot be frozen; then none is.
-    pub fn begin(mount_points: &[PathBuf], limit: Duration, state_dir: &Path) -> Result<Self, FreezeError> {
+    pub fn begin(mount_points: &[PathBuf], limits: Limits, state_dir: &Path) -> Result<Self, FreezeError> {
+        let mut freeze = Self::prepare(mount_points, limits, state_dir)?;
+        freeze.freeze()?; // on an error the drop thaws what was frozen
+        Ok(freeze)
+    }
+
+    /// Makes everything ready, and has the file systems write out what they hold, so that freezing them takes little time.
+    ///
+    /// # Errors
+    /// When one of them cannot be opened or the guard cannot be had. Nothing is frozen yet.
+    pub fn prepare(mount_points: &[PathBuf], limits: Limits, state_dir: &Path) -> Result<Self, FreezeError> {
         let mounts = open_mounts(mount_points)?;
+        for (path, file) in &mounts {
+            if let Err(error) = rustix::fs::syncfs(file) {
+                tracing::warn!(path = %path.display(), %error, "cannot be written out before it is frozen");
+            }
+        }
         let record = state_dir.join(FROZEN_FILE);
         let names: Vec<String> = mounts.iter().map(|(path, _)| path.display().to_string()).collect();
         replace_file(&record, names.join("\n").as_bytes(), Access::Private)?;
-        let guard = Guard::start(&mounts, limit);
-        let mut freeze = Self { mounts, ours: 0, guard: None, record };
+        let guard = Guard::start(&mounts, limits);
+        let mut freeze = Self { mounts, ours: 0, guard: None, record, call: Duration::ZERO, since: None };
         freeze.guard = Some(guard.map_err(FreezeError::Guard)?);
-        for index in 0..freeze.mounts.len() {
-            freeze.freeze_one(index)?; // on an error the drop thaws what was frozen
-        }
         Ok(freeze)
+    }
+
+    /// Freezes all of them.
+    ///
+    /// # Errors
+    /// When one of them cannot be frozen; the others are frozen until this is dropped.
+    pub fn freeze(&mut self) -> Result<(), FreezeError> {
+        let begun = Instant::now();
+        for index in 0..self.mounts.len() {
+            self.freeze_one(index)?;
+        }
+        if let Some(guard) = &mut self.guard {
+            guard.all_frozen().map_err(FreezeError::Guard)?;
+        }
+        (self.call, self.since) = (begun.elapsed(), Some(Instant::now()));
+        Ok(())
     }
 
     fn freeze_one(&mut self, index: usize) -> Result<(), FreezeError> {
         let (Some((path, file)), Some(guard)) = (self.mounts.get(index), self.guard.as_mut()) else {
             return Ok(());
         };
-        // At most MOUNTS_MAX of them: the number fits into six bits.
-        guard.orders.write_all(&[ABOUT | index as u8]).map_err(FreezeError::Guard)?;
+        guard.about(index).map_err(FreezeError::Guard)?;
         match ioctl(file.as_raw_fd(), FIFREEZE) {
             Ok(()) => {
                 self.ours |= 1 << index;
@@ -133,7 +158,7 @@ impl Freeze {
             }
             Err(source) => {
                 // A guard that is gone cannot thaw it either.
-                let _ = guard.orders.write_all(&[NOT_OURS | index as u8]);
+                let _ = guard.not_ours(index);
                 Err(FreezeError::Freeze { path: path.clone(), source })
             }
         }
@@ -145,30 +170,48 @@ impl Freeze {
         self.mounts.iter().map(|(path, _)| path.clone()).collect()
     }
 
-    /// Thaws everything; answers whether everything was frozen until now.
+    /// Thaws everything.
     #[must_use]
-    pub fn end(mut self) -> bool {
-        self.thaw()
+    pub fn end(mut self) -> FreezeEnd {
+        let Some(since) = self.since.take() else {
+            return FreezeEnd { held: false, call: self.call, frozen: Duration::ZERO };
+        };
+        let thawed = self.thaw_ours();
+        let frozen = since.elapsed();
+        let held = self.end_guard() && thawed;
+        FreezeEnd { held, call: self.call, frozen }
     }
 
-    fn thaw(&mut self) -> bool {
-        let held = self.guard.take().is_some_and(Guard::end);
-        // Where the guard did its work the kernel says that nothing is frozen; where it was killed this is the thaw.
+    /// Thaws what is ours, at once, without a word to the guard; answers whether all of it was frozen.
+    fn thaw_ours(&mut self) -> bool {
+        let (mut held, mut problems) = (true, Vec::new());
         for (index, (path, file)) in self.mounts.iter().enumerate() {
             if self.ours & (1 << index) == 0 {
                 continue;
             }
-            match ioctl(file.as_raw_fd(), FITHAW) {
-                Ok(()) => {
-                    tracing::warn!(path = %path.display(), "the guard of the freeze was gone; thawed without it")
-                }
-                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
-                Err(error) => {
-                    tracing::error!(path = %path.display(), %error, "cannot be thawed; run `fsfreeze --unfreeze` on it");
+            if let Err(error) = ioctl(file.as_raw_fd(), FITHAW) {
+                held = false;
+                // What the kernel calls invalid is not frozen any more.
+                if error.raw_os_error() != Some(libc::EINVAL) {
+                    problems.push((path, error));
                 }
             }
+            if let Some(guard) = &mut self.guard {
+                // A guard that is gone is noticed when it is ended.
+                let _ = guard.not_ours(index);
+            }
+        }
+        // Only now may anything be written.
+        for (path, error) in problems {
+            tracing::error!(path = %path.display(), %error, "cannot be thawed; run `fsfreeze --unfreeze` on it");
         }
         self.ours = 0;
+        held
+    }
+
+    /// Ends the guard; answers whether it lived and reached no limit.
+    fn end_guard(&mut self) -> bool {
+        let held = self.guard.take().is_some_and(Guard::end);
         remove(&self.record);
         held
     }
@@ -176,7 +219,9 @@ impl Freeze {
 
 impl Drop for Freeze {
     fn drop(&mut self) {
-        let _ = self.thaw();
+        if self.guard.is_some() || self.ours != 0 {
+            let _ = (self.thaw_ours(), self.end_guard());
+        }
     }
 }
 
@@ -224,119 +269,6 @@ fn remove(record: &Path) {
     }
 }
 
-fn ioctl(fd: RawFd, request: libc::Ioctl) -> io::Result<()> {
-    // SAFETY: both requests ignore their argument; `fd` is open for the time of the call.
-    let result = unsafe { libc::ioctl(fd, request, 0) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-impl Guard {
-    fn start(mounts: &[(PathBuf, File)], limit: Duration) -> io::Result<Self> {
-        let (orders_in, orders) = io::pipe()?;
-        let (answers, answers_out) = io::pipe()?;
-        let fds: Vec<RawFd> = mounts.iter().map(|(_, file)| file.as_raw_fd()).collect();
-        let limit_ms = i64::try_from(limit.as_millis()).unwrap_or(i64::MAX);
-        let ours = [orders.as_raw_fd(), answers.as_raw_fd()];
-        let (input, output) = (orders_in.as_raw_fd(), answers_out.as_raw_fd());
-        // Signals are blocked before the fork, so that none reaches the guard ever.
-        let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-        let mut before = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: both sets are written before they are read. After the fork the child runs `keep_guard` only, which
-        // allocates nothing, takes no lock and never returns.
-        let pid = unsafe {
-            libc::sigfillset(all.as_mut_ptr());
-            libc::pthread_sigmask(libc::SIG_BLOCK, all.as_ptr(), before.as_mut_ptr());
-            let pid = libc::fork();
-            if pid == 0 {
-                keep_guard(&fds, limit_ms, ours, input, output);
-            }
-            libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), std::ptr::null_mut());
-            pid
-        };
-        if pid < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self { pid, orders, answers })
-    }
-
-    /// Has everything thawed; answers whether the limit was not reached before.
-    fn end(mut self) -> bool {
-        let told = self.orders.write_all(&[THAW]).is_ok();
-        drop(self.orders);
-        let mut answers = Vec::new();
-        // What was read before an error counts; nothing read means that the guard was killed.
-        let _ = self.answers.read_to_end(&mut answers);
-        // SAFETY: the child is ours and is waited for once; no status is asked for.
-        unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), 0) };
-        told && answers == [DONE]
-    }
-}
-
-/// The guard's life. Runs in the forked child: nothing here may allocate, lock, unwind or return.
-fn keep_guard(fds: &[RawFd], limit_ms: i64, parents: [RawFd; 2], input: RawFd, output: RawFd) -> ! {
-    // SAFETY: system calls that are allowed after a fork, on descriptors the child owns copies of and on memory of
-    // its own stack; the slice lives in the child's copy of the parent's memory.
-    unsafe {
-        for fd in parents {
-            libc::close(fd); // or the pipe would never close when the parent ends
-        }
-        libc::setsid();
-        let start = now_ms();
-        let mut set = 0_u64;
-        let mut late = false;
-        loop {
-            let left = if late { LATE_LOOK_MS } else { (limit_ms - (now_ms() - start)).max(0) };
-            let mut poll = libc::pollfd { fd: input, events: libc::POLLIN, revents: 0 };
-            let wait = if left > i64::from(i32::MAX) { i32::MAX } else { left as i32 };
-            let ready = libc::poll(&raw mut poll, 1, wait);
-            if ready == 0 && now_ms() - start >= limit_ms {
-                thaw_all(fds, set);
-                if !late {
-                    libc::write(output, [LATE].as_ptr().cast(), 1);
-                }
-                late = true;
-                continue;
-            }
-            if ready <= 0 {
-                continue;
-            }
-            let mut order = THAW;
-            // The end of the pipe is the end of the agent: as if it had said so.
-            if libc::read(input, (&raw mut order).cast(), 1) != 1 {
-                order = THAW;
-            }
-            let bit = 1_u64 << (order & 0x3F);
-            match order & 0xC0 {
-                ABOUT => set |= bit,
-                NOT_OURS => set &= !bit,
-                _ => break,
-            }
-        }
-        thaw_all(fds, set);
-        libc::write(output, [DONE].as_ptr().cast(), 1);
-        libc::_exit(0)
-    }
-}
-
-/// As [`keep_guard`]: no allocation. The oldest first: a later one may still be about to freeze, and be waited for.
-fn thaw_all(fds: &[RawFd], set: u64) {
-    let mut index = 0;
-    while index < fds.len() {
-        if set & (1 << index) != 0 {
-            // SAFETY: the request ignores its argument; the descriptor is the child's copy.
-            unsafe { libc::ioctl(fds[index], FITHAW, 0) };
-        }
-        index += 1;
-    }
-}
-
-fn now_ms() -> i64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `time` is a whole structure of our own; the clock always exists.
-    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };
-    time.tv_sec * 1000 + time.tv_nsec / 1_000_000
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -346,9 +278,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let missing = dir.path().join("missing");
         let error =
-            Freeze::begin(std::slice::from_ref(&missing), Duration::from_secs(1), dir.path()).unwrap_err();
+            Freeze::begin(std::slice::from_ref(&missing), Limits::of(Duration::from_secs(1)), dir.path())
+                .unwrap_err();
         assert!(error.to_string().contains(&missing.display().to_string()), "{error}");
-        assert!(matches!(Freeze::begin(&[], Duration::from_secs(1), dir.path()), Err(FreezeError::Nothing)));
+        assert!(matches!(
+            Freeze::begin(&[], Limits::of(Duration::from_secs(1)), dir.path()),
+            Err(FreezeError::Nothing)
+        ));
         assert!(!dir.path().join(FROZEN_FILE).exists());
     }
 
@@ -356,7 +292,8 @@ mod tests {
     fn what_cannot_be_frozen_leaves_no_guard_and_no_record() {
         let dir = tempfile::tempdir().unwrap();
         // procfs knows no freeze.
-        let error = Freeze::begin(&["/proc".into()], Duration::from_secs(60), dir.path()).unwrap_err();
+        let error =
+            Freeze::begin(&["/proc".into()], Limits::of(Duration::from_secs(60)), dir.path()).unwrap_err();
         assert!(matches!(error, FreezeError::Freeze { .. }), "{error}");
         assert!(error.to_string().contains("/proc"), "{error}");
         assert!(!dir.path().join(FROZEN_FILE).exists());

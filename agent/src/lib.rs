@@ -2,8 +2,9 @@
 //!
 //! A write's way: `reader` (the disk) → `workers` (hash, cut, checksum, compress) → `session` (the protocol core and
 //! the lanes), all kept by `machine`. What changed is told by `capture`, whose thread is
-//! `capturing`; `following` makes rounds of it. Which disks there are is told by `disks` and `sources`; what to do by `plan`;
-//! whom to talk to by `dial`; points of the machine are made by `marking` and `freeze`; operators come in through `commands` and `service`.
+//! `capturing`; `following` makes rounds of it. Which disks there are is told by `disks` and `sources`; what to do by
+//! `plan`; whom to talk to by `dial`; points of the machine are made by `marking`, and brought about by `quiescing`,
+//! `hooks` and `freeze`; operators come in through `commands` and `service`.
 
 pub mod api;
 pub mod budget;
@@ -19,6 +20,7 @@ pub mod disks;
 pub mod faults;
 mod following;
 pub mod freeze;
+pub mod hooks;
 pub mod machine;
 mod marking;
 mod opening;
@@ -26,6 +28,7 @@ pub mod plan;
 mod policy;
 mod positions;
 mod protected;
+mod quiescing;
 pub mod reader;
 pub mod service;
 mod session;

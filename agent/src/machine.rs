@@ -30,11 +30,12 @@ use crate::capture::CaptureSettings;
 use crate::capturing::CaptureNews;
 use crate::disks::SourceKind;
 use crate::following::Following;
-use crate::marking::{FreezeNews, MarkOrder, MarkOrders, MarkRun};
+use crate::marking::{MarkOrder, MarkOrders, MarkRun};
 use crate::opening::{Missing, Opened, Opening, Purpose, share_bytes};
 use crate::plan::{Plan, Plans};
 use crate::policy::PolicyKeeper;
 use crate::protected::{Activity, Kept, Protected};
+use crate::quiescing::{AppSchedule, FreezeNews, Freezer};
 use crate::reader::{FromDisk, ReadJob};
 use crate::sources::{Found, Sources, inventory};
 use crate::throttle::Throttle;
@@ -69,9 +70,13 @@ pub struct Machine {
     /// Points that are made when that one is done.
     pub(crate) marks_waiting: VecDeque<MarkOrder>,
     /// Where the threads that freeze and thaw tell.
-    pub(crate) freezer: mpsc::UnboundedSender<FreezeNews>,
+    pub(crate) freezer: Freezer,
+    /// When applications are brought to rest for a point.
+    pub(crate) app_schedule: AppSchedule,
+    /// A post_thaw hook runs.
+    pub(crate) releasing: bool,
     pub(crate) following: Following,
-    policy: PolicyKeeper,
+    pub(crate) policy: PolicyKeeper,
     missing: BTreeMap<DiskId, Missing>,
     /// Disks that are being opened.
     opening: BTreeMap<DiskId, Purpose>,
@@ -86,7 +91,7 @@ pub(crate) struct Inputs {
     pub(crate) reads: mpsc::UnboundedReceiver<(DiskId, FromDisk)>,
     pub(crate) opened: mpsc::UnboundedReceiver<Opened>,
     pub(crate) orders: MarkOrders,
-    pub(crate) freezes: mpsc::UnboundedReceiver<FreezeNews>,
+    pub(crate) freezes: mpsc::UnboundedReceiver<([u8; 16], FreezeNews)>,
     pub(crate) capture: mpsc::UnboundedReceiver<CaptureNews>,
 }
 
@@ -137,6 +142,8 @@ impl Machine {
             marking: None,
             marks_waiting: VecDeque::new(),
             freezer,
+            app_schedule: AppSchedule::new(Duration::ZERO),
+            releasing: false,
             following,
             policy,
             missing: BTreeMap::new(),
@@ -145,6 +152,9 @@ impl Machine {
             busy_before: (Instant::now(), 0),
             status,
         };
+        if let Some(pause) = machine.app_pause() {
+            machine.app_schedule = AppSchedule::new(pause);
+        }
         machine.set_sources(plan.sources.clone());
         machine.status.send_modify(|status| status.warnings.clone_from(&plan.warnings));
         machine.publish(false);
@@ -175,12 +185,13 @@ impl Machine {
         self.set_sources(plan.sources.clone());
         self.status.send_modify(|status| status.warnings.clone_from(&plan.warnings));
         self.plan = plan;
-        let pauses: BTreeMap<DiskId, Duration> =
-            self.disks.keys().map(|disk| (*disk, self.round_pause(*disk))).collect();
+        let pauses = self.round_pauses();
+        if let Some(pause) = self.app_pause() {
+            self.app_schedule.hurry(pause);
+        }
         let now = Instant::now();
         let mut stopped = false;
         for (disk, state) in &mut self.disks {
-            let pause = pauses.get(disk).copied().unwrap_or_default();
             state.faults.hurry(now);
             if state.activity == Activity::Stopped {
                 stopped = true;
@@ -188,7 +199,7 @@ impl Machine {
                 tracing::warn!(%disk, path = state.path, "not among the sources any more: stopped");
                 state.stop("`disks.exclude` names this disk, `disks.include` does not name it any more, or it is not attached; correct that, then reload the agent".to_owned());
             }
-            state.next_scan = state.next_scan.map(|at| at.min(now + pause));
+            state.hurry(now, pauses.get(disk).copied());
         }
         for missing in self.missing.values_mut().filter(|missing| missing.again_at.is_some()) {
             missing.again_at = Some(now);
@@ -315,6 +326,11 @@ impl Machine {
         self.policy.points_every().unwrap_or(self.plan.settings.capture_interval)
     }
 
+    /// The pauses of all disks.
+    pub(crate) fn round_pauses(&self) -> BTreeMap<DiskId, Duration> {
+        self.disks.keys().map(|disk| (*disk, self.round_pause(*disk))).collect()
+    }
+
     /// What a source is, if it is known.
     pub(crate) fn source_kind(&self, source: SourceId) -> Option<SourceKind> {
         self.sources.get(&source).map(|known| known.source.kind)
@@ -326,11 +342,12 @@ impl Machine {
         }
         let pause = self.scan_pause();
         tracing::info!(revision = policy.revision, ?pause, "the master target's policy holds now");
-        let latest: BTreeMap<DiskId, Instant> =
-            self.disks.keys().map(|disk| (*disk, Instant::now() + self.round_pause(*disk))).collect();
+        if let Some(pause) = self.app_pause() {
+            self.app_schedule.hurry(pause);
+        }
+        let (now, pauses) = (Instant::now(), self.round_pauses());
         for (disk, state) in &mut self.disks {
-            let latest = latest.get(disk).copied();
-            state.next_scan = state.next_scan.map(|at| latest.map_or(at, |latest| at.min(latest)));
+            state.hurry(now, pauses.get(disk).copied());
         }
     }
 

@@ -1,18 +1,18 @@
-//! A recovery point of the whole machine by scan rounds: by the policy's timer, by `mark` with or without frozen file
-//! systems, and because the master target wants one.
+//! A recovery point of the whole machine: by the policy's timers, by `mark` with or without frozen file systems, and
+//! because the master target wants one.
 //!
 //! ```text
-//! First (with --freeze: a round of every disk, so that the frozen one finds little) → Freezing →
-//! Reading (a round of every disk) → Thawing, or Closing (a window, where all are followed)
-//! → Waiting (the marks, one point, are to become durable)
+//!                  Reading (a round of every disk) ─▶ [Quiescing] ─▶ Closing (a window: all disks are followed)    ┐
+//! First (a round) ─▶ Quiescing ─▶ Freezing ─▶ Reading ─▶ Thawing     (to be frozen, and one is scanned)             ├▶ Waiting
+//!                                             Reading                (fuzzy: one is scanned)                         ┘
 //! ```
-//! Invariants: one run at a time, what somebody wants waits for the timer's; all disks of the machine are in it, and all their marks name one random point; a mark
-//! is called frozen only if the guard of the freeze says that it held until everything was read; without a freeze it is
-//! fuzzy; a round that was begun for a run that failed ends with a fuzzy mark of its own; whatever fails, everything is
-//! thawed. Units: milliseconds. Driven by `machine`, asked by `daemon`.
+//! Waiting is for the marks, one point, to become durable.
+//! Invariants: one run at a time, what somebody wants waits for the timer's; all disks of the machine are in it, and all
+//! their marks name one random point; a mark is called frozen only if the guard of the freeze says that it held until
+//! everything was read; a round that was begun for a run that failed ends with a fuzzy mark of its own; whatever fails,
+//! everything is thawed and applications go on (`quiescing`). Units: milliseconds. Driven by `machine`, asked by `daemon`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use reprotect_engine::format::batch::{MarkCause, MarkClass, MarkLabel};
@@ -23,15 +23,18 @@ use reprotect_engine::units::{DiskId, Timestamp};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::api::{MarkAnswer, MarkRequest, MarkedDisk};
-use crate::disks::{SystemRoot, enumerate};
-use crate::freeze::Freeze;
+use crate::capturing::ToFreeze;
+use crate::freeze::FreezeEnd;
 use crate::machine::Machine;
 use crate::protected::Activity;
+use crate::quiescing::{LATE_TEXT, Quiet, Rest};
 
 /// Points that wait for the one that is being made.
 const WAITING_MAX: usize = 8;
 /// How long marks may wait to become durable before a run gives up on them; they are sent all the same.
 const WAITING_LIMIT: Duration = Duration::from_secs(600);
+/// How long the freeze of a scheduled point may take, writing out included.
+const APP_FREEZE_LIMIT_MS: u64 = 30_000;
 /// After the source was stopped nothing is read for a while: the target takes the disks away.
 const STOPPED_PAUSE: Duration = Duration::from_secs(60);
 
@@ -63,19 +66,12 @@ impl Asker {
     }
 }
 
-/// News from the threads that freeze and thaw.
 #[derive(Debug)]
-pub(crate) enum FreezeNews {
-    /// Everything is frozen, or nothing is, and why.
-    Begun(Result<Freeze, String>),
-    /// Everything is thawed; whether the freeze held until then.
-    Ended(bool),
-}
-
-#[derive(Debug)]
-enum Phase {
+pub(crate) enum Phase {
     /// Rounds that are to end before the freeze; begun ones are in the set.
     First { begun: BTreeSet<DiskId>, done: BTreeSet<DiskId> },
+    /// Applications are brought to rest and file systems write out, for a window or for reading.
+    Quiescing { to_window: bool },
     /// A thread freezes.
     Freezing,
     /// Rounds whose end is the point.
@@ -91,14 +87,13 @@ enum Phase {
 /// A run.
 #[derive(Debug)]
 pub(crate) struct MarkRun {
-    order: MarkOrder,
-    point: [u8; 16],
+    pub(crate) order: MarkOrder,
+    pub(crate) point: [u8; 16],
     disks: BTreeSet<DiskId>,
-    phase: Phase,
-    freeze: Option<Freeze>,
-    /// When the freeze is over at the latest.
-    deadline: Option<Instant>,
-    frozen: Vec<PathBuf>,
+    pub(crate) phase: Phase,
+    pub(crate) quiet: Quiet,
+    /// When the freeze is over at the latest, or the wait for the marks.
+    pub(crate) deadline: Option<Instant>,
     /// What its marks promise, once they are placed.
     class: MarkClass,
 }
@@ -117,6 +112,7 @@ impl Machine {
             name: String::new(),
             freeze: wanted.freeze,
             freeze_limit_ms: wanted.freeze_limit_ms.clamp(1000, 600_000),
+            app: false,
         };
         self.handle_mark_order(MarkOrder { request, asker: Asker::Target(wanted.point, wanted.cause) });
     }
@@ -128,14 +124,24 @@ impl Machine {
         })
     }
 
-    /// The timer's point, when every disk's pause is over.
+    /// The timers' points: one that brings the machine to rest when the application schedule says so, another when every
+    /// disk's pause is over.
     pub(crate) fn begin_timer_run(&mut self, now: Instant) {
+        let free = self.marking.is_none() && self.core.is_ready() && !self.disks.is_empty();
+        if !free || !self.reads_together() {
+            return;
+        }
+        if self.app_pause().is_some() && self.app_schedule.is_due(now) {
+            let app = self.plan().settings.hooks.is_configured();
+            let request =
+                MarkRequest { name: String::new(), freeze: true, freeze_limit_ms: APP_FREEZE_LIMIT_MS, app };
+            return self.handle_mark_order(MarkOrder { request, asker: Asker::Timer });
+        }
         let is_due = |state: &crate::protected::Protected| {
             state.activity == Activity::Synced && state.next_scan.is_some_and(|at| now >= at)
         };
-        let due = !self.disks.is_empty() && self.disks.values().all(is_due);
-        if due && self.marking.is_none() && self.core.is_ready() && self.reads_together() {
-            let request = MarkRequest { name: String::new(), freeze: false, freeze_limit_ms: 0 };
+        if self.disks.values().all(is_due) {
+            let request = MarkRequest::plain();
             self.handle_mark_order(MarkOrder { request, asker: Asker::Timer });
         }
     }
@@ -151,22 +157,20 @@ impl Machine {
         match self.new_run(&order) {
             Ok((point, disks)) => {
                 let (begun, done) = (BTreeSet::new(), BTreeSet::new());
+                // Whatever moment is taken, everything up to it is in the stream.
                 let streaming = self.is_streaming(disks.iter().copied());
-                let phase = if order.request.freeze {
-                    self.pause_stream();
-                    Phase::First { begun, done }
-                } else if streaming {
-                    // Whatever moment is taken, everything up to it is in the stream.
-                    self.order_window(point, disks.iter().copied().collect());
-                    Phase::Closing
-                } else {
+                if !streaming {
                     // Not all of them are streamed: rounds of them all, then.
                     self.pause_stream();
-                    Phase::Reading { begun, read: done }
+                }
+                let windowed = streaming || self.has_windows(disks.iter().copied());
+                let phase = if order.request.freeze && !windowed {
+                    Phase::First { begun, done }
+                } else {
+                    Phase::Reading { begun, read: if streaming { disks.clone() } else { done } }
                 };
-                let (freeze, deadline, frozen) = (None, None, Vec::new());
-                let class = MarkClass::Fuzzy;
-                self.marking = Some(MarkRun { order, point, disks, phase, freeze, deadline, frozen, class });
+                let (quiet, deadline, class) = (Quiet::new(), None, MarkClass::Fuzzy);
+                self.marking = Some(MarkRun { order, point, disks, phase, quiet, deadline, class });
                 self.advance_run();
             }
             Err(refusal) => self.refuse(order.asker, refusal),
@@ -180,6 +184,18 @@ impl Machine {
             Asker::Target(point, _) => self.core.refuse_mark(point, &reason),
             Asker::Timer => {}
         }
+    }
+
+    /// A point of the application schedule was made, or could not be.
+    fn end_app_run(&mut self, made: bool) {
+        if let Some(pause) = self.app_pause() {
+            self.app_schedule.ended(made, pause);
+        }
+    }
+
+    /// The pause between two points that bring the machine to rest, if there are to be any.
+    pub(crate) fn app_pause(&self) -> Option<Duration> {
+        self.policy.app_points_every().unwrap_or(self.plan().settings.app_interval)
     }
 
     /// The run is over: what waited for it begins.
@@ -201,6 +217,9 @@ impl Machine {
         }
         if request.name.len() > MarkRequest::NAME_BYTES_MAX {
             return Err(format!("the name is longer than {} bytes; shorten it", MarkRequest::NAME_BYTES_MAX));
+        }
+        if request.app && !self.plan().settings.hooks.is_configured() {
+            return Err("no hooks bring applications to rest; set hooks.pre_freeze and hooks.post_thaw in the agent's configuration, or make a point with --freeze".to_owned());
         }
         for (disk, state) in &self.disks {
             if !matches!(state.activity, Activity::Synced | Activity::Scanning) || state.faults.is_paused() {
@@ -261,24 +280,21 @@ impl Machine {
                 let to_begin: Vec<DiskId> = run.disks.difference(begun).copied().collect();
                 self.begin_rounds(to_begin, false);
             }
-            Phase::First { .. } => {
-                run.phase = Phase::Freezing;
-                self.begin_freeze();
-            }
+            Phase::First { .. } => self.begin_quiescing(false),
             Phase::Reading { begun, read } if read.len() < run.disks.len() => {
                 let to_begin: Vec<DiskId> = run.disks.difference(begun).copied().collect();
                 self.begin_rounds(to_begin, true);
             }
-            Phase::Reading { .. } => match run.freeze.take() {
-                Some(freeze) => {
-                    run.phase = Phase::Thawing;
-                    let news = self.freezer.clone();
-                    thread("thaw", move || drop(news.send(FreezeNews::Ended(freeze.end()))));
-                }
+            Phase::Reading { .. } => match run.quiet.freeze.take() {
+                Some(freeze) => self.begin_thawing(freeze),
                 None => self.close_or_mark(),
             },
-            Phase::Freezing | Phase::Thawing | Phase::Closing => {}
-            Phase::Waiting { durable } if durable.len() == run.disks.len() => self.finish_run(),
+            Phase::Quiescing { .. } | Phase::Freezing | Phase::Thawing | Phase::Closing => {}
+            Phase::Waiting { durable }
+                if durable.len() == run.disks.len() && run.quiet.rest != Rest::Releasing =>
+            {
+                self.finish_run();
+            }
             Phase::Waiting { .. } => {}
         }
     }
@@ -296,18 +312,54 @@ impl Machine {
         }
     }
 
-    /// Everything is read, and nothing was frozen: where all disks are followed, a closing window makes the point what
+    /// Everything is read, and nothing is frozen: where all disks are followed, a closing window makes the point what
     /// they were at one moment.
     fn close_or_mark(&mut self) {
         let Some(run) = self.marking.as_ref() else { return };
-        if !self.can_close(run.disks.iter().copied()) {
-            return self.place_marks(MarkClass::Fuzzy);
+        let disks = || run.disks.iter().copied();
+        let closes = self.can_close(disks()) || self.is_streaming(disks());
+        match (closes, run.order.request.freeze && !run.quiet.looked) {
+            (true, true) => self.begin_quiescing(true),
+            (true, false) => self.close_window(None),
+            (false, true) if matches!(run.order.asker, Asker::Command(_)) => {
+                self.fail_run("no window can be opened at the moment, and only in one can be frozen; see `reprotect-agent status`, and try again");
+            }
+            (false, _) => self.place_marks(MarkClass::Fuzzy),
         }
+    }
+
+    /// Looks for the point's moment, in which everything is frozen that is to be.
+    pub(crate) fn close_window(&mut self, freeze: Option<ToFreeze>) {
+        let Some(run) = self.marking.as_mut() else { return };
+        run.phase = Phase::Closing;
         let (point, disks) = (run.point, run.disks.iter().copied().collect());
-        self.order_window(point, disks);
-        if let Some(run) = self.marking.as_mut() {
-            run.phase = Phase::Closing;
+        self.order_window(point, disks, freeze);
+    }
+
+    /// The window is over; `class` is what it promises by itself.
+    pub(crate) fn end_window(&mut self, class: MarkClass, frozen: Option<Result<FreezeEnd, String>>) {
+        let Some(run) = self.marking.as_mut() else { return };
+        let commanded = matches!(run.order.asker, Asker::Command(_));
+        let problem = match &frozen {
+            Some(Ok(end)) if !end.held => Some(LATE_TEXT),
+            Some(Err(why)) => Some(why.as_str()),
+            _ => None,
+        };
+        run.quiet.end = frozen.as_ref().and_then(|frozen| frozen.as_ref().ok()).copied();
+        let wanted = run.order.request.freeze && commanded;
+        if let Some(problem) = problem.filter(|_| wanted) {
+            return self.fail_run(problem);
         }
+        if wanted && class == MarkClass::Fuzzy {
+            return self.fail_run(
+                "no moment was found that is one state of all disks (see the agent's log); try again",
+            );
+        }
+        let class = match class {
+            MarkClass::Crash => run.quiet.class(run.order.request.app),
+            class => class,
+        };
+        self.place_marks(class);
     }
 
     /// Whether the run waits for the window that was ordered for it.
@@ -315,59 +367,9 @@ impl Machine {
         self.marking.as_ref().is_some_and(|run| run.point == point && matches!(run.phase, Phase::Closing))
     }
 
-    fn begin_freeze(&mut self) {
-        let Some(run) = self.marking.as_mut() else { return };
-        let limit = Duration::from_millis(run.order.request.freeze_limit_ms);
-        run.deadline = Some(Instant::now() + limit);
-        let devices: Vec<String> = self.disks.values().map(|state| state.path.clone()).collect();
-        let (news, state_dir) = (self.freezer.clone(), self.plan().settings.places.state_dir.clone());
-        thread("freeze", move || {
-            let frozen = mount_points(&devices).and_then(|mounts| {
-                Freeze::begin(&mounts, limit, &state_dir).map_err(|error| error.to_string())
-            });
-            // A machine that is gone meanwhile drops the freeze, which thaws.
-            drop(news.send(FreezeNews::Begun(frozen)));
-        });
-    }
-
-    /// The freezing thread is done.
-    pub(crate) fn handle_freeze_news(&mut self, news: FreezeNews) {
-        let Some(run) = self.marking.as_mut() else {
-            // The run failed meanwhile: what was frozen for it is thawed, off this task.
-            if let FreezeNews::Begun(Ok(freeze)) = news {
-                thread("thaw", move || drop(freeze));
-            }
-            return;
-        };
-        match (news, &run.phase) {
-            (FreezeNews::Begun(Ok(freeze)), Phase::Freezing) => {
-                run.frozen = freeze.mount_points();
-                tracing::info!(mounts = ?run.frozen, "file systems frozen");
-                run.freeze = Some(freeze);
-                run.phase = Phase::Reading { begun: BTreeSet::new(), read: BTreeSet::new() };
-                self.advance_run();
-            }
-            (FreezeNews::Begun(Ok(freeze)), _) => thread("thaw", move || drop(freeze)),
-            (FreezeNews::Begun(Err(reason)), Phase::Freezing)
-                if matches!(run.order.asker, Asker::Target(..)) =>
-            {
-                tracing::info!(reason, "the point is made without a freeze");
-                run.deadline = None;
-                run.phase = Phase::Reading { begun: BTreeSet::new(), read: BTreeSet::new() };
-                self.advance_run();
-            }
-            (FreezeNews::Begun(Err(reason)), Phase::Freezing) => self.fail_run(&reason),
-            (FreezeNews::Ended(true), Phase::Thawing) => {
-                tracing::info!("file systems thawed");
-                self.place_marks(MarkClass::Frozen);
-            }
-            (FreezeNews::Ended(false), Phase::Thawing) => self.fail_run(LATE_TEXT),
-            _ => {} // of a run that failed
-        }
-    }
-
-    /// Everything is read: the point's marks stand behind it.
+    /// Everything is read: the point's marks stand behind it, and whatever rests goes on.
     pub(crate) fn place_marks(&mut self, class: MarkClass) {
+        drop(self.release_run());
         let Some(run) = self.marking.as_mut() else { return };
         run.class = class;
         let label = MarkLabel {
@@ -447,7 +449,7 @@ impl Machine {
             MarkClass::Frozen => "frozen",
             MarkClass::App => "application-consistent",
         };
-        let point: String = run.point.iter().map(|byte| format!("{byte:02x}")).collect();
+        let point = hex(&run.point);
         if matches!(run.order.asker, Asker::Timer) {
             tracing::debug!(point, "the timer's point of the machine is durable");
         } else {
@@ -459,19 +461,24 @@ impl Machine {
             name: run.order.request.name.clone(),
             source_time_ms: time.0 / 1_000_000,
             disks: durable.keys().map(disk).collect(),
-            frozen: run.frozen.iter().map(|path| path.display().to_string()).collect(),
+            frozen: run.quiet.mounts.iter().map(|path| path.display().to_string()).collect(),
+            freeze_call_us: run.quiet.end.map_or(0, |end| micros(end.call)),
+            frozen_us: run.quiet.end.map_or(0, |end| micros(end.frozen)),
+            problems: run.quiet.problems.clone(),
         };
+        if run.order.request.freeze && matches!(run.order.asker, Asker::Timer) {
+            self.end_app_run(matches!(run.class, MarkClass::Frozen | MarkClass::App));
+        }
         self.following.handle_point_durable(&self.core, run.disks.iter().copied());
-        let pauses: Vec<(DiskId, Duration)> =
-            run.disks.iter().map(|disk| (*disk, self.round_pause(*disk))).collect();
-        for (disk, pause) in pauses {
+        let pauses = self.round_pauses();
+        for (disk, state) in self.disks.iter_mut().filter(|(disk, _)| run.disks.contains(disk)) {
             // Rounds set their own pause when they end; a point of a stream has none.
-            if let Some(state) = self.disks.get_mut(&disk)
+            if let Some(pause) = pauses.get(disk)
                 && state.activity == Activity::Synced
                 && state.next_scan.is_some_and(|at| at <= Instant::now())
             {
                 state.durable_as_of = state.durable_as_of.max(time);
-                state.next_scan = Some(Instant::now() + pause);
+                state.next_scan = Some(Instant::now() + *pause);
             }
         }
         if run.order.asker.cause() == MarkCause::Stop {
@@ -486,25 +493,30 @@ impl Machine {
     }
 
     pub(crate) fn fail_run(&mut self, reason: &str) {
-        let Some(mut run) = self.marking.take() else { return };
+        drop(self.release_run());
+        let Some(run) = self.marking.take() else { return };
         if matches!(run.order.asker, Asker::Timer) {
             tracing::debug!(reason, "the timer made no point of the machine");
+            if run.order.request.freeze {
+                self.end_app_run(false);
+            }
         } else {
             tracing::warn!(reason, "no point of the machine was made");
         }
-        if let Some(freeze) = run.freeze.take() {
-            thread("thaw", move || drop(freeze));
-        }
-        if let Phase::Reading { read, .. } = &run.phase {
+        let streaming = self.is_streaming(run.disks.iter().copied());
+        if let Phase::Reading { read, .. } = &run.phase
+            && !streaming
+        {
             read.iter().for_each(|disk| self.end_round(*disk));
         }
-        let streaming = self.is_streaming(run.disks.iter().copied());
         if matches!(run.phase, Phase::Closing) {
             self.drop_window(run.disks.iter().copied());
             // What was taken for this point is not submitted, so what follows it would have a gap.
             self.pause_stream();
         }
-        if matches!(run.phase, Phase::Thawing | Phase::Closing) && !streaming {
+        if matches!(run.phase, Phase::Quiescing { to_window: true } | Phase::Thawing | Phase::Closing)
+            && !streaming
+        {
             run.disks.iter().for_each(|disk| self.end_round(*disk));
         }
         for disk in &run.disks {
@@ -517,21 +529,13 @@ impl Machine {
     }
 }
 
-const LATE_TEXT: &str = "the file systems were frozen for as long as they may be and not everything was read; they are thawed, no point was made; allow more time with --freeze-limit, or raise `read_rate`";
-
-/// What is mounted from these devices, through partitions, LVM and md. Blocks.
-fn mount_points(devices: &[String]) -> Result<Vec<PathBuf>, String> {
-    let disks = enumerate(&SystemRoot::default()).map_err(|error| error.to_string())?;
-    let ours = disks.iter().filter(|disk| devices.iter().any(|path| disk.path.as_os_str() == path.as_str()));
-    Ok(ours.flat_map(|disk| &disk.mounts).map(|mount| PathBuf::from(&mount.mount_point)).collect())
+fn micros(span: Duration) -> u64 {
+    u64::try_from(span.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Runs what may wait for a file system off the session's task.
-fn thread(name: &str, work: impl FnOnce() + Send + 'static) {
-    // Without a thread the closure is dropped, and with it the freeze, which thaws here.
-    if let Err(error) = std::thread::Builder::new().name(name.to_owned()).spawn(work) {
-        tracing::error!(%error, "no thread to {name} file systems; raise the limit on processes");
-    }
+/// A point's identity, for people.
+pub(crate) fn hex(point: &[u8; 16]) -> String {
+    point.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Where orders come from.

@@ -23,6 +23,8 @@ struct Record {
     target: String,
     revision: u64,
     points_every_ms: u64,
+    #[serde(default)]
+    app_points_every_ms: u64,
 }
 
 /// The policy in force.
@@ -66,6 +68,7 @@ impl PolicyKeeper {
             target: policy.target.to_string(),
             revision: policy.revision,
             points_every_ms: policy.points_every_ms,
+            app_points_every_ms: policy.app_points_every_ms,
         };
         let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
         let known = newest.as_ref();
@@ -98,6 +101,15 @@ impl PolicyKeeper {
         (pause > 0).then(|| Duration::from_millis(pause))
     }
 
+    /// Pause between two points that bring the machine to rest, where the policy says; inside, `None` is never.
+    pub(crate) fn app_points_every(&self) -> Option<Option<Duration>> {
+        match self.newest()?.app_points_every_ms {
+            0 => None,
+            Policy::NEVER_MS => Some(None),
+            pause => Some(Some(Duration::from_millis(pause))),
+        }
+    }
+
     /// The revision in force; zero without a policy.
     pub(crate) fn revision(&self) -> u64 {
         self.newest().map_or(0, |record| record.revision)
@@ -111,7 +123,7 @@ mod tests {
     use super::*;
 
     fn policy(target: PeerId, revision: u64, points_every_ms: u64) -> Policy {
-        Policy { revision, points_every_ms, target }
+        Policy { revision, points_every_ms, app_points_every_ms: 0, target }
     }
 
     const TARGET: PeerId = PeerId([7; 16]);

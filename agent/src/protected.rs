@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use reprotect_engine::format::message::SourceId;
@@ -147,6 +147,13 @@ impl Protected {
         self.activity = Activity::Synced;
         self.durable_as_of = self.walk_began;
         self.next_scan = Some(next_scan);
+    }
+
+    /// The next round comes within `pause` at the latest.
+    pub(crate) fn hurry(&mut self, now: Instant, pause: Option<Duration>) {
+        if let Some(pause) = pause {
+            self.next_scan = self.next_scan.map(|at| at.min(now + pause));
+        }
     }
 
     /// A chunk is wanted.

@@ -111,12 +111,9 @@ pub fn status(settings: &Settings, args: &StatusArgs, output: Output) -> anyhow:
 /// # Errors
 /// What the daemon refuses; no point is made then, and nothing stays frozen.
 pub fn mark(settings: &Settings, args: &MarkArgs, output: Output) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        !args.app,
-        "application-consistent points need hooks, which this version has not; make a frozen one with `mark --freeze`"
-    );
     let freeze_limit_ms = u64::try_from(args.freeze_limit.0.as_millis()).unwrap_or(u64::MAX);
-    let request = MarkRequest { name: args.name.clone(), freeze: args.freeze, freeze_limit_ms };
+    let (freeze, app) = (args.freeze || args.app, args.app);
+    let request = MarkRequest { name: args.name.clone(), freeze, freeze_limit_ms, app };
     let client = AdminClient::new(Program::Agent, &settings.places.socket).with_wait(MARK_WAIT);
     let answer: MarkAnswer = runtime()?.block_on(client.post_json("/v1/mark", &request))?;
     output.result(&answer, || render_mark(&answer))?;
@@ -147,10 +144,22 @@ fn render_mark(answer: &MarkAnswer) -> String {
     let named = if answer.name.is_empty() { String::new() } else { format!(" \"{}\"", answer.name) };
     let disks: Vec<&str> = answer.disks.iter().map(|disk| disk.source.as_str()).collect();
     let frozen = match answer.frozen.as_slice() {
-        [] => "nothing was frozen, so it is no consistent state".to_owned(),
-        frozen => format!("frozen meanwhile: {}", frozen.join(", ")),
+        [] if answer.class == "fuzzy" => "; nothing was frozen, so it is no consistent state".to_owned(),
+        [] => String::new(),
+        frozen => format!(
+            "; frozen meanwhile: {} (for {} and the {} of the call)",
+            frozen.join(", "),
+            output::duration(Duration::from_micros(answer.frozen_us)),
+            output::duration(Duration::from_micros(answer.freeze_call_us)),
+        ),
     };
-    format!("Point {}{named} ({}) of {} is durable; {frozen}.", answer.point, answer.class, disks.join(", "))
+    let problems: String = answer.problems.iter().map(|problem| format!("\nwarning: {problem}")).collect();
+    format!(
+        "Point {}{named} ({}) of {} is durable{frozen}.{problems}",
+        answer.point,
+        answer.class,
+        disks.join(", ")
+    )
 }
 
 async fn watch(client: &AdminClient, output: Output) -> anyhow::Result<()> {

@@ -102,7 +102,7 @@ impl Machine {
                 Some(done) = self.inputs.done.recv() => self.handle_done(done),
                 Some(opened) = self.inputs.opened.recv() => self.handle_opened(opened),
                 Some(order) = self.inputs.orders.recv() => self.handle_mark_order(order),
-                Some(news) = self.inputs.freezes.recv() => self.handle_freeze_news(news),
+                Some((point, news)) = self.inputs.freezes.recv() => self.handle_freeze_news(point, news),
                 Some(news) = self.inputs.capture.recv() => self.handle_capture(news),
                 Ok(()) = self.plans.changed() => {
                     let stopped = self.replan();

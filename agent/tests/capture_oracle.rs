@@ -110,7 +110,7 @@ fn a_lost_submission_is_counted_and_fails_the_window() {
     capture.lose(Kind::Write, Loss::Submission, 1);
     let stretch = capture.open_stretch(slot).unwrap().unwrap();
     let plan = WindowPlan { rounds_max: 0, ..WindowPlan::new(vec![(slot, stretch)]) };
-    let end = capture.window(&plan, &mut Losing(Direct::open(&device.path))).unwrap();
+    let end = capture.window(&plan, &mut Losing(Direct::open(&device.path)), &mut ()).unwrap();
     assert!(matches!(end, WindowEnd::Failed(WindowFailure::Unmatched(1))), "{end:?}");
     assert_eq!(capture.counts(slot).orphans, 1);
     capture.stop().unwrap();
@@ -166,7 +166,7 @@ fn failed_writes_are_counted_and_marked_again_when_they_end() {
     direct.write(0, 9, 4096).unwrap();
     let stretch = capture.open_stretch(slot).unwrap().unwrap();
     let plan = WindowPlan { rounds_max: 0, ..WindowPlan::new(vec![(slot, stretch)]) };
-    let end = capture.window(&plan, &mut FailingWrites(Direct::open(&device.path))).unwrap();
+    let end = capture.window(&plan, &mut FailingWrites(Direct::open(&device.path)), &mut ()).unwrap();
     assert!(matches!(end, WindowEnd::Failed(WindowFailure::FailedWrites(_))), "{end:?}");
     capture.stop().unwrap();
 }

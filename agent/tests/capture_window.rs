@@ -215,7 +215,7 @@ fn windows(file_system: &str) {
     let (mut closed, mut failed) = (0, 0);
     while load.is_running() {
         let plan = plan(&mut capture, &[slot]);
-        let end = capture.window(&plan, &mut copies).unwrap();
+        let end = capture.window(&plan, &mut copies, &mut ()).unwrap();
         match end {
             WindowEnd::Closed(what) => {
                 println!("window: {what:?}");
@@ -234,7 +234,7 @@ fn windows(file_system: &str) {
     load.wait();
     mounted.unmount();
     let plan = plan(&mut capture, &[slot]);
-    let end = capture.window(&plan, &mut copies).unwrap();
+    let end = capture.window(&plan, &mut copies, &mut ()).unwrap();
     assert!(matches!(end, WindowEnd::Closed(_)), "{end:?}");
     copies.overlay();
     println!("{file_system}: {closed} windows closed, {failed} failed; {:?}", capture.counts(slot));
@@ -299,13 +299,15 @@ fn a_window_that_overflowed_has_failed_and_has_lost_nothing() {
     }
     Direct::open(&device.path).write(0, 1, 4096).unwrap();
     let plan_one = WindowPlan { rounds_max: 0, ..plan(&mut capture, &[slot]) };
-    let end = capture.window(&plan_one, &mut Overflowing(&mut copies, Direct::open(&device.path))).unwrap();
+    let end = capture
+        .window(&plan_one, &mut Overflowing(&mut copies, Direct::open(&device.path)), &mut ())
+        .unwrap();
     assert!(matches!(end, WindowEnd::Failed(WindowFailure::Dropped(_))), "{end:?}");
     copies.records.clear();
     assert_eq!(capture.mode(), Mode::Bitmap);
     confirm(&mut capture, &plan_one);
     let plan_two = plan(&mut capture, &[slot]);
-    let end = capture.window(&plan_two, &mut copies).unwrap();
+    let end = capture.window(&plan_two, &mut copies, &mut ()).unwrap();
     assert!(matches!(end, WindowEnd::Closed(_)), "{end:?}");
     copies.overlay();
     assert_same(&device.path, &copies.disks[&slot].1);
@@ -329,7 +331,7 @@ fn a_window_gives_up_on_lost_completions_only_when_the_kernel_has_none_in_flight
     assert_eq!(capture.lost(), 1);
     let patience = Duration::from_millis(200);
     let first = WindowPlan { patience, ..plan(&mut capture, &[slot]) };
-    let end = capture.window(&first, &mut copies).unwrap();
+    let end = capture.window(&first, &mut copies, &mut ()).unwrap();
     let WindowEnd::Closed(closed) = end else { panic!("{end:?}") };
     assert!(closed.open_for >= patience);
     confirm(&mut capture, &first);
@@ -340,7 +342,7 @@ fn a_window_gives_up_on_lost_completions_only_when_the_kernel_has_none_in_flight
     for number in 0..20 {
         Direct::open(&device.path).write(number * 4096, 2, 4096).unwrap();
         let next = WindowPlan { patience: Duration::from_secs(20), ..plan(&mut capture, &[slot]) };
-        let end = capture.window(&next, &mut copies).unwrap();
+        let end = capture.window(&next, &mut copies, &mut ()).unwrap();
         let WindowEnd::Closed(closed) = end else { panic!("window {number}: {end:?}") };
         assert!(closed.open_for < next.patience, "window {number} waited for what was given up: {closed:?}");
         confirm(&mut capture, &next);
@@ -385,7 +387,7 @@ fn over_a_device_that_holds_its_writes_no_window_has_b_without_a() {
         let mut open_for = Vec::new();
         for _ in 0..8 {
             let plan = plan(&mut capture, &[slot]);
-            let end = capture.window(&plan, &mut copies).unwrap();
+            let end = capture.window(&plan, &mut copies, &mut ()).unwrap();
             confirm(&mut capture, &plan);
             let WindowEnd::Closed(closed) = end else { panic!("{end:?}") };
             open_for.push(closed.open_for);
@@ -439,14 +441,14 @@ fn a_window_fails_while_the_device_holds_an_older_write_and_says_so() {
             Ok(())
         }
     }
-    let end = capture.window(&hasty, &mut Blind).unwrap();
+    let end = capture.window(&hasty, &mut Blind, &mut ()).unwrap();
     assert!(matches!(end, WindowEnd::Failed(WindowFailure::NotDrained { writes: 1, .. })), "{end:?}");
     for (slot, stretch) in &hasty.disks {
         capture.give_back(*slot, *stretch).unwrap();
     }
     // With patience the window closes as soon as the write is done.
     let patient = plan(&mut capture, &[slot]);
-    let end = capture.window(&patient, &mut copies).unwrap();
+    let end = capture.window(&patient, &mut copies, &mut ()).unwrap();
     assert!(matches!(end, WindowEnd::Closed(_)), "{end:?}");
     writer.join().unwrap();
     copies.overlay();
@@ -485,7 +487,7 @@ fn one_window_closes_two_disks_together() {
         });
         for _ in 0..10 {
             let plan = plan(&mut capture, &slots);
-            let end = capture.window(&plan, &mut copies).unwrap();
+            let end = capture.window(&plan, &mut copies, &mut ()).unwrap();
             confirm(&mut capture, &plan);
             assert!(matches!(end, WindowEnd::Closed(_)), "{end:?}");
             copies.overlay();

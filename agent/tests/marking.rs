@@ -13,7 +13,7 @@ use std::time::Duration;
 use common::target::FakeTarget;
 use common::{AgentDaemon, Site, noise, run, source_id, write_config};
 use reprotect_agent::api::{MarkAnswer, MarkRequest};
-use reprotect_agent::freeze::{Freeze, FreezeError, thaw_left_behind};
+use reprotect_agent::freeze::{Freeze, FreezeError, Limits, thaw_left_behind};
 use reprotect_engine::format::batch::{MarkCause, MarkClass};
 use reprotect_engine::format::message::{PassMode, Policy};
 use reprotect_engine::host::admin_client::AdminClient;
@@ -24,7 +24,7 @@ const MIB: usize = 1 << 20;
 
 fn request(name: &str, freeze: bool, limit: Duration) -> MarkRequest {
     let freeze_limit_ms = limit.as_millis() as u64;
-    MarkRequest { name: name.to_owned(), freeze, freeze_limit_ms }
+    MarkRequest { name: name.to_owned(), freeze, freeze_limit_ms, app: false }
 }
 
 async fn mark(state_dir: &Path, request: &MarkRequest) -> Result<MarkAnswer, String> {
@@ -219,7 +219,12 @@ fn a_policy_holds_from_when_it_came_also_after_a_restart_without_a_session() {
         let image = site.path("a.img");
         std::fs::write(&image, noise(MIB, 1)).unwrap();
         write_config(&state_dir, target.address, &[&image], "");
-        target.set_policy(Policy { revision: 4, points_every_ms: 123_000, target: PeerId::NONE });
+        target.set_policy(Policy {
+            revision: 4,
+            points_every_ms: 123_000,
+            target: PeerId::NONE,
+            app_points_every_ms: 0,
+        });
         let agent = AgentDaemon::start(&state_dir);
         let status = agent.until("the policy", |status| status.policy_revision == 4).await;
         assert_eq!(status.scan_interval_ms, 123_000);
@@ -242,33 +247,33 @@ fn a_freeze_ends_when_told_at_its_limit_and_when_its_guard_is_killed() {
     let mounts = [one.mount.clone(), two.mount.clone()];
     let long = Duration::from_secs(600);
 
-    let freeze = Freeze::begin(&mounts, long, state).unwrap();
+    let freeze = Freeze::begin(&mounts, Limits::of(long), state).unwrap();
     assert!(!one.is_writable() && !two.is_writable());
     // What somebody froze already is neither frozen twice nor thawed by the one who came later.
-    let busy = Freeze::begin(&mounts[1..], long, &site.path("ca")).unwrap_err();
+    let busy = Freeze::begin(&mounts[1..], Limits::of(long), &site.path("ca")).unwrap_err();
     assert!(matches!(busy, FreezeError::Freeze { .. }), "{busy}");
     assert!(!two.is_writable(), "still frozen");
-    assert!(freeze.end(), "it held");
+    assert!(freeze.end().held, "it held");
     one.until_writable();
     two.until_writable();
 
-    let freeze = Freeze::begin(&mounts, Duration::from_millis(300), state).unwrap();
+    let freeze = Freeze::begin(&mounts, Limits::of(Duration::from_millis(300)), state).unwrap();
     one.until_writable();
     two.until_writable();
-    assert!(!freeze.end(), "the limit was reached");
+    assert!(!freeze.end().held, "the limit was reached");
 
     let before = children();
-    let freeze = Freeze::begin(&mounts, long, state).unwrap();
+    let freeze = Freeze::begin(&mounts, Limits::of(long), state).unwrap();
     let guard: Vec<String> = children().into_iter().filter(|child| !before.contains(child)).collect();
     assert_eq!(guard.len(), 1, "{guard:?}");
     assert!(quiet("kill", &["-KILL", &guard[0]]));
-    assert!(!freeze.end(), "nobody can say that it held");
+    assert!(!freeze.end().held, "nobody can say that it held");
     one.until_writable();
     two.until_writable();
 
     // One of several cannot be frozen: none is.
     let bad = [one.mount.clone(), PathBuf::from("/proc")];
-    assert!(Freeze::begin(&bad, long, state).is_err());
+    assert!(Freeze::begin(&bad, Limits::of(long), state).is_err());
     one.until_writable();
     assert!(!state.join("frozen").exists());
 }
@@ -278,7 +283,7 @@ fn a_freeze_ends_when_told_at_its_limit_and_when_its_guard_is_killed() {
 fn freezes_and_waits_to_be_killed() {
     let Ok(mount) = std::env::var("FREEZE_AND_WAIT") else { return };
     let state = PathBuf::from(std::env::var("FREEZE_STATE").unwrap());
-    let freeze = Freeze::begin(&[mount.into()], Duration::from_secs(600), &state).unwrap();
+    let freeze = Freeze::begin(&[mount.into()], Limits::of(Duration::from_secs(600)), &state).unwrap();
     std::fs::write(state.join("is-frozen"), b"").unwrap();
     std::thread::sleep(Duration::from_secs(300));
     drop(freeze);

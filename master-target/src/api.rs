@@ -183,6 +183,10 @@ pub struct PolicyRequest {
     pub machine: String,
     /// Pause between two scan rounds in milliseconds; zero for the agent's own configuration; none to change nothing.
     pub points_every_ms: Option<u64>,
+    /// Pause between two points that bring applications to rest, in milliseconds; zero for the agent's own
+    /// configuration, `u64::MAX` for never; none to change nothing.
+    #[serde(default)]
+    pub app_points_every_ms: Option<u64>,
 }
 
 /// The answer to [`PolicyRequest`].
@@ -196,6 +200,9 @@ pub struct PolicyAnswer {
     pub revision: u64,
     /// Pause between two scan rounds in milliseconds; zero for the agent's own configuration.
     pub points_every_ms: u64,
+    /// Pause between two points that bring applications to rest, in the same way.
+    #[serde(default)]
+    pub app_points_every_ms: u64,
     /// Whether its agent is connected, and so knows already.
     pub connected: bool,
 }

@@ -83,6 +83,8 @@ pub struct Machine {
 struct PolicyRecord {
     revision: u64,
     points_every_ms: u64,
+    #[serde(default)]
+    app_points_every_ms: u64,
 }
 
 /// How far the failback of a disk is; each step is recorded when it is done.
@@ -228,8 +230,10 @@ impl Catalogue {
                 continue;
             };
             match read_json::<PolicyRecord>(&path) {
-                Ok(PolicyRecord { revision, points_every_ms }) => {
-                    policies.insert(agent, Policy { revision, points_every_ms, target: PeerId::NONE });
+                Ok(PolicyRecord { revision, points_every_ms, app_points_every_ms }) => {
+                    let target = PeerId::NONE;
+                    let policy = Policy { revision, points_every_ms, target, app_points_every_ms };
+                    policies.insert(agent, policy);
                 }
                 Err(error) => tracing::error!(
                     "{error:#}; its agent keeps the policy it has until `policy` sets another one"
@@ -245,7 +249,8 @@ impl Catalogue {
     /// When the file cannot be written.
     pub fn save_policy(&self, agent: PeerId, policy: &Policy) -> anyhow::Result<()> {
         let path = self.root.join("machines").join(format!("{agent}.policy"));
-        let record = PolicyRecord { revision: policy.revision, points_every_ms: policy.points_every_ms };
+        let Policy { revision, points_every_ms, app_points_every_ms, .. } = *policy;
+        let record = PolicyRecord { revision, points_every_ms, app_points_every_ms };
         Ok(replace_file(&path, &serde_json::to_vec_pretty(&record)?, Access::Private)?)
     }
 

@@ -272,9 +272,12 @@ pub struct PolicyArgs {
     /// The machine's name or its agent's UUID.
     #[arg(value_name = "MACHINE")]
     pub machine: String,
-    /// Pause between two scan rounds of each disk.
+    /// Pause between two rounds of each disk.
     #[arg(long, value_name = "DURATION", conflicts_with = "agents_own")]
     pub points_every: Option<DurationText>,
+    /// Pause between two points for which applications are brought to rest; 0s for never.
+    #[arg(long, value_name = "DURATION", conflicts_with = "agents_own")]
+    pub app_every: Option<DurationText>,
     /// Let the agent work by its own configuration again.
     #[arg(long)]
     pub agents_own: bool,

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use axum::Json;
 use axum::extract::State;
+use reprotect_engine::format::message::Policy;
 use reprotect_engine::host::admin::Refusal;
 use reprotect_engine::host::values::DurationText;
 
@@ -18,6 +19,9 @@ use crate::registry::Registry;
 
 /// What a pause between two scan rounds may be, in milliseconds: as in the agent's configuration.
 const POINTS_EVERY_MS: std::ops::RangeInclusive<u64> = 100..=7 * 86_400_000;
+
+/// What a pause between two points that bring applications to rest may be, in milliseconds.
+const APP_POINTS_EVERY_MS: std::ops::RangeInclusive<u64> = 60_000..=7 * 86_400_000;
 
 /// `POST /v1/policy`.
 ///
@@ -38,18 +42,30 @@ pub fn change(registry: &Registry, request: &PolicyRequest) -> anyhow::Result<Po
     let _alone = registry.changing();
     let machine = registry.machine(&request.machine)?;
     let agent = peer(&machine.agent).context("the machine's record names no agent; let it connect again")?;
-    let (revision, points_every_ms) = match request.points_every_ms {
-        None => registry.policy(agent).map_or((0, 0), |policy| (policy.revision, policy.points_every_ms)),
-        Some(pause) => {
-            anyhow::ensure!(
-                pause == 0 || POINTS_EVERY_MS.contains(&pause),
-                "points every {} cannot be had; write --points-every from 100ms to 7d",
-                DurationText(Duration::from_millis(pause))
-            );
-            let policy = registry.set_policy(agent, pause)?;
-            tracing::info!(%agent, revision = policy.revision, points_every_ms = pause, "policy changed");
-            (policy.revision, pause)
-        }
+    let known = registry.policy(agent);
+    let (revision, points, app_points) =
+        known.map_or((0, 0, 0), |known| (known.revision, known.points_every_ms, known.app_points_every_ms));
+    let points_every_ms = request.points_every_ms.unwrap_or(points);
+    let app_points_every_ms = request.app_points_every_ms.unwrap_or(app_points);
+    let text = |pause| DurationText(Duration::from_millis(pause));
+    anyhow::ensure!(
+        points_every_ms == 0 || POINTS_EVERY_MS.contains(&points_every_ms),
+        "points every {} cannot be had; write --points-every from 100ms to 7d",
+        text(points_every_ms)
+    );
+    anyhow::ensure!(
+        matches!(app_points_every_ms, 0 | Policy::NEVER_MS)
+            || APP_POINTS_EVERY_MS.contains(&app_points_every_ms),
+        "application-consistent points every {} cannot be had; write --app-every from 1m to 7d, or 0s for never",
+        text(app_points_every_ms)
+    );
+    let changes = request.points_every_ms.is_some() || request.app_points_every_ms.is_some();
+    let revision = if changes {
+        let policy = registry.set_policy(agent, points_every_ms, app_points_every_ms)?;
+        tracing::info!(%agent, revision = policy.revision, points_every_ms, app_points_every_ms, "policy changed");
+        policy.revision
+    } else {
+        revision
     };
     let connected = registry.sessions().iter().any(|(_, session)| session.agent == Some(agent));
     Ok(PolicyAnswer {
@@ -57,6 +73,7 @@ pub fn change(registry: &Registry, request: &PolicyRequest) -> anyhow::Result<Po
         agent: machine.agent,
         revision,
         points_every_ms,
+        app_points_every_ms,
         connected,
     })
 }

@@ -368,9 +368,14 @@ impl Registry {
     ///
     /// # Errors
     /// When it cannot be recorded; the old one then stays in force.
-    pub fn set_policy(&self, agent: PeerId, points_every_ms: u64) -> anyhow::Result<Policy> {
+    pub fn set_policy(
+        &self,
+        agent: PeerId,
+        points_every_ms: u64,
+        app_points_every_ms: u64,
+    ) -> anyhow::Result<Policy> {
         let revision = self.policy(agent).map_or(0, |policy| policy.revision) + 1;
-        let policy = Policy { revision, points_every_ms, target: PeerId::NONE };
+        let policy = Policy { revision, points_every_ms, target: PeerId::NONE, app_points_every_ms };
         self.catalogue.save_policy(agent, &policy)?;
         let mut inner = self.lock();
         inner.policies.insert(agent, policy);

@@ -153,7 +153,11 @@ async fn a_policy_is_told_live_and_at_every_session_and_survives_a_restart() {
     let mut live = agent.dial(&daemon, TransportSettings::default()).await;
     assert!(matches!(live.handshake(&agent, 0).await, Message::Welcome(_)));
     live.tells(&daemon, "web1").await;
-    let ask = |points_every_ms| PolicyRequest { machine: "web1".to_owned(), points_every_ms };
+    let ask = |points_every_ms| PolicyRequest {
+        machine: "web1".to_owned(),
+        points_every_ms,
+        app_points_every_ms: None,
+    };
     let none: PolicyAnswer = daemon.client.post_json("/v1/policy", &ask(None)).await.unwrap();
     assert_eq!((none.revision, none.connected), (0, true));
     let set: PolicyAnswer = daemon.client.post_json("/v1/policy", &ask(Some(5000))).await.unwrap();

@@ -41,7 +41,8 @@ fn policies_marks_and_words_about_points_pass_the_relay() {
     run(async {
         let site = Site::new();
         let target = FakeTarget::start(&site);
-        let policy = Policy { revision: 3, points_every_ms: 60_000, target: target.id };
+        let policy =
+            Policy { revision: 3, points_every_ms: 60_000, target: target.id, app_points_every_ms: 0 };
         target.set_policy(policy);
         let server = Server::start(&site.state_dir("ps"), target.address, "").await;
         let mut agent = FakeAgent::new(&site, target.id);

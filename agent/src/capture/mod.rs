@@ -39,4 +39,4 @@ pub use stream::Drained;
 pub use sysfs::{Account, BlockDisk};
 pub use tracked::{STRETCHES_MAX, Stretch};
 pub use tracker::{Capture, CaptureSettings, DiskCounts, DiskSlot, Loss};
-pub use window::{Closed, WindowEnd, WindowFailure, WindowPlan, WindowSink};
+pub use window::{Closed, Moment, WindowEnd, WindowFailure, WindowPlan, WindowSink};

@@ -35,6 +35,24 @@ pub trait WindowSink {
     fn record(&mut self, record: &Record<'_>) -> Result<(), CaptureError>;
 }
 
+/// What is made true of the machine while the moment is taken: its file systems are frozen, for example.
+pub trait Moment {
+    /// Asked again and again, while records are kept up with, until it answers that the moment may be taken.
+    fn is_ready(&mut self) -> bool;
+
+    /// The moment was taken.
+    fn is_over(&mut self);
+}
+
+/// Any moment will do.
+impl Moment for () {
+    fn is_ready(&mut self) -> bool {
+        true
+    }
+
+    fn is_over(&mut self) {}
+}
+
 /// What a window is to do.
 #[derive(Clone, Debug)]
 pub struct WindowPlan {
@@ -140,7 +158,8 @@ impl Capture {
         self.kernel.settle()
     }
 
-    /// Finds a crash-consistent moment of the plan's disks. On success, the marks of the stretches may be placed.
+    /// Finds a crash-consistent moment of the plan's disks, in which `moment` holds. On success, the marks of the stretches
+    /// may be placed.
     ///
     /// # Errors
     /// When the kernel or the sink fails. Data capture is off then, and what was harvested is in its stretches.
@@ -148,6 +167,7 @@ impl Capture {
         &mut self,
         plan: &WindowPlan,
         sink: &mut dyn WindowSink,
+        moment: &mut dyn Moment,
     ) -> Result<WindowEnd, CaptureError> {
         let Some((first, _)) = plan.disks.first() else {
             return Err(CaptureError::NotFollowed { disk: "no disk".to_owned() });
@@ -163,7 +183,7 @@ impl Capture {
                 }
             }
         }
-        let end = self.inside(plan, sink, blocks);
+        let end = self.inside(plan, sink, moment, blocks);
         let stay = plan.stay && matches!(end, Ok(WindowEnd::Closed(_)));
         if !stay {
             self.kernel.switch(Mode::Bitmap)?;
@@ -210,6 +230,7 @@ impl Capture {
         &mut self,
         plan: &WindowPlan,
         sink: &mut dyn WindowSink,
+        moment: &mut dyn Moment,
         mut blocks: u64,
     ) -> Result<WindowEnd, CaptureError> {
         let mut records = 0;
@@ -224,7 +245,13 @@ impl Capture {
             return Ok(WindowEnd::Failed(failure));
         }
         blocks += self.round(plan, sink)?;
+        // What is written out on the way to the moment is in the stream.
+        while !moment.is_ready() {
+            self.take_records(sink, self.ring.end(), &mut records)?;
+            std::thread::sleep(POLL);
+        }
         let (end, boot_ns) = (self.ring.end(), boot_clock());
+        moment.is_over();
         let open_for = begun.elapsed();
         while !self.take_records(sink, end, &mut records)? {
             std::thread::yield_now();

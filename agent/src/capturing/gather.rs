@@ -129,8 +129,7 @@ impl WindowSink for Gatherer<'_> {
                 .zip(&mut data)
                 .map(|(piece, data)| ReadAt { offset: piece.byte_start(), data })
                 .collect();
-            file.read(&mut reads)
-                .map_err(|source| CaptureError::Read { disk: disk.to_string(), source })?;
+            file.read(&mut reads).map_err(|source| CaptureError::Read { disk: disk.to_string(), source })?;
             for (piece, data) in pieces.iter().zip(data) {
                 changes.extend(cut_records(piece.start, &data.into(), &[*piece], DELTA_RECORD_BYTES_MAX));
             }

@@ -90,12 +90,19 @@ impl Stream {
         if due { self.batches(capture) } else { Ok(Vec::new()) }
     }
 
-    /// Everything submitted before this call, in batches.
+    /// Takes what stands in the ring, and keeps it.
     ///
     /// # Errors
     /// When the stream is over.
-    pub(super) fn close(&mut self, capture: &Capture) -> Result<Vec<Batch>, Broken> {
-        let end = capture.stream_end();
+    pub(super) fn keep_up(&mut self, capture: &Capture) -> Result<(), CaptureError> {
+        self.take(capture, capture.stream_end()).map(drop)
+    }
+
+    /// Everything that stands before `end` in the ring, in batches.
+    ///
+    /// # Errors
+    /// When the stream is over.
+    pub(super) fn close(&mut self, capture: &Capture, end: u64) -> Result<Vec<Batch>, Broken> {
         while !self.take(capture, end)? {
             std::thread::yield_now();
         }

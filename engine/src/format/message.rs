@@ -335,8 +335,16 @@ wire! {
         points_every_ms: u64,
         /// The master target that counts the revisions.
         target: PeerId,
-        ; reserved: [u8; 32],
+        /// Pause between two points that bring applications to rest, in milliseconds; zero: as the agent's configuration
+        /// says; [`Policy::NEVER_MS`]: there are none.
+        app_points_every_ms: u64,
+        ; reserved: [u8; 24],
     }
+}
+
+impl Policy {
+    /// In place of a pause: never.
+    pub const NEVER_MS: u64 = u64::MAX;
 }
 
 wire! {

@@ -177,9 +177,11 @@ pub(crate) fn passes() -> impl Strategy<Value = Message> {
         .prop_map(|((disk, generation), pass)| Message::PassEnd(PassEnd { disk, generation, pass }));
     let error = (id(), of(ErrorCode::ALL), ".{0,60}")
         .prop_map(|(disk, code, text)| Message::error(DiskId(disk), code, &text));
-    let policy = (any::<u64>(), any::<u64>(), id()).prop_map(|(revision, points_every_ms, target)| {
-        Message::Policy(Policy { revision, points_every_ms, target: PeerId(target) })
-    });
+    let policy = (any::<u64>(), any::<u64>(), any::<u64>(), id()).prop_map(
+        |(revision, points_every_ms, app_points_every_ms, target)| {
+            Message::Policy(Policy { revision, points_every_ms, target: PeerId(target), app_points_every_ms })
+        },
+    );
     let degrade = (key(), id(), 0..u64::MAX >> 2, 0..u64::MAX >> 2, "[a-zA-Z0-9 ]{0,100}").prop_map(
         |((disk, generation), lineage, from, more, cause)| {
             Message::PointDegrade(PointDegrade {

@@ -162,7 +162,15 @@ fn disk_messages() -> Vec<(&'static str, Message)> {
         ("PASS_BEGIN", Message::PassBegin(PassBegin { disk, generation, cause: PassCause::TrackingLost })),
         ("PASS_STATE", Message::PassState(PassState { disk, generation, pass: 4, mode: PassMode::Copy })),
         ("PASS_END", Message::PassEnd(PassEnd { disk, generation, pass: 4 })),
-        ("POLICY", Message::Policy(Policy { revision: 5, points_every_ms: 300_000, target: TARGET })),
+        (
+            "POLICY",
+            Message::Policy(Policy {
+                revision: 5,
+                points_every_ms: 300_000,
+                target: TARGET,
+                app_points_every_ms: 3_600_000,
+            }),
+        ),
         ("POINT_DEGRADE", Message::PointDegrade(degrade)),
         (
             "MARK_REQUEST",

@@ -1,0 +1,367 @@
+//! Bringing the machine to rest for a point: applications by the operator's hooks, file systems by freezing them.
+//!
+//! ```text
+//! Quiescing (pre_freeze hook; file systems write out) ─▶ Closing    (a window in which everything is frozen: milliseconds)
+//!                                                    └─▶ Freezing ─▶ Reading ─▶ Thawing    (a scanned disk: while it is read)
+//! ```
+//! Invariants: whatever becomes of the run, what was frozen is thawed first and the post_thaw hook runs then; news that
+//! are not of the present run thaw and do nothing else; nothing here blocks the session's task. Units: milliseconds.
+//! Part of `machine`, steps of a run of `marking`.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use reprotect_engine::format::batch::MarkClass;
+use tokio::sync::mpsc;
+
+use crate::capturing::ToFreeze;
+use crate::disks::{SystemRoot, enumerate};
+use crate::freeze::{Freeze, FreezeEnd, FreezeError, Limits};
+use crate::hooks::Hooks;
+use crate::machine::Machine;
+use crate::marking::{Asker, MarkRun, Phase, hex};
+
+/// How long everything may stay frozen in a window: the moment itself takes microseconds.
+const HELD_LIMIT: Duration = Duration::from_millis(500);
+/// A point of the application schedule that could not be made is tried again after a tenth of the schedule's pause, but not
+/// sooner than this.
+const RETRY_MIN: Duration = Duration::from_secs(60);
+
+/// News from the threads that bring to rest, freeze and thaw.
+#[derive(Debug)]
+pub(crate) enum FreezeNews {
+    /// Applications rest or not, file systems are ready to be frozen or not.
+    Quiesced {
+        /// Why applications do not rest, if one of them was asked to and failed.
+        hook: Option<String>,
+        /// `None` where nothing is mounted.
+        prepared: Result<Option<Freeze>, String>,
+    },
+    /// Everything is frozen, or nothing is, and why.
+    Begun(Result<Freeze, String>),
+    /// Everything is thawed.
+    Ended(FreezeEnd),
+    /// The post_thaw hook is over, and what went wrong.
+    Released(Option<String>),
+}
+
+/// Where the threads tell, each of the run with this point.
+pub(crate) type Freezer = mpsc::UnboundedSender<([u8; 16], FreezeNews)>;
+
+/// How far the applications are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rest {
+    /// No hook was run.
+    NotAsked,
+    /// The pre_freeze hook was begun: the post_thaw hook is due.
+    Asked,
+    /// It rests.
+    Resting,
+    /// The post_thaw hook runs.
+    Releasing,
+    /// It ended.
+    Released,
+}
+
+/// What a run has to do with rest.
+#[derive(Debug)]
+pub(crate) struct Quiet {
+    pub(crate) rest: Rest,
+    /// Frozen now, where disks are scanned.
+    pub(crate) freeze: Option<Freeze>,
+    /// What is or was frozen.
+    pub(crate) mounts: Vec<PathBuf>,
+    /// How the freeze went.
+    pub(crate) end: Option<FreezeEnd>,
+    /// What hooks that failed said.
+    pub(crate) problems: Vec<String>,
+    /// The file systems were looked for.
+    pub(crate) looked: bool,
+    /// None is mounted: applications work on bare disks.
+    pub(crate) bare: bool,
+}
+
+impl Quiet {
+    pub(crate) const fn new() -> Self {
+        Self {
+            rest: Rest::NotAsked,
+            freeze: None,
+            mounts: Vec::new(),
+            end: None,
+            problems: Vec::new(),
+            looked: false,
+            bare: false,
+        }
+    }
+
+    /// What a point promises that is made now: everything that was frozen held.
+    pub(crate) fn class(&self, app: bool) -> MarkClass {
+        let frozen = self.end.is_some_and(|end| end.held);
+        match self.rest {
+            Rest::Resting if app && (frozen || self.bare) => MarkClass::App,
+            _ if frozen => MarkClass::Frozen,
+            _ => MarkClass::Crash,
+        }
+    }
+}
+
+/// When the next point of the application schedule is due.
+#[derive(Debug)]
+pub(crate) struct AppSchedule {
+    next: Instant,
+}
+
+impl AppSchedule {
+    /// The first one comes a whole pause after the start.
+    pub(crate) fn new(pause: Duration) -> Self {
+        Self { next: Instant::now() + pause }
+    }
+
+    /// Another pause holds.
+    pub(crate) fn hurry(&mut self, pause: Duration) {
+        self.next = self.next.min(Instant::now() + pause);
+    }
+
+    pub(crate) fn is_due(&self, now: Instant) -> bool {
+        now >= self.next
+    }
+
+    /// A point was made, or could not be.
+    pub(crate) fn ended(&mut self, made: bool, pause: Duration) {
+        let pause = if made { pause } else { (pause / 10).max(RETRY_MIN).min(pause) };
+        self.next = Instant::now() + pause;
+    }
+}
+
+impl Machine {
+    /// Brings everything to rest that is to be, and tells when the file systems can be frozen.
+    pub(crate) fn begin_quiescing(&mut self, to_window: bool) {
+        let hooks = self.plan().settings.hooks.clone();
+        let state_dir = self.plan().settings.places.state_dir.clone();
+        let devices: Vec<String> = self.disks.values().map(|state| state.path.clone()).collect();
+        let Some(run) = self.marking.as_mut() else { return };
+        let limit = Duration::from_millis(run.order.request.freeze_limit_ms);
+        let limits = Limits { in_all: limit, held: if to_window { HELD_LIMIT } else { limit } };
+        let app = run.order.request.app && hooks.is_configured();
+        if app && self.releasing {
+            return; // one post_thaw hook after another; the clock asks again
+        }
+        run.phase = Phase::Quiescing { to_window };
+        run.quiet.looked = true;
+        if app {
+            run.quiet.rest = Rest::Asked;
+        }
+        let (point, news) = (run.point, self.freezer.clone());
+        drop(tokio::spawn(async move {
+            let hook = if app { hooks.rest(&hex(&point), &state_dir).await.err() } else { None };
+            let hook = hook.map(|error| error.to_string());
+            let prepare = move || prepare(&devices, limits, &state_dir);
+            let prepared = tokio::task::spawn_blocking(prepare).await;
+            let prepared = prepared.unwrap_or_else(|error| Err(error.to_string()));
+            // A machine that is gone meanwhile drops it: nothing is frozen.
+            drop(news.send((point, FreezeNews::Quiesced { hook, prepared })));
+        }));
+    }
+
+    /// A thread is done.
+    pub(crate) fn handle_freeze_news(&mut self, point: [u8; 16], news: FreezeNews) {
+        self.releasing &= !matches!(news, FreezeNews::Released(_));
+        let Some(run) = self.marking.as_mut().filter(|run| run.point == point) else {
+            return thaw_late(news); // the run failed meanwhile
+        };
+        match (news, &run.phase) {
+            (FreezeNews::Quiesced { hook, prepared }, Phase::Quiescing { to_window }) => {
+                let to_window = *to_window;
+                self.handle_quiesced(hook, prepared, to_window);
+            }
+            (FreezeNews::Begun(Ok(freeze)), Phase::Freezing) => {
+                tracing::info!(mounts = ?run.quiet.mounts, "file systems frozen");
+                run.quiet.freeze = Some(freeze);
+                run.phase = Phase::Reading { begun: BTreeSet::new(), read: BTreeSet::new() };
+                self.advance_run();
+            }
+            (FreezeNews::Begun(Err(reason)), Phase::Freezing) => self.go_on_unfrozen(&reason),
+            (FreezeNews::Ended(end), Phase::Thawing) => {
+                run.quiet.end = Some(end);
+                if !end.held {
+                    return self.fail_run(LATE_TEXT);
+                }
+                tracing::info!(call = ?end.call, frozen = ?end.frozen, "file systems thawed");
+                let class = run.quiet.class(run.order.request.app);
+                self.place_marks(class);
+            }
+            (FreezeNews::Released(problem), _) => {
+                run.quiet.rest = Rest::Released;
+                run.quiet.problems.extend(problem);
+                self.advance_run();
+            }
+            (news, _) => thaw_late(news),
+        }
+    }
+
+    fn handle_quiesced(
+        &mut self,
+        hook: Option<String>,
+        prepared: Result<Option<Freeze>, String>,
+        to_window: bool,
+    ) {
+        let Some(run) = self.marking.as_mut() else { return };
+        let commanded = matches!(run.order.asker, Asker::Command(_));
+        if let Some(problem) = hook {
+            tracing::warn!("{problem}");
+            if commanded {
+                return self.fail_run(&problem);
+            }
+            // Its file systems are clean all the same.
+            run.quiet.problems.push(problem);
+        } else if run.quiet.rest == Rest::Asked {
+            run.quiet.rest = Rest::Resting;
+        }
+        let freeze = match prepared {
+            Ok(freeze) => freeze,
+            Err(reason) => return self.go_on_unfrozen(&reason),
+        };
+        let Some(freeze) = freeze else {
+            run.quiet.bare = true;
+            if run.quiet.rest == Rest::Resting && to_window {
+                return self.close_window(None);
+            }
+            return self.go_on_unfrozen(&FreezeError::Nothing.to_string());
+        };
+        run.quiet.mounts = freeze.mount_points();
+        let limit = Duration::from_millis(run.order.request.freeze_limit_ms);
+        run.deadline = Some(Instant::now() + limit);
+        if to_window {
+            return self.close_window(Some(ToFreeze { freeze, limit }));
+        }
+        run.phase = Phase::Freezing;
+        let (point, news) = (run.point, self.freezer.clone());
+        thread("freeze", move || {
+            let mut freeze = freeze;
+            let frozen = freeze.freeze().map(|()| freeze).map_err(|error| error.to_string());
+            // A machine that is gone meanwhile drops the freeze, which thaws.
+            drop(news.send((point, FreezeNews::Begun(frozen))));
+        });
+    }
+
+    /// Nothing can be frozen: what somebody asked for is refused, other points promise less.
+    fn go_on_unfrozen(&mut self, reason: &str) {
+        let Some(run) = self.marking.as_mut() else { return };
+        if matches!(run.order.asker, Asker::Command(_)) {
+            return self.fail_run(reason);
+        }
+        tracing::info!(reason, "the point is made without a freeze");
+        run.deadline = None;
+        if let Phase::Quiescing { to_window: true } = run.phase {
+            return self.close_window(None);
+        }
+        run.phase = Phase::Reading { begun: BTreeSet::new(), read: BTreeSet::new() };
+        self.advance_run();
+    }
+
+    /// Thaws off this task.
+    pub(crate) fn begin_thawing(&mut self, freeze: Freeze) {
+        let Some(run) = self.marking.as_mut() else { return };
+        run.phase = Phase::Thawing;
+        let (point, news) = (run.point, self.freezer.clone());
+        thread("thaw", move || drop(news.send((point, FreezeNews::Ended(freeze.end())))));
+    }
+
+    /// Applications of the run go on, once what is left frozen is thawed; answers what runs, so that a daemon that ends can
+    /// wait for it.
+    pub(crate) fn release_run(&mut self) -> Option<tokio::task::JoinHandle<()>> {
+        let MarkRun { point, quiet, .. } = self.marking.as_mut()?;
+        let (point, freeze) = (*point, quiet.freeze.take());
+        if !matches!(quiet.rest, Rest::Asked | Rest::Resting) {
+            if let Some(freeze) = freeze {
+                thread("thaw", move || drop(freeze));
+            }
+            return None;
+        }
+        quiet.rest = Rest::Releasing;
+        self.releasing = true;
+        let settings = &self.plan().settings;
+        let (hooks, state_dir) = (settings.hooks.clone(), settings.places.state_dir.clone());
+        let news = self.freezer.clone();
+        Some(tokio::spawn(async move {
+            // An error is a panic of the thaw, whose drop has thawed.
+            let _ = tokio::task::spawn_blocking(move || drop(freeze)).await;
+            let problem = hooks.release(&hex(&point), &state_dir).await.err().map(|error| error.to_string());
+            if let Some(problem) = &problem {
+                tracing::warn!("{problem}");
+            }
+            drop(news.send((point, FreezeNews::Released(problem))));
+        }))
+    }
+}
+
+/// What an agent before this one left at rest goes on.
+pub(crate) fn release_left_behind(hooks: &Hooks, state_dir: &Path) {
+    let Some(point) = crate::hooks::release_due(state_dir) else { return };
+    tracing::warn!(point, "an agent that was killed left applications at rest; the post_thaw hook is run");
+    let (hooks, state_dir) = (hooks.clone(), state_dir.to_owned());
+    drop(tokio::spawn(async move {
+        if let Err(error) = hooks.release(&point, &state_dir).await {
+            tracing::error!("{error}");
+        }
+    }));
+}
+
+/// News that nobody waits for.
+fn thaw_late(news: FreezeNews) {
+    if let FreezeNews::Begun(Ok(freeze)) | FreezeNews::Quiesced { prepared: Ok(Some(freeze)), .. } = news {
+        thread("thaw", move || drop(freeze));
+    }
+}
+
+pub(crate) const LATE_TEXT: &str = "the file systems were frozen for as long as they may be and not everything was read; they are thawed, no point was made; allow more time with --freeze-limit, or raise `read_rate`";
+
+/// What is mounted from these devices, ready to be frozen; `None` where nothing is. Blocks.
+fn prepare(devices: &[String], limits: Limits, state_dir: &Path) -> Result<Option<Freeze>, String> {
+    let mounts = mount_points(devices)?;
+    match Freeze::prepare(&mounts, limits, state_dir) {
+        Ok(freeze) => Ok(Some(freeze)),
+        Err(FreezeError::Nothing) => Ok(None),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// What is mounted from these devices, through partitions, LVM and md. Blocks.
+fn mount_points(devices: &[String]) -> Result<Vec<PathBuf>, String> {
+    let disks = enumerate(&SystemRoot::default()).map_err(|error| error.to_string())?;
+    let ours = disks.iter().filter(|disk| devices.iter().any(|path| disk.path.as_os_str() == path.as_str()));
+    Ok(ours.flat_map(|disk| &disk.mounts).map(|mount| PathBuf::from(&mount.mount_point)).collect())
+}
+
+/// Runs what may wait for a file system off the session's task.
+fn thread(name: &str, work: impl FnOnce() + Send + 'static) {
+    // Without a thread the closure is dropped, and with it the freeze, which thaws here.
+    if let Err(error) = std::thread::Builder::new().name(name.to_owned()).spawn(work) {
+        tracing::error!(%error, "no thread to {name} file systems; raise the limit on processes");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_point_promises_what_was_held_and_no_more() {
+        let end = |held| Some(FreezeEnd { held, call: Duration::ZERO, frozen: Duration::ZERO });
+        let rows = [
+            (Rest::Resting, end(true), false, true, MarkClass::App),
+            (Rest::Resting, None, true, true, MarkClass::App),
+            (Rest::Resting, end(false), false, true, MarkClass::Crash),
+            (Rest::Resting, None, false, true, MarkClass::Crash),
+            (Rest::Asked, end(true), false, true, MarkClass::Frozen),
+            (Rest::NotAsked, end(true), false, true, MarkClass::Frozen),
+            (Rest::Resting, end(true), false, false, MarkClass::Frozen),
+            (Rest::NotAsked, None, true, true, MarkClass::Crash),
+        ];
+        for (rest, end, bare, app, class) in rows {
+            let quiet = Quiet { rest, end, bare, ..Quiet::new() };
+            assert_eq!(quiet.class(app), class, "{quiet:?}");
+        }
+    }
+}
