@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::health::{HealthEvent, LadderStep};
+
 /// A protected disk.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct DiskInfo {
@@ -40,8 +42,15 @@ pub struct DiskInfo {
     pub lost_at_target: u64,
     /// Scan rounds whose mark is durable.
     pub scan_rounds: u64,
-    /// When the newest durable round or pass began reading, milliseconds since the UNIX epoch; zero for none.
+    /// Everything that was written to the disk before is durable at the target, milliseconds since the UNIX epoch; zero for
+    /// none.
     pub durable_as_of_ms: u64,
+    /// The age of that: what would be lost with the machine now. None as long as the target holds no whole state.
+    #[serde(default)]
+    pub rpo_ms: Option<u64>,
+    /// Whether every write is a recovery point at the moment.
+    #[serde(default)]
+    pub streaming: bool,
     /// Payload in memory: read, compressed, queued, or sent and not yet acknowledged by the transport.
     #[serde(default)]
     pub held_bytes: u64,
@@ -83,6 +92,21 @@ pub struct StatusInfo {
     /// Pause between two scan rounds, by policy or configuration.
     #[serde(default)]
     pub scan_interval_ms: u64,
+    /// Pause between two points that bring applications to rest; none for never.
+    #[serde(default)]
+    pub app_interval_ms: Option<u64>,
+    /// Closing windows that found no moment, since the start.
+    #[serde(default)]
+    pub windows_failed: u64,
+    /// What to look at, the worst first.
+    #[serde(default)]
+    pub health: Vec<HealthEvent>,
+    /// The newest steps up and down the ladder of capture.
+    #[serde(default)]
+    pub ladder: Vec<LadderStep>,
+    /// How many there were since the start.
+    #[serde(default)]
+    pub ladder_steps: u64,
     /// zstd level in use, where this agent compresses.
     pub level: Option<i32>,
     /// Its protected disks.

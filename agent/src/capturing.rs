@@ -17,8 +17,9 @@ use std::time::{Duration, Instant};
 use reprotect_engine::format::batch::Stretch as StretchKind;
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::io::{self, BlockFile};
+use reprotect_engine::net::wall_clock;
 use reprotect_engine::range_set::RangeSet;
-use reprotect_engine::units::{BLOCK_BYTES, DiskId, SECTOR_BYTES, SectorRange};
+use reprotect_engine::units::{BLOCK_BYTES, DiskId, SECTOR_BYTES, SectorRange, Timestamp};
 use tokio::sync::mpsc as async_mpsc;
 
 use crate::capture::{
@@ -32,6 +33,8 @@ use stream::Stream;
 
 /// Sectors of a block of the maps.
 const BLOCK_SECTORS: u64 = BLOCK_BYTES / SECTOR_BYTES;
+/// Of the capturing thread, in the kernel's measure of niceness.
+const NICER: i32 = -10;
 /// How often the account of each disk is looked at.
 const CHECK_EVERY: Duration = Duration::from_secs(30);
 /// How long a check waits for a moment without writes in flight.
@@ -87,6 +90,8 @@ pub(crate) struct WindowRead {
     pub(crate) point: bool,
     /// Every write since then follows, in [`CaptureNews::Streamed`].
     pub(crate) streams: bool,
+    /// The moment: everything written before is in what was read or streamed.
+    pub(crate) source_time: Timestamp,
     /// How the freeze went, where one was wanted.
     pub(crate) frozen: Option<Result<FreezeEnd, String>>,
 }
@@ -100,8 +105,8 @@ pub(crate) enum CaptureNews {
     Harvested { disk: DiskId, result: Result<RangeSet, String> },
     /// The window is over.
     Windowed { run: [u8; 16], disks: Vec<DiskId>, result: Result<WindowRead, String> },
-    /// Writes in their order, behind the last window or point.
-    Streamed { batches: Vec<Batch> },
+    /// Writes in their order, behind the last window or point: all that were submitted before `as_of` and not handed on.
+    Streamed { batches: Vec<Batch>, as_of: Timestamp },
     /// The stream is over: what it did not hand out is in the maps.
     StreamEnded { disks: Vec<DiskId>, why: String },
     /// Everything the kernel wrote until now was seen.
@@ -202,6 +207,8 @@ struct Owner {
 
 impl Owner {
     fn run(mut self, orders: &mpsc::Receiver<Order>) {
+        // The ring does not wait, and a frozen machine should not. Without the right to, it works as others do.
+        let _ = rustix::process::nice(NICER);
         let mut checked = Instant::now();
         loop {
             let wait = CHECK_EVERY.saturating_sub(checked.elapsed());
@@ -361,8 +368,8 @@ impl Owner {
     fn stream_on(&mut self) {
         let (Some(stream), Some(capture)) = (&mut self.stream, &self.capture) else { return };
         match stream.advance(capture) {
-            Ok(batches) if batches.is_empty() => {}
-            Ok(batches) => self.tell(CaptureNews::Streamed { batches }),
+            Ok(None) => {}
+            Ok(Some((batches, as_of))) => self.tell(CaptureNews::Streamed { batches, as_of }),
             Err(broken) => self.end_stream(&broken.to_string()),
         }
     }
@@ -403,7 +410,7 @@ impl Owner {
         let (Some(stream), Some(capture)) = (&mut self.stream, &mut self.capture) else {
             return Err(not_streamed("there is no stream"));
         };
-        let end = capture.stream_end();
+        let (source_time, end) = (wall_clock(), capture.stream_end());
         held.is_over();
         match stream.close(capture, end) {
             Ok(batches) => {
@@ -411,7 +418,14 @@ impl Owner {
                 for (slot, range) in stream.discarded() {
                     capture.mark(slot, range)?;
                 }
-                Ok(WindowRead { batches, open: None, point: true, streams: true, frozen: held.into_result() })
+                Ok(WindowRead {
+                    batches,
+                    open: None,
+                    point: true,
+                    streams: true,
+                    source_time,
+                    frozen: held.into_result(),
+                })
             }
             Err(broken) => {
                 let reason = broken.to_string();
@@ -442,6 +456,7 @@ impl Owner {
             return Err(CaptureError::NotFollowed { disk: names(disks) });
         }
         let mut gatherer = Gatherer::new(files);
+        let mut source_time = wall_clock();
         let drops = capture.drops();
         let end = capture.window(&WindowPlan { stay, ..WindowPlan::new(plan) }, &mut gatherer, &mut held)?;
         let (read, discarded) = gatherer.into_batches(matches!(end, WindowEnd::Closed(_)));
@@ -452,6 +467,7 @@ impl Owner {
         let open = match end {
             WindowEnd::Closed(closed) => {
                 tracing::debug!(?closed, "a window closed");
+                source_time = closed.source_time;
                 None
             }
             WindowEnd::Failed(failure) => Some(failure.to_string()),
@@ -460,7 +476,7 @@ impl Owner {
         if streams {
             self.stream = Some(Stream::begin(streamed.into_iter(), drops, discarded));
         }
-        Ok(WindowRead { batches: read, open, point: false, streams, frozen: held.into_result() })
+        Ok(WindowRead { batches: read, open, point: false, streams, source_time, frozen: held.into_result() })
     }
 
     fn check_all(&mut self) {

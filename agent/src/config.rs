@@ -3,6 +3,7 @@
 //! Invariants: every key has a description in [`KEYS`] (asserted by a test that asks the type); settings are valid by
 //! construction, nothing checks them again. Units stand on the keys. Called by `main` and by `check-config`.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -45,6 +46,17 @@ pub enum CaptureMode {
     Bitmap,
     /// By reading everything and comparing hashes: fuzzy points.
     Scan,
+}
+
+impl CaptureMode {
+    /// How changes are found as long as no stream of every write is open.
+    #[must_use]
+    pub const fn base(self) -> Self {
+        match self {
+            Self::Data => Self::Window,
+            mode => mode,
+        }
+    }
 }
 
 impl std::fmt::Display for CaptureMode {
@@ -98,6 +110,14 @@ impl Default for HooksConfig {
     }
 }
 
+/// The `[metrics]` table.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MetricsConfig {
+    /// Where they are served besides the admin socket.
+    pub listen: Option<SocketAddr>,
+}
+
 /// The `[disks]` table.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -126,12 +146,16 @@ pub struct RawConfig {
     pub scan_interval: DurationText,
     /// Payload budget.
     pub memory: ByteSize,
+    /// Age of the durable state beyond which it is a health event.
+    pub rpo_threshold: DurationText,
     /// Which disks.
     pub disks: DisksConfig,
     /// Live capture.
     pub capture: CaptureConfig,
     /// Programs around a freeze.
     pub hooks: HooksConfig,
+    /// Numbers for Prometheus.
+    pub metrics: MetricsConfig,
     /// The site's own certificates.
     pub pki: PkiConfig,
     /// Logs.
@@ -148,9 +172,11 @@ impl Default for RawConfig {
             read_rate: Rate::UNLIMITED,
             scan_interval: DurationText(Duration::from_secs(15 * 60)),
             memory: ByteSize(256 << 20),
+            rpo_threshold: DurationText(Duration::from_secs(15 * 60)),
             disks: DisksConfig::default(),
             capture: CaptureConfig::default(),
             hooks: HooksConfig::default(),
+            metrics: MetricsConfig::default(),
             pki: PkiConfig::default(),
             log: LogConfig::default(),
         }
@@ -158,7 +184,7 @@ impl Default for RawConfig {
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 20] = [
+pub const KEYS: [KeyDoc; 22] = [
     KeyDoc {
         key: "state_dir",
         about: "Where identity, certificates and progress are kept; setting it moves the admin socket there too.",
@@ -206,6 +232,13 @@ pub const KEYS: [KeyDoc; 20] = [
         about: "Budget for data read and not yet acknowledged as written, all disks together.",
         unit: "size from 64 MiB to 64 GiB",
         cost: "this much memory; below 64 MiB per disk, disks wait for one another on slow links",
+        example: "",
+    },
+    KeyDoc {
+        key: "rpo_threshold",
+        about: "A health event is raised when the newest durable state of a disk is older than this.",
+        unit: "duration from 1s to 7d",
+        cost: "none",
         example: "",
     },
     KeyDoc {
@@ -264,6 +297,13 @@ pub const KEYS: [KeyDoc; 20] = [
         cost: "applications stand still that long at most, and for the window after",
         example: "",
     },
+    KeyDoc {
+        key: "metrics.listen",
+        about: "Serves numbers for Prometheus at http://ADDRESS/metrics, besides the admin socket; without encryption, so on this machine only.",
+        unit: "loopback address with port; default none",
+        cost: "none",
+        example: "\"127.0.0.1:9443\"",
+    },
     PKI_KEYS[0],
     PKI_KEYS[1],
     PKI_KEYS[2],
@@ -298,6 +338,10 @@ pub struct Settings {
     pub capture_mode: CaptureMode,
     /// Pause between two rounds of followed disks.
     pub capture_interval: Duration,
+    /// Age of the durable state beyond which it is a health event.
+    pub rpo_threshold: Duration,
+    /// Where numbers are served.
+    pub metrics_listen: Option<SocketAddr>,
     /// Pause between two points that bring the machine to rest; `None` for never.
     pub app_interval: Option<Duration>,
     /// Programs around a freeze.
@@ -367,11 +411,27 @@ impl Settings {
             disks: raw.disks.clone(),
             capture_mode: raw.capture.mode,
             capture_interval: loaded.in_range("capture.interval", raw.capture.interval, &capture_range)?.0,
+            rpo_threshold: loaded.in_range("rpo_threshold", raw.rpo_threshold, &capture_range)?.0,
+            metrics_listen: metrics_listen(loaded, raw.metrics.listen)?,
             app_interval: app_interval(loaded, raw.capture.app_interval)?,
             hooks: hooks(loaded, &raw.hooks)?,
             log: logging::resolve(loaded, &raw.log, overrides.log_level.as_deref())?,
         })
     }
+}
+
+fn metrics_listen(
+    loaded: &Loaded<RawConfig>,
+    listen: Option<SocketAddr>,
+) -> Result<Option<SocketAddr>, ConfigError> {
+    if listen.is_some_and(|address| !address.ip().is_loopback()) {
+        return Err(loaded.invalid(
+            "metrics.listen",
+            "others could read it, for it is not encrypted",
+            "write a loopback address such as \"127.0.0.1:9443\"",
+        ));
+    }
+    Ok(listen)
 }
 
 fn app_interval(loaded: &Loaded<RawConfig>, interval: DurationText) -> Result<Option<Duration>, ConfigError> {

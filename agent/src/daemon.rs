@@ -4,10 +4,13 @@
 //! was not durable; when told to stop it is gone within two seconds, whatever its threads wait for. Called by
 //! `service` and by tests.
 
+use std::net::SocketAddr;
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use axum::extract::State;
+use axum::http::header::CONTENT_TYPE as CONTENT_TYPE_HEADER;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use reprotect_engine::host::admin::{AdminServer, Refusal};
@@ -28,6 +31,7 @@ use crate::following::Following;
 use crate::freeze::thaw_left_behind;
 use crate::machine::Machine;
 use crate::marking::{Asker, MarkOrder};
+use crate::metrics;
 use crate::plan::{Plan, follow_reloads};
 use crate::quiescing::release_left_behind;
 
@@ -77,11 +81,17 @@ pub async fn run_reloading(
     thaw_left_behind(&state_dir);
     release_left_behind(&plan.borrow().settings.hooks, &state_dir);
     let (orders, from_operators) = mpsc::channel(ORDERS_MAX);
+    let listen = plan.borrow().settings.metrics_listen;
+    let metrics = metrics_router(watched.clone());
+    if let Some(address) = listen {
+        serve_metrics(address, metrics.clone(), shutdown.clone()).await?;
+    }
     let router = Router::new()
         .route("/v1/status", get(show_status))
         .with_state((watched, Instant::now()))
         .route("/v1/mark", post(mark))
-        .with_state(orders);
+        .with_state(orders)
+        .merge(metrics);
     let admin_task = tokio::spawn(admin.serve(router, shutdown.clone()));
     let shared: SharedIdentity = Arc::new(RwLock::new(Arc::clone(&identity)));
     let core = Agent::new(identity.own().peer, PeerId::NONE, Box::new(KeyProver(Arc::clone(&shared))));
@@ -149,6 +159,28 @@ async fn mark(
         Ok(Err(reason)) => Err(refused(&reason)),
         Err(_) => Err(refused(stopping)),
     }
+}
+
+fn metrics_router(status: watch::Receiver<StatusInfo>) -> Router {
+    let show = |State(status): State<watch::Receiver<StatusInfo>>| async move {
+        ([(CONTENT_TYPE_HEADER, metrics::CONTENT_TYPE)], metrics::render(&status.borrow()))
+    };
+    Router::new().route("/metrics", get(show)).with_state(status)
+}
+
+/// Serves the metrics where Prometheus finds them.
+async fn serve_metrics(address: SocketAddr, router: Router, shutdown: Shutdown) -> anyhow::Result<()> {
+    let listener = tokio::net::TcpListener::bind(address).await.with_context(|| {
+        format!("`metrics.listen` {address} cannot be used; write another address, or end what listens there")
+    })?;
+    drop(tokio::spawn(async move {
+        let served =
+            axum::serve(listener, router).with_graceful_shutdown(async move { shutdown.requested().await });
+        if let Err(error) = served.await {
+            tracing::error!(%error, "metrics are not served any more; restart the agent");
+        }
+    }));
+    Ok(())
 }
 
 async fn show_status(

@@ -20,13 +20,14 @@ use reprotect_engine::format::message::{PassCause, PassMode, SourceId};
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::agent::Agent;
 use reprotect_engine::range_set::RangeSet;
-use reprotect_engine::units::{DiskId, Sequence};
+use reprotect_engine::units::{DiskId, Sequence, Timestamp};
 use tokio::sync::mpsc;
 
 use crate::capture::{CaptureSettings, CompareCause};
 use crate::capturing::{Batch, CaptureNews, Capturing, Order, ToFreeze, WindowRead};
 use crate::config::CaptureMode;
 use crate::disks::SourceKind;
+use crate::health::Code;
 use crate::machine::Machine;
 use crate::positions::Positions;
 use crate::protected::Activity;
@@ -92,8 +93,12 @@ pub(crate) struct Following {
     streams: BTreeSet<DiskId>,
     /// What could not be said yet of points: the session was away.
     doubtful: BTreeMap<DiskId, (Sequence, Sequence, String)>,
+    /// What was missed on disks that are not compared since.
+    missed: BTreeMap<DiskId, String>,
     /// Windows that found no moment, since the start.
     pub(crate) windows_failed: u64,
+    /// Why the last one did not, if it did not.
+    pub(crate) window_problem: Option<String>,
 }
 
 impl Following {
@@ -123,7 +128,9 @@ impl Following {
             accounted,
             streams: BTreeSet::new(),
             doubtful: BTreeMap::new(),
+            missed: BTreeMap::new(),
             windows_failed: 0,
+            window_problem: None,
         }
     }
 
@@ -152,6 +159,20 @@ impl Following {
         }
     }
 
+    /// What an operator should know of how its changes are found.
+    pub(crate) fn trouble(&self, disk: DiskId) -> Option<(Code, String)> {
+        if let Some(Step::Refused { why }) = self.steps.get(&disk) {
+            return Some((Code::CaptureFellBack, why.clone()));
+        }
+        self.missed.get(&disk).map(|why| (Code::CaptureMissed, why.clone()))
+    }
+
+    /// A window found no moment.
+    fn note_window(&mut self, problem: Option<&str>) {
+        self.windows_failed += u64::from(problem.is_some());
+        self.window_problem = problem.map(str::to_owned);
+    }
+
     /// The disk is not protected any more, or not as it was.
     pub(crate) fn forget(&mut self, disk: DiskId) {
         self.let_go(disk);
@@ -164,6 +185,7 @@ impl Following {
             self.order(Order::Unfollow(disk));
         }
         self.unknown.remove(&disk);
+        self.missed.remove(&disk);
         self.doubtful.remove(&disk);
         self.streams.remove(&disk);
         self.accounted.remove(&disk);
@@ -234,6 +256,7 @@ impl Following {
         if self.steps.get(&disk) == Some(&Step::Pass) {
             self.order(Order::Durable(disk));
             self.unknown.remove(&disk);
+            self.missed.remove(&disk);
             self.set(disk, Step::Idle);
         }
         self.abandon_round(disk);
@@ -343,17 +366,24 @@ impl Machine {
         begun
     }
 
+    /// A step on the ladder.
+    fn step(&mut self, disk: DiskId, to: &str, cause: &str) {
+        if let Some(state) = self.disks.get(&disk) {
+            self.health.step(&state.path, to, cause);
+        }
+    }
+
     /// News from the capturing thread.
     pub(crate) fn handle_capture(&mut self, news: CaptureNews) {
         match news {
             CaptureNews::Followed { disk, result } => self.handle_followed(disk, result),
             CaptureNews::Harvested { disk, result } => self.handle_harvested(disk, result),
             CaptureNews::Windowed { run, disks, result } => self.handle_window(run, &disks, result),
-            CaptureNews::Streamed { batches } => self.handle_streamed(batches),
+            CaptureNews::Streamed { batches, as_of } => self.handle_streamed(batches, as_of),
             CaptureNews::StreamEnded { disks, why } => {
                 if !self.following.streams.is_empty() {
                     tracing::warn!(?disks, "not every write is known any more, points only: {why}");
-                    self.end_streaming();
+                    self.end_streaming(&why);
                 }
             }
             CaptureNews::Accounted { disk } => {
@@ -364,6 +394,7 @@ impl Machine {
             CaptureNews::Unaccounted { disk, why } => self.handle_unaccounted(disk, &why),
             CaptureNews::Unfollowed { disk, why } => {
                 self.handle_unaccounted(disk, &why);
+                self.step(disk, "scan", &why);
                 self.following.set(disk, Step::Refused { why });
                 self.fail_run(&format!("disk {disk} cannot be followed any more"));
             }
@@ -379,11 +410,15 @@ impl Machine {
             Ok(cause) => cause,
             Err(why) => {
                 tracing::warn!(%disk, "the disk is scanned, because it cannot be followed: {why}");
+                self.step(disk, "scan", &why);
                 self.following.set(disk, Step::Refused { why });
                 return self.open_at_target(disk, size_sectors);
             }
         };
         let same = cause.is_none();
+        let mode = self.following.mode.base().to_string();
+        let text = cause.as_ref().map_or("goes on where it was".to_owned(), CompareCause::to_string);
+        self.step(disk, &mode, &text);
         if let Some(cause) = cause {
             tracing::info!(%disk, "followed from now on, what was before is not known: {cause}");
             self.following.unknown.insert(disk);
@@ -505,7 +540,7 @@ impl Machine {
         self.following.end_stream();
     }
 
-    fn handle_streamed(&mut self, batches: Vec<Batch>) {
+    fn handle_streamed(&mut self, batches: Vec<Batch>, as_of: Timestamp) {
         if self.following.streams.is_empty() {
             return; // it was ended meanwhile; the maps have it
         }
@@ -516,13 +551,24 @@ impl Machine {
             let waiting = self.core.undurable_bytes(disk);
             if waiting > STREAM_BYTES_MAX {
                 tracing::warn!(%disk, waiting, "the target does not keep up with every write: points only, until it does");
-                return self.end_streaming();
+                return self.end_streaming("the target does not keep up with every write");
+            }
+        }
+        for disk in &self.following.streams {
+            if let (Some((durable, last)), Some(state)) =
+                (self.core.position(*disk), self.disks.get_mut(disk))
+            {
+                state.freshness.streamed(last, as_of);
+                state.freshness.durable(durable);
             }
         }
     }
 
     /// One step down the ladder: rounds and windows from now on, until a window stays open again.
-    fn end_streaming(&mut self) {
+    fn end_streaming(&mut self, why: &str) {
+        for disk in self.following.streams.clone() {
+            self.step(disk, "window", why);
+        }
         self.following.end_stream();
         let pause = self.plan().settings.capture_interval;
         for state in self.disks.values_mut().filter(|state| state.activity == Activity::Synced) {
@@ -540,23 +586,24 @@ impl Machine {
             // Given back already; a stream that began, or whose batches are dropped here, must not go on.
             if result.is_ok_and(|read| read.streams) {
                 self.following.streams.extend(disks);
-                self.end_streaming();
+                self.end_streaming("its point was given up");
             }
             return;
         }
         let known = disks.iter().all(|disk| !self.following.unknown.contains(disk));
-        let mut held = None;
+        let (mut held, mut source_time) = (None, wall_clock());
         let class = match result {
             // The stream it stands in was ended meanwhile: batches before it are missing.
             Ok(WindowRead { point: true, .. }) if self.following.streams.is_empty() => {
                 self.drop_window(disks.iter().copied());
                 MarkClass::Fuzzy
             }
-            Ok(WindowRead { batches, open, streams, frozen, .. }) => {
-                held = frozen;
+            Ok(WindowRead { batches, open, streams, frozen, source_time: taken, .. }) => {
+                (held, source_time) = (frozen, taken);
                 let now = wall_clock();
                 if streams && self.following.streams.is_empty() {
                     tracing::info!(?disks, "every write is known from here on");
+                    disks.iter().for_each(|disk| self.step(*disk, "data", "a window stays open"));
                     self.following.streams.extend(disks);
                 }
                 for batch in batches {
@@ -564,18 +611,18 @@ impl Machine {
                 }
                 if let Some(why) = &open {
                     tracing::warn!("no consistent moment was found, the point is fuzzy: {why}");
-                    self.following.windows_failed += 1;
                 }
+                self.following.note_window(open.as_deref());
                 if open.is_none() && known { MarkClass::Crash } else { MarkClass::Fuzzy }
             }
             Err(why) => {
                 tracing::warn!("no consistent moment was looked for, the point is fuzzy: {why}");
-                self.following.windows_failed += 1;
+                self.following.note_window(Some(&why));
                 self.drop_window(disks.iter().copied());
                 MarkClass::Fuzzy
             }
         };
-        self.end_window(class, held);
+        self.end_window(class, source_time, held);
     }
 
     /// Says of points what could not be said before.
@@ -591,7 +638,8 @@ impl Machine {
     /// from end to end, so the next round is that compare.
     fn handle_unaccounted(&mut self, disk: DiskId, why: &str) {
         tracing::error!(%disk, "capture missed something, the whole disk is compared: {why}");
-        self.end_streaming();
+        self.end_streaming(why);
+        self.step(disk, "compare", why);
         if let Some((_, last)) = self.core.position(disk) {
             // The point at the last clean account may have been made after it.
             let from = self.following.accounted.get(&disk).copied().unwrap_or_default();
@@ -600,6 +648,7 @@ impl Machine {
             self.tell_doubts(disk);
         }
         self.following.unknown.insert(disk);
+        self.following.missed.insert(disk, why.to_owned());
         if let Some(state) = self.disks.get_mut(&disk) {
             state.unaccounted += 1;
             state.next_scan = state.next_scan.map(|at| at.min(Instant::now()));

@@ -3,7 +3,7 @@
 //! A write's way: `reader` (the disk) → `workers` (hash, cut, checksum, compress) → `session` (the protocol core and
 //! the lanes), all kept by `machine`. What changed is told by `capture`, whose thread is
 //! `capturing`; `following` makes rounds of it. Which disks there are is told by `disks` and `sources`; what to do by
-//! `plan`; whom to talk to by `dial`; points of the machine are made by `marking`, and brought about by `quiescing`,
+//! `plan`; what operators see is made by `telling`; whom to talk to by `dial`; points of the machine are made by `marking`, and brought about by `quiescing`,
 //! `hooks` and `freeze`; operators come in through `commands` and `service`.
 
 pub mod api;
@@ -20,9 +20,12 @@ pub mod disks;
 pub mod faults;
 mod following;
 pub mod freeze;
+mod freshness;
+pub mod health;
 pub mod hooks;
 pub mod machine;
 mod marking;
+mod metrics;
 mod opening;
 pub mod plan;
 mod policy;
@@ -33,5 +36,6 @@ pub mod reader;
 pub mod service;
 mod session;
 pub mod sources;
+mod telling;
 pub mod throttle;
 pub mod workers;

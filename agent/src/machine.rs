@@ -24,12 +24,13 @@ use reprotect_engine::proto::pass::{PassAction, Sink};
 use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence};
 use tokio::sync::{mpsc, watch};
 
-use crate::api::{DiskInfo, StatusInfo};
+use crate::api::StatusInfo;
 use crate::budget::Budget;
 use crate::capture::CaptureSettings;
 use crate::capturing::CaptureNews;
 use crate::disks::SourceKind;
 use crate::following::Following;
+use crate::health::Health;
 use crate::marking::{MarkOrder, MarkOrders, MarkRun};
 use crate::opening::{Missing, Opened, Opening, Purpose, share_bytes};
 use crate::plan::{Plan, Plans};
@@ -60,7 +61,7 @@ pub struct Machine {
     plan: Arc<Plan>,
     sources: Sources,
     throttle: Arc<Throttle>,
-    workers: Workers,
+    pub(crate) workers: Workers,
     pub(crate) inputs: Inputs,
     deliver: mpsc::UnboundedSender<(DiskId, FromDisk)>,
     openings: mpsc::UnboundedSender<Opened>,
@@ -73,11 +74,14 @@ pub struct Machine {
     pub(crate) freezer: Freezer,
     /// When applications are brought to rest for a point.
     pub(crate) app_schedule: AppSchedule,
+    /// What the last hook that failed said, until one succeeds.
+    pub(crate) hook_problem: Option<String>,
+    pub(crate) health: Health,
     /// A post_thaw hook runs.
     pub(crate) releasing: bool,
     pub(crate) following: Following,
     pub(crate) policy: PolicyKeeper,
-    missing: BTreeMap<DiskId, Missing>,
+    pub(crate) missing: BTreeMap<DiskId, Missing>,
     /// Disks that are being opened.
     opening: BTreeMap<DiskId, Purpose>,
     controller: Option<LevelController>,
@@ -143,6 +147,8 @@ impl Machine {
             marks_waiting: VecDeque::new(),
             freezer,
             app_schedule: AppSchedule::new(Duration::ZERO),
+            hook_problem: None,
+            health: Health::default(),
             releasing: false,
             following,
             policy,
@@ -314,7 +320,7 @@ impl Machine {
     }
 
     /// Pause between two scan rounds: the policy's, else the configuration's.
-    fn scan_pause(&self) -> Duration {
+    pub(crate) fn scan_pause(&self) -> Duration {
         self.policy.points_every().unwrap_or(self.plan.settings.scan_interval)
     }
 
@@ -600,6 +606,9 @@ impl Machine {
         let mut wanted = Vec::new();
         self.advance_run();
         self.begin_timer_run(now);
+        for (disk, state) in &mut self.disks {
+            state.freshness.durable(self.core.position(*disk).unwrap_or_default().0);
+        }
         let held: Vec<DiskId> = self.disks.keys().copied().filter(|disk| self.is_marking(*disk)).collect();
         // While all can be read together they are; one that cannot does not hold up the others.
         let together = self.reads_together();
@@ -650,56 +659,6 @@ impl Machine {
             },
         );
         load.level.store(level, Ordering::Relaxed);
-    }
-
-    /// Brings the status up to date.
-    pub(crate) fn publish(&self, compress: bool) {
-        let missing = self.missing.iter().filter(|(disk, _)| !self.disks.contains_key(disk));
-        let mut disks: Vec<DiskInfo> =
-            self.disks.iter().map(|(id, state)| self.disk_info(*id, state)).collect();
-        disks.extend(missing.map(|(id, missing)| DiskInfo {
-            disk: id.to_string(),
-            state: "stopped".to_owned(),
-            problem: Some(missing.problem.clone()),
-            ..DiskInfo::default()
-        }));
-        let level = compress.then(|| self.workers.load().level.load(Ordering::Relaxed));
-        self.status.send_modify(|status| {
-            status.disks = disks;
-            status.level = level;
-            status.policy_revision = self.policy.revision();
-            status.scan_interval_ms = u64::try_from(self.scan_pause().as_millis()).unwrap_or(u64::MAX);
-        });
-    }
-
-    fn disk_info(&self, id: DiskId, state: &Protected) -> DiskInfo {
-        let sent = self.core.sent_bytes(id);
-        let (durable, last) = self.core.position(id).unwrap_or_default();
-        let size_bytes = state.size_bytes();
-        let settled = self.core.pass_progress(id).map_or(size_bytes, |(settled, _)| settled * SECTOR_BYTES);
-        let (held_bytes, held_bytes_peak) = state.budget.held_bytes();
-        let missing = self.missing.get(&id).map(|missing| missing.problem.clone());
-        DiskInfo {
-            disk: id.to_string(),
-            source: state.path.clone(),
-            size_bytes,
-            state: state.state().to_owned(),
-            settled_bytes: settled,
-            read_bytes: state.read_bytes(),
-            plain_bytes_sent: sent.plain,
-            wire_bytes_sent: sent.wire,
-            durable: durable.0,
-            last: last.0,
-            capture: self.following.describe(id),
-            unaccounted: state.unaccounted,
-            lost_at_target: state.lost_at_target,
-            scan_rounds: state.scan_rounds,
-            durable_as_of_ms: state.durable_as_of.0 / 1_000_000,
-            held_bytes,
-            held_bytes_peak,
-            held_bytes_max: state.budget.limit_bytes(),
-            problem: missing.or_else(|| state.problem.clone()),
-        }
     }
 }
 

@@ -324,7 +324,7 @@ impl Machine {
             (false, true) if matches!(run.order.asker, Asker::Command(_)) => {
                 self.fail_run("no window can be opened at the moment, and only in one can be frozen; see `reprotect-agent status`, and try again");
             }
-            (false, _) => self.place_marks(MarkClass::Fuzzy),
+            (false, _) => self.place_marks(MarkClass::Fuzzy, wall_clock()),
         }
     }
 
@@ -337,7 +337,12 @@ impl Machine {
     }
 
     /// The window is over; `class` is what it promises by itself.
-    pub(crate) fn end_window(&mut self, class: MarkClass, frozen: Option<Result<FreezeEnd, String>>) {
+    pub(crate) fn end_window(
+        &mut self,
+        class: MarkClass,
+        source_time: Timestamp,
+        frozen: Option<Result<FreezeEnd, String>>,
+    ) {
         let Some(run) = self.marking.as_mut() else { return };
         let commanded = matches!(run.order.asker, Asker::Command(_));
         let problem = match &frozen {
@@ -359,7 +364,7 @@ impl Machine {
             MarkClass::Crash => run.quiet.class(run.order.request.app),
             class => class,
         };
-        self.place_marks(class);
+        self.place_marks(class, source_time);
     }
 
     /// Whether the run waits for the window that was ordered for it.
@@ -368,7 +373,7 @@ impl Machine {
     }
 
     /// Everything is read: the point's marks stand behind it, and whatever rests goes on.
-    pub(crate) fn place_marks(&mut self, class: MarkClass) {
+    pub(crate) fn place_marks(&mut self, class: MarkClass, source_time: Timestamp) {
         drop(self.release_run());
         let Some(run) = self.marking.as_mut() else { return };
         run.class = class;
@@ -377,7 +382,7 @@ impl Machine {
             class,
             cause: run.order.asker.cause(),
             name: Text::new(&run.order.request.name),
-            source_time: wall_clock(),
+            source_time,
         };
         run.phase = Phase::Waiting { durable: BTreeMap::new() };
         run.deadline = Some(Instant::now() + WAITING_LIMIT);
@@ -470,6 +475,10 @@ impl Machine {
             self.end_app_run(matches!(run.class, MarkClass::Frozen | MarkClass::App));
         }
         self.following.handle_point_durable(&self.core, run.disks.iter().copied());
+        if run.class != MarkClass::Fuzzy {
+            let states = self.disks.iter_mut().filter(|(disk, _)| run.disks.contains(disk));
+            states.for_each(|(_, state)| state.freshness.covers(time));
+        }
         let pauses = self.round_pauses();
         for (disk, state) in self.disks.iter_mut().filter(|(disk, _)| run.disks.contains(disk)) {
             // Rounds set their own pause when they end; a point of a stream has none.
@@ -477,7 +486,6 @@ impl Machine {
                 && state.activity == Activity::Synced
                 && state.next_scan.is_some_and(|at| at <= Instant::now())
             {
-                state.durable_as_of = state.durable_as_of.max(time);
                 state.next_scan = Some(Instant::now() + *pause);
             }
         }

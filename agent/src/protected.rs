@@ -16,6 +16,7 @@ use reprotect_engine::units::{SECTOR_BYTES, Sequence, Timestamp};
 
 use crate::budget::Budget;
 use crate::faults::Faults;
+use crate::freshness::Freshness;
 use crate::reader::{DiskReader, ReadJob};
 
 /// A chunk whose data are kept.
@@ -69,7 +70,7 @@ pub(crate) struct Protected {
     pub(crate) activity: Activity,
     pub(crate) next_scan: Option<Instant>,
     pub(crate) walk_began: Timestamp,
-    pub(crate) durable_as_of: Timestamp,
+    pub(crate) freshness: Freshness,
     pub(crate) lost_at_target: u64,
     /// How often capture missed something.
     pub(crate) unaccounted: u64,
@@ -92,7 +93,7 @@ impl Protected {
             activity: Activity::Offered,
             next_scan: None,
             walk_began: Timestamp::ZERO,
-            durable_as_of: Timestamp::ZERO,
+            freshness: Freshness::default(),
             lost_at_target: 0,
             unaccounted: 0,
             scan_rounds: 0,
@@ -134,6 +135,10 @@ impl Protected {
         if self.activity == Activity::Stopped {
             return;
         }
+        if activity != Activity::Scanning {
+            // Sequences that were not durable may be given to other changes.
+            self.freshness.end_stream();
+        }
         self.activity = activity;
         self.walk_began = wall_clock();
         self.next_scan = None;
@@ -145,7 +150,7 @@ impl Protected {
             return;
         }
         self.activity = Activity::Synced;
-        self.durable_as_of = self.walk_began;
+        self.freshness.covers(self.walk_began);
         self.next_scan = Some(next_scan);
     }
 

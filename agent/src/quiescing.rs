@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use reprotect_engine::format::batch::MarkClass;
+use reprotect_engine::net::wall_clock;
 use tokio::sync::mpsc;
 
 use crate::capturing::ToFreeze;
@@ -189,10 +190,13 @@ impl Machine {
                 }
                 tracing::info!(call = ?end.call, frozen = ?end.frozen, "file systems thawed");
                 let class = run.quiet.class(run.order.request.app);
-                self.place_marks(class);
+                self.place_marks(class, wall_clock());
             }
             (FreezeNews::Released(problem), _) => {
                 run.quiet.rest = Rest::Released;
+                if problem.is_some() {
+                    self.hook_problem.clone_from(&problem);
+                }
                 run.quiet.problems.extend(problem);
                 self.advance_run();
             }
@@ -208,6 +212,9 @@ impl Machine {
     ) {
         let Some(run) = self.marking.as_mut() else { return };
         let commanded = matches!(run.order.asker, Asker::Command(_));
+        if run.quiet.rest == Rest::Asked {
+            self.hook_problem.clone_from(&hook);
+        }
         if let Some(problem) = hook {
             tracing::warn!("{problem}");
             if commanded {

@@ -23,6 +23,7 @@ use crate::check;
 use crate::cli::{EnrollArgs, MarkArgs, RunArgs, StatusArgs};
 use crate::config::Settings;
 use crate::daemon;
+use crate::health::HealthEvent;
 use crate::plan::UPSTREAM_FILE;
 
 /// How often `status --watch` looks.
@@ -196,6 +197,7 @@ fn render(info: &StatusInfo) -> String {
         ("SENT", Align::Right),
         ("ROUNDS", Align::Right),
         ("CAPTURE", Align::Left),
+        ("RPO", Align::Right),
         ("PROBLEM", Align::Left),
     ]);
     for disk in &info.disks {
@@ -208,6 +210,7 @@ fn render(info: &StatusInfo) -> String {
             output::bytes(disk.wire_bytes_sent),
             disk.scan_rounds.to_string(),
             disk.capture.clone(),
+            rpo(disk),
             disk.problem.clone().unwrap_or_default(),
         ]);
     }
@@ -219,12 +222,23 @@ fn render(info: &StatusInfo) -> String {
         ),
     };
     let warnings: String = info.warnings.iter().map(|warning| format!("\nwarning: {warning}")).collect();
+    let health: String = info.health.iter().map(health_line).collect();
     let disks = if table.is_empty() {
         "No disk is protected yet: run `reprotect-master-target protect` for this machine.".to_owned()
     } else {
         table.render()
     };
-    format!("agent {}, {link}{rounds}{warnings}\n{disks}", info.agent)
+    format!("agent {}, {link}{rounds}{warnings}{health}\n{disks}", info.agent)
+}
+
+fn health_line(event: &HealthEvent) -> String {
+    let of = if event.disk.is_empty() { String::new() } else { format!(" {}", event.disk) };
+    format!("\n{}{of}: {}; {}", event.code, event.cause, event.remedy)
+}
+
+/// The age of the durable state.
+fn rpo(disk: &DiskInfo) -> String {
+    disk.rpo_ms.map_or_else(|| "-".to_owned(), |age| output::duration(Duration::from_millis(age)))
 }
 
 fn percent(disk: &DiskInfo) -> String {

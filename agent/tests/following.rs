@@ -158,6 +158,58 @@ fn every_write_of_a_streamed_disk_arrives_without_another_round_and_its_points_f
 }
 
 #[test]
+fn how_fresh_the_target_is_and_how_changes_are_found_is_told_to_people_and_to_prometheus() {
+    let _machine = capture_lab::machine();
+    if !capture_lab::capable() {
+        return;
+    }
+    run(async {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let setup = Setup::new(
+            1,
+            &format!(
+                "capture.mode = \"data\"\ncapture.interval = \"1s\"\nmetrics.listen = \"{free}\"\nrpo_threshold = \"3s\""
+            ),
+        );
+        let agent = setup.start();
+        let disk = setup.disks[0];
+        agent.until_disk("every write is known", disk, |info| info.streaming).await;
+        // Nothing is written, and still it gets no older.
+        let first = agent.until_disk("a state", disk, |info| info.durable_as_of_ms > 0).await;
+        agent
+            .until_disk("a newer one", disk, |info| info.durable_as_of_ms > first.durable_as_of_ms + 500)
+            .await;
+        setup.write(0, MIB, &noise(4096, 8));
+        let written = wall_clock().0 / 1_000_000;
+        agent.until_disk("the write", disk, |info| info.durable_as_of_ms > written).await;
+        let status = agent.until("a status", |_| true).await;
+        let steps: Vec<_> = status.ladder.iter().map(|step| step.to.as_str()).collect();
+        assert_eq!(steps, ["window", "data"], "{:?}", status.ladder);
+        let text = scrape(free);
+        assert!(text.contains(&format!("reprotect_agent_rpo_seconds{{disk=\"{disk}\"")), "{text}");
+        assert!(text.contains("reprotect_agent_ladder_steps_total 2"), "{text}");
+        setup.target.stall(true);
+        setup.write(0, MIB, &noise(4096, 9));
+        let over = |status: &reprotect_agent::api::StatusInfo| {
+            status.health.iter().any(|event| event.code == "RPO_EXCEEDED")
+        };
+        agent.until("a health event", over).await;
+        setup.target.stall(false);
+        agent.until("it is over", |status| !over(status)).await;
+        agent.stop().await;
+    });
+}
+
+fn scrape(address: std::net::SocketAddr) -> String {
+    use std::io::{Read as _, Write as _};
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+#[test]
 fn a_disk_under_fire_is_equal_once_it_is_left_alone_whatever_happened_to_the_session() {
     let _machine = capture_lab::machine();
     if !capture_lab::capable() {

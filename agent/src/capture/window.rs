@@ -12,7 +12,9 @@
 
 use std::time::{Duration, Instant};
 
+use reprotect_engine::net::wall_clock;
 use reprotect_engine::range_set::RangeSet;
+use reprotect_engine::units::Timestamp;
 
 use super::layout::{Control, Mode};
 use super::{Capture, CaptureError, DiskCounts, DiskSlot, Record, Stretch};
@@ -92,6 +94,8 @@ pub struct Closed {
     pub end: u64,
     /// t1 in nanoseconds since boot, suspended time included; no record before the end is younger.
     pub boot_ns: u64,
+    /// t1 by the machine's clock: everything written before is in the sink.
+    pub source_time: Timestamp,
     /// Blocks read, in all rounds.
     pub blocks: u64,
     /// Records between t0 and t1.
@@ -250,7 +254,7 @@ impl Capture {
             self.take_records(sink, self.ring.end(), &mut records)?;
             std::thread::sleep(POLL);
         }
-        let (end, boot_ns) = (self.ring.end(), boot_clock());
+        let (source_time, end, boot_ns) = (wall_clock(), self.ring.end(), boot_clock());
         moment.is_over();
         let open_for = begun.elapsed();
         while !self.take_records(sink, end, &mut records)? {
@@ -266,7 +270,7 @@ impl Capture {
                 return Ok(WindowEnd::Failed(failure));
             }
         }
-        Ok(WindowEnd::Closed(Closed { end, boot_ns, blocks, records, open_for }))
+        Ok(WindowEnd::Closed(Closed { end, boot_ns, source_time, blocks, records, open_for }))
     }
 
     /// Waits until no write of an older generation is in flight, and on disks newly followed until the kernel has shown

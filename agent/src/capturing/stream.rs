@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use reprotect_engine::format::batch::Stretch as StretchKind;
 use reprotect_engine::format::extent::Record as Change;
 use reprotect_engine::limits::{BATCH_AGE_NANOS_MAX, BATCH_PLAIN_BYTES_MAX};
+use reprotect_engine::net::wall_clock;
 use reprotect_engine::range_set::RangeSet;
-use reprotect_engine::units::{DiskId, SectorRange};
+use reprotect_engine::units::{DiskId, SectorRange, Timestamp};
 
 use super::Batch;
 use super::gather::{changes_of, is_discard, split};
@@ -19,6 +20,9 @@ use crate::capture::{Capture, CaptureError, DiskCounts, DiskSlot};
 
 /// How long a record may wait for others.
 const BATCH_AGE: Duration = Duration::from_nanos(BATCH_AGE_NANOS_MAX);
+
+/// How often it is told that nothing is written.
+const TELL_EVERY: Duration = Duration::from_millis(100);
 
 /// A disk of the stream.
 #[derive(Debug)]
@@ -38,6 +42,7 @@ pub(super) struct Stream {
     drops: u64,
     bytes: u64,
     oldest: Option<Instant>,
+    told: Instant,
 }
 
 /// Why a stream is over.
@@ -74,20 +79,30 @@ impl Stream {
                 (disk, Streamed { slot, whole, before, changes: Vec::new(), discarded: RangeSet::new() })
             })
             .collect();
-        let mut stream = Self { disks, drops, bytes: 0, oldest: None };
+        let mut stream = Self { disks, drops, bytes: 0, oldest: None, told: Instant::now() };
         discarded.into_iter().for_each(|(slot, range)| stream.discard(slot, range));
         stream
     }
 
-    /// Takes what stands in the ring; answers batches when it is time for them.
+    /// Takes what stands in the ring; answers batches when it is time for them, or that there is nothing, and when that was
+    /// so.
     ///
     /// # Errors
     /// When the stream is over.
-    pub(super) fn advance(&mut self, capture: &Capture) -> Result<Vec<Batch>, Broken> {
-        self.take(capture, capture.stream_end())?;
-        let due =
-            self.bytes >= BATCH_PLAIN_BYTES_MAX || self.oldest.is_some_and(|at| at.elapsed() >= BATCH_AGE);
-        if due { self.batches(capture) } else { Ok(Vec::new()) }
+    pub(super) fn advance(&mut self, capture: &Capture) -> Result<Option<(Vec<Batch>, Timestamp)>, Broken> {
+        let now = wall_clock();
+        let complete = self.take(capture, capture.stream_end())?;
+        let idle = self.oldest.is_none() && self.told.elapsed() >= TELL_EVERY;
+        let due = idle
+            || self.bytes >= BATCH_PLAIN_BYTES_MAX
+            || self.oldest.is_some_and(|at| at.elapsed() >= BATCH_AGE);
+        if !due {
+            return Ok(None);
+        }
+        self.told = Instant::now();
+        // A record that is being written just now may be older than this moment.
+        let as_of = if complete { now } else { Timestamp::ZERO };
+        Ok(Some((self.batches(capture)?, as_of)))
     }
 
     /// Takes what stands in the ring, and keeps it.

@@ -1,0 +1,108 @@
+//! What the machine tells of itself: the status that `status` and `metrics` show, and what is not as it should be.
+//!
+//! Invariant: made anew each time from the state itself. Units stand in `api`. Part of `machine`.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use reprotect_engine::host::output;
+use reprotect_engine::net::wall_clock;
+use reprotect_engine::units::{DiskId, SECTOR_BYTES};
+
+use crate::api::DiskInfo;
+use crate::health::Code;
+use crate::machine::Machine;
+use crate::protected::Protected;
+
+impl Machine {
+    /// Brings the status up to date.
+    pub(crate) fn publish(&mut self, compress: bool) {
+        let missing = self.missing.iter().filter(|(disk, _)| !self.disks.contains_key(disk));
+        let mut disks: Vec<DiskInfo> =
+            self.disks.iter().map(|(id, state)| self.disk_info(*id, state)).collect();
+        disks.extend(missing.map(|(id, missing)| DiskInfo {
+            disk: id.to_string(),
+            state: "stopped".to_owned(),
+            problem: Some(missing.problem.clone()),
+            ..DiskInfo::default()
+        }));
+        let found = self.look_for_trouble();
+        let health = self.health.observe(&found);
+        let level = compress.then(|| self.workers.load().level.load(Ordering::Relaxed));
+        self.status().send_modify(|status| {
+            status.disks = disks;
+            status.health = health;
+            status.ladder = self.health.steps();
+            status.ladder_steps = self.health.steps_taken;
+            status.windows_failed = self.following.windows_failed;
+            status.app_interval_ms = self.app_pause().map(millis);
+            status.level = level;
+            status.policy_revision = self.policy.revision();
+            status.scan_interval_ms = millis(self.scan_pause());
+        });
+    }
+
+    /// What is not as it should be.
+    fn look_for_trouble(&self) -> Vec<(Code, String, String)> {
+        let mut found = Vec::new();
+        let (now, threshold) = (wall_clock(), self.plan().settings.rpo_threshold);
+        for (id, state) in &self.disks {
+            let mut say = |code, cause| found.push((code, state.path.clone(), cause));
+            if let Some(age) = state.freshness.age(now).filter(|age| *age > threshold) {
+                say(
+                    Code::RpoExceeded,
+                    format!("the target holds it as it was {} ago", output::duration(age)),
+                );
+            }
+            if let Some(problem) = &state.problem {
+                say(Code::DiskProblem, problem.clone());
+            }
+            if let Some((code, cause)) = self.following.trouble(*id) {
+                say(code, cause);
+            }
+        }
+        let missing = self.missing.values().map(|missing| missing.problem.clone());
+        found.extend(missing.map(|problem| (Code::DiskProblem, String::new(), problem)));
+        let machine =
+            |code, problem: &Option<String>| problem.clone().map(|problem| (code, String::new(), problem));
+        found.extend(machine(Code::WindowsFail, &self.following.window_problem));
+        found.extend(machine(Code::HookFailed, &self.hook_problem));
+        found
+    }
+
+    fn disk_info(&self, id: DiskId, state: &Protected) -> DiskInfo {
+        let sent = self.core.sent_bytes(id);
+        let (durable, last) = self.core.position(id).unwrap_or_default();
+        let size_bytes = state.size_bytes();
+        let settled = self.core.pass_progress(id).map_or(size_bytes, |(settled, _)| settled * SECTOR_BYTES);
+        let (held_bytes, held_bytes_peak) = state.budget.held_bytes();
+        let missing = self.missing.get(&id).map(|missing| missing.problem.clone());
+        DiskInfo {
+            disk: id.to_string(),
+            source: state.path.clone(),
+            size_bytes,
+            state: state.state().to_owned(),
+            settled_bytes: settled,
+            read_bytes: state.read_bytes(),
+            plain_bytes_sent: sent.plain,
+            wire_bytes_sent: sent.wire,
+            durable: durable.0,
+            last: last.0,
+            capture: self.following.describe(id),
+            unaccounted: state.unaccounted,
+            lost_at_target: state.lost_at_target,
+            scan_rounds: state.scan_rounds,
+            durable_as_of_ms: state.freshness.durable_as_of().0 / 1_000_000,
+            rpo_ms: state.freshness.age(wall_clock()).map(millis),
+            streaming: self.is_streaming(std::iter::once(id)),
+            held_bytes,
+            held_bytes_peak,
+            held_bytes_max: state.budget.limit_bytes(),
+            problem: missing.or_else(|| state.problem.clone()),
+        }
+    }
+}
+
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
+}
