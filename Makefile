@@ -8,7 +8,7 @@ export SIZE_MIB APPLY_MIB EXTENTS GROW SIZE TARGET TARGETS RELAY KEEP SEED FILL 
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test delta-test points-test failback-test export-test capture-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test delta-test points-test failback-test export-test capture-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture bench-rpo sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,8 +41,13 @@ bench-sync: setup ## speed and cost of the initial sync, release build: [SIZE=8G
 	$(CARGO) build --release --workspace --bins
 	@REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_sync.py
 
-bench-capture: setup ## cost of live capture, release build, as root: [PAIRS=30] [SECONDS=3]
-	PAIRS=$(PAIRS) SECONDS=$(SECONDS) $(CARGO) test --release -p reprotect-agent --test capture_bench -- --ignored --nocapture --test-threads=1
+bench-capture: setup ## cost of live capture, release build, as root: [PAIRS=30] [SECONDS=3] [INTERVAL=10] [LOADS=4k-1,4k-32,1m,buffered] [MODES=bitmap,window,data]
+	$(CARGO) build --release -p reprotect-benches --bin bench_capture
+	@PAIRS=$(PAIRS) SECONDS=$(SECONDS) INTERVAL=$(INTERVAL) LOADS=$(LOADS) MODES=$(MODES) "$${CARGO_TARGET_DIR:-target}/release/bench_capture"
+
+bench-rpo: setup ## age of the durable state under random writes, release build, as root: [SECONDS=60] [RATES="20 50"] [MODES="data window"] [RELAY=1]
+	$(CARGO) build --release --workspace --bins
+	@REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_rpo.py
 
 capture-stress: setup ## equality under fire, many runs per mode, as root: [RUNS=50]
 	RUNS=$(or $(RUNS),50) $(SCRIPTS)/capture_stress.sh
@@ -60,7 +65,7 @@ failback-test: build ## a disk goes home and is taken back, with kills between t
 export-test: build ## points exported, and extracted from the folder alone after kills: [SIZE=1G] [POINTS=3] [KILLS=3] [SEED=n]
 	@$(SCRIPTS)/export_test.py
 
-capture-test: build ## a live ext4 with a database, its crash-consistent points judged: [SIZE=1G] [POINTS=20] [MODE=window|data] [RELAY=1] [SEED=n]
+capture-test: build ## a live ext4 with a database, its crash-consistent points judged: [SIZE=1G] [POINTS=20] [FROZEN=5] [MODE=window|data] [RELAY=1] [SEED=n]
 	@$(SCRIPTS)/capture_test.py
 
 scrub-test: build ## the scrub under load, after kills, with rot and outside writes: [SIZE=1G] [SEED=n]

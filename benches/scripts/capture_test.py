@@ -5,7 +5,8 @@ Environment: SIZE (1G), POINTS (20), MODE (window), RELAY (1), SEED (random, pri
 scanned; points come every second and are crash-consistent; of each point that is judged, ext4 replays its journal and
 `e2fsck -fn` then finds nothing, SQLite's `integrity_check` is ok and holds no less than the point before, and the
 ordered writer (A, fsync, B, fsync) never shows B without A; an agent that was killed goes on from what the kernel
-remembered, without a compare; when the writers have stopped the newest point is the disk, byte for byte. With
+remembered, without a compare; FROZEN points (5) made meanwhile by `mark --freeze` are clean file systems whose journal
+need not be replayed, and the time for which everything stood still is printed; when the writers have stopped the newest point is the disk, byte for byte. With
 MODE=data as many single writes between the points are judged like points. Called by
 `make capture-test`, and small by the suite.
 """
@@ -52,6 +53,33 @@ def judge_writes(lab, target, name, sequences, count, seed):
     say(f"  {judged} of {count} single writes between them judged")
 
 
+def freeze_points(lab, count):
+    """Points of frozen file systems, under load; answers them with how long everything was frozen beyond the call."""
+    answers = [lab.agent.command("mark", "--freeze", "--name", f"frozen-{number}") for number in range(count)]
+    for answer in answers:
+        if answer["class"] != "frozen":
+            raise LabError(f"a frozen point is called {answer['class']}: {answer}")
+    held = sorted(answer["frozen_us"] / 1000 for answer in answers)
+    calls = sorted(answer["freeze_call_us"] / 1000 for answer in answers)
+    if held:
+        say(f"  {count} frozen points: frozen for {held[count // 2]:.1f} ms beyond the call (at most {held[-1]:.1f}), "
+            f"calls of {calls[count // 2]:.1f} ms (at most {calls[-1]:.1f})")
+    return answers
+
+
+def judge_frozen(lab, target, name, answers):
+    """Each is a clean file system as it is, without its journal."""
+    copy = lab.dir / "frozen.raw"
+    listed = {point["name"]: point["point"] for point in target.command("points", name)["points"] if point["name"]}
+    for number in range(len(answers)):
+        target.command("export", name, listed[f"frozen-{number}"], "--format", "raw", "-o", copy, timeout=600)
+        said = run("e2fsck", "-fn", copy)
+        if "recovering journal" in said:
+            raise LabError(f"frozen point {number} needs its journal")
+        copy.unlink()
+    say(f"  {len(answers)} of {len(answers)} frozen points are clean without their journal")
+
+
 def body(lab):
     if not is_root():
         skipped("live capture needs root")
@@ -84,6 +112,7 @@ def body(lab):
     wait_for("half of the points", lambda: len(crash_points(target, name)) >= count // 2, 30 + 10 * count, lab.agent.log)
     read = lab.agent.status()["disks"][0]["read_bytes"] - before
     say(f"  {count // 2} points while {writers[0].count} ordered writes were made; {mib(read)} of the disk were read for them")
+    frozen = freeze_points(lab, setting("FROZEN", 5, int))
     info = kill_agent(lab, pipeline)
     if info["read_bytes"] > size // 2:
         raise LabError(f"the agent read {mib(info['read_bytes'])} again after a kill")
@@ -109,6 +138,7 @@ def body(lab):
             raise LabError(f"point {point} shows {shown}, the one before it {last}")
         last = shown
         copy.unlink()
+    judge_frozen(lab, target, name, frozen)
     if mode == "data":
         judge_writes(lab, target, name, range(first, pipeline.target_disk()["durable"]), len(chosen), seed)
     say(f"  {len(chosen)} of {len(points)} points judged: file system, database and ordered writes are sound")

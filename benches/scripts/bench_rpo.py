@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""How much would be lost with the machine: the age of the newest durable state while random writes go on.
+
+Environment: SIZE (2G), SECONDS (60), RATES ("20 50", MB/s), MODES ("data window"), RELAY (1), SEED. Each case is a loop device
+that fio writes 4 KiB blocks to at a fixed rate, through all three daemons (release build); `window` has points every 2 s.
+The agent's own `rpo_ms` is sampled ten times a second; the 50th and 99th percentile and the maximum are printed with the
+goals (data: 1 s and 5 s; window: 99th 8 s), the agent's peak memory beside its ring and budget, and in the end the newest
+point must be the disk. Called by `make bench-rpo` as root.
+"""
+
+import subprocess
+import sys
+import time
+
+from lab import AGENT, LabError, is_root, run, wait_for
+from live import crash_points
+from pipeline import Pipeline
+from runner import main, mib, say, seed_setting, setting, size_setting, skipped
+
+GOALS = {"data": (1.0, 5.0), "window": (None, 8.0)}
+RING_BYTES, BUDGET_BYTES = 64 << 20, 256 << 20
+
+
+def percentile(values, share):
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+def measure(lab, source, mode, rate, seconds, seed):
+    """Samples of the age in seconds, and the agent's peak memory."""
+    command = ["fio", "--name=churn", f"--filename={source}", "--direct=1", "--ioengine=libaio", "--iodepth=8", "--rw=randwrite",
+               "--bs=4k", f"--rate={rate}m", "--time_based=1", f"--runtime={seconds}", f"--randseed={seed}", "--norandommap=1",
+               "--refill_buffers=1", "--buffer_compress_percentage=50", "--output=/dev/null"]
+    churn, ages, streamed = subprocess.Popen(command), [], 0
+    try:
+        begun = time.monotonic()
+        while churn.poll() is None and time.monotonic() - begun < seconds + 60:
+            time.sleep(0.1)
+            disk = (lab.agent.status() or {"disks": [{}]})["disks"][0]
+            # The beginning of the load is not the load.
+            if disk.get("rpo_ms") is not None and time.monotonic() - begun > 5:
+                ages.append(disk["rpo_ms"] / 1000)
+                streamed += disk["streaming"]
+    finally:
+        if churn.poll() is None:
+            churn.kill()
+        churn.wait()
+    if not ages:
+        raise LabError("the agent never said how old the durable state is")
+    return ages, streamed / len(ages), lab.daemons[AGENT].usage()[1]
+
+
+def case(lab, mode, rate, seed):
+    size, seconds = size_setting("2G"), setting("SECONDS", 60, int)
+    name = f"{mode}-{rate}"
+    image = lab.dir / f"{name}.raw"
+    with open(image, "wb") as file:
+        file.truncate(size)
+    source = lab.loop(image)
+    retention = {"path": str(lab.dir / f"retention-{name}")}
+    interval = "2s" if mode == "window" else "10s"
+    pipeline = Pipeline(lab, source, relay=setting("RELAY", "1") == "1", agent={"capture": {"mode": mode, "interval": interval}},
+                        target={"retention": retention})
+    pipeline.start()
+    pipeline.protect("flat")
+    disk = pipeline.wait_synced(max(120, size / 5e6), quiet=True)
+    first = "every write is streamed" if mode == "data" else "a round is durable"
+    wait_for(first, lambda: lab.agent.status()["disks"][0]["streaming" if mode == "data" else "scan_rounds"], 60, lab.agent.log)
+    ages, streamed, peak = measure(lab, source, mode, rate, seconds, seed)
+    middle, high = percentile(ages, 0.5), percentile(ages, 0.99)
+    goals = [f"p{number} {value:.2f} s" + ("" if goal is None else f" (goal {goal:.0f}: {'met' if value <= goal else 'MISSED'})")
+             for number, value, goal in zip((50, 99), (middle, high), GOALS[mode])]
+    say(f"  {mode} at {rate} MB/s of random 4 KiB writes: RPO {', '.join(goals)}, at most {max(ages):.2f} s; "
+        f"streamed {streamed:.0%} of the time; agent's peak {mib(peak)}, {mib(max(0, peak - RING_BYTES))} without its ring")
+    pipeline.wait_followed(120, "after the churn")
+    points = crash_points(lab.target, disk["disk"])
+    copy = lab.dir / "newest.raw"
+    lab.target.command("export", disk["disk"], points[-1]["point"], "--format", "raw", "-o", copy, timeout=600)
+    run("cmp", source, copy)
+    copy.unlink()
+    pipeline.stop()
+    lab.agent.command("unfollow")
+    pipeline.forget()
+
+
+def body(lab):
+    if not is_root():
+        skipped("live capture needs root")
+        return
+    seed = seed_setting()
+    for mode in setting("MODES", "data window").split():
+        for rate in setting("RATES", "20 50").split():
+            case(lab, mode, int(rate), seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main("bench-rpo", body))
