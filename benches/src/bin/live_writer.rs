@@ -17,8 +17,10 @@ use rustix::fs::{FallocateFlags, OFlags, fallocate};
 
 const RECORD_STRIDE_BYTES: u64 = 4096;
 const RECORDS: u64 = 4096;
-const SCATTERED_BYTES: u64 = 48 << 20;
+const SCATTERED_BYTES: u64 = 16 << 20;
 const PIECE_BYTES_MAX: u64 = 128 << 10;
+/// Without a pause a guest in software does nothing but make its journal durable.
+const BETWEEN: Duration = Duration::from_millis(10);
 const PAGE_BYTES: usize = 4096;
 
 fn main() -> ExitCode {
@@ -55,6 +57,7 @@ fn in_order(folder: &Path, end: Instant) -> io::Result<()> {
         number += 1;
         put(&a, number)?;
         put(&b, number)?;
+        std::thread::sleep(BETWEEN);
     }
     Ok(())
 }
@@ -105,7 +108,7 @@ fn scatter(folder: &Path, seed: u64, end: Instant) -> io::Result<()> {
             3 => fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, length)?,
             _ => file.write_all_at(piece, at)?,
         }
-        std::thread::sleep(Duration::from_millis(seeded.next_u64() % 40));
+        std::thread::sleep(Duration::from_millis(seeded.next_u64() % 100));
     }
     file.sync_all()
 }
