@@ -48,7 +48,8 @@ fn main() -> ExitCode {
 
 /// Each number to A, durable, and then to B. Goes on after the newest number that A has.
 fn in_order(folder: &Path, end: Instant) -> io::Result<()> {
-    let open = |name| OpenOptions::new().read(true).write(true).create(true).truncate(false).open(folder.join(name));
+    let open =
+        |name| OpenOptions::new().read(true).write(true).create(true).truncate(false).open(folder.join(name));
     let (a, b) = (open("a")?, open("b")?);
     let mut number = newest(&a)?;
     // After a crash B may be one behind.
