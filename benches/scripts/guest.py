@@ -136,7 +136,7 @@ class Packages:
         text = run("apt-cache", *self.options, "show", "linux-image-cloud-amd64", check=False).stdout
         names = re.findall(rf"^Depends: (linux-image-{re.escape(version)}\.\S+)", text, re.MULTILINE)
         if not names:
-            raise Missing(f"no kernel {version} among the packages of {SUITES[version]}")
+            raise Missing(f"no kernel {version} among the packages of {SUITES[version]}; is the source of packages reached?")
         return names[0]
 
     def unpack(self, name, place):

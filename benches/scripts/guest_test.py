@@ -21,7 +21,7 @@ import sys
 import time
 from types import SimpleNamespace
 
-from guest import HOST, Guest, Missing, initramfs, kernel
+from guest import HOST, Guest, Missing, initramfs, kernel, need
 from lab import AGENT, RELAY, TARGET, LabError, run, wait_for
 from live import crash_points, newest
 from pipeline import Pipeline
@@ -314,6 +314,7 @@ def cut_and_check(lab, machine, pipeline, offset, rng, again):
 
 
 def kernel_test(lab, version, cuts, size, load, seed):
+    need("qemu-system-x86_64", "busybox", "strip", "debugfs", "e2fsck")
     rng = random.Random(seed)
     machine = Machine(lab, version, size, seed)
     say(f"kernel {version}: {machine.release}")
