@@ -5,11 +5,12 @@ The cut is `kill -9` of QEMU with its write-back cache on this host's page cache
 acknowledged writes are all there. What a disk's own volatile cache loses is not shown here.
 
 Environment: KERNELS ("6.1 6.12"), CUTS (2, for each kernel; every second one is followed by another before the compare has
-ended), SIZE (512M), LOAD (8, seconds of load before a cut), RELAY (1), SEED (random, printed), KEEP. The agent runs in the guest, the other daemons here. Asserted: the capture programs load on
-that kernel and the disk below the logical volume is followed, not scanned; a mapped device and a read-only disk are
-refused by name; after a cut the agent compares by hash while the load goes on, and follows again; points from before the
-cut stay, and one of them is judged: ext4 replays its journal, `e2fsck -fn` then finds nothing, and the ordered writer
-(A, fsync, B, fsync) never shows B without A; when the load has stopped the newest point is the guest's disk, byte for byte.
+ended), SIZE (512M), LOAD (8, seconds of load before a cut), RELAY (1), SEED (random, printed), KEEP. The agent runs in the
+guest, the other daemons here. Asserted: the best capture programs load on that kernel and the disk below the logical volume
+is followed, not scanned; capture refuses a mapped device and a read-only disk by name; after a cut the agent compares by
+hash while the load goes on, and follows again; points from before the cut stay, and two of them are judged: ext4's journal
+is replayed, `e2fsck -fn` then finds nothing, and the ordered writer (A, fsync, B, fsync) never shows B without A; when the
+load has stopped the newest point is the guest's disk, byte for byte.
 Called by `make guest-test`, and small by the suite. Needs no root.
 """
 
@@ -57,12 +58,14 @@ class GuestAgent:
         self.guest.run(f"mkdir -p {STATE}; chmod 700 {STATE}; cat >{place} <<'X'\n{text}X")
 
     def start(self):
-        self.guest.run(f"echo --- >>{STATE}/agent.log; setsid reprotect-agent run --state-dir {STATE} >>{STATE}/agent.log 2>&1 &")
+        self.guest.run(f"echo --- >>{STATE}/agent.log; "
+                       f"setsid reprotect-agent run --state-dir {STATE} >>{STATE}/agent.log 2>&1 &")
         wait_for("the agent in the guest answers", self.status, 60)
 
     def stop(self):
         """Ends it as an administrator would."""
-        self.guest.run("kill $(pidof reprotect-agent); for i in $(seq 100); do pidof reprotect-agent || exit 0; sleep 0.2; done; exit 1")
+        self.guest.run("kill $(pidof reprotect-agent); "
+                       "for i in $(seq 100); do pidof reprotect-agent || exit 0; sleep 0.2; done; exit 1")
 
     def status(self):
         code, text = self.guest.try_run(f"reprotect-agent status --json --state-dir {STATE} 2>/dev/null")
@@ -168,9 +171,11 @@ class Machine:
         self.guest.run(f"setsid live_writer {DATA} {self.seed} 600 >/run/writer.log 2>&1 &")
 
     def stop_writing(self):
-        code, said = self.guest.try_run("kill $(pidof live_writer); code=$?; while pidof live_writer; do sleep 0.2; done; exit $code")
+        code, said = self.guest.try_run("kill $(pidof live_writer); code=$?; "
+                                        "while pidof live_writer; do sleep 0.2; done; exit $code")
         if code:
-            raise LabError(f"the writer in the guest ended by itself: {said} {self.guest.try_run('cat /run/writer.log; dmesg | tail')[1]}")
+            said += self.guest.try_run("cat /run/writer.log; dmesg | tail")[1]
+            raise LabError(f"the writer in the guest ended by itself: {said}")
 
 
 def tool(name):
@@ -334,7 +339,7 @@ def kernel_test(lab, version, cuts, size, load, seed):
     attached = " ".join(pipeline.agent.logged("capture programs attached"))
     say(f"  capture: window, programs {attached.partition('variant=')[2].partition(' place=')[0] or 'not named'}")
     if VARIANT not in attached:
-        raise LabError(f"this kernel takes better programs than these, {VARIANT}: {pipeline.agent.logged('lesser variant|programs')}")
+        raise LabError(f"this kernel is to take {VARIANT}; see {pipeline.agent.log}\n{pipeline.agent.tail(60)}")
     wait_points(pipeline, 2, 180)
     for number in range(cuts):
         if number:

@@ -99,7 +99,7 @@ fn single_writes_of_a_live_disk_are_states_it_was_in() {
 
 #[test]
 fn a_guest_that_loses_its_power_ends_identical_and_its_points_stay() {
-    script("guest_test.py", &[("KERNELS", "6.1"), ("CUTS", "1"), ("SIZE", "128M"), ("LOAD", "1")]);
+    script("guest_test.py", &[("KERNELS", "6.1"), ("CUTS", "1"), ("SIZE", "96M"), ("LOAD", "1")]);
 }
 
 #[test]
