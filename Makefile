@@ -3,12 +3,12 @@
 
 SCRIPTS := benches/scripts
 CARGO ?= cargo
-export SIZE_MIB APPLY_MIB EXTENTS GROW SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS ROLLBACKS PERCENT ROUNDS CASES LEVEL POINTS MODE
+export SIZE_MIB APPLY_MIB EXTENTS GROW SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS ROLLBACKS PERCENT ROUNDS CASES LEVEL POINTS MODE KERNELS CUTS LOAD
 # Python writes no caches beside the scripts.
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test delta-test points-test failback-test export-test capture-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture bench-rpo sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test delta-test points-test failback-test export-test capture-test guest-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture bench-rpo sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ export-test: build ## points exported, and extracted from the folder alone after
 
 capture-test: build ## a live ext4 with a database, its crash-consistent points judged: [SIZE=1G] [POINTS=20] [FROZEN=5] [MODE=window|data] [RELAY=1] [SEED=n]
 	@$(SCRIPTS)/capture_test.py
+
+guest-test: build ## a guest with LVM loses its power while it writes; needs no root: [KERNELS="6.1 6.12"] [CUTS=2] [SIZE=512M] [LOAD=8] [RELAY=1] [SEED=n]
+	@$(SCRIPTS)/guest_test.py
 
 scrub-test: build ## the scrub under load, after kills, with rot and outside writes: [SIZE=1G] [SEED=n]
 	@$(SCRIPTS)/scrub_test.py

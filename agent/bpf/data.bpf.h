@@ -249,7 +249,8 @@ static __always_inline void record(struct control *ctl, struct tally *tally, str
         tally->records++;
         return;
     }
-    struct bio_vec *vec = GET(bio->bi_io_vec);
+    /* A number, not a pointer that the verifier follows: older ones let nobody reckon with those. */
+    struct bio_vec *vec = PROBE(bio->bi_io_vec);
     __u32 at = GET(bio->bi_iter.bi_idx), done = GET(bio->bi_iter.bi_bvec_done);
     vec = (struct bio_vec *)((__u64)vec + (__u64)at * bpf_core_type_size(struct bio_vec));
     __u32 length = PROBE(vec->bv_len) - done;

@@ -98,6 +98,11 @@ fn single_writes_of_a_live_disk_are_states_it_was_in() {
 }
 
 #[test]
+fn a_guest_that_loses_its_power_ends_identical_and_its_points_stay() {
+    script("guest_test.py", &[("KERNELS", "6.1"), ("CUTS", "1"), ("SIZE", "96M"), ("LOAD", "1")]);
+}
+
+#[test]
 fn the_demonstration_tells_its_story_to_the_end() {
     script("demo.py", &[("SIZE", "256M"), ("TARGET", "sparse")]);
 }
