@@ -16,7 +16,7 @@ import sys
 import time
 
 from lab import AGENT, LabError, is_root, run, wait_for
-from live import DatabaseWriter, OrderedWriter, crash_points, judge
+from live import DatabaseWriter, OrderedWriter, crash_points, judge, newer_point
 from pipeline import Pipeline
 from runner import main, mib, say, seed_setting, setting, size_setting, skipped
 
@@ -123,7 +123,7 @@ def body(lab):
         writer.going = False
         writer.join()
     lab.unmount(folder)
-    pipeline.wait_followed(60, "after the writers stopped")
+    last_point = newer_point(lab, name)
     points = crash_points(target, name)
     chosen = sorted(random.Random(seed).sample(range(len(points)), min(count, len(points))))
     at, copy, last = lab.dir / "judged", lab.dir / "point.raw", (0, 0)
@@ -142,7 +142,7 @@ def body(lab):
     if mode == "data":
         judge_writes(lab, target, name, range(first, pipeline.target_disk()["durable"]), len(chosen), seed)
     say(f"  {len(chosen)} of {len(points)} points judged: file system, database and ordered writes are sound")
-    target.command("export", name, crash_points(target, name)[-1]["point"], "--format", "raw", "-o", copy, timeout=600)
+    target.command("export", name, last_point["point"], "--format", "raw", "-o", copy, timeout=600)
     run("blockdev", "--flushbufs", source)
     run("cmp", source, copy)
     info = lab.agent.status()["disks"][0]

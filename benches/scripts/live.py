@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 
-from lab import LabError, run
+from lab import LabError, run, wait_for
 
 RECORD = struct.Struct("<QQ")
 
@@ -97,3 +97,14 @@ def crash_points(target, name):
     """Points that promise to be a state of the disk, oldest first."""
     points = target.command("points", name)["points"]
     return [point for point in reversed(points) if point["class"] == "crash-consistent" and not point["degraded"]]
+
+
+def newer_point(lab, name, seconds=60):
+    """Waits for a point of what is written until now, and answers it."""
+    since = time.time() * 1000
+
+    def newer():
+        points = crash_points(lab.target, name)
+        return points[-1] if points and points[-1]["source_time_ms"] > since else None
+
+    return wait_for("a point of what was written until now", newer, seconds, lab.agent.log)
