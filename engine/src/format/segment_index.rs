@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use super::FormatError;
 use super::segment::{EntryHead, EntryKind, JournalId};
 use super::wire::wire;
-use crate::checksum::crc32;
+use crate::checksum::{crc32, is_zero};
 use crate::units::{BLOCK_BYTES, DiskId, SECTOR_BYTES, Timestamp};
 
 /// First eight bytes of an index head; the last one is the version.
@@ -174,13 +174,25 @@ impl SegmentIndexHead {
             let expected = items_bytes(self.items.into()) as usize;
             return Err(FormatError::Short { what: ITEM, got: bytes.len(), expected });
         }
+        let used = self.items as usize * SegmentIndexItem::BYTES;
+        if !is_zero(bytes.get(used..).unwrap_or_default()) {
+            return field(ITEM, "padding", 1, "zeros");
+        }
         let mut items = Vec::with_capacity(self.items as usize);
-        let (mut end, mut newest) = (BLOCK_BYTES, BTreeMap::new());
+        // Neighbours are mostly of one disk: only where it changes the map is asked.
+        let (mut end, mut newest, mut last) = (BLOCK_BYTES, BTreeMap::new(), (DiskId::default(), 0));
         for bytes in bytes.chunks_exact(SegmentIndexItem::BYTES).take(self.items as usize) {
             let item = SegmentIndexItem::read_exact(bytes)?;
             end = item.check(end, self.groups_end)?;
-            if item.kind.is_numbered() && newest.insert(item.disk, item.number) >= Some(item.number) {
-                return field(ITEM, "number", item.number, "more than the one before it");
+            if item.kind.is_numbered() {
+                if item.disk != last.0 {
+                    newest.insert(last.0, last.1);
+                    last = (item.disk, newest.get(&item.disk).copied().unwrap_or(0));
+                }
+                if item.number <= last.1 {
+                    return field(ITEM, "number", item.number, "more than the one before it");
+                }
+                last.1 = item.number;
             }
             items.push(item);
         }

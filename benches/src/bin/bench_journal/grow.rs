@@ -60,7 +60,10 @@ pub(crate) fn run(folder: &Path, report: &mut Report) {
     forget_indexes(&retention);
     let read = open(&files, &retention, records, "without indexes", log_gb, report);
     report.note("opening with indexes over without", indexed / read);
-    report.held("opening 100 GB of log with indexes at that rate, s", 100.0 * indexed / log_gb, '<', 10.0);
+    // The newest segment is read whatever the size of the log.
+    let newest = (read / log_gb * SEGMENT_BYTES as f64 / 1e9).min(indexed);
+    let of_100_gb = newest + 100.0 * (indexed - newest) / log_gb;
+    report.held("opening 100 GB of such a log with indexes, s", of_100_gb, '<', 10.0);
 }
 
 /// Opens the journal; answers the seconds it took.

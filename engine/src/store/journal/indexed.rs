@@ -272,17 +272,21 @@ impl Scanner<'_> {
 
     fn take(&mut self, segment: u64, items: &[SegmentIndexItem]) {
         let highest = self.scan.segments.entry(segment).or_default();
-        for item in items {
-            let disk = self.scan.disks.entry(item.disk).or_default();
-            let newest = highest.entry(item.disk).or_default();
-            let place = Place { segment, offset: item.offset, bytes: item.bytes.into() };
-            if item.kind.is_numbered() {
-                *newest = item.number;
-                let (number, kind, time) = (item.number, item.kind, item.time);
-                disk.entries.push(LogEntry { number, kind, place, time });
-            } else {
-                let is_applied = item.kind == EntryKind::Applied;
-                self.scan.indexes.unread.insert((item.disk, is_applied), place);
+        // Neighbours are mostly of one disk.
+        for items in items.chunk_by(|one, two| one.disk == two.disk) {
+            let Some(SegmentIndexItem { disk: id, .. }) = items.first() else { continue };
+            let disk = self.scan.disks.entry(*id).or_default();
+            let newest = highest.entry(*id).or_default();
+            for item in items {
+                let place = Place { segment, offset: item.offset, bytes: item.bytes.into() };
+                if item.kind.is_numbered() {
+                    *newest = item.number;
+                    let (number, kind, time) = (item.number, item.kind, item.time);
+                    disk.entries.push(LogEntry { number, kind, place, time });
+                } else {
+                    let is_applied = item.kind == EntryKind::Applied;
+                    self.scan.indexes.unread.insert((*id, is_applied), place);
+                }
             }
         }
     }
