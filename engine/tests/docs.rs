@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use reprotect_engine::format::undo::{frame as undo_frame, index as undo_index};
 use reprotect_engine::format::wire::{Row, ValueRow};
 use reprotect_engine::format::{
-    batch, crc_map, disk_state, extent, frame, handshake, manifest, message, segment, undo,
+    batch, crc_map, disk_state, extent, frame, handshake, manifest, message, segment, segment_index, undo,
 };
 
 enum Table {
@@ -42,6 +42,7 @@ fn tables() -> Vec<(&'static str, Table)> {
         extent: RecordHeader | RecordKind Codec;
         disk_state: DiskStateHead |;
         segment: SegmentHeader GroupHeader EntryHead Applied | EntryKind;
+        segment_index: SegmentIndexHead SegmentIndexItem |;
         manifest: Superblock ManifestHeader EditHead SegmentOpened Released DiskAdded DiskRemoved EpochOpened
             EpochClosed RunsMerged EpochsExpired PointKept PointDropped StretchDegraded | EditKind EpochCause;
         crc_map: MapHeader MapPageHead |;

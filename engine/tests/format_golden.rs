@@ -24,6 +24,7 @@ use reprotect_engine::format::handshake::{Hello, HelloAck};
 use reprotect_engine::format::manifest::{Edit, EditHead, ManifestHeader, Superblock};
 use reprotect_engine::format::message::Message;
 use reprotect_engine::format::segment::{Applied, EntryKind, GroupHeader, SegmentHeader, entries};
+use reprotect_engine::format::segment_index::{SegmentIndexHead, encode_index};
 use reprotect_engine::format::undo::frame::{Frame as UndoFrame, FrameHead, UndoCodec};
 use reprotect_engine::format::undo::index::{
     Trailer, put_fence_page, put_index_page, read_fence_page, read_index_page,
@@ -304,6 +305,26 @@ fn superblock_and_manifest_have_the_bytes_they_always_had() {
     let kinds: std::collections::BTreeSet<u8> =
         (2..golden.len()).map(|at| EditHead::open(&padded(at)).unwrap().kind as u8).collect();
     assert_eq!(kinds.len(), reprotect_engine::format::manifest::EditKind::ALL.len());
+}
+
+#[test]
+fn segment_indexes_have_the_bytes_they_always_had() {
+    let (head, items) = journal_samples::segment_index();
+    let whole = encode_index(&head, &items);
+    let (body, block) = whole.split_at(whole.len() - 4096);
+    let sections = vec![
+        ("items".to_owned(), without_padding(body)),
+        ("SegmentIndexHead".to_owned(), without_padding(block)),
+    ];
+    let golden = check("segment_index.txt", &sections, false);
+    let [body, block] = [0, 1].map(|at: usize| {
+        let mut bytes = golden[at].1.clone();
+        bytes.resize(4096, 0);
+        bytes
+    });
+    let read = SegmentIndexHead::open(&block).unwrap();
+    assert_eq!(SegmentIndexHead { crc: 0, items: 0, items_crc: 0, ..read }, head);
+    assert_eq!(read.open_items(&body).unwrap(), items);
 }
 
 #[test]

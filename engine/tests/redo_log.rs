@@ -14,6 +14,7 @@ use proptest::prelude::*;
 use reprotect_engine::format::manifest::DiskAdded;
 use reprotect_engine::format::segment::{Applied, EntryKind};
 use reprotect_engine::store::files::memory::MemoryFiles;
+use reprotect_engine::store::journal::offline::Offline;
 use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings, Recovered};
 use reprotect_engine::units::{DiskId, Timestamp};
 
@@ -164,6 +165,17 @@ fn check_bodies(journal: &mut Journal, found: &Recovered) {
     }
 }
 
+/// What opening takes from indexes of segments is what stands in the segments.
+fn check_indexes(files: &MemoryFiles, when: &str) {
+    let offline = Offline::open(files.opener(), Path::new(FOLDER)).unwrap();
+    assert_eq!(offline.found().doubted, [], "{when}");
+    let read = offline.log(|_| {}).unwrap();
+    for (disk, found) in &offline.found().disks {
+        let read = read.disks.get(disk).cloned().unwrap_or_default();
+        assert_eq!(found, &read, "{when}: disk {disk} by its indexes and by its groups");
+    }
+}
+
 /// How many workloads: `CRASH_CASES` plays more (`make crash`).
 fn cases() -> u32 {
     std::env::var("CRASH_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(48)
@@ -185,6 +197,7 @@ proptest! {
         for events in played.promises[0].0..=trace.len() {
             let promise = &played.promises.iter().rev().find(|(at, _)| *at <= events).unwrap().1;
             let crashed = played.empty.crashed(&trace, events, &mut lands);
+            check_indexes(&crashed, &format!("after {events} events"));
             let after = crashed.snapshot();
             let (mut journal, found) = open(&crashed).unwrap();
             check(&found, promise, &format!("after {events} events"));
@@ -193,7 +206,9 @@ proptest! {
             drop(journal);
             let again = crashed.trace();
             let at = again.len() / 2;
-            let (mut journal, found) = open(&after.crashed(&again, at, &mut lands)).unwrap();
+            let twice = after.crashed(&again, at, &mut lands);
+            check_indexes(&twice, &format!("after {events} events and {at} of its recovery"));
+            let (mut journal, found) = open(&twice).unwrap();
             check(&found, promise, &format!("after {events} events and {at} of its recovery"));
             check_bodies(&mut journal, &found);
         }

@@ -95,6 +95,11 @@ fn journal() {
     for (name, bytes) in golden("segment.txt") {
         write("segment", &name, &padded(&bytes));
     }
+    let index = golden("segment_index.txt");
+    write("segment_index", "whole", &index.iter().flat_map(|(_, bytes)| padded(bytes)).collect::<Vec<_>>());
+    for (name, bytes) in index.iter().skip(1) {
+        write("segment_index", name, &padded(bytes));
+    }
     for (name, bytes) in golden("undo_run.txt") {
         write("undo_run", &name, &padded(&bytes));
     }

@@ -13,6 +13,9 @@ use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::manifest::{DiskAdded, Edit, EditHead, EpochCause, ManifestHeader, Superblock};
 use reprotect_engine::format::segment::{EntryHead, EntryKind, GroupHeader, SegmentHeader, entries};
+use reprotect_engine::format::segment_index::{
+    SEGMENT_INDEX_MAGIC, SegmentIndexHead, encode_index, index_bytes,
+};
 use reprotect_engine::format::undo::frame::{Frame, FrameHead};
 use reprotect_engine::format::undo::index::{Trailer, read_fence_page, read_index_page};
 use reprotect_engine::format::undo::{RunHeader, RunIdentity};
@@ -100,6 +103,24 @@ pub fn segment(data: &[u8]) {
             end = at + EntryHead::BYTES + body.len();
         }
         assert!(end <= input.len());
+    }
+}
+
+/// The index of a segment: items, and the head in the last block.
+pub fn segment_index(data: &[u8]) {
+    let Some((items, block)) = data.len().checked_sub(4096).map(|at| data.split_at(at)) else { return };
+    let mut put_right = block.to_vec();
+    put(&mut put_right, SegmentIndexHead::TABLE, "items_crc", &crc32(items).to_le_bytes());
+    for block in [block, &fixed(&put_right, SegmentIndexHead::TABLE, "crc", 12..SegmentIndexHead::BYTES)] {
+        let Ok(head) = SegmentIndexHead::open(block) else { continue };
+        assert!(SegmentIndexHead::is_of(block, head.salt));
+        let at = head.items_offset().expect("an open head has room for its items");
+        assert!(at >= head.groups_end && at + index_bytes(head.items.into()) == head.bytes);
+        let Ok(read) = head.open_items(items) else { continue };
+        assert!(read.iter().all(|item| item.offset + u64::from(item.bytes) <= head.groups_end));
+        let again = encode_index(&head, &read);
+        assert_eq!(again.len(), data.len());
+        assert_eq!(again[..items.len()], *items, "it is not written back as it was read");
     }
 }
 
@@ -320,6 +341,9 @@ fn put_right(files: &MemoryFiles, path: &Path, block: u64) {
             fixed(&bytes, EditHead::TABLE, "crc", 8..EditHead::BYTES)
         }
         Some("redo") if block == 0 => fixed(&bytes, SegmentHeader::TABLE, "crc", 12..SegmentHeader::BYTES),
+        Some("redo") if bytes.starts_with(&SEGMENT_INDEX_MAGIC) => {
+            fixed(&bytes, SegmentIndexHead::TABLE, "crc", 12..SegmentIndexHead::BYTES)
+        }
         Some("redo") => fixed(&bytes, GroupHeader::TABLE, "crc", 8..GroupHeader::BYTES),
         _ if block < 8192 => fixed_over(&bytes, RunHeader::TABLE, RunHeader::BYTES),
         _ => fixed_head(&bytes),

@@ -39,6 +39,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "superblock", run: journal::superblock, input_bytes_max: 4096 },
     Target { name: "manifest", run: journal::manifest, input_bytes_max: 4096 },
     Target { name: "segment", run: journal::segment, input_bytes_max: 4096 },
+    Target { name: "segment_index", run: journal::segment_index, input_bytes_max: 8192 },
     Target { name: "redo_entry", run: journal::redo_entry, input_bytes_max: 16384 },
     Target { name: "undo_run", run: journal::undo_run, input_bytes_max: 4608 },
     Target { name: "journal", run: journal::journal, input_bytes_max: 512 },

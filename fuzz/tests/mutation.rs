@@ -81,6 +81,7 @@ hammered! {
     superblock: 100_000,
     manifest: 100_000,
     segment: 100_000,
+    segment_index: 50_000,
     redo_entry: 50_000,
     undo_run: 50_000,
     journal: 1_000,

@@ -382,6 +382,18 @@ fn report(found: &Recovered) {
     if let Some((path, offset)) = &found.torn {
         tracing::info!(path = %path.display(), offset, "the redo log ends in a torn write, as after a power cut");
     }
+    if found.indexed > 0 {
+        tracing::debug!(
+            segments = found.indexed,
+            "segments of the redo log were not read: they have an index"
+        );
+    }
+    for index in &found.doubted {
+        tracing::warn!(
+            path = %index.path.display(), offset = index.offset, reason = index.reason,
+            "the index of a segment of the redo log cannot be used; the segment was read instead"
+        );
+    }
     for path in &found.set_aside {
         tracing::warn!(path = %path.display(), "a file that belongs to nothing was moved aside");
     }

@@ -23,6 +23,8 @@ pub const SUPERBLOCK_MAGIC: [u8; 8] = *b"RPSUPR\x00\x01";
 pub const MANIFEST_MAGIC: [u8; 8] = *b"RPMANI\x00\x01";
 /// First four bytes of an edit.
 pub const EDIT_MAGIC: u32 = 0x5444_4552;
+/// Compatible feature: full segments of the redo log have an index at their end.
+pub const COMPATIBLE_SEGMENT_INDEXES: u32 = 1;
 /// Copies of the superblock.
 pub const SUPERBLOCK_COPIES: u64 = 4;
 /// Largest body of an edit.
@@ -39,7 +41,7 @@ wire! {
         incompatible: u32,
         /// Features without which nothing must be written: none yet.
         read_only_compatible: u32,
-        /// Features that an older program may ignore: none yet.
+        /// Features that an older program may ignore: bit 0, segments of the redo log have indexes.
         compatible: u32,
         /// The journal.
         journal: JournalId,

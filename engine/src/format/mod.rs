@@ -16,6 +16,7 @@ pub mod manifest;
 pub mod message;
 pub mod nbd;
 pub mod segment;
+pub mod segment_index;
 pub mod undo;
 pub mod vmdk;
 pub mod wire;

@@ -1,11 +1,12 @@
 //! The structures a journal's files consist of, each with the decoder and the identity that recovery reads it with.
 //!
-//! Invariant: the pieces do not overlap, and together they cover everything that was written but for the zeros behind
-//! the last group of a segment. Called by `journal_flips.rs`. Units: bytes.
+//! Invariant: the pieces do not overlap, and together they cover everything that was written but for the zeros between
+//! the last group of a segment and its index. Called by `journal_flips.rs`. Units: bytes.
 
 use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::manifest::{Edit, EditHead, ManifestHeader, SUPERBLOCK_COPIES, Superblock};
 use reprotect_engine::format::segment::{GroupHeader, SegmentHeader, entries};
+use reprotect_engine::format::segment_index::SegmentIndexHead;
 use reprotect_engine::format::undo::frame::Frame;
 use reprotect_engine::format::undo::index::{Trailer, read_fence_page, read_index_page};
 use reprotect_engine::format::undo::{FRAMES_START, RunHeader};
@@ -15,7 +16,7 @@ use crate::image::Image;
 const BLOCK: usize = 4096;
 
 /// Names of the kinds, each of which an image must have.
-pub(crate) const KINDS: [&str; 10] = [
+pub(crate) const KINDS: [&str; 12] = [
     "superblock copy",
     "manifest header",
     "edit",
@@ -26,6 +27,8 @@ pub(crate) const KINDS: [&str; 10] = [
     "index page",
     "fence page",
     "trailer",
+    "segment index head",
+    "segment index items",
 ];
 
 /// What a piece is, with what a reader knows of it before it reads.
@@ -41,6 +44,8 @@ pub(crate) enum Kind {
     IndexPage { salt: u64, number: u64, frames_end: u64 },
     FencePage { salt: u64, number: u64 },
     Trailer { salt: u64, file_bytes: u64 },
+    SegmentIndexHead { salt: u64 },
+    SegmentIndexItems { head: SegmentIndexHead },
 }
 
 impl Kind {
@@ -56,6 +61,8 @@ impl Kind {
             Self::IndexPage { .. } => 7,
             Self::FencePage { .. } => 8,
             Self::Trailer { .. } => 9,
+            Self::SegmentIndexHead { .. } => 10,
+            Self::SegmentIndexItems { .. } => 11,
         }]
     }
 }
@@ -96,6 +103,11 @@ impl Piece {
             Kind::Trailer { salt, file_bytes } => {
                 Trailer::from_block(bytes, *salt, *file_bytes).ok().map(|it| format!("{it:?}"))
             }
+            Kind::SegmentIndexHead { salt } => {
+                let head = SegmentIndexHead::open(bytes).ok().filter(|head| head.salt == *salt);
+                head.map(|it| format!("{it:?}"))
+            }
+            Kind::SegmentIndexItems { head } => head.open_items(bytes).ok().map(|it| format!("{it:?}")),
         }
     }
 }
@@ -193,8 +205,16 @@ impl Cut<'_> {
             self.take(at, len, len, Kind::Group { salt: header.salt, group });
             (at, group) = (at + len, group + 1);
         }
+        let block = self.bytes.len() - BLOCK;
+        let mut end = self.bytes.len();
+        if let Ok(head) = SegmentIndexHead::open(&self.bytes[block..]) {
+            assert_eq!((head.salt, head.groups_end), (header.salt, at as u64));
+            end = head.items_offset().unwrap() as usize;
+            self.take(end, block - end, block - end, Kind::SegmentIndexItems { head });
+            self.take(block, BLOCK, SegmentIndexHead::BYTES, Kind::SegmentIndexHead { salt: header.salt });
+        }
         assert!(
-            self.bytes[at..].iter().all(|byte| *byte == 0),
+            self.bytes[at..end].iter().all(|byte| *byte == 0),
             "{}: only zeros behind the last group",
             self.file
         );

@@ -10,6 +10,7 @@ use reprotect_engine::format::manifest::{
 use reprotect_engine::format::segment::{
     Applied, EntryHead, EntryKind, GROUP_MAGIC, GroupHeader, SEGMENT_MAGIC, SegmentHeader,
 };
+use reprotect_engine::format::segment_index::{SEGMENT_INDEX_MAGIC, SegmentIndexHead, SegmentIndexItem};
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::units::{Sequence, Timestamp};
 
@@ -113,6 +114,35 @@ pub(crate) fn segment_header() -> SegmentHeader {
         bytes: 1 << 28,
         created: TIME,
     }
+}
+
+/// Of [`segment_header`]; counts and checksums are filled in when it is written.
+pub(crate) fn segment_index() -> (SegmentIndexHead, Vec<SegmentIndexItem>) {
+    let head = SegmentIndexHead {
+        magic: SEGMENT_INDEX_MAGIC,
+        crc: 0,
+        incompatible: 0,
+        journal: JOURNAL,
+        number: 3,
+        salt: SALT,
+        bytes: 1 << 28,
+        first_group: 60,
+        last_group: 75,
+        groups_end: 9 << 20,
+        previous: 0x8765_4321,
+        last_crc: 0x1357_2468,
+        items: 0,
+        items_crc: 0,
+    };
+    let item = |kind: &EntryKind, at: u64| SegmentIndexItem {
+        disk: DISK,
+        number: (40 + at) * u64::from(kind.is_numbered()),
+        offset: 4096 + 1000 * at,
+        time: TIME,
+        bytes: 900,
+        kind: *kind,
+    };
+    (head, EntryKind::ALL.iter().zip(1..).map(|(kind, at)| item(kind, at)).collect())
 }
 
 pub(crate) fn applied() -> Applied {

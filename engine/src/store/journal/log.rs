@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::error::{JournalError, random_u64};
+use super::indexed::IndexBuilder;
 use super::manifest::Manifest;
 use crate::checksum::crc32;
 use crate::format::manifest::{Edit, Released, SegmentOpened};
@@ -51,6 +52,8 @@ pub struct Log {
     /// The highest number of a segment file.
     slot_newest: u64,
     current: Option<Current>,
+    /// The newest segment at the opening: it gets its index when the next one is in use.
+    left: Option<(SegmentOpened, IndexBuilder)>,
     group: GroupBuilder,
     next_group: u64,
     previous: u32,
@@ -65,6 +68,18 @@ struct Current {
     opened: SegmentOpened,
     file: Box<dyn BlockFile>,
     at: u64,
+    index: IndexBuilder,
+}
+
+impl Current {
+    /// Whether a group of so many bytes fits behind what is there, and later the index. An entry that is alone in its
+    /// segment may take the room of the index.
+    fn fits(&self, pending: u64, bytes: u64) -> bool {
+        let end = self.at + (GroupHeader::BYTES as u64 + pending + bytes).next_multiple_of(BLOCK_BYTES);
+        let is_alone = self.at == BLOCK_BYTES && pending == 0;
+        let kept = if is_alone { 0 } else { self.index.room_bytes() };
+        end + kept <= self.opened.bytes
+    }
 }
 
 /// The group that is being filled: room for its head, then entries.
@@ -142,6 +157,7 @@ impl Log {
             free: slots.iter().copied().filter(|slot| !used.contains(slot)).collect(),
             slot_newest: slots.iter().chain(&used).copied().max().unwrap_or(0),
             current: None,
+            left: None,
             group: GroupBuilder::default(),
             next_group: last_group + 1,
             previous,
@@ -186,24 +202,21 @@ impl Log {
         if self.group.payload_bytes() + bytes > GROUP_PAYLOAD_BYTES_MAX {
             self.commit(manifest, now)?;
         }
-        let fits = |current: &Current, pending: u64| {
-            let end =
-                current.at + (GroupHeader::BYTES as u64 + pending + bytes).next_multiple_of(BLOCK_BYTES);
-            end <= current.opened.bytes
-        };
-        if self.current.as_ref().is_none_or(|current| !fits(current, self.group.payload_bytes())) {
+        let pending = self.group.payload_bytes();
+        if self.current.as_ref().is_none_or(|current| !current.fits(pending, bytes)) {
             self.commit(manifest, now)?;
-            if self.current.as_ref().is_none_or(|current| !fits(current, 0)) {
+            if self.current.as_ref().is_none_or(|current| !current.fits(0, bytes)) {
                 self.next_segment(manifest, now, entry.room)?;
             }
         }
-        let Some(current) = self.current.as_ref().filter(|current| fits(current, self.group.payload_bytes()))
-        else {
+        let pending = self.group.payload_bytes();
+        let Some(current) = self.current.as_mut().filter(|current| current.fits(pending, bytes)) else {
             let what = format!("an entry of {bytes} bytes fits no segment of {} bytes", self.segment_bytes);
             return Err(JournalError::Full { path: self.folder.clone(), what });
         };
-        let offset = current.at + GroupHeader::BYTES as u64 + self.group.payload_bytes();
+        let offset = current.at + GroupHeader::BYTES as u64 + pending;
         self.group.push(entry);
+        current.index.push(entry.kind, entry.disk, entry.number, offset, bytes);
         Ok(Place { segment: current.opened.number, offset, bytes })
     }
 
@@ -245,6 +258,7 @@ impl Log {
             return Err(error.into());
         }
         current.at += header.stored_bytes();
+        current.index.close_group(&header, current.at);
         self.group.clear();
         self.previous = header.crc;
         self.next_group += 1;
@@ -293,8 +307,34 @@ impl Log {
             self.failed = Some(error.to_string());
             return Err(error.into());
         }
-        self.current = Some(Current { opened, file, at: BLOCK_BYTES });
+        let index = IndexBuilder::new(&opened, self.previous);
+        let before = self.current.replace(Current { opened, file, at: BLOCK_BYTES, index });
+        self.index_before(manifest, before);
         Ok(())
+    }
+
+    /// Nothing is added any more to the segment before the one that is in use now: it gets its index.
+    fn index_before(&mut self, manifest: &Manifest, before: Option<Current>) {
+        if let Some(Current { opened, mut file, index, .. }) = before {
+            index.write(&mut *file, manifest.journal(), &opened);
+        } else if let Some((opened, index)) = self.left.take()
+            && manifest.shape().segments.contains_key(&opened.number)
+            && let Ok(mut file) = self.files.open(&segment_path(&self.folder, opened.slot), true)
+        {
+            index.write(&mut *file, manifest.journal(), &opened);
+        }
+    }
+
+    /// Gives the segments that were read at the opening the index they lack, the newest when the next is in use.
+    pub(super) fn index_older(&mut self, manifest: &Manifest, wanting: Vec<(SegmentOpened, IndexBuilder)>) {
+        let newest = manifest.shape().segments.keys().next_back().copied();
+        for (opened, index) in wanting {
+            if Some(opened.number) == newest {
+                self.left = Some((opened, index));
+            } else if let Ok(mut file) = self.files.open(&segment_path(&self.folder, opened.slot), true) {
+                index.write(&mut *file, manifest.journal(), &opened);
+            }
+        }
     }
 
     /// Makes one more free segment, every byte of it written.

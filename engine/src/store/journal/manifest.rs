@@ -14,7 +14,8 @@ use super::error::JournalError;
 use super::shape::Shape;
 use crate::format::FormatError;
 use crate::format::manifest::{
-    Edit, EditHead, MANIFEST_MAGIC, ManifestHeader, SUPERBLOCK_COPIES, SUPERBLOCK_MAGIC, Superblock,
+    COMPATIBLE_SEGMENT_INDEXES, Edit, EditHead, MANIFEST_MAGIC, ManifestHeader, SUPERBLOCK_COPIES,
+    SUPERBLOCK_MAGIC, Superblock,
 };
 use crate::format::segment::JournalId;
 use crate::io::{BlockFile, ReadAt, WriteAt};
@@ -302,7 +303,7 @@ impl Manifest {
             crc: 0,
             incompatible: 0,
             read_only_compatible: 0,
-            compatible: 0,
+            compatible: COMPATIBLE_SEGMENT_INDEXES,
             journal,
             generation: 0,
             previous: 0,
@@ -498,6 +499,7 @@ impl Manifest {
         let next = Superblock {
             generation: self.superblock.generation + 1,
             previous: self.superblock.crc,
+            compatible: self.superblock.compatible | COMPATIBLE_SEGMENT_INDEXES,
             clean,
             durable_group: durable.max(self.superblock.durable_group),
             time: now,

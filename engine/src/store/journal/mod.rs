@@ -5,6 +5,7 @@
 //! | `log` | the redo log: groups, segments, commit |
 //! | `manifest` | what the journal consists of, durably; `shape` is that as a value |
 //! | `recovery` | reading the redo log after a stop or a crash |
+//! | `indexed` | what is read of a segment instead of its groups |
 //! | `applier` | one disk: undo run, target, and the order in which they are written |
 //! | `capture` | before-images of a window: read, and saved beside the reading |
 //! | `view` | a disk as it was at a point |
@@ -25,6 +26,7 @@ pub mod applier;
 mod capture;
 pub mod entry;
 pub mod error;
+pub mod indexed;
 pub mod ladder;
 pub mod log;
 pub mod manifest;
@@ -120,6 +122,10 @@ pub struct Recovered {
     pub set_aside: Vec<PathBuf>,
     /// The journal was closed in order.
     pub clean: bool,
+    /// Segments of the redo log that were not read, for their indexes say what is in them.
+    pub indexed: usize,
+    /// Indexes that are damaged; their segments were read instead.
+    pub doubted: Vec<Damage>,
 }
 
 /// Suffix of files that were moved aside.
@@ -186,8 +192,9 @@ impl Journal {
             }
             set_aside.push(files.set_aside(&path, ASIDE)?);
         }
-        let scan =
+        let mut scan =
             recovery::scan(&*files, folder, manifest.journal(), manifest.shape(), opened.durable_group)?;
+        let wanting = std::mem::take(&mut scan.indexes.wanting);
         // The last group may stand in a cache only, if the program before us was killed between write and flush: it is
         // made durable before anybody is told of it.
         if let Some(newest) = manifest.shape().segments.values().next_back() {
@@ -196,7 +203,8 @@ impl Journal {
                 files.open(&path, true)?.flush()?;
             }
         }
-        let (journal, recovered) = Self::scanned(files, folder, settings, manifest, &slots, scan);
+        let (mut journal, recovered) = Self::scanned(files, folder, settings, manifest, &slots, scan);
+        journal.log.index_older(&journal.manifest, wanting);
         Ok((journal, Recovered { set_aside, clean: opened.clean, ..recovered }))
     }
 
@@ -229,7 +237,9 @@ impl Journal {
         let marks = BTreeMap::new();
         let journal = Self { files, folder: folder.into(), manifest, log, disks, entries, marks, segments };
         let (damage, torn) = (scan.damage, scan.torn);
-        (journal, Recovered { disks: logs, damage, torn, ..Recovered::default() })
+        let (indexed, doubted) = (scan.indexes.believed.len(), scan.indexes.doubted);
+        let (disks, set_aside, clean) = (logs, Vec::new(), false);
+        (journal, Recovered { disks, damage, torn, set_aside, clean, indexed, doubted })
     }
 
     /// What the journal consists of.

@@ -13,6 +13,8 @@ use std::sync::Arc;
 
 use super::applier::{Applier, identity, inspect, run_path, shape};
 use super::error::JournalError;
+use super::indexed::{FoundIndex, read_index};
+use super::log::segment_path;
 use super::manifest::{Manifest, superblock_copies, walk_manifest};
 use super::points::{Point, all_points};
 use super::recovery::{Damage, Scan, Seen, scan, scan_showing};
@@ -20,7 +22,7 @@ use super::undo::{ActiveRun, Hole, SealedRun};
 use super::view::{At, View};
 use super::{Journal, JournalSettings, Recovered, Run, Shape, sort_files};
 use crate::format::FormatError;
-use crate::format::manifest::{Edit, EditHead, Superblock};
+use crate::format::manifest::{Edit, EditHead, SegmentOpened, Superblock};
 use crate::format::segment::Applied;
 use crate::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 use crate::store::files::Files;
@@ -82,7 +84,7 @@ impl Offline {
         &self.found
     }
 
-    /// What is damaged in the log.
+    /// What is damaged in the log, as far as opening reads it: `verify` reads all.
     #[must_use]
     pub fn damage(&self) -> &[Damage] {
         &self.found.damage
@@ -125,6 +127,18 @@ impl Offline {
     pub fn log(&self, mut see: impl FnMut(Seen<'_>)) -> Result<Scan, JournalError> {
         let (files, journal) = (&**self.journal.files(), self.journal.id());
         scan_showing(files, self.folder(), journal, self.shape(), self.durable_group, &mut see)
+    }
+
+    /// What stands where the index of a segment belongs.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn index(&self, segment: &SegmentOpened) -> Result<FoundIndex, JournalError> {
+        let path = segment_path(self.folder(), segment.slot);
+        if self.journal.files().facts(&path)?.is_none() {
+            return Ok(FoundIndex::None);
+        }
+        read_index(&mut *self.journal.files().open(&path, false)?, self.journal.id(), segment)
     }
 
     /// Number of the newest entry of a disk, and of the newest one known to be on the target.

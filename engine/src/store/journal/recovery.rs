@@ -7,13 +7,18 @@
 //! cut: what can still be read behind it is kept, and each disk whose entries do not number on without gap is named.
 //! Either way the log goes on in a new segment with a fresh salt.
 //!
-//! Invariants: nothing is written here; what is reported intact was checked by a CRC over every byte of it.
+//! Of a segment that is wholly applied its index is read where it has one (`indexed`): opening is not longer because the
+//! log is. What is damaged in such a segment is found when it is read, by the scrub, or by `journal verify`.
+//!
+//! Invariants: nothing is written here; what is reported intact was checked by a CRC over every byte of it, or stands in
+//! an index that was.
 //! Units: bytes, group and entry numbers. Called by `store::journal` and by the offline tools.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::error::JournalError;
+use super::indexed::{Belief, IndexBuilder, Indexes};
 use super::log::{Place, segment_path};
 use super::shape::Shape;
 use crate::format::FormatError;
@@ -40,7 +45,7 @@ pub struct LogEntry {
 }
 
 /// What the log says of one disk.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DiskLog {
     /// Its newest state, and where it lies.
     pub state: Option<(DiskState, Place)>,
@@ -78,6 +83,8 @@ pub struct Scan {
     pub damage: Vec<Damage>,
     /// For each segment, the disks with entries in it and their highest number there.
     pub segments: BTreeMap<u64, BTreeMap<DiskId, u64>>,
+    /// What was taken from indexes instead.
+    pub indexes: Indexes,
 }
 
 /// What a scan comes by, in the order of the log; shown to who wants to see more than [`Scan`].
@@ -147,18 +154,23 @@ impl<'a> Ahead<'a> {
     }
 }
 
-struct Scanner<'a> {
+/// Reads the log from its oldest segment to its newest.
+pub(super) struct Scanner<'a> {
     see: &'a mut dyn FnMut(Seen<'_>),
-    files: &'a dyn Files,
-    folder: &'a Path,
-    journal: JournalId,
+    pub(super) files: &'a dyn Files,
+    pub(super) folder: &'a Path,
+    pub(super) journal: JournalId,
     /// Newest group that superblock or manifest knew durable.
     known_durable: u64,
-    scan: Scan,
-    next_group: u64,
+    pub(super) belief: Belief<'a>,
+    pub(super) scan: Scan,
+    pub(super) next_group: u64,
+    /// What the index of the segment that is read would say, and whether it has a sound one.
+    index: Option<IndexBuilder>,
+    pub(super) has_index: bool,
 }
 
-/// Reads the whole log.
+/// Reads the log: of the segments that are wholly applied their indexes, as far as these can be believed.
 ///
 /// # Errors
 /// When a file cannot be read or belongs to another journal; damage is not an error but part of the answer.
@@ -169,10 +181,28 @@ pub(super) fn scan(
     shape: &Shape,
     known_durable: u64,
 ) -> Result<Scan, JournalError> {
-    scan_showing(files, folder, journal, shape, known_durable, &mut |_| {})
+    let mut not = BTreeSet::new();
+    let mut doubted = Vec::new();
+    // What must be read says how far the disks are, so what it is shows only now. The second reading may show more of
+    // it, where an APPLIED is damaged: the third believes nothing.
+    for _ in 0..2 {
+        let see = &mut |_: Seen<'_>| {};
+        let mut scanner = Scanner::new(files, folder, journal, known_durable, Belief::AllBut(&not), see);
+        scanner.log(shape)?;
+        let more = scanner.doubtful(shape)?;
+        let mut scan = scanner.finish();
+        if more.is_empty() {
+            return Ok(scan);
+        }
+        doubted = std::mem::take(&mut scan.indexes.doubted);
+        not.extend(more);
+    }
+    let mut scan = scan_showing(files, folder, journal, shape, known_durable, &mut |_| {})?;
+    scan.indexes.doubted = doubted;
+    Ok(scan)
 }
 
-/// As [`scan`], and shows what it comes by.
+/// Reads every group of the log, and shows what it comes by.
 ///
 /// # Errors
 /// As for [`scan`].
@@ -184,29 +214,64 @@ pub(super) fn scan_showing(
     known_durable: u64,
     see: &mut dyn FnMut(Seen<'_>),
 ) -> Result<Scan, JournalError> {
-    let scan = Scan::default();
-    let mut scanner = Scanner { see, files, folder, journal, known_durable, scan, next_group: 0 };
-    let segments: Vec<&SegmentOpened> = shape.segments.values().collect();
-    for (at, segment) in segments.iter().enumerate() {
-        let next = segments.get(at + 1).map(|next| next.first_group);
-        scanner.segment(segment, next)?;
+    let mut scanner = Scanner::new(files, folder, journal, known_durable, Belief::Nothing, see);
+    scanner.log(shape)?;
+    Ok(scanner.finish())
+}
+
+impl<'a> Scanner<'a> {
+    fn new(
+        files: &'a dyn Files,
+        folder: &'a Path,
+        journal: JournalId,
+        known_durable: u64,
+        belief: Belief<'a>,
+        see: &'a mut dyn FnMut(Seen<'_>),
+    ) -> Self {
+        let scan = Scan::default();
+        let (next_group, index, has_index) = (0, None, false);
+        Self { see, files, folder, journal, known_durable, belief, scan, next_group, index, has_index }
     }
-    // Segments are released from the oldest on, so a durable group that is not older than all of them is in one.
-    let first_group = segments.first().map_or(u64::MAX, |segment| segment.first_group);
-    if scanner.scan.last_group < known_durable && known_durable >= first_group {
-        let reason = format!(
-            "the log ends at group {}, and group {known_durable} was durable",
-            scanner.scan.last_group
-        );
-        scanner.damaged(folder.into(), 0, reason);
-        scanner.scan.last_group = known_durable;
-        scanner.scan.torn = None;
+
+    /// All segments, oldest first.
+    fn log(&mut self, shape: &Shape) -> Result<(), JournalError> {
+        let segments: Vec<&SegmentOpened> = shape.segments.values().collect();
+        for (at, segment) in segments.iter().enumerate() {
+            let next = segments.get(at + 1).map(|next| next.first_group);
+            let damage = self.scan.damage.len();
+            (self.index, self.has_index) = (None, false);
+            self.segment(segment, next)?;
+            // An index would hide what is damaged from the next opening.
+            let is_sound = self.scan.damage.len() == damage && !self.has_index;
+            if let Some(index) = self.index.take().filter(|_| is_sound) {
+                self.scan.indexes.wanting.push((**segment, index));
+            }
+        }
+        // Segments are released from the oldest on, so a durable group that is not older than all of them is in one.
+        let (known, first_group) =
+            (self.known_durable, segments.first().map_or(u64::MAX, |segment| segment.first_group));
+        if self.scan.last_group < known && known >= first_group {
+            let reason =
+                format!("the log ends at group {}, and group {known} was durable", self.scan.last_group);
+            self.damaged(self.folder.into(), 0, reason);
+            self.scan.last_group = known;
+            self.scan.torn = None;
+            // What the newest segment lost at its end must be missed at the next opening, too.
+            self.scan
+                .indexes
+                .wanting
+                .pop_if(|(last, _)| segments.last().is_some_and(|newest| newest.number == last.number));
+        }
+        self.scan.last_group = self.scan.last_group.max(known);
+        Ok(())
     }
-    scanner.scan.last_group = scanner.scan.last_group.max(known_durable);
-    for disk in scanner.scan.disks.values_mut() {
-        disk.find_missing();
+
+    fn finish(mut self) -> Scan {
+        for disk in self.scan.disks.values_mut() {
+            disk.find_missing();
+        }
+        self.scan
     }
-    Ok(scanner.scan)
 }
 
 impl Scanner<'_> {
@@ -230,7 +295,11 @@ impl Scanner<'_> {
         file.read(&mut [ReadAt { offset: 0, data: &mut block }])?;
         match SegmentHeader::open(&block) {
             Ok(header) if header.journal != self.journal => return Err(JournalError::Foreign { path }),
-            Ok(header) if header.number == segment.number && header.salt == segment.salt => {}
+            Ok(header) if header.number == segment.number && header.salt == segment.salt => {
+                if self.believe(&path, &mut *file, segment, next)? {
+                    return Ok(());
+                }
+            }
             // Its checksum is right: that is no damage.
             Err(error @ FormatError::Field { field: "incompatible", .. }) => {
                 return Err(JournalError::format(&path, 0, "use the program that wrote it")(error));
@@ -296,6 +365,7 @@ impl Scanner<'_> {
             self.damaged(path.into(), BLOCK_BYTES, reason);
         }
         self.next_group = segment.first_group;
+        self.index = Some(IndexBuilder::new(segment, self.scan.previous));
         let end = segment.bytes.min(file.size_bytes());
         let mut at = BLOCK_BYTES;
         let mut ahead = Ahead::new(file, segment);
@@ -392,6 +462,9 @@ impl Scanner<'_> {
         self.scan.last_group = header.group;
         self.scan.previous = header.crc;
         self.next_group = header.group + 1;
+        if let Some(index) = &mut self.index {
+            index.close_group(&header, at + header.stored_bytes());
+        }
         Ok(Ok(header.stored_bytes()))
     }
 
@@ -446,16 +519,23 @@ impl Scanner<'_> {
         let newest = self.scan.segments.entry(segment).or_default().entry(head.disk).or_default();
         let place = Place { segment, offset, bytes: (EntryHead::BYTES + body.len()) as u64 };
         (self.see)(Seen::Entry { place, head, body });
+        if let Some(index) = &mut self.index {
+            index.push(head.kind, head.disk, head.number, offset, place.bytes);
+        }
+        // What an older segment's index says of these is not the newest any more.
+        let unread = &mut self.scan.indexes.unread;
         match head.kind {
             EntryKind::State => {
                 head.check_body(body).map_err(|error| error.to_string())?;
                 let state = DiskState::decode(body).map_err(|error| error.to_string())?;
                 disk.state = Some((state, place));
+                unread.remove(&(head.disk, false));
             }
             EntryKind::Applied => {
                 head.check_body(body).map_err(|error| error.to_string())?;
                 let applied = Applied::read_exact(body).map_err(|error| error.to_string())?;
                 disk.applied = Some((applied, place));
+                unread.remove(&(head.disk, true));
             }
             EntryKind::Batch | EntryKind::Ordered | EntryKind::Bulk | EntryKind::Mark => {
                 if disk.entries.last().is_some_and(|last| last.number >= head.number) {

@@ -13,10 +13,11 @@ use bytes::Bytes;
 use super::applier::{identity, run_path};
 use super::entry::entry_writes;
 use super::error::JournalError;
+use super::indexed::FoundIndex;
 use super::log::segment_path;
 use super::manifest::{manifest_path, rest_is_zero};
 use super::offline::{Listed, Offline};
-use super::recovery::Seen;
+use super::recovery::{Scan, Seen};
 use super::shape::{DiskShape, Epoch, Run, RunFile};
 use super::undo::{ActiveRun, BlockRange, Hole, Place, SealedRun, UndoError};
 use super::view::At;
@@ -24,7 +25,8 @@ use crate::checksum::is_zero;
 use crate::compress::Decompressor;
 use crate::format::manifest::{ManifestHeader, SUPERBLOCK_COPIES, Superblock};
 use crate::format::segment::SegmentHeader;
-use crate::io::ByteRange;
+use crate::format::segment_index::encode_index;
+use crate::io::{ByteRange, ReadAt};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockIndex, DiskId};
 
 /// Something that is not as it was written.
@@ -61,6 +63,8 @@ pub struct Verdict {
     pub groups: u64,
     /// Entries of the redo log.
     pub entries: u64,
+    /// Indexes of segments.
+    pub indexes: u64,
     /// Undo runs.
     pub runs: u64,
     /// Bytes of groups and undo runs that were read.
@@ -68,6 +72,7 @@ pub struct Verdict {
 }
 
 const HARMLESS: &str = "nothing is lost: the next start of the master target writes it again";
+const INDEX_REMEDY: &str = "nothing is lost: the segment itself is read when the master target starts";
 const LOG_REMEDY: &str = "keep the folder and start the master target: disks that lost entries are compared with their source; choose points that do not need the entry";
 const RUN_REMEDY: &str =
     "restore the file from a copy of the folder, or choose a point that does not need it";
@@ -181,6 +186,7 @@ impl Offline {
                 "the log ends at byte {offset} of {path} in a torn write, as after a power cut or kill"
             ));
         }
+        self.verify_indexes(&scan, verdict)?;
         for damage in scan.damage {
             let (lost, points) = (Vec::new(), Vec::new());
             verdict.findings.push(Finding {
@@ -203,6 +209,37 @@ impl Offline {
                 let folder = self.folder().to_owned();
                 verdict.findings.push(self.entry_finding(points, folder, 0, *disk, *from, what));
             }
+        }
+        Ok(())
+    }
+
+    /// The indexes of segments: whole, and of the same opinion as the segments. The newest has none.
+    fn verify_indexes(&self, scan: &Scan, verdict: &mut Verdict) -> Result<(), JournalError> {
+        for segment in self.shape().segments.values() {
+            let path = segment_path(self.folder(), segment.slot);
+            let what = match self.index(segment)? {
+                FoundIndex::None => continue,
+                FoundIndex::Damaged(error) => format!("its index: {error}"),
+                FoundIndex::Whole(head, items) => {
+                    verdict.indexes += 1;
+                    let mut file = self.journal.files().open(&path, false)?;
+                    let written = encode_index(&head, &items);
+                    let mut stands = vec![0; written.len()];
+                    let offset = segment.bytes - written.len() as u64;
+                    file.read(&mut [ReadAt { offset, data: &mut stands }])?;
+                    let of_segment = scan.indexes.wanting.iter().find(|(of, _)| of.number == segment.number);
+                    let says = of_segment.and_then(|(_, index)| index.encode(self.journal.id(), segment));
+                    if stands != written {
+                        "the padding behind the head of its index is not zero".to_owned()
+                    } else if says.is_some_and(|says| says != written) {
+                        "its index says something else than its groups".to_owned()
+                    } else {
+                        continue;
+                    }
+                }
+            };
+            let offset = segment.bytes.saturating_sub(BLOCK_BYTES);
+            verdict.findings.push(Finding { remedy: INDEX_REMEDY, ..harmless(path, offset, what) });
         }
         Ok(())
     }

@@ -3,12 +3,13 @@
 //! Invariants: output is bounded: of each kind so many lines are shown and the rest is counted; what cannot be read
 //! is a line of its own. Called by `commands::journal`.
 
-use reprotect_engine::format::manifest::Edit;
+use reprotect_engine::format::manifest::{Edit, SegmentOpened};
 use reprotect_engine::host::output::{Output, printable};
+use reprotect_engine::store::journal::indexed::FoundIndex;
 use reprotect_engine::store::journal::offline::Offline;
 use reprotect_engine::store::journal::recovery::Seen;
 use reprotect_engine::store::journal::undo::{BlockRange, Found, Place};
-use reprotect_engine::units::DiskId;
+use reprotect_engine::units::{BLOCK_BYTES, DiskId};
 use serde::Serialize;
 
 use super::{find_disk, open};
@@ -124,7 +125,9 @@ fn log(offline: &Offline, disk: Option<DiskId>, args: &JournalDumpArgs) -> anyho
             shown = wanted(opened.number);
             if shown {
                 let name = format!("segment {} in {}", opened.number, path.display());
-                sections.push(Section::new(name));
+                let mut section = Section::new(name);
+                index(&mut section, offline, opened);
+                sections.push(section);
             }
         }
         Seen::Group { offset, header, .. } => {
@@ -159,6 +162,21 @@ fn log(offline: &Offline, disk: Option<DiskId>, args: &JournalDumpArgs) -> anyho
     }
     sections.extend((!wrong.lines.is_empty()).then_some(wrong));
     Ok(sections)
+}
+
+/// What the index of a segment says of it as a whole; its items are what the entries are.
+fn index(section: &mut Section, offline: &Offline, segment: &SegmentOpened) {
+    let at = segment.bytes.saturating_sub(BLOCK_BYTES);
+    match offline.index(segment) {
+        Ok(FoundIndex::None) => {}
+        Ok(FoundIndex::Whole(head, items)) => section.add(usize::MAX, at, "index", || {
+            format!("groups {} to {}, {} items", head.first_group, head.last_group, items.len())
+        }),
+        Ok(FoundIndex::Damaged(error)) => {
+            section.add(usize::MAX, at, "damaged", || format!("its index: {error}"))
+        }
+        Err(error) => section.add(usize::MAX, at, "damaged", || format!("its index: {error}")),
+    }
 }
 
 fn runs(offline: &Offline, only: Option<DiskId>, limit: usize, dump: &mut Dump) -> anyhow::Result<()> {

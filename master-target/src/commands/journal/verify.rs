@@ -25,6 +25,7 @@ struct Report {
     edits: u64,
     groups: u64,
     entries: u64,
+    segment_indexes: u64,
     undo_runs: u64,
     bytes: u64,
     /// Disks whose newest state was read with its target.
@@ -69,6 +70,7 @@ pub(super) fn verify(args: &JournalVerifyArgs, output: Output) -> anyhow::Result
         edits: verdict.edits,
         groups: verdict.groups,
         entries: verdict.entries,
+        segment_indexes: verdict.indexes,
         undo_runs: verdict.runs,
         bytes: verdict.bytes,
         targets,
@@ -177,10 +179,11 @@ fn render(report: &Report) -> String {
     }
     let verdict = if report.sound { "OK" } else { "DAMAGED" };
     text.push_str(&format!(
-        "{verdict}: {} edits, {} groups, {} entries, {} undo runs, {} read\n",
+        "{verdict}: {} edits, {} groups, {} entries, {} segment indexes, {} undo runs, {} read\n",
         report.edits,
         report.groups,
         report.entries,
+        report.segment_indexes,
         report.undo_runs,
         bytes(report.bytes)
     ));
