@@ -110,7 +110,7 @@ pub(crate) enum CaptureNews {
     /// The stream is over: what it did not hand out is in the maps.
     StreamEnded { disks: Vec<DiskId>, why: String },
     /// Everything the kernel wrote until now was seen.
-    Accounted { disk: DiskId },
+    Accounted { disk: DiskId, as_of: Timestamp },
     /// Its account cannot be had any more, and so its changes cannot be trusted: it is followed no longer.
     Unfollowed { disk: DiskId, why: String },
     /// Something was missed: the disk must be compared.
@@ -402,8 +402,10 @@ impl Owner {
             self.harvest(*disk)?;
         }
         while !held.is_ready() {
-            if let (Some(stream), Some(capture)) = (&mut self.stream, &self.capture) {
-                stream.keep_up(capture)?;
+            // What file systems write out on the way to the moment goes on as always.
+            self.stream_on();
+            if self.stream.is_none() {
+                return Err(not_streamed("it ended on the way to the moment"));
             }
             std::thread::sleep(STREAM_EVERY / 10);
         }
@@ -483,11 +485,12 @@ impl Owner {
         let Some(capture) = &mut self.capture else { return };
         let mut news = Vec::new();
         for (disk, known) in &self.disks {
+            let as_of = wall_clock();
             let checked = capture.check(known.slot, CHECK_PATIENCE);
             let missed = |why: String| CaptureNews::Unaccounted { disk: *disk, why };
             match checked {
                 Ok(check) => match check.verdict {
-                    Verdict::Clean { .. } => news.push(CaptureNews::Accounted { disk: *disk }),
+                    Verdict::Clean { .. } => news.push(CaptureNews::Accounted { disk: *disk, as_of }),
                     Verdict::Undecided => {}
                     Verdict::Short { sectors } => {
                         let why = CompareCause::Unaccounted { sectors }.to_string();

@@ -5,6 +5,7 @@
 //! `service` and by tests.
 
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
@@ -33,7 +34,6 @@ use crate::machine::Machine;
 use crate::marking::{Asker, MarkOrder};
 use crate::metrics;
 use crate::plan::{Plan, follow_reloads};
-use crate::quiescing::release_left_behind;
 
 /// Longest wait for the capturing thread to save its maps.
 const CAPTURE_GRACE: Duration = Duration::from_secs(1);
@@ -42,6 +42,8 @@ const RELEASE_GRACE: Duration = Duration::from_millis(500);
 /// Longest wait for answers of the admin interface that are under way.
 const ADMIN_GRACE: Duration = Duration::from_millis(500);
 
+/// How often the status is made anew while there is no session.
+const AWAY_TICK: Duration = Duration::from_millis(500);
 /// Orders for points that may wait; they are taken one after another.
 const ORDERS_MAX: usize = 4;
 /// How long file systems may be frozen, in milliseconds.
@@ -64,9 +66,14 @@ pub async fn run_reloading(
     reloads: watch::Receiver<u64>,
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
-    settings.places.create_state_dir()?;
     let state_dir = settings.places.state_dir.clone();
     let socket = settings.places.socket.clone();
+    // Before anything is written: the state directory may be on a file system that was left frozen. An agent that answers
+    // has frozen it itself.
+    if UnixStream::connect(&socket).is_err() {
+        thaw_left_behind(&state_dir);
+    }
+    settings.places.create_state_dir()?;
     let _lock = RunLock::acquire(Program::Agent, &state_dir)?;
     let credentials = settings.credentials.clone();
     let identity = Arc::new(load_identity(&credentials)?);
@@ -78,8 +85,6 @@ pub async fn run_reloading(
         ..StatusInfo::default()
     });
     let admin = AdminServer::bind(&socket).await?;
-    thaw_left_behind(&state_dir);
-    release_left_behind(&plan.borrow().settings.hooks, &state_dir);
     let (orders, from_operators) = mpsc::channel(ORDERS_MAX);
     let listen = plan.borrow().settings.metrics_listen;
     let metrics = metrics_router(watched.clone());
@@ -98,6 +103,7 @@ pub async fn run_reloading(
     let host_name = host_name();
     let instance = identity.own().peer.to_string();
     let mut machine = Machine::new(core, &instance, &host_name, plan, from_operators, status)?;
+    machine.release_left_behind();
     let mut dial = Dial::new(shared, credentials, host_name.clone())?;
     let reloading = tokio::spawn(follow_reloads(reloads, plans));
     let notifier = Notifier::from_env()?;
@@ -223,25 +229,9 @@ async fn sessions(machine: &mut Machine, dial: &mut Dial) {
     let mut rota = Rota::default();
     loop {
         let Some((address, at)) = rota.next(&machine.plan().upstream, Instant::now()) else { return };
-        tokio::select! {
-            () = tokio::time::sleep_until(at.into()) => {}
-            Some(order) = machine.inputs.orders.recv() => {
-                machine.handle_mark_order(order); // refused, as there is no session
-                continue;
-            }
-            Some((point, news)) = machine.inputs.freezes.recv() => {
-                machine.handle_freeze_news(point, news);
-                continue;
-            }
-            Some(news) = machine.inputs.capture.recv() => {
-                machine.handle_capture(news);
-                continue;
-            }
-            Ok(()) = machine.plans.changed() => {
-                machine.replan();
-                rota.hurry();
-                continue;
-            }
+        if !wait_until(machine, at).await {
+            rota.hurry();
+            continue;
         }
         let began = Instant::now();
         let ended = attempt(machine, dial, &address).await;
@@ -250,6 +240,26 @@ async fn sessions(machine: &mut Machine, dial: &mut Dial) {
             Ended::Lost(reason) => tracing::warn!(address, reason, "no session; trying again"),
             Ended::Refused(reason) => tracing::error!(address, reason, "refused; asked again every 60 s"),
             Ended::Replanned(reason) => tracing::info!(address, reason, "session ended"),
+        }
+    }
+}
+
+/// Waits for the next attempt, while the machine's own affairs go on; false where the plan changed meanwhile.
+async fn wait_until(machine: &mut Machine, at: Instant) -> bool {
+    let mut tick = tokio::time::interval(AWAY_TICK);
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep_until(at.into()) => return true,
+            _ = tick.tick() => machine.publish(false), // what is durable gets older
+            Some(order) = machine.inputs.orders.recv() => {
+                machine.handle_mark_order(order); // refused, as there is no session
+            }
+            Some((point, news)) = machine.inputs.freezes.recv() => machine.handle_freeze_news(point, news),
+            Some(news) = machine.inputs.capture.recv() => machine.handle_capture(news),
+            Ok(()) = machine.plans.changed() => {
+                machine.replan();
+                return false;
+            }
         }
     }
 }

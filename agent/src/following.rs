@@ -87,8 +87,8 @@ pub(crate) struct Following {
     unknown: BTreeSet<DiskId>,
     /// Where the streams stood, kept for the next process.
     positions: Positions,
-    /// The sequence at the last moment at which everything was known to be seen.
-    accounted: BTreeMap<DiskId, Sequence>,
+    /// Sequence and time of the last moment at which everything was known to be seen.
+    accounted: BTreeMap<DiskId, (Sequence, Timestamp)>,
     /// Disks whose every write is streamed since the last window.
     streams: BTreeSet<DiskId>,
     /// What could not be said yet of points: the session was away.
@@ -386,9 +386,9 @@ impl Machine {
                     self.end_streaming(&why);
                 }
             }
-            CaptureNews::Accounted { disk } => {
+            CaptureNews::Accounted { disk, as_of } => {
                 if let Some((_, last)) = self.core.position(disk) {
-                    self.following.accounted.insert(disk, last);
+                    self.following.accounted.insert(disk, (last, as_of));
                 }
             }
             CaptureNews::Unaccounted { disk, why } => self.handle_unaccounted(disk, &why),
@@ -442,6 +442,7 @@ impl Machine {
     fn handle_thread_gone(&mut self) {
         const WHY: &str = "the capturing thread ended by a defect; restart the agent and report this";
         tracing::error!("{WHY}");
+        self.following.thread = None;
         self.following.streams.clear();
         for (disk, step) in self.following.steps.clone() {
             self.following.set(disk, Step::Refused { why: WHY.to_owned() });
@@ -565,7 +566,7 @@ impl Machine {
     }
 
     /// One step down the ladder: rounds and windows from now on, until a window stays open again.
-    fn end_streaming(&mut self, why: &str) {
+    pub(crate) fn end_streaming(&mut self, why: &str) {
         for disk in self.following.streams.clone() {
             self.step(disk, "window", why);
         }
@@ -640,9 +641,12 @@ impl Machine {
         tracing::error!(%disk, "capture missed something, the whole disk is compared: {why}");
         self.end_streaming(why);
         self.step(disk, "compare", why);
+        let (from, clean_at) = self.following.accounted.get(&disk).copied().unwrap_or_default();
+        if let Some(state) = self.disks.get_mut(&disk) {
+            state.freshness.set_back(clean_at);
+        }
         if let Some((_, last)) = self.core.position(disk) {
             // The point at the last clean account may have been made after it.
-            let from = self.following.accounted.get(&disk).copied().unwrap_or_default();
             let known = self.following.doubtful.remove(&disk).map_or(from, |(known, ..)| known.min(from));
             self.following.doubtful.insert(disk, (known, last, why.to_owned()));
             self.tell_doubts(disk);

@@ -36,6 +36,11 @@ pub enum FreezeError {
         "no file system of the protected disks is mounted here, so there is nothing to freeze; make the point without --freeze"
     )]
     Nothing,
+    /// Not one of them can.
+    #[error(
+        "none of the {0} file systems of the protected disks is of a kind that can be frozen; make the point without --freeze"
+    )]
+    NoneCan(usize),
     /// More than the guard can keep.
     #[error(
         "{0} file systems are mounted from the protected disks, {MOUNTS_MAX} can be frozen at once; unmount some"
@@ -69,7 +74,7 @@ fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EPERM) => "; run the agent as root",
         Some(libc::EBUSY) => "; somebody else froze it",
-        Some(libc::EOPNOTSUPP | libc::ENOTTY | libc::EINVAL) => "; its kind of file system cannot be frozen",
+        Some(libc::ENOTTY | libc::EINVAL) => "; its kind of file system cannot be frozen",
         _ => "",
     }
 }
@@ -86,10 +91,11 @@ pub struct Freeze {
     call: Duration,
     /// Since when everything is frozen.
     since: Option<Instant>,
+    unfrozen: Vec<PathBuf>,
 }
 
 /// How a freeze went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FreezeEnd {
     /// Everything was frozen until it was told to thaw.
     pub held: bool,
@@ -97,6 +103,8 @@ pub struct FreezeEnd {
     pub call: Duration,
     /// How long everything was frozen beyond that.
     pub frozen: Duration,
+    /// Of kinds that cannot be frozen, as the FAT of a boot partition: they were written out instead.
+    pub unfrozen: Vec<PathBuf>,
 }
 
 impl Freeze {
@@ -110,22 +118,25 @@ impl Freeze {
         Ok(freeze)
     }
 
-    /// Makes everything ready, and has the file systems write out what they hold, so that freezing them takes little time.
+    /// Makes everything ready. Freezing takes less time after [`write_out_all`].
     ///
     /// # Errors
     /// When one of them cannot be opened or the guard cannot be had. Nothing is frozen yet.
     pub fn prepare(mount_points: &[PathBuf], limits: Limits, state_dir: &Path) -> Result<Self, FreezeError> {
         let mounts = open_mounts(mount_points)?;
-        for (path, file) in &mounts {
-            if let Err(error) = rustix::fs::syncfs(file) {
-                tracing::warn!(path = %path.display(), %error, "cannot be written out before it is frozen");
-            }
-        }
         let record = state_dir.join(FROZEN_FILE);
         let names: Vec<String> = mounts.iter().map(|(path, _)| path.display().to_string()).collect();
         replace_file(&record, names.join("\n").as_bytes(), Access::Private)?;
         let guard = Guard::start(&mounts, limits);
-        let mut freeze = Self { mounts, ours: 0, guard: None, record, call: Duration::ZERO, since: None };
+        let mut freeze = Self {
+            mounts,
+            ours: 0,
+            guard: None,
+            record,
+            call: Duration::ZERO,
+            since: None,
+            unfrozen: Vec::new(),
+        };
         freeze.guard = Some(guard.map_err(FreezeError::Guard)?);
         Ok(freeze)
     }
@@ -138,6 +149,9 @@ impl Freeze {
         let begun = Instant::now();
         for index in 0..self.mounts.len() {
             self.freeze_one(index)?;
+        }
+        if self.ours == 0 {
+            return Err(FreezeError::NoneCan(self.mounts.len()));
         }
         if let Some(guard) = &mut self.guard {
             guard.all_frozen().map_err(FreezeError::Guard)?;
@@ -159,7 +173,13 @@ impl Freeze {
             Err(source) => {
                 // A guard that is gone cannot thaw it either.
                 let _ = guard.not_ours(index);
-                Err(FreezeError::Freeze { path: path.clone(), source })
+                if source.raw_os_error() != Some(libc::EOPNOTSUPP) {
+                    return Err(FreezeError::Freeze { path: path.clone(), source });
+                }
+                // What it says is not needed: the freeze of the others is not the worse for it.
+                let _ = rustix::fs::syncfs(file);
+                self.unfrozen.push(path.clone());
+                Ok(())
             }
         }
     }
@@ -174,12 +194,13 @@ impl Freeze {
     #[must_use]
     pub fn end(mut self) -> FreezeEnd {
         let Some(since) = self.since.take() else {
-            return FreezeEnd { held: false, call: self.call, frozen: Duration::ZERO };
+            let (call, unfrozen) = (self.call, std::mem::take(&mut self.unfrozen));
+            return FreezeEnd { held: false, call, frozen: Duration::ZERO, unfrozen };
         };
         let thawed = self.thaw_ours();
         let frozen = since.elapsed();
         let held = self.end_guard() && thawed;
-        FreezeEnd { held, call: self.call, frozen }
+        FreezeEnd { held, call: self.call, frozen, unfrozen: std::mem::take(&mut self.unfrozen) }
     }
 
     /// Thaws what is ours, at once, without a word to the guard; answers whether all of it was frozen.
@@ -221,6 +242,16 @@ impl Drop for Freeze {
     fn drop(&mut self) {
         if self.guard.is_some() || self.ours != 0 {
             let _ = (self.thaw_ours(), self.end_guard());
+        }
+    }
+}
+
+/// Has the file systems write out what they hold. Blocks.
+pub fn write_out_all(mount_points: &[PathBuf]) {
+    for path in mount_points {
+        let written = File::open(path).and_then(|file| Ok(rustix::fs::syncfs(file)?));
+        if let Err(error) = written {
+            tracing::warn!(path = %path.display(), %error, "cannot be written out before it is frozen");
         }
     }
 }
@@ -294,8 +325,7 @@ mod tests {
         // procfs knows no freeze.
         let error =
             Freeze::begin(&["/proc".into()], Limits::of(Duration::from_secs(60)), dir.path()).unwrap_err();
-        assert!(matches!(error, FreezeError::Freeze { .. }), "{error}");
-        assert!(error.to_string().contains("/proc"), "{error}");
+        assert!(matches!(error, FreezeError::NoneCan(1)), "{error}");
         assert!(!dir.path().join(FROZEN_FILE).exists());
     }
 }

@@ -3,7 +3,8 @@
 //! Everything that was written before `durable_as_of` is durable at the target. A round tells it when its mark is
 //! durable (what it read is not older than its beginning), a point tells its moment, and a stream of every write tells
 //! it batch by batch: up to which time everything is handed over, and by which sequence that is durable.
-//! Invariants: it only grows; it is never younger than the truth. Units: nanoseconds by the source's clock. One per disk,
+//! Invariants: it is never younger than the truth, so it grows, unless something is found to have been missed: then it is
+//! set back, and stays so until the whole disk was compared. Units: nanoseconds by the source's clock. One per disk,
 //! owned by `protected`.
 
 use std::collections::VecDeque;
@@ -20,12 +21,16 @@ pub(crate) struct Freshness {
     durable_as_of: Timestamp,
     /// When the sequence is durable, everything written before the time is.
     waiting: VecDeque<(Sequence, Timestamp)>,
+    /// Something was missed, and the disk is not compared yet.
+    doubtful: bool,
 }
 
 impl Freshness {
     /// Everything written before `time` is durable.
     pub(crate) fn covers(&mut self, time: Timestamp) {
-        self.durable_as_of = self.durable_as_of.max(time);
+        if !self.doubtful {
+            self.durable_as_of = self.durable_as_of.max(time);
+        }
     }
 
     /// Everything written before `time` has a sequence up to `last`.
@@ -49,9 +54,17 @@ impl Freshness {
         }
     }
 
-    /// The stream is over: what it said of sequences to come does not hold any more.
-    pub(crate) fn end_stream(&mut self) {
+    /// The whole disk is read from now on: what was said of sequences to come does not hold any more, and doubts will be over
+    /// with it.
+    pub(crate) fn begin_pass(&mut self) {
         self.waiting.clear();
+        self.doubtful = false;
+    }
+
+    /// What was written after `time` may be missing.
+    pub(crate) fn set_back(&mut self, time: Timestamp) {
+        self.durable_as_of = self.durable_as_of.min(time);
+        self.doubtful = true;
     }
 
     /// Everything written before is durable; zero as long as nothing is.
@@ -89,7 +102,13 @@ mod tests {
         fresh.durable(Sequence(7));
         assert_eq!(fresh.age(at(15)), Some(Duration::from_secs(2)), "nothing was written since");
         fresh.covers(at(3));
-        assert_eq!(fresh.durable_as_of(), at(13), "it only grows");
+        assert_eq!(fresh.durable_as_of(), at(13), "an older state changes nothing");
+        fresh.set_back(at(8));
+        fresh.covers(at(20));
+        assert_eq!(fresh.durable_as_of(), at(8), "something was missed since");
+        fresh.begin_pass();
+        fresh.covers(at(21));
+        assert_eq!(fresh.durable_as_of(), at(21), "compared");
     }
 
     #[test]
@@ -102,7 +121,7 @@ mod tests {
         assert_eq!(fresh.durable_as_of(), Timestamp::ZERO);
         fresh.durable(Sequence(WAITING_MAX as u64));
         assert_eq!(fresh.durable_as_of(), at(WAITING_MAX as u64));
-        fresh.end_stream();
+        fresh.begin_pass();
         fresh.durable(Sequence(u64::MAX));
         assert_eq!(fresh.durable_as_of(), at(WAITING_MAX as u64));
     }

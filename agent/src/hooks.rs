@@ -1,22 +1,28 @@
 //! The operator's programs around a freeze: `pre_freeze` brings an application to rest, `post_thaw` lets it go on.
 //!
 //! An application that was brought to rest and is forgotten stands still for ever, so a file in the state directory says
-//! that `post_thaw` is due, from before `pre_freeze` is begun until `post_thaw` has ended; an agent that finds it at its
-//! start runs `post_thaw`. Invariants: a program that reaches its limit is ended with everything it started; what it
+//! what `post_thaw` is due, from before `pre_freeze` is begun until `post_thaw` has succeeded; an agent that finds it at its
+//! start ends a `pre_freeze` that still runs, and runs that `post_thaw`, whatever the configuration says by then.
+//! Invariants: `post_thaw` never runs beside the `pre_freeze` it belongs to; a program that reaches its limit is ended with everything it started; what it
 //! says is kept up to [`OUTPUT_BYTES_MAX`], the rest is read and dropped; nothing here blocks a thread. Units: bytes.
 //! Called by `quiescing` and `daemon`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use reprotect_engine::io::durable::{Access, replace_file};
+use reprotect_engine::io::durable::{Access, read_bounded, replace_file};
 use rustix::process::{Pid, Signal, kill_process_group};
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 /// Says that `post_thaw` is due, in the state directory.
 const DUE_FILE: &str = "post-thaw-due";
+/// Largest such file.
+const DUE_BYTES_MAX: u64 = 64 << 10;
+/// In the environment of hooks: the point.
+const POINT_VARIABLE: &str = "REPROTECT_POINT";
 /// Of what a hook says, this much is kept.
 const OUTPUT_BYTES_MAX: usize = 64 << 10;
 /// Of that, this much is repeated in an error: its end.
@@ -47,7 +53,7 @@ impl HookKind {
 }
 
 /// The configured hooks.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hooks {
     /// Program and arguments; empty for none.
     pub pre_freeze: Vec<String>,
@@ -94,9 +100,35 @@ pub enum HookError {
         /// The end of what it said.
         tail: String,
     },
+    /// Nobody waits for it any more.
+    #[error("the {} hook `{program}` was ended, because its point was given up{}", kind.name(), said(tail))]
+    GivenUp {
+        /// Which.
+        kind: HookKind,
+        /// Its program.
+        program: String,
+        /// The end of what it said.
+        tail: String,
+    },
     /// It cannot be remembered that the other hook is due.
     #[error("{0}; without it an application could be left at rest, so no hook is run")]
     Record(#[from] reprotect_engine::io::durable::DurableError),
+}
+
+/// What is due since `pre_freeze` was begun.
+#[derive(Debug, Serialize, Deserialize)]
+struct Due {
+    point: String,
+    hooks: Hooks,
+    /// The group of the processes of `pre_freeze`.
+    group: Option<i32>,
+}
+
+impl Due {
+    fn store(&self, state_dir: &Path) -> Result<(), HookError> {
+        let bytes = serde_json::to_vec_pretty(self).unwrap_or_default();
+        Ok(replace_file(&state_dir.join(DUE_FILE), &bytes, Access::Private)?)
+    }
 }
 
 fn said(tail: &str) -> String {
@@ -117,13 +149,26 @@ impl Hooks {
         }
     }
 
-    /// Brings the application to rest for `point`. Whatever comes of it, [`Self::release`] is due.
+    /// Brings the application to rest for `point`; ends the hook when `given_up` comes. Whatever comes of it,
+    /// [`Self::release`] is due.
     ///
     /// # Errors
     /// Any [`HookError`].
-    pub async fn rest(&self, point: &str, state_dir: &Path) -> Result<(), HookError> {
-        replace_file(&state_dir.join(DUE_FILE), point.as_bytes(), Access::Private)?;
-        self.run(HookKind::PreFreeze, point).await
+    pub async fn rest(
+        &self,
+        point: &str,
+        state_dir: &Path,
+        given_up: impl Future<Output = ()>,
+    ) -> Result<(), HookError> {
+        let due = |group| Due { point: point.to_owned(), hooks: self.clone(), group };
+        due(None).store(state_dir)?;
+        let begun = |group: Option<Pid>| {
+            // Without it, a hook that outlives a killed agent is not ended by the next one.
+            if let Err(error) = due(group.map(|group| group.as_raw_nonzero().get())).store(state_dir) {
+                tracing::warn!("{error}");
+            }
+        };
+        self.run(HookKind::PreFreeze, point, begun, given_up).await
     }
 
     /// Lets the application go on.
@@ -131,22 +176,28 @@ impl Hooks {
     /// # Errors
     /// Any [`HookError`] of the hook.
     pub async fn release(&self, point: &str, state_dir: &Path) -> Result<(), HookError> {
-        let result = self.run(HookKind::PostThaw, point).await;
-        // Also when it failed: trying it again at each start would help nobody.
+        self.run(HookKind::PostThaw, point, drop, std::future::pending()).await?;
+        // Where it failed the next start tries it again.
         let due = state_dir.join(DUE_FILE);
         if let Err(error) = std::fs::remove_file(&due) {
             tracing::warn!(path = %due.display(), %error, "cannot be removed; the next start runs the post_thaw hook again");
         }
-        result
+        Ok(())
     }
 
-    async fn run(&self, kind: HookKind, point: &str) -> Result<(), HookError> {
+    async fn run(
+        &self,
+        kind: HookKind,
+        point: &str,
+        begun: impl FnOnce(Option<Pid>),
+        given_up: impl Future<Output = ()>,
+    ) -> Result<(), HookError> {
         let Some((program, arguments)) = self.command(kind).split_first() else { return Ok(()) };
         let start = |source| HookError::Start { kind, program: program.clone(), source };
         let mut child = tokio::process::Command::new(program)
             .args(arguments)
             .env("REPROTECT_HOOK", kind.name())
-            .env("REPROTECT_POINT", point)
+            .env(POINT_VARIABLE, point)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -159,11 +210,16 @@ impl Hooks {
             child.stdout.take().map(|pipe| output.follow(pipe)),
             child.stderr.take().map(|pipe| output.follow(pipe)),
         ];
-        let ended = tokio::time::timeout(self.limit, child.wait()).await;
-        let late = ended.is_err();
+        begun(group);
+        let (mut late, mut unwanted) = (false, false);
+        let ended = tokio::select! {
+            status = child.wait() => Some(status),
+            () = tokio::time::sleep(self.limit) => { late = true; None }
+            () = given_up => { unwanted = true; None }
+        };
         let status = match ended {
-            Ok(status) => status.map_err(start)?,
-            Err(_) => end_group(&mut child, group).await.map_err(start)?,
+            Some(status) => status.map_err(start)?,
+            None => end_group(&mut child, group).await.map_err(start)?,
         };
         for reader in readers.into_iter().flatten() {
             let abort = reader.abort_handle();
@@ -173,6 +229,9 @@ impl Hooks {
         }
         let (program, tail) = (program.clone(), output.tail());
         tracing::info!(hook = kind.name(), program, %status, output = tail, "a hook ended");
+        if unwanted {
+            return Err(HookError::GivenUp { kind, program, tail });
+        }
         if late {
             return Err(HookError::TooSlow { kind, program, limit: self.limit, tail });
         }
@@ -228,15 +287,42 @@ impl Output {
     }
 }
 
-/// The point for which `post_thaw` is due since an agent before this one.
+/// Whether a `post_thaw` is due since an agent before this one.
 #[must_use]
-pub fn release_due(state_dir: &Path) -> Option<String> {
-    let path: PathBuf = state_dir.join(DUE_FILE);
-    std::fs::read_to_string(path).ok()
+pub fn is_release_due(state_dir: &Path) -> bool {
+    state_dir.join(DUE_FILE).exists()
+}
+
+/// Runs the `post_thaw` that an agent before this one left, once its `pre_freeze` is over; by `hooks` where it cannot be
+/// read which one that was.
+///
+/// # Errors
+/// Any [`HookError`] of the hook.
+pub async fn release_left_behind(hooks: &Hooks, state_dir: &Path) -> Result<(), HookError> {
+    let bytes = read_bounded(&state_dir.join(DUE_FILE), DUE_BYTES_MAX).unwrap_or_default();
+    let due: Option<Due> = serde_json::from_slice(&bytes).ok();
+    let due = due.unwrap_or_else(|| Due { point: String::new(), hooks: hooks.clone(), group: None });
+    if let Some(group) = due.group.filter(|group| is_hook(*group, &due.point)).and_then(Pid::from_raw) {
+        tracing::warn!("the pre_freeze hook of an agent that was killed still runs; it is ended");
+        for signal in [Signal::TERM, Signal::KILL] {
+            // A group that is gone needs no signal.
+            let _ = kill_process_group(group, signal);
+            tokio::time::sleep(TERM_GRACE).await;
+        }
+    }
+    due.hooks.release(&due.point, state_dir).await
+}
+
+/// Whether the process is the hook that was begun for `point`, and not another one with its number.
+fn is_hook(process: i32, point: &str) -> bool {
+    let wanted = format!("{POINT_VARIABLE}={point}");
+    let environment = std::fs::read(format!("/proc/{process}/environ")).unwrap_or_default();
+    environment.split(|byte| *byte == 0).any(|variable| variable == wanted.as_bytes())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::future::pending;
     use std::time::Instant;
 
     use super::*;
@@ -255,24 +341,24 @@ mod tests {
         let out = dir.path().join("out");
         let script = format!("echo $REPROTECT_HOOK $REPROTECT_POINT >> {}", out.display());
         let hooks = hooks(&script, &script, Duration::from_secs(60));
-        hooks.rest("a1", dir.path()).await.unwrap();
-        assert_eq!(release_due(dir.path()).as_deref(), Some("a1"));
+        hooks.rest("a1", dir.path(), pending()).await.unwrap();
+        assert!(is_release_due(dir.path()));
         hooks.release("a1", dir.path()).await.unwrap();
         assert_eq!(std::fs::read_to_string(out).unwrap(), "pre_freeze a1\npost_thaw a1\n");
-        assert_eq!(release_due(dir.path()), None);
+        assert!(!is_release_due(dir.path()));
     }
 
     #[tokio::test]
     async fn a_hook_that_fails_is_named_with_what_it_said() {
         let dir = tempfile::tempdir().unwrap();
         let hooks = hooks("echo one; echo two >&2; exit 3", "true", Duration::from_secs(60));
-        let error = hooks.rest("a1", dir.path()).await.unwrap_err().to_string();
+        let error = hooks.rest("a1", dir.path(), pending()).await.unwrap_err().to_string();
         for part in ["pre_freeze", "/bin/sh", "exit status: 3", "one", "two"] {
             assert!(error.contains(part), "{error}");
         }
-        assert!(release_due(dir.path()).is_some(), "it may have done half of its work");
+        assert!(is_release_due(dir.path()), "it may have done half of its work");
         let missing = Hooks { pre_freeze: vec!["/nowhere/hook".to_owned()], ..hooks };
-        let error = missing.rest("a1", dir.path()).await.unwrap_err().to_string();
+        let error = missing.rest("a1", dir.path(), pending()).await.unwrap_err().to_string();
         assert!(error.contains("/nowhere/hook") && error.contains("hooks.pre_freeze"), "{error}");
     }
 
@@ -284,10 +370,44 @@ mod tests {
         let script = format!("trap '' TERM; (sleep 30; touch {}) & echo begun; sleep 30", mark.display());
         let hooks = hooks(&script, "true", Duration::from_millis(200));
         let begun = Instant::now();
-        let error = hooks.rest("a1", dir.path()).await.unwrap_err();
+        let error = hooks.rest("a1", dir.path(), pending()).await.unwrap_err();
         assert!(matches!(error, HookError::TooSlow { .. }), "{error}");
         assert!(error.to_string().contains("begun"), "{error}");
         assert!(begun.elapsed() < Duration::from_secs(25), "it was waited for");
+    }
+
+    #[tokio::test]
+    async fn a_hook_that_outlives_its_agent_is_ended_before_the_other_one_runs_as_it_was_configured() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        let rest = format!("echo begun >> {0}; sleep 100; echo rests >> {0}", log.display());
+        let release = format!("echo goes on >> {}", log.display());
+        let hooks = hooks(&rest, &release, Duration::from_secs(60));
+        let said = || std::fs::read_to_string(&log).unwrap_or_default();
+        {
+            // The agent is killed: nobody waits for the hook, and nobody ends it.
+            let begun = std::pin::pin!(hooks.rest("a1", dir.path(), pending()));
+            let until_begun = async {
+                while said().is_empty() {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            };
+            tokio::select! { _ = begun => panic!("it ended"), () = until_begun => {} }
+        }
+        release_left_behind(&Hooks::default(), dir.path()).await.unwrap();
+        assert_eq!(said(), "begun\ngoes on\n");
+        assert!(!is_release_due(dir.path()));
+    }
+
+    #[tokio::test]
+    async fn a_hook_whose_point_is_given_up_is_ended_and_a_release_that_fails_stays_due() {
+        let dir = tempfile::tempdir().unwrap();
+        let hooks = hooks("sleep 100", "exit 1", Duration::from_secs(60));
+        let given_up = tokio::time::sleep(Duration::from_millis(50));
+        let error = hooks.rest("a1", dir.path(), given_up).await.unwrap_err();
+        assert!(matches!(error, HookError::GivenUp { .. }), "{error}");
+        assert!(hooks.release("a1", dir.path()).await.is_err());
+        assert!(is_release_due(dir.path()), "the next start tries again");
     }
 
     #[tokio::test]
@@ -296,7 +416,7 @@ mod tests {
         let script = "head -c 1000000 /dev/zero | tr '\\0' x; sleep 20 & echo end";
         let hooks = hooks(script, "true", Duration::from_secs(60));
         let begun = Instant::now();
-        hooks.rest("a1", dir.path()).await.unwrap();
+        hooks.rest("a1", dir.path(), pending()).await.unwrap();
         assert!(begun.elapsed() < Duration::from_secs(15), "what it left running was waited for");
     }
 }

@@ -241,11 +241,13 @@ impl Machine {
             AgentEvent::Opened { disk, mode } => {
                 tracing::info!(%disk, ?mode, "disk opened at the target");
                 self.handle_opened_followed(disk, mode);
+                let resumed = self.core.pass_progress(disk).is_some_and(|(settled, _)| settled > 0);
                 self.with(disk, |state| {
                     if state.activity == Activity::Stopped {
                         return; // stopped while it was being opened
                     }
                     state.problem = None;
+                    let began = state.walk_began;
                     match mode {
                         PassMode::Copy => state.begin_walk(Activity::Copying),
                         PassMode::Compare => state.begin_walk(Activity::Comparing),
@@ -253,6 +255,9 @@ impl Machine {
                             state.begin_walk(Activity::Synced);
                             state.next_scan = Some(Instant::now() + FIRST_SCAN);
                         }
+                    }
+                    if resumed && mode != PassMode::Done {
+                        state.resume_walk(began);
                     }
                 });
             }
@@ -285,6 +290,9 @@ impl Machine {
             AgentEvent::MarkRequested(request) => self.handle_mark_request(&request),
             AgentEvent::Resync { disk, cause } => {
                 self.following.abandon_round(disk);
+                if self.is_streaming(std::iter::once(disk)) {
+                    self.end_streaming("the whole disk is compared");
+                }
                 let problem = (cause == PassCause::DamagedStream).then(|| DAMAGED_TEXT.to_owned());
                 match &problem {
                     Some(text) => tracing::error!(%disk, ?cause, "{text}"),

@@ -33,6 +33,8 @@ use crate::quiescing::{LATE_TEXT, Quiet, Rest};
 const WAITING_MAX: usize = 8;
 /// How long marks may wait to become durable before a run gives up on them; they are sent all the same.
 const WAITING_LIMIT: Duration = Duration::from_secs(600);
+/// Looks for a moment in which everything is frozen, before a run gives up.
+const TRIES_MAX: u32 = 3;
 /// How long the freeze of a scheduled point may take, writing out included.
 const APP_FREEZE_LIMIT_MS: u64 = 30_000;
 /// After the source was stopped nothing is read for a while: the target takes the disks away.
@@ -131,7 +133,7 @@ impl Machine {
         if !free || !self.reads_together() {
             return;
         }
-        if self.app_pause().is_some() && self.app_schedule.is_due(now) {
+        if self.app_is_due(now) {
             let app = self.plan().settings.hooks.is_configured();
             let request =
                 MarkRequest { name: String::new(), freeze: true, freeze_limit_ms: APP_FREEZE_LIMIT_MS, app };
@@ -184,6 +186,23 @@ impl Machine {
             Asker::Target(point, _) => self.core.refuse_mark(point, &reason),
             Asker::Timer => {}
         }
+    }
+
+    /// Whether the schedule wants a point that brings the machine to rest, and one can be had: what is scanned would be frozen
+    /// for as long as it is read.
+    fn app_is_due(&mut self, now: Instant) -> bool {
+        if self.app_pause().is_none() || !self.app_schedule.is_due(now) {
+            return false;
+        }
+        let disks = || self.disks.keys().copied();
+        let windowed = self.is_streaming(disks()) || self.has_windows(disks());
+        if !windowed {
+            tracing::warn!(
+                "no scheduled point brings the machine to rest: that needs every disk to be followed in windows"
+            );
+            self.end_app_run(true);
+        }
+        windowed
     }
 
     /// A point of the application schedule was made, or could not be.
@@ -268,7 +287,8 @@ impl Machine {
             return self.fail_run(&format!("disk {disk} is {state} meanwhile; no point was made; try again"));
         }
         if !waiting && run.deadline.is_some_and(|at| Instant::now() >= at) {
-            return self.fail_run(LATE_TEXT);
+            let reading = matches!(run.phase, Phase::Reading { .. } | Phase::Thawing);
+            return self.fail_run(if reading { LATE_TEXT } else { REST_TEXT });
         }
         // A disk that went away for good must not keep the others from their points.
         if waiting && self.core.is_ready() && run.deadline.is_some_and(|at| Instant::now() >= at) {
@@ -328,6 +348,12 @@ impl Machine {
         }
     }
 
+    /// Whether what a window harvested is still open, so that another one goes on from there.
+    fn can_look_again(&self) -> bool {
+        let disks = || self.marking.iter().flat_map(|run| run.disks.iter().copied());
+        self.can_close(disks()) || self.is_streaming(disks())
+    }
+
     /// Looks for the point's moment, in which everything is frozen that is to be.
     pub(crate) fn close_window(&mut self, freeze: Option<ToFreeze>) {
         let Some(run) = self.marking.as_mut() else { return };
@@ -346,20 +372,22 @@ impl Machine {
         let Some(run) = self.marking.as_mut() else { return };
         let commanded = matches!(run.order.asker, Asker::Command(_));
         let problem = match &frozen {
-            Some(Ok(end)) if !end.held => Some(LATE_TEXT),
+            Some(Ok(end)) if !end.held => Some(HELD_TEXT),
             Some(Err(why)) => Some(why.as_str()),
+            _ if class == MarkClass::Fuzzy => Some(NO_MOMENT_TEXT),
             _ => None,
         };
-        run.quiet.end = frozen.as_ref().and_then(|frozen| frozen.as_ref().ok()).copied();
-        let wanted = run.order.request.freeze && commanded;
-        if let Some(problem) = problem.filter(|_| wanted) {
-            return self.fail_run(problem);
+        if let Some(problem) = problem.filter(|_| run.order.request.freeze) {
+            if run.quiet.tries < TRIES_MAX && self.can_look_again() {
+                tracing::info!(problem, "another moment is looked for");
+                return self.begin_quiescing(true);
+            }
+            if commanded {
+                return self.fail_run(problem);
+            }
         }
-        if wanted && class == MarkClass::Fuzzy {
-            return self.fail_run(
-                "no moment was found that is one state of all disks (see the agent's log); try again",
-            );
-        }
+        let Some(run) = self.marking.as_mut() else { return };
+        run.quiet.end = frozen.and_then(Result::ok);
         let class = match class {
             MarkClass::Crash => run.quiet.class(run.order.request.app),
             class => class,
@@ -466,13 +494,14 @@ impl Machine {
             name: run.order.request.name.clone(),
             source_time_ms: time.0 / 1_000_000,
             disks: durable.keys().map(disk).collect(),
-            frozen: run.quiet.mounts.iter().map(|path| path.display().to_string()).collect(),
-            freeze_call_us: run.quiet.end.map_or(0, |end| micros(end.call)),
-            frozen_us: run.quiet.end.map_or(0, |end| micros(end.frozen)),
-            problems: run.quiet.problems.clone(),
+            frozen: run.quiet.frozen(),
+            freeze_call_us: run.quiet.end.as_ref().map_or(0, |end| micros(end.call)),
+            frozen_us: run.quiet.end.as_ref().map_or(0, |end| micros(end.frozen)),
+            problems: run.quiet.all_problems(),
         };
         if run.order.request.freeze && matches!(run.order.asker, Asker::Timer) {
-            self.end_app_run(matches!(run.class, MarkClass::Frozen | MarkClass::App));
+            // Where nothing is mounted there is no more to be had.
+            self.end_app_run(run.quiet.bare || matches!(run.class, MarkClass::Frozen | MarkClass::App));
         }
         self.following.handle_point_durable(&self.core, run.disks.iter().copied());
         if run.class != MarkClass::Fuzzy {
@@ -536,6 +565,11 @@ impl Machine {
         self.next_run();
     }
 }
+
+const HELD_TEXT: &str = "the moment took longer than everything may stay frozen (500 ms): the machine is very busy; everything is thawed, try again";
+const NO_MOMENT_TEXT: &str =
+    "no moment was found that is one state of all disks (see the agent's log); try again";
+const REST_TEXT: &str = "bringing the machine to rest took longer than it may; everything goes on, no point was made; see which file system is slow to write out, or allow more time with --freeze-limit";
 
 fn micros(span: Duration) -> u64 {
     u64::try_from(span.as_micros()).unwrap_or(u64::MAX)

@@ -58,7 +58,12 @@ fn counters(registry: &mut Registry, info: &StatusInfo, name: &str, help: &str, 
 }
 
 fn label(disk: &DiskInfo) -> Disk {
-    Disk { disk: disk.disk.clone(), source: disk.source.clone() }
+    Disk { disk: disk.disk.clone(), source: escaped(&disk.source) }
+}
+
+/// As the exposition wants it, which the library leaves to its callers.
+fn escaped(text: &str) -> String {
+    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 /// The exposition of a status.
@@ -92,7 +97,7 @@ pub(crate) fn render(info: &StatusInfo) -> String {
     let events = Family::<Event, Gauge>::default();
     registry_ref.register("health_event", "1 for each health event that holds", events.clone());
     for event in &info.health {
-        let label = Event { code: event.code.clone(), disk: event.disk.clone() };
+        let label = Event { code: event.code.clone(), disk: escaped(&event.disk) };
         events.get_or_create(&label).set(1);
     }
     let mut text = String::new();

@@ -137,11 +137,16 @@ impl Protected {
         }
         if activity != Activity::Scanning {
             // Sequences that were not durable may be given to other changes.
-            self.freshness.end_stream();
+            self.freshness.begin_pass();
         }
         self.activity = activity;
         self.walk_began = wall_clock();
         self.next_scan = None;
+    }
+
+    /// The walk goes on where it was in a session before: part of it was read then.
+    pub(crate) const fn resume_walk(&mut self, began: Timestamp) {
+        self.walk_began = began;
     }
 
     /// Everything the walk read is durable. Word of it may come when the disk was stopped meanwhile: it stays so.

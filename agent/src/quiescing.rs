@@ -14,17 +14,21 @@ use std::time::{Duration, Instant};
 
 use reprotect_engine::format::batch::MarkClass;
 use reprotect_engine::net::wall_clock;
-use tokio::sync::mpsc;
+use reprotect_engine::units::Timestamp;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 
 use crate::capturing::ToFreeze;
 use crate::disks::{SystemRoot, enumerate};
-use crate::freeze::{Freeze, FreezeEnd, FreezeError, Limits};
-use crate::hooks::Hooks;
+use crate::freeze::{Freeze, FreezeEnd, FreezeError, Limits, write_out_all};
+use crate::hooks::{self, HookError, Hooks};
 use crate::machine::Machine;
 use crate::marking::{Asker, MarkRun, Phase, hex};
 
 /// How long everything may stay frozen in a window: the moment itself takes microseconds.
 const HELD_LIMIT: Duration = Duration::from_millis(500);
+/// A window that is looked for while something rests must have come to its end after this.
+const WINDOW_LIMIT: Duration = Duration::from_secs(15);
 /// A point of the application schedule that could not be made is tried again after a tenth of the schedule's pause, but not
 /// sooner than this.
 const RETRY_MIN: Duration = Duration::from_secs(60);
@@ -34,6 +38,8 @@ const RETRY_MIN: Duration = Duration::from_secs(60);
 pub(crate) enum FreezeNews {
     /// Applications rest or not, file systems are ready to be frozen or not.
     Quiesced {
+        /// The pre_freeze hook was run.
+        rests: bool,
         /// Why applications do not rest, if one of them was asked to and failed.
         hook: Option<String>,
         /// `None` where nothing is mounted.
@@ -55,8 +61,10 @@ pub(crate) type Freezer = mpsc::UnboundedSender<([u8; 16], FreezeNews)>;
 pub(crate) enum Rest {
     /// No hook was run.
     NotAsked,
-    /// The pre_freeze hook was begun: the post_thaw hook is due.
+    /// The pre_freeze hook runs: the post_thaw hook is due.
     Asked,
+    /// It failed, and may have done half of its work.
+    Troubled,
     /// It rests.
     Resting,
     /// The post_thaw hook runs.
@@ -81,10 +89,18 @@ pub(crate) struct Quiet {
     pub(crate) looked: bool,
     /// None is mounted: applications work on bare disks.
     pub(crate) bare: bool,
+    /// Looks for a moment so far.
+    pub(crate) tries: u32,
+    /// When the state that was read while frozen was over.
+    pub(crate) taken: Option<Timestamp>,
+    /// The hooks of this run, whatever the configuration says by now.
+    hooks: Hooks,
+    /// Ends the pre_freeze hook by being dropped, and who runs it.
+    resting: Option<(oneshot::Sender<()>, JoinHandle<()>)>,
 }
 
 impl Quiet {
-    pub(crate) const fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             rest: Rest::NotAsked,
             freeze: None,
@@ -93,12 +109,33 @@ impl Quiet {
             problems: Vec::new(),
             looked: false,
             bare: false,
+            tries: 0,
+            taken: None,
+            hooks: Hooks::default(),
+            resting: None,
         }
+    }
+
+    /// The mount points that were frozen.
+    pub(crate) fn frozen(&self) -> Vec<String> {
+        let unfrozen = |path: &PathBuf| self.end.as_ref().is_some_and(|end| end.unfrozen.contains(path));
+        let held = self.end.as_ref().is_some_and(|end| end.held);
+        let frozen = self.mounts.iter().filter(|path| held && !unfrozen(path));
+        frozen.map(|path| path.display().to_string()).collect()
+    }
+
+    /// What an operator should know of it.
+    pub(crate) fn all_problems(&self) -> Vec<String> {
+        let unfrozen = self.end.iter().flat_map(|end| &end.unfrozen);
+        let text = |path: &PathBuf| {
+            format!("{} is of a kind that cannot be frozen; it was written out just before", path.display())
+        };
+        self.problems.iter().cloned().chain(unfrozen.map(text)).collect()
     }
 
     /// What a point promises that is made now: everything that was frozen held.
     pub(crate) fn class(&self, app: bool) -> MarkClass {
-        let frozen = self.end.is_some_and(|end| end.held);
+        let frozen = self.end.as_ref().is_some_and(|end| end.held);
         match self.rest {
             Rest::Resting if app && (frozen || self.bare) => MarkClass::App,
             _ if frozen => MarkClass::Frozen,
@@ -144,35 +181,67 @@ impl Machine {
         let Some(run) = self.marking.as_mut() else { return };
         let limit = Duration::from_millis(run.order.request.freeze_limit_ms);
         let limits = Limits { in_all: limit, held: if to_window { HELD_LIMIT } else { limit } };
-        let app = run.order.request.app && hooks.is_configured();
-        if app && self.releasing {
+        // In a second look for a moment applications rest already.
+        let asks = run.order.request.app && hooks.is_configured() && run.quiet.rest == Rest::NotAsked;
+        if asks && self.releasing {
             return; // one post_thaw hook after another; the clock asks again
         }
         run.phase = Phase::Quiescing { to_window };
         run.quiet.looked = true;
-        if app {
+        run.quiet.tries += 1;
+        // Writing out, the hook, and the freeze: nothing rests without end.
+        run.deadline = Some(Instant::now() + limit + hooks.limit + limit);
+        if asks {
             run.quiet.rest = Rest::Asked;
+            run.quiet.hooks = hooks.clone();
         }
+        let (give_up, given_up) = oneshot::channel::<()>();
         let (point, news) = (run.point, self.freezer.clone());
-        drop(tokio::spawn(async move {
-            let hook = if app { hooks.rest(&hex(&point), &state_dir).await.err() } else { None };
+        let task = tokio::spawn(async move {
+            let mut given_up = given_up;
+            let blocking = |devices: Vec<String>, state_dir: PathBuf, sync: bool| async move {
+                let work = move || prepare(&devices, limits, &state_dir, sync);
+                tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(error.to_string()))
+            };
+            // What is written out before applications rest need not be written out while they do.
+            let before = blocking(devices.clone(), state_dir.clone(), true).await;
+            if !asks {
+                drop(news.send((point, FreezeNews::Quiesced { rests: false, hook: None, prepared: before })));
+                return;
+            }
+            drop(before);
+            let hook = hooks.rest(&hex(&point), &state_dir, gone(&mut given_up)).await.err();
+            let prepared = if matches!(hook, Some(HookError::GivenUp { .. })) {
+                Ok(None)
+            } else {
+                blocking(devices, state_dir.clone(), false).await
+            };
+            // Given up: the run is over, and said so by dropping its end.
+            let over = !matches!(given_up.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+            if over {
+                drop(prepared);
+                return release(hooks, point, state_dir, news).await;
+            }
             let hook = hook.map(|error| error.to_string());
-            let prepare = move || prepare(&devices, limits, &state_dir);
-            let prepared = tokio::task::spawn_blocking(prepare).await;
-            let prepared = prepared.unwrap_or_else(|error| Err(error.to_string()));
             // A machine that is gone meanwhile drops it: nothing is frozen.
-            drop(news.send((point, FreezeNews::Quiesced { hook, prepared })));
-        }));
+            drop(news.send((point, FreezeNews::Quiesced { rests: true, hook, prepared })));
+        });
+        run.quiet.resting = Some((give_up, task));
     }
 
     /// A thread is done.
     pub(crate) fn handle_freeze_news(&mut self, point: [u8; 16], news: FreezeNews) {
-        self.releasing &= !matches!(news, FreezeNews::Released(_));
+        if let FreezeNews::Released(problem) = &news {
+            self.releasing = false;
+            if problem.is_some() {
+                self.hook_problem.clone_from(problem);
+            }
+        }
         let Some(run) = self.marking.as_mut().filter(|run| run.point == point) else {
-            return thaw_late(news); // the run failed meanwhile
+            return self.handle_late_news(point, news);
         };
         match (news, &run.phase) {
-            (FreezeNews::Quiesced { hook, prepared }, Phase::Quiescing { to_window }) => {
+            (FreezeNews::Quiesced { hook, prepared, .. }, Phase::Quiescing { to_window }) => {
                 let to_window = *to_window;
                 self.handle_quiesced(hook, prepared, to_window);
             }
@@ -184,23 +253,21 @@ impl Machine {
             }
             (FreezeNews::Begun(Err(reason)), Phase::Freezing) => self.go_on_unfrozen(&reason),
             (FreezeNews::Ended(end), Phase::Thawing) => {
-                run.quiet.end = Some(end);
                 if !end.held {
                     return self.fail_run(LATE_TEXT);
                 }
                 tracing::info!(call = ?end.call, frozen = ?end.frozen, "file systems thawed");
+                run.quiet.end = Some(end);
                 let class = run.quiet.class(run.order.request.app);
-                self.place_marks(class, wall_clock());
+                let taken = run.quiet.taken.unwrap_or_default();
+                self.place_marks(class, taken);
             }
             (FreezeNews::Released(problem), _) => {
                 run.quiet.rest = Rest::Released;
-                if problem.is_some() {
-                    self.hook_problem.clone_from(&problem);
-                }
                 run.quiet.problems.extend(problem);
                 self.advance_run();
             }
-            (news, _) => thaw_late(news),
+            (news, _) => self.handle_late_news(point, news),
         }
     }
 
@@ -214,6 +281,7 @@ impl Machine {
         let commanded = matches!(run.order.asker, Asker::Command(_));
         if run.quiet.rest == Rest::Asked {
             self.hook_problem.clone_from(&hook);
+            run.quiet.rest = if hook.is_some() { Rest::Troubled } else { Rest::Resting };
         }
         if let Some(problem) = hook {
             tracing::warn!("{problem}");
@@ -222,8 +290,6 @@ impl Machine {
             }
             // Its file systems are clean all the same.
             run.quiet.problems.push(problem);
-        } else if run.quiet.rest == Rest::Asked {
-            run.quiet.rest = Rest::Resting;
         }
         let freeze = match prepared {
             Ok(freeze) => freeze,
@@ -232,16 +298,19 @@ impl Machine {
         let Some(freeze) = freeze else {
             run.quiet.bare = true;
             if run.quiet.rest == Rest::Resting && to_window {
+                run.deadline = Some(Instant::now() + WINDOW_LIMIT);
                 return self.close_window(None);
             }
             return self.go_on_unfrozen(&FreezeError::Nothing.to_string());
         };
         run.quiet.mounts = freeze.mount_points();
         let limit = Duration::from_millis(run.order.request.freeze_limit_ms);
-        run.deadline = Some(Instant::now() + limit);
         if to_window {
+            // The window itself waits for old writes before it freezes.
+            run.deadline = Some(Instant::now() + limit + WINDOW_LIMIT);
             return self.close_window(Some(ToFreeze { freeze, limit }));
         }
+        run.deadline = Some(Instant::now() + limit);
         run.phase = Phase::Freezing;
         let (point, news) = (run.point, self.freezer.clone());
         thread("freeze", move || {
@@ -259,11 +328,14 @@ impl Machine {
             return self.fail_run(reason);
         }
         tracing::info!(reason, "the point is made without a freeze");
-        run.deadline = None;
         if let Phase::Quiescing { to_window: true } = run.phase {
+            run.deadline = Some(Instant::now() + WINDOW_LIMIT);
             return self.close_window(None);
         }
+        run.deadline = None;
         run.phase = Phase::Reading { begun: BTreeSet::new(), read: BTreeSet::new() };
+        // Reading takes as long as it takes, and promises nothing that rest would help.
+        drop(self.release_run());
         self.advance_run();
     }
 
@@ -271,48 +343,87 @@ impl Machine {
     pub(crate) fn begin_thawing(&mut self, freeze: Freeze) {
         let Some(run) = self.marking.as_mut() else { return };
         run.phase = Phase::Thawing;
+        run.quiet.taken = Some(wall_clock());
         let (point, news) = (run.point, self.freezer.clone());
         thread("thaw", move || drop(news.send((point, FreezeNews::Ended(freeze.end())))));
     }
 
-    /// Applications of the run go on, once what is left frozen is thawed; answers what runs, so that a daemon that ends can
-    /// wait for it.
-    pub(crate) fn release_run(&mut self) -> Option<tokio::task::JoinHandle<()>> {
+    /// Applications of the run go on, once what is left frozen is thawed and their pre_freeze hook is over; answers what
+    /// runs, so that a daemon that ends can wait for it.
+    pub(crate) fn release_run(&mut self) -> Option<JoinHandle<()>> {
         let MarkRun { point, quiet, .. } = self.marking.as_mut()?;
-        let (point, freeze) = (*point, quiet.freeze.take());
-        if !matches!(quiet.rest, Rest::Asked | Rest::Resting) {
+        let (point, freeze, resting) = (*point, quiet.freeze.take(), quiet.resting.take());
+        if !matches!(quiet.rest, Rest::Asked | Rest::Troubled | Rest::Resting) {
             if let Some(freeze) = freeze {
                 thread("thaw", move || drop(freeze));
             }
             return None;
         }
-        quiet.rest = Rest::Releasing;
         self.releasing = true;
-        let settings = &self.plan().settings;
-        let (hooks, state_dir) = (settings.hooks.clone(), settings.places.state_dir.clone());
-        let news = self.freezer.clone();
+        if std::mem::replace(&mut quiet.rest, Rest::Releasing) == Rest::Asked {
+            // The task that runs the hook learns that it is given up, and releases when the hook is over.
+            return resting.map(|(_, task)| task);
+        }
+        let (hooks, news) = (quiet.hooks.clone(), self.freezer.clone());
+        let state_dir = self.plan().settings.places.state_dir.clone();
         Some(tokio::spawn(async move {
             // An error is a panic of the thaw, whose drop has thawed.
             let _ = tokio::task::spawn_blocking(move || drop(freeze)).await;
-            let problem = hooks.release(&hex(&point), &state_dir).await.err().map(|error| error.to_string());
-            if let Some(problem) = &problem {
-                tracing::warn!("{problem}");
-            }
-            drop(news.send((point, FreezeNews::Released(problem))));
+            release(hooks, point, state_dir, news).await;
         }))
+    }
+
+    /// What an agent before this one left at rest goes on.
+    pub(crate) fn release_left_behind(&mut self) {
+        let settings = &self.plan().settings;
+        let (hooks, state_dir) = (settings.hooks.clone(), settings.places.state_dir.clone());
+        if !hooks::is_release_due(&state_dir) {
+            return;
+        }
+        tracing::warn!("an agent that was killed left applications at rest; its post_thaw hook is run");
+        self.releasing = true;
+        let news = self.freezer.clone();
+        drop(tokio::spawn(async move {
+            let problem = hooks::release_left_behind(&hooks, &state_dir).await.err();
+            tell_released([0; 16], problem, &news);
+        }));
+    }
+
+    /// A run is over whose applications may rest: news that come late must not leave them so.
+    fn handle_late_news(&mut self, point: [u8; 16], news: FreezeNews) {
+        let rests = matches!(&news, FreezeNews::Quiesced { rests: true, .. });
+        thaw_late(news);
+        if rests {
+            let settings = &self.plan().settings;
+            let (hooks, state_dir) = (settings.hooks.clone(), settings.places.state_dir.clone());
+            let news = self.freezer.clone();
+            drop(tokio::spawn(async move {
+                // As they were configured when they were asked to rest.
+                let problem = hooks::release_left_behind(&hooks, &state_dir).await.err();
+                tell_released(point, problem, &news);
+            }));
+        }
     }
 }
 
-/// What an agent before this one left at rest goes on.
-pub(crate) fn release_left_behind(hooks: &Hooks, state_dir: &Path) {
-    let Some(point) = crate::hooks::release_due(state_dir) else { return };
-    tracing::warn!(point, "an agent that was killed left applications at rest; the post_thaw hook is run");
-    let (hooks, state_dir) = (hooks.clone(), state_dir.to_owned());
-    drop(tokio::spawn(async move {
-        if let Err(error) = hooks.release(&point, &state_dir).await {
-            tracing::error!("{error}");
-        }
-    }));
+/// Comes when the other end is dropped.
+async fn gone(other: &mut oneshot::Receiver<()>) {
+    // Nothing is ever sent.
+    let _ = other.await;
+}
+
+/// Applications go on, and the machine is told.
+async fn release(hooks: Hooks, point: [u8; 16], state_dir: PathBuf, news: Freezer) {
+    let problem = hooks.release(&hex(&point), &state_dir).await.err();
+    tell_released(point, problem, &news);
+}
+
+fn tell_released(point: [u8; 16], problem: Option<HookError>, news: &Freezer) {
+    let problem = problem.map(|error| error.to_string());
+    if let Some(problem) = &problem {
+        tracing::error!("{problem}");
+    }
+    drop(news.send((point, FreezeNews::Released(problem))));
 }
 
 /// News that nobody waits for.
@@ -324,9 +435,18 @@ fn thaw_late(news: FreezeNews) {
 
 pub(crate) const LATE_TEXT: &str = "the file systems were frozen for as long as they may be and not everything was read; they are thawed, no point was made; allow more time with --freeze-limit, or raise `read_rate`";
 
-/// What is mounted from these devices, ready to be frozen; `None` where nothing is. Blocks.
-fn prepare(devices: &[String], limits: Limits, state_dir: &Path) -> Result<Option<Freeze>, String> {
+/// What is mounted from these devices, ready to be frozen, written out first if that is wanted; `None` where nothing is.
+/// Blocks.
+fn prepare(
+    devices: &[String],
+    limits: Limits,
+    state_dir: &Path,
+    write_out: bool,
+) -> Result<Option<Freeze>, String> {
     let mounts = mount_points(devices)?;
+    if write_out {
+        write_out_all(&mounts);
+    }
     match Freeze::prepare(&mounts, limits, state_dir) {
         Ok(freeze) => Ok(Some(freeze)),
         Err(FreezeError::Nothing) => Ok(None),
@@ -355,13 +475,14 @@ mod tests {
 
     #[test]
     fn a_point_promises_what_was_held_and_no_more() {
-        let end = |held| Some(FreezeEnd { held, call: Duration::ZERO, frozen: Duration::ZERO });
+        let (call, frozen) = (Duration::ZERO, Duration::ZERO);
+        let end = |held| Some(FreezeEnd { held, call, frozen, unfrozen: Vec::new() });
         let rows = [
             (Rest::Resting, end(true), false, true, MarkClass::App),
             (Rest::Resting, None, true, true, MarkClass::App),
             (Rest::Resting, end(false), false, true, MarkClass::Crash),
             (Rest::Resting, None, false, true, MarkClass::Crash),
-            (Rest::Asked, end(true), false, true, MarkClass::Frozen),
+            (Rest::Troubled, end(true), false, true, MarkClass::Frozen),
             (Rest::NotAsked, end(true), false, true, MarkClass::Frozen),
             (Rest::Resting, end(true), false, false, MarkClass::Frozen),
             (Rest::NotAsked, None, true, true, MarkClass::Crash),

@@ -271,9 +271,17 @@ fn a_freeze_ends_when_told_at_its_limit_and_when_its_guard_is_killed() {
     one.until_writable();
     two.until_writable();
 
-    // One of several cannot be frozen: none is.
-    let bad = [one.mount.clone(), PathBuf::from("/proc")];
-    assert!(Freeze::begin(&bad, Limits::of(long), state).is_err());
+    // One of several is frozen by somebody else: none is.
+    assert!(quiet("fsfreeze", &["--freeze", two.mount.to_str().unwrap()]));
+    assert!(Freeze::begin(&mounts, Limits::of(long), state).is_err());
+    one.until_writable();
+    assert!(quiet("fsfreeze", &["--unfreeze", two.mount.to_str().unwrap()]));
+    // One is of a kind that cannot be frozen, as a boot partition's: the others are.
+    let kinds = [one.mount.clone(), PathBuf::from("/proc")];
+    let freeze = Freeze::begin(&kinds, Limits::of(long), state).unwrap();
+    assert!(!one.is_writable());
+    let end = freeze.end();
+    assert_eq!((end.held, end.unfrozen), (true, vec![PathBuf::from("/proc")]));
     one.until_writable();
     assert!(!state.join("frozen").exists());
 }
@@ -283,10 +291,40 @@ fn a_freeze_ends_when_told_at_its_limit_and_when_its_guard_is_killed() {
 fn freezes_and_waits_to_be_killed() {
     let Ok(mount) = std::env::var("FREEZE_AND_WAIT") else { return };
     let state = PathBuf::from(std::env::var("FREEZE_STATE").unwrap());
-    let freeze = Freeze::begin(&[mount.into()], Limits::of(Duration::from_secs(600)), &state).unwrap();
+    let held = Duration::from_millis(std::env::var("FREEZE_HELD_MS").unwrap().parse().unwrap());
+    let limits = Limits { in_all: Duration::from_secs(600), held };
+    let freeze = Freeze::begin(&[mount.into()], limits, &state).unwrap();
     std::fs::write(state.join("is-frozen"), b"").unwrap();
     std::thread::sleep(Duration::from_secs(300));
     drop(freeze);
+}
+
+/// A process of its own that has frozen the volume, for so long at most.
+fn frozen_by_another(volume: &Volume, state: &Path, held: Duration) -> Child {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "freezes_and_waits_to_be_killed", "--nocapture"])
+        .env("FREEZE_AND_WAIT", &volume.mount)
+        .env("FREEZE_STATE", state)
+        .env("FREEZE_HELD_MS", held.as_millis().to_string())
+        .spawn()
+        .unwrap();
+    while !state.join("is-frozen").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "the child ended");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    child
+}
+
+#[test]
+fn an_agent_that_hangs_leaves_nothing_frozen() {
+    let site = Site::new();
+    let Some(volume) = Volume::new(site.dir.path(), "volume") else { return };
+    let mut child = frozen_by_another(&volume, site.dir.path(), Duration::from_secs(3));
+    assert!(quiet("kill", &["-STOP", &child.id().to_string()]));
+    assert!(!volume.is_writable(), "it hangs, and is frozen");
+    volume.until_writable();
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
 
 #[test]
@@ -294,16 +332,7 @@ fn an_agent_that_is_killed_leaves_nothing_frozen() {
     let site = Site::new();
     let Some(volume) = Volume::new(site.dir.path(), "volume") else { return };
     let state = site.dir.path();
-    let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "freezes_and_waits_to_be_killed", "--nocapture"])
-        .env("FREEZE_AND_WAIT", &volume.mount)
-        .env("FREEZE_STATE", state)
-        .spawn()
-        .unwrap();
-    while !state.join("is-frozen").exists() {
-        assert!(child.try_wait().unwrap().is_none(), "the child ended");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let mut child = frozen_by_another(&volume, state, Duration::from_secs(600));
     assert!(!volume.is_writable());
     child.kill().unwrap();
     child.wait().unwrap();

@@ -242,6 +242,56 @@ fn a_hook_that_fails_or_hangs_costs_the_promise_and_applications_go_on() {
 }
 
 #[test]
+fn a_hook_whose_run_fails_meanwhile_is_ended_before_applications_go_on() {
+    let _machine = capture_lab::machine();
+    if !capable() {
+        return;
+    }
+    run(async {
+        let log = tempfile::NamedTempFile::new().unwrap();
+        let rest = format!("sleep 60; echo rests >> {}", log.path().display());
+        let mut setup = Setup::new("ext4", &hooks(log.path(), &rest, "true", "5m"));
+        let agent = setup.start().await;
+        let marked = async { mark(&setup, true).await.unwrap_err() };
+        let upset = async {
+            agent.until("the hook", |_| said(log.path()) == ["pre_freeze"]).await;
+            setup.target.kill().await;
+        };
+        let (refused, ()) = tokio::join!(marked, upset);
+        assert!(refused.contains("meanwhile"), "{refused}");
+        agent.until("applications go on", |_| said(log.path()) == ["pre_freeze", "post_thaw"]).await;
+        agent.until("it is not due any more", |_| !setup.state_dir.join("post-thaw-due").exists()).await;
+        // And the next one is made as if nothing had been.
+        setup.target.restart().await;
+        agent.until_disk("synced again", setup.disk, |info| info.state == "synced").await;
+        assert_eq!(mark(&setup, false).await.unwrap().class, "frozen");
+        agent.stop().await;
+    });
+}
+
+#[test]
+fn a_machine_that_is_scanned_is_not_frozen_on_schedule() {
+    run(async {
+        let site = Site::new();
+        let target = FakeTarget::start(&site);
+        let (state_dir, agent_id) = site.state_dir("agent");
+        let image = site.path("disk.img");
+        std::fs::write(&image, common::noise(1 << 20, 5)).unwrap();
+        let log = site.path("log");
+        write_config(&state_dir, target.address, &[&image], &hooks(&log, "true", "true", "30s"));
+        target.protect_source(agent_id, source_id(&image), vec![0; 1 << 20], PassMode::Copy);
+        let policy =
+            Policy { revision: 1, points_every_ms: 0, target: PeerId::NONE, app_points_every_ms: 100 };
+        target.set_policy(policy);
+        let agent = AgentDaemon::start(&state_dir);
+        agent.until("rounds", |status| status.disks.iter().any(|disk| disk.scan_rounds > 5)).await;
+        assert_eq!(said(&log), Vec::<String>::new());
+        assert!(target.marks().iter().all(|mark| mark.class == MarkClass::Fuzzy));
+        agent.stop().await;
+    });
+}
+
+#[test]
 fn applications_that_a_killed_agent_left_at_rest_go_on_at_its_next_start() {
     run(async {
         let site = Site::new();

@@ -105,14 +105,6 @@ impl Stream {
         Ok(Some((self.batches(capture)?, as_of)))
     }
 
-    /// Takes what stands in the ring, and keeps it.
-    ///
-    /// # Errors
-    /// When the stream is over.
-    pub(super) fn keep_up(&mut self, capture: &Capture) -> Result<(), CaptureError> {
-        self.take(capture, capture.stream_end()).map(drop)
-    }
-
     /// Everything that stands before `end` in the ring, in batches.
     ///
     /// # Errors
