@@ -1,7 +1,7 @@
 //! What an operator should look at: health events of this machine, and the steps of its disks on the ladder of capture.
 //!
 //! Invariants: an event is there as long as its cause is, and keeps the time since when; a step is kept with its cause, the
-//! newest [`STEPS_MAX`]; codes are stable. Units: milliseconds since the UNIX epoch. Owned by `machine`, shown by
+//! newest `STEPS_MAX`; codes are stable. Units: milliseconds since the UNIX epoch. Owned by `machine`, shown by
 //! `status` and `metrics`.
 
 use std::collections::{BTreeMap, VecDeque};

@@ -4,7 +4,7 @@
 //! what `post_thaw` is due, from before `pre_freeze` is begun until `post_thaw` has succeeded; an agent that finds it at its
 //! start ends a `pre_freeze` that still runs, and runs that `post_thaw`, whatever the configuration says by then.
 //! Invariants: `post_thaw` never runs beside the `pre_freeze` it belongs to; a program that reaches its limit is ended with everything it started; what it
-//! says is kept up to [`OUTPUT_BYTES_MAX`], the rest is read and dropped; nothing here blocks a thread. Units: bytes.
+//! says is kept up to `OUTPUT_BYTES_MAX`, the rest is read and dropped; nothing here blocks a thread. Units: bytes.
 //! Called by `quiescing` and `daemon`.
 
 use std::path::Path;
