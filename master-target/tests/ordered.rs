@@ -283,7 +283,7 @@ fn is_possible() -> bool {
     let missing = tools.iter().find(|tool| Command::new(tool).arg("--version").output().is_err());
     let possible = root && there("/dev/fuse") && there("/dev/loop-control") && missing.is_none();
     if !possible {
-        eprintln!("skipped: needs root, FUSE, loop devices and {tools:?} (missing: {missing:?})");
+        eprintln!("SKIPPED: needs root, FUSE, loop devices and {tools:?} (missing: {missing:?})");
     }
     possible
 }

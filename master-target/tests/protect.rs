@@ -305,7 +305,7 @@ fn losetup(arguments: &[&std::ffi::OsStr]) -> String {
 #[test]
 fn another_device_under_the_old_name_is_refused() {
     if !rustix::process::geteuid().is_root() || !Path::new("/dev/loop-control").exists() {
-        return eprintln!("skipped: needs root and loop devices");
+        return eprintln!("SKIPPED: needs root and loop devices");
     }
     let site = Site::with(&[source(1, "/dev/sda", SIZE, 1)]);
     let images = ["one.img", "two.img"].map(|name| site.dir.path().join(name));

@@ -454,7 +454,7 @@ impl Drop for Loop {
 pub(crate) fn is_root() -> bool {
     let root = rustix::process::geteuid().is_root() && Path::new("/dev/loop-control").exists();
     if !root {
-        eprintln!("skipped: needs root and loop devices");
+        eprintln!("SKIPPED: needs root and loop devices");
     }
     root
 }
