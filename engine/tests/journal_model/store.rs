@@ -133,15 +133,36 @@ impl Store {
     fn name_of(&self, disk: usize, at: At) -> view::At {
         let number = at.upto as u64;
         // The end of an epoch and the start of the next are one point. Its first name is the end: in an epoch without
-        // entries, such as a rollback, the start has no name of its own.
-        let ends = |epoch: &&Epoch| {
-            let end = epoch.closed.is_some_and(|closed| closed.last == number);
-            end && epoch.opened.epoch + 1 == at.base as u64
+        // entries, such as a rollback, the start has no name of its own. Epochs between that changed nothing may have
+        // been folded away.
+        let before = self.shape(disk).epochs.iter().rev().find(|epoch| epoch.opened.epoch < at.base as u64);
+        let base = self.shape(disk).epochs.iter().find(|epoch| epoch.opened.epoch == at.base as u64);
+        let is_bare = |epoch: &Epoch| {
+            epoch.opened.after == number && epoch.closed.is_some_and(|closed| closed.last == number)
         };
-        match self.shape(disk).epochs.iter().find(ends) {
-            Some(before) => view::At::entry(before.opened.epoch, number),
-            None => view::At::entry(at.base as u64, number),
+        let has_name = base.is_some_and(|epoch| !is_bare(epoch));
+        match before.and_then(|epoch| Some((epoch.opened.epoch, epoch.closed?.last))) {
+            Some((before, last)) if last == number || !has_name => view::At::entry(before, last),
+            // What came before has expired: the start of the next one that is known is the same state.
+            _ => {
+                let next = self.shape(disk).epochs.iter().find(|epoch| epoch.opened.epoch > at.base as u64);
+                match next.filter(|_| base.is_none()) {
+                    Some(next) => view::At::entry(next.opened.epoch, next.opened.after),
+                    None => view::At::entry(at.base as u64, number),
+                }
+            }
         }
+    }
+
+    /// Whether a point of the model has no name here: it is the start of an epoch without entries, and the epoch that
+    /// ended with it, which no point names, was folded away or has expired.
+    pub(crate) fn is_nameless(&self, disk: usize, at: At) -> bool {
+        let epochs = &self.shape(disk).epochs;
+        let is_bare = |epoch: &Epoch| {
+            let bare = epoch.closed.is_some_and(|closed| closed.last == epoch.opened.after);
+            bare && epoch.opened.epoch == at.base as u64
+        };
+        epochs.first().is_some_and(is_bare)
     }
 
     /// The disk at a point of the model.
