@@ -50,32 +50,11 @@ pub struct Applier<T> {
     size_sectors: u64,
     target: T,
     active: Option<ActiveRun>,
-    /// Sealed runs that were opened.
-    sealed: SealedRuns,
+    /// Sealed runs that were opened, by their first epoch.
+    sealed: Vec<(Run, SealedRun)>,
     applied: Applied,
     /// Counts windows that changed the target: a reader of a view looks whether it moved under its feet.
     version: u64,
-}
-
-/// Sealed runs of a disk that were opened.
-pub(super) struct SealedRuns {
-    disk: DiskId,
-    runs: Vec<(Run, SealedRun)>,
-}
-
-impl SealedRuns {
-    const fn new(disk: DiskId) -> Self {
-        Self { disk, runs: Vec::new() }
-    }
-
-    /// A run that was opened.
-    pub(super) fn get(&mut self, run: Run) -> Result<&mut SealedRun, JournalError> {
-        let known = self.runs.iter_mut().find(|(known, _)| *known == run).map(|(_, sealed)| sealed);
-        known.ok_or_else(|| JournalError::Gone {
-            disk: self.disk,
-            what: format!("the undo run of epochs {} to {} is not open", run.first, run.last),
-        })
-    }
 }
 
 /// Path of an undo run.
@@ -150,10 +129,7 @@ impl<T: BlockFile> Applier<T> {
             Some(epoch) => reopen(journal, &epoch.opened, size_sectors, &applied)?,
             None => (None, Vec::new()),
         };
-        Ok((
-            Self { disk, size_sectors, target, active, sealed: SealedRuns::new(disk), applied, version: 0 },
-            holes,
-        ))
+        Ok((Self { disk, size_sectors, target, active, sealed: Vec::new(), applied, version: 0 }, holes))
     }
 
     /// What is on the target, flushed.
@@ -247,7 +223,7 @@ impl<T: BlockFile> Applier<T> {
             let sealed = run.seal(&**journal.files(), now)?;
             let bytes = journal.files().facts(&path)?.map_or(0, |facts| facts.size_bytes);
             let entry = Run { first: epoch, last: epoch, file: RunFile::Epoch(epoch), bytes };
-            self.sealed.runs.push((entry, sealed));
+            self.sealed.push((entry, sealed));
             bytes
         };
         let closed = EpochClosed { disk: self.disk, epoch, last: self.applied.number, run_bytes, time: now };
@@ -336,29 +312,24 @@ impl<T: BlockFile> Applier<T> {
 
     /// Opens a sealed run of the disk, once.
     pub(super) fn open_run(&mut self, journal: &Journal, run: Run) -> Result<(), JournalError> {
-        if self.sealed.runs.iter().any(|(known, _)| *known == run) {
+        if self.sealed.iter().any(|(known, _)| *known == run) {
             return Ok(());
         }
         // A run of the same epochs under another name was merged away.
-        self.sealed.runs.retain(|(known, _)| known.last < run.first || known.first > run.last);
+        self.sealed.retain(|(known, _)| known.last < run.first || known.first > run.last);
         let path = run_path(journal, self.disk, run.file);
         let identity = identity(journal, self.disk, &run)?;
-        self.sealed.runs.push((run, SealedRun::open(&**journal.files(), &path, &identity)?));
+        self.sealed.push((run, SealedRun::open(&**journal.files(), &path, &identity)?));
         Ok(())
     }
 
-    /// The runs that [`Self::open_run`] opened.
-    pub(super) const fn sealed_runs(&mut self) -> &mut SealedRuns {
-        &mut self.sealed
-    }
-
-    /// These runs, for a thread beside; [`Self::put_sealed`] gives them back.
-    pub(super) const fn take_sealed(&mut self) -> SealedRuns {
-        std::mem::replace(&mut self.sealed, SealedRuns::new(self.disk))
-    }
-
-    pub(super) fn put_sealed(&mut self, sealed: SealedRuns) {
-        self.sealed = sealed;
+    /// A run that [`Self::open_run`] opened.
+    pub(super) fn sealed_run(&mut self, run: Run) -> Result<&mut SealedRun, JournalError> {
+        let known = self.sealed.iter_mut().find(|(known, _)| *known == run).map(|(_, sealed)| sealed);
+        known.ok_or_else(|| JournalError::Gone {
+            disk: self.disk,
+            what: format!("the undo run of epochs {} to {} is not open", run.first, run.last),
+        })
     }
 
     /// The run that is being written, for a thread beside; [`Self::put_active`] gives it back.
@@ -366,8 +337,8 @@ impl<T: BlockFile> Applier<T> {
         self.active.take()
     }
 
-    pub(super) fn put_active(&mut self, run: Option<ActiveRun>) {
-        self.active = run;
+    pub(super) fn put_active(&mut self, run: ActiveRun) {
+        self.active = Some(run);
     }
 
     pub(super) const fn active_run(&mut self) -> Option<&mut ActiveRun> {

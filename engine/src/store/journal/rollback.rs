@@ -12,11 +12,11 @@ use std::thread::{self, ScopedJoinHandle};
 
 use bytes::Bytes;
 
-use super::applier::{Applier, Position, SealedRuns, shape};
+use super::applier::{Applier, Position, shape};
 use super::capture::{Known, save_known};
 use super::entry::{Content, Write};
 use super::error::JournalError;
-use super::undo::{ActiveRun, BlockRange};
+use super::undo::BlockRange;
 use super::view::{At, View};
 use super::window::Window;
 use super::{Journal, Run};
@@ -24,8 +24,7 @@ use crate::format::manifest::EpochCause;
 use crate::io::{BlockFile, ReadAt};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, SECTOR_BYTES, SectorRange, Timestamp};
 
-/// Blocks compared, saved and written in one go, with one pair of flushes: bounds the memory, to that of two steps, each
-/// with what stands there, what stood there, and the images that is made of.
+/// Blocks compared, saved and written in one go, with one pair of flushes: bounds the memory, to that of two steps.
 const STEP_BLOCKS: u64 = 4096;
 
 /// What a rollback did.
@@ -77,9 +76,9 @@ pub fn resume<T: BlockFile>(
     let mut waiting: Option<Step> = None;
     for ranges in steps(view.differing(&runs, applier, whole)?) {
         let next = match waiting.take() {
-            Some(last) => write_and_prepare(&runs, applier, &view, &last, ranges, &mut done)?,
+            Some(last) => write_and_prepare(&runs, applier, &view, last, ranges, &mut done)?,
             None => {
-                preload(&runs, applier.sealed_runs(), &ranges)?;
+                preload(&runs, applier, &ranges)?;
                 Step::prepare(&runs, applier, &view, ranges)?
             }
         };
@@ -134,24 +133,27 @@ impl Step {
         view: &View,
         ranges: Vec<BlockRange>,
     ) -> Result<Self, JournalError> {
-        let live = read_live(applier, &ranges)?;
-        let mut then = Vec::with_capacity(ranges.len());
-        for (blocks, now) in ranges.iter().zip(&live) {
-            let mut bytes = vec![0; now.len()];
-            view.read(runs, applier, blocks.start * BLOCK_BYTES, &mut bytes)?;
-            then.push(bytes);
-        }
-        forget(runs, applier.sealed_runs())?;
-        Ok(Self::of(ranges, live, then))
-    }
-
-    /// A step of blocks that hold `live` and held `then`.
-    fn of(ranges: Vec<BlockRange>, live: Vec<Vec<u8>>, then: Vec<Vec<u8>>) -> Self {
+        let size_bytes = applier.size_sectors() * SECTOR_BYTES;
+        let bytes_of = |blocks: &BlockRange| {
+            ((blocks.end * BLOCK_BYTES).min(size_bytes) - blocks.start * BLOCK_BYTES) as usize
+        };
+        let mut live: Vec<Vec<u8>> = ranges.iter().map(|blocks| vec![0; bytes_of(blocks)]).collect();
+        let mut reads: Vec<ReadAt<'_>> = ranges
+            .iter()
+            .zip(&mut live)
+            .map(|(blocks, data)| ReadAt { offset: blocks.start * BLOCK_BYTES, data })
+            .collect();
+        applier.target().read(&mut reads)?;
         let mut window = Window::default();
-        for ((blocks, now), then) in ranges.iter().zip(&live).zip(then) {
+        for (blocks, now) in ranges.iter().zip(&live) {
+            let mut then = vec![0; now.len()];
+            view.read(runs, applier, blocks.start * BLOCK_BYTES, &mut then)?;
             put_differing(&mut window, *blocks, &then.into(), now);
         }
-        Self { ranges, live, window }
+        for run in runs {
+            applier.sealed_run(*run)?.preload(&[])?; // gives the memory back
+        }
+        Ok(Self { ranges, live, window })
     }
 
     /// What stands there was read to be compared: it is saved without being read again.
@@ -174,117 +176,44 @@ impl Step {
     }
 }
 
-/// Reads what stands on the target now, all together.
-fn read_live<T: BlockFile>(
-    applier: &mut Applier<T>,
-    ranges: &[BlockRange],
-) -> Result<Vec<Vec<u8>>, JournalError> {
-    let size_bytes = applier.size_sectors() * SECTOR_BYTES;
-    let mut live: Vec<Vec<u8>> = ranges.iter().map(|blocks| vec![0; bytes_of(*blocks, size_bytes)]).collect();
-    let mut reads: Vec<ReadAt<'_>> = ranges
-        .iter()
-        .zip(&mut live)
-        .map(|(blocks, data)| ReadAt { offset: blocks.start * BLOCK_BYTES, data })
-        .collect();
-    applier.target().read(&mut reads)?;
-    Ok(live)
-}
-
-/// Bytes of blocks of a disk; the last one may be a part of one.
-const fn bytes_of(blocks: BlockRange, size_bytes: u64) -> usize {
-    let end = blocks.end * BLOCK_BYTES;
-    ((if end < size_bytes { end } else { size_bytes }) - blocks.start * BLOCK_BYTES) as usize
-}
-
-/// Writes a step and prepares the next. The target is busy all the time: while the next blocks are read from it and the
-/// last are written to it, one thread saves before-images of the last and another makes what stood there out of the
-/// images of the next. Where sealed runs do not have all of these, the next step is prepared when the last is written.
+/// Writes a step and prepares the next. While the next is read, another thread saves before-images of the last: that is
+/// half of its time. Not where the next one needs the run that they are saved in.
 fn write_and_prepare<T: BlockFile>(
     runs: &[Run],
     applier: &mut Applier<T>,
     view: &View,
-    last: &Step,
+    last: Step,
     ranges: Vec<BlockRange>,
     done: &mut RolledBack,
 ) -> Result<Step, JournalError> {
-    let size_bytes = applier.size_sectors() * SECTOR_BYTES;
-    let mut sealed = applier.take_sealed();
-    let (written, then) = thread::scope(|scope| {
-        let (sealed, asked) = (&mut sealed, &ranges);
-        let make = move || images(view, runs, sealed, asked, size_bytes);
-        // Where there is no thread to be had, the next is prepared afterwards.
-        let making = thread::Builder::new().name("images".to_owned()).spawn_scoped(scope, make).ok();
-        let written = save_and_read(applier, last, &ranges).and_then(|live| {
-            last.write(applier, done)?;
-            Ok(live)
-        });
-        let then = making.map_or(Ok(Ok(None)), ScopedJoinHandle::join);
-        (written, then.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-    });
-    applier.put_sealed(sealed);
-    let live = written?;
-    if let Some(then) = then? {
-        return Ok(Step::of(ranges, live, then));
-    }
-    preload(runs, applier.sealed_runs(), &ranges)?;
-    Step::prepare(runs, applier, view, ranges)
-}
-
-/// Reads what the next blocks hold, while another thread saves before-images of the last step.
-fn save_and_read<T: BlockFile>(
-    applier: &mut Applier<T>,
-    last: &Step,
-    ranges: &[BlockRange],
-) -> Result<Vec<Vec<u8>>, JournalError> {
-    let mut active = applier.take_active();
-    let (saved, live) = thread::scope(|scope| {
-        let save = |active: &mut ActiveRun| save_known(active, &last.window, &last.known());
-        let beside = thread::Builder::new().name("before-images".to_owned());
+    let in_sealed_runs = preload(runs, applier, &ranges)?;
+    let Some(mut active) = applier.take_active().filter(|_| in_sealed_runs) else {
+        last.write(applier, done)?;
+        return Step::prepare(runs, applier, view, ranges);
+    };
+    let (saved, next) = thread::scope(|scope| {
+        let save = || save_known(&mut active, &last.window, &last.known());
         // Where there is no thread to be had, writing the step saves them.
-        let saving = active.as_mut().and_then(|active| beside.spawn_scoped(scope, move || save(active)).ok());
-        let live = read_live(applier, ranges);
-        (saving.map_or(Ok(Ok(())), ScopedJoinHandle::join), live)
+        let saving = thread::Builder::new().name("before-images".to_owned()).spawn_scoped(scope, save).ok();
+        let next = Step::prepare(runs, applier, view, ranges);
+        (saving.map_or(Ok(Ok(())), ScopedJoinHandle::join), next)
     });
     applier.put_active(active);
     saved.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    live
-}
-
-/// What stood in these blocks, where sealed runs have all of it.
-fn images(
-    view: &View,
-    runs: &[Run],
-    sealed: &mut SealedRuns,
-    ranges: &[BlockRange],
-    size_bytes: u64,
-) -> Result<Option<Vec<Vec<u8>>>, JournalError> {
-    if !preload(runs, sealed, ranges)? {
-        return Ok(None);
-    }
-    let mut then = Vec::with_capacity(ranges.len());
-    for blocks in ranges {
-        let mut plain = vec![0; ((blocks.end - blocks.start) * BLOCK_BYTES) as usize];
-        if !view.read_images(runs, sealed, *blocks, &mut plain)? {
-            return Ok(None);
-        }
-        plain.truncate(bytes_of(*blocks, size_bytes));
-        then.push(plain);
-    }
-    forget(runs, sealed)?;
-    Ok(Some(then))
-}
-
-/// Gives the memory of what was read ahead back.
-fn forget(runs: &[Run], sealed: &mut SealedRuns) -> Result<(), JournalError> {
-    runs.iter().try_for_each(|run| Ok(sealed.get(*run)?.preload(&[])?))
+    last.write(applier, done)?;
+    next
 }
 
 /// Has the images of the blocks read together, from each run what no older one has: one by one they take as long as
 /// the medium takes for each. Answers whether the runs have all of them.
-fn preload(runs: &[Run], sealed: &mut SealedRuns, ranges: &[BlockRange]) -> Result<bool, JournalError> {
+fn preload<T: BlockFile>(
+    runs: &[Run],
+    applier: &mut Applier<T>,
+    ranges: &[BlockRange],
+) -> Result<bool, JournalError> {
     let mut missing = ranges.to_vec();
     for run in runs {
-        let sealed = sealed.get(*run)?;
+        let sealed = applier.sealed_run(*run)?;
         sealed.preload(&missing)?;
         let mut left = Vec::new();
         for range in missing {

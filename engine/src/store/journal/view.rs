@@ -14,7 +14,7 @@ use std::str::FromStr;
 
 use bytes::Bytes;
 
-use super::applier::{Applier, SealedRuns, shape};
+use super::applier::{Applier, shape};
 use super::entry::{Content, entry_writes};
 use super::error::JournalError;
 use super::recovery::LogEntry;
@@ -179,26 +179,31 @@ impl View {
         blocks: BlockRange,
         plain: &mut [u8],
     ) -> Result<(), JournalError> {
-        let missing = read_sealed(runs, applier.sealed_runs(), blocks, plain)?;
+        let mut missing = vec![blocks];
+        for run in runs {
+            let sealed = applier.sealed_run(*run)?;
+            let mut left = Vec::new();
+            for part in missing {
+                let mut at = part.start;
+                for found in sealed.lookup(part)? {
+                    let range = found.blocks;
+                    sealed.read(BlockIndex(range.start), slice(plain, blocks, range))?;
+                    if at < range.start {
+                        left.push(BlockRange::new(at, range.start));
+                    }
+                    at = range.end;
+                }
+                if at < part.end {
+                    left.push(BlockRange::new(at, part.end));
+                }
+            }
+            missing = left;
+        }
         for part in missing {
             self.read_newest(applier, blocks, part, plain)?;
         }
         self.put_redo(blocks, plain);
         Ok(())
-    }
-
-    /// As [`Self::read`], of whole blocks and from sealed runs alone, for a thread that has neither target nor journal;
-    /// `false` where these do not have all of the blocks.
-    pub(super) fn read_images(
-        &self,
-        runs: &[Run],
-        sealed: &mut SealedRuns,
-        blocks: BlockRange,
-        plain: &mut [u8],
-    ) -> Result<bool, JournalError> {
-        let missing = read_sealed(runs, sealed, blocks, plain)?;
-        self.put_redo(blocks, plain);
-        Ok(missing.is_empty())
     }
 
     /// Blocks that no sealed run has: from the run that is being written, or from the target.
@@ -262,7 +267,7 @@ impl View {
     ) -> Result<Vec<BlockRange>, JournalError> {
         let mut ranges: Vec<BlockRange> = Vec::new();
         for run in runs {
-            ranges.extend(applier.sealed_runs().get(*run)?.lookup(within)?.iter().map(|found| found.blocks));
+            ranges.extend(applier.sealed_run(*run)?.lookup(within)?.iter().map(|found| found.blocks));
         }
         if let Some(run) = applier.active_run().filter(|run| run.header().undo_epoch >= self.from_epoch) {
             ranges.extend(run.lookup(within).iter().map(|found| found.blocks));
@@ -305,36 +310,6 @@ impl View {
         }
         Ok(found)
     }
-}
-
-/// Fills in what sealed runs hold of the blocks, the oldest image of each; answers the blocks that none holds.
-fn read_sealed(
-    runs: &[Run],
-    sealed: &mut SealedRuns,
-    blocks: BlockRange,
-    plain: &mut [u8],
-) -> Result<Vec<BlockRange>, JournalError> {
-    let mut missing = vec![blocks];
-    for run in runs {
-        let sealed = sealed.get(*run)?;
-        let mut left = Vec::new();
-        for part in missing {
-            let mut at = part.start;
-            for found in sealed.lookup(part)? {
-                let range = found.blocks;
-                sealed.read(BlockIndex(range.start), slice(plain, blocks, range))?;
-                if at < range.start {
-                    left.push(BlockRange::new(at, range.start));
-                }
-                at = range.end;
-            }
-            if at < part.end {
-                left.push(BlockRange::new(at, part.end));
-            }
-        }
-        missing = left;
-    }
-    Ok(missing)
 }
 
 fn slice(plain: &mut [u8], blocks: BlockRange, part: BlockRange) -> &mut [u8] {
