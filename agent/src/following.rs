@@ -29,6 +29,7 @@ use crate::config::CaptureMode;
 use crate::disks::SourceKind;
 use crate::health::Code;
 use crate::machine::Machine;
+use crate::marking::hex;
 use crate::positions::Positions;
 use crate::protected::Activity;
 
@@ -200,7 +201,7 @@ impl Following {
 
     /// The disk at `path` is to be followed.
     fn ask(&mut self, disk: DiskId, source: &SourceId, path: &str, asked: Step) {
-        let identity = source.iter().map(|byte| format!("{byte:02x}")).collect();
+        let identity = hex(source);
         self.order(Order::Follow { disk, path: PathBuf::from(path), identity });
         self.set(disk, asked);
     }

@@ -171,7 +171,7 @@ impl Machine {
                 } else {
                     Phase::Reading { begun, read: if streaming { disks.clone() } else { done } }
                 };
-                let (quiet, deadline, class) = (Quiet::new(), None, MarkClass::Fuzzy);
+                let (quiet, deadline, class) = (Quiet::default(), None, MarkClass::Fuzzy);
                 self.marking = Some(MarkRun { order, point, disks, phase, quiet, deadline, class });
                 self.advance_run();
             }
@@ -378,7 +378,7 @@ impl Machine {
             _ => None,
         };
         if let Some(problem) = problem.filter(|_| run.order.request.freeze) {
-            if run.quiet.tries < TRIES_MAX && self.can_look_again() {
+            if run.quiet.tries < TRIES_MAX && run.quiet.has_time() && self.can_look_again() {
                 tracing::info!(problem, "another moment is looked for");
                 return self.begin_quiescing(true);
             }
@@ -575,9 +575,9 @@ fn micros(span: Duration) -> u64 {
     u64::try_from(span.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// A point's identity, for people.
-pub(crate) fn hex(point: &[u8; 16]) -> String {
-    point.iter().map(|byte| format!("{byte:02x}")).collect()
+/// An identity, for people.
+pub(crate) fn hex(identity: &[u8]) -> String {
+    identity.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Where orders come from.

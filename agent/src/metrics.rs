@@ -69,33 +69,32 @@ fn escaped(text: &str) -> String {
 /// The exposition of a status.
 pub(crate) fn render(info: &StatusInfo) -> String {
     let mut registry = Registry::with_prefix("reprotect_agent");
-    let registry_ref = &mut registry;
     let connected: Gauge = Gauge::default();
     connected.set(i64::from(info.connected));
-    registry_ref.register("connected", "1 while a session is up", connected);
+    registry.register("connected", "1 while a session is up", connected);
     gauges(
-        registry_ref,
+        &mut registry,
         info,
         "rpo_seconds",
         "Age of the newest state of the disk that the target holds durably",
         |disk| disk.rpo_ms.map(|age| age as f64 / 1000.0),
     );
     let streaming = |disk: &DiskInfo| Some(f64::from(u8::from(disk.streaming)));
-    gauges(registry_ref, info, "disk_streaming", "1 while every write is a recovery point", streaming);
+    gauges(&mut registry, info, "disk_streaming", "1 while every write is a recovery point", streaming);
     let held = |disk: &DiskInfo| Some(disk.held_bytes as f64);
-    gauges(registry_ref, info, "disk_held_bytes", "Payload in memory, not yet acknowledged", held);
-    counters(registry_ref, info, "disk_read_bytes", "Read from the disk", |disk| disk.read_bytes);
-    counters(registry_ref, info, "disk_sent_bytes", "Handed to the transport", |disk| disk.wire_bytes_sent);
-    counters(registry_ref, info, "disk_rounds", "Rounds whose mark is durable", |disk| disk.scan_rounds);
-    counters(registry_ref, info, "disk_capture_misses", "Misses of live capture", |disk| disk.unaccounted);
+    gauges(&mut registry, info, "disk_held_bytes", "Payload in memory, not yet acknowledged", held);
+    counters(&mut registry, info, "disk_read_bytes", "Read from the disk", |disk| disk.read_bytes);
+    counters(&mut registry, info, "disk_sent_bytes", "Handed to the transport", |disk| disk.wire_bytes_sent);
+    counters(&mut registry, info, "disk_rounds", "Rounds whose mark is durable", |disk| disk.scan_rounds);
+    counters(&mut registry, info, "disk_capture_misses", "Misses of live capture", |disk| disk.unaccounted);
     let failed: Counter = Counter::default();
     failed.inc_by(info.windows_failed);
-    registry_ref.register("windows_failed", "Closing windows that found no moment", failed);
+    registry.register("windows_failed", "Closing windows that found no moment", failed);
     let steps: Counter = Counter::default();
     steps.inc_by(info.ladder_steps);
-    registry_ref.register("ladder_steps", "Steps up and down the ladder of capture", steps);
+    registry.register("ladder_steps", "Steps up and down the ladder of capture", steps);
     let events = Family::<Event, Gauge>::default();
-    registry_ref.register("health_event", "1 for each health event that holds", events.clone());
+    registry.register("health_event", "1 for each health event that holds", events.clone());
     for event in &info.health {
         let label = Event { code: event.code.clone(), disk: escaped(&event.disk) };
         events.get_or_create(&label).set(1);

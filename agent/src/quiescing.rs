@@ -57,9 +57,10 @@ pub(crate) enum FreezeNews {
 pub(crate) type Freezer = mpsc::UnboundedSender<([u8; 16], FreezeNews)>;
 
 /// How far the applications are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Rest {
     /// No hook was run.
+    #[default]
     NotAsked,
     /// The pre_freeze hook runs: the post_thaw hook is due.
     Asked,
@@ -74,7 +75,7 @@ pub(crate) enum Rest {
 }
 
 /// What a run has to do with rest.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Quiet {
     pub(crate) rest: Rest,
     /// Frozen now, where disks are scanned.
@@ -91,6 +92,8 @@ pub(crate) struct Quiet {
     pub(crate) bare: bool,
     /// Looks for a moment so far.
     pub(crate) tries: u32,
+    /// Nothing rests for longer, however many moments are looked for.
+    until: Option<Instant>,
     /// When the state that was read while frozen was over.
     pub(crate) taken: Option<Timestamp>,
     /// The hooks of this run, whatever the configuration says by now.
@@ -100,20 +103,15 @@ pub(crate) struct Quiet {
 }
 
 impl Quiet {
-    pub(crate) fn new() -> Self {
-        Self {
-            rest: Rest::NotAsked,
-            freeze: None,
-            mounts: Vec::new(),
-            end: None,
-            problems: Vec::new(),
-            looked: false,
-            bare: false,
-            tries: 0,
-            taken: None,
-            hooks: Hooks::default(),
-            resting: None,
-        }
+    /// When a step that may take so long is given up.
+    fn deadline(&self, step: Duration) -> Option<Instant> {
+        let at = Instant::now() + step;
+        Some(self.until.map_or(at, |until| until.min(at)))
+    }
+
+    /// Whether there is time for another look for a moment.
+    pub(crate) fn has_time(&self) -> bool {
+        self.until.is_none_or(|until| Instant::now() < until)
     }
 
     /// The mount points that were frozen.
@@ -190,7 +188,9 @@ impl Machine {
         run.quiet.looked = true;
         run.quiet.tries += 1;
         // Writing out, the hook, and the freeze: nothing rests without end.
-        run.deadline = Some(Instant::now() + limit + hooks.limit + limit);
+        let in_all = limit + hooks.limit + limit;
+        run.quiet.until.get_or_insert_with(|| Instant::now() + in_all + WINDOW_LIMIT);
+        run.deadline = run.quiet.deadline(in_all);
         if asks {
             run.quiet.rest = Rest::Asked;
             run.quiet.hooks = hooks.clone();
@@ -199,22 +199,26 @@ impl Machine {
         let (point, news) = (run.point, self.freezer.clone());
         let task = tokio::spawn(async move {
             let mut given_up = given_up;
-            let blocking = |devices: Vec<String>, state_dir: PathBuf, sync: bool| async move {
-                let work = move || prepare(&devices, limits, &state_dir, sync);
-                tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(error.to_string()))
+            let prepared = |devices: Vec<String>, state_dir: PathBuf| {
+                blocking(move || prepare(&mount_points(&devices)?, limits, &state_dir))
             };
             // What is written out before applications rest need not be written out while they do.
-            let before = blocking(devices.clone(), state_dir.clone(), true).await;
+            let before = devices.clone();
+            let written = blocking(move || mount_points(&before).map(|mounts| write_out_all(&mounts))).await;
             if !asks {
-                drop(news.send((point, FreezeNews::Quiesced { rests: false, hook: None, prepared: before })));
+                let prepared = prepared(devices, state_dir).await;
+                drop(news.send((point, FreezeNews::Quiesced { rests: false, hook: None, prepared })));
                 return;
             }
-            drop(before);
+            if let Err(error) = written {
+                // Nothing is lost but time: the freeze finds it out, too.
+                tracing::warn!(error, "what is mounted could not be written out before applications rest");
+            }
             let hook = hooks.rest(&hex(&point), &state_dir, gone(&mut given_up)).await.err();
             let prepared = if matches!(hook, Some(HookError::GivenUp { .. })) {
                 Ok(None)
             } else {
-                blocking(devices, state_dir.clone(), false).await
+                prepared(devices, state_dir.clone()).await
             };
             // Given up: the run is over, and said so by dropping its end.
             let over = !matches!(given_up.try_recv(), Err(oneshot::error::TryRecvError::Empty));
@@ -298,7 +302,7 @@ impl Machine {
         let Some(freeze) = freeze else {
             run.quiet.bare = true;
             if run.quiet.rest == Rest::Resting && to_window {
-                run.deadline = Some(Instant::now() + WINDOW_LIMIT);
+                run.deadline = run.quiet.deadline(WINDOW_LIMIT);
                 return self.close_window(None);
             }
             return self.go_on_unfrozen(&FreezeError::Nothing.to_string());
@@ -307,10 +311,10 @@ impl Machine {
         let limit = Duration::from_millis(run.order.request.freeze_limit_ms);
         if to_window {
             // The window itself waits for old writes before it freezes.
-            run.deadline = Some(Instant::now() + limit + WINDOW_LIMIT);
+            run.deadline = run.quiet.deadline(limit + WINDOW_LIMIT);
             return self.close_window(Some(ToFreeze { freeze, limit }));
         }
-        run.deadline = Some(Instant::now() + limit);
+        run.deadline = run.quiet.deadline(limit);
         run.phase = Phase::Freezing;
         let (point, news) = (run.point, self.freezer.clone());
         thread("freeze", move || {
@@ -329,7 +333,7 @@ impl Machine {
         }
         tracing::info!(reason, "the point is made without a freeze");
         if let Phase::Quiescing { to_window: true } = run.phase {
-            run.deadline = Some(Instant::now() + WINDOW_LIMIT);
+            run.deadline = run.quiet.deadline(WINDOW_LIMIT);
             return self.close_window(None);
         }
         run.deadline = None;
@@ -435,19 +439,16 @@ fn thaw_late(news: FreezeNews) {
 
 pub(crate) const LATE_TEXT: &str = "the file systems were frozen for as long as they may be and not everything was read; they are thawed, no point was made; allow more time with --freeze-limit, or raise `read_rate`";
 
-/// What is mounted from these devices, ready to be frozen, written out first if that is wanted; `None` where nothing is.
-/// Blocks.
-fn prepare(
-    devices: &[String],
-    limits: Limits,
-    state_dir: &Path,
-    write_out: bool,
-) -> Result<Option<Freeze>, String> {
-    let mounts = mount_points(devices)?;
-    if write_out {
-        write_out_all(&mounts);
-    }
-    match Freeze::prepare(&mounts, limits, state_dir) {
+/// Does what blocks off the session's task.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(error.to_string()))
+}
+
+/// What is mounted there, ready to be frozen; `None` where nothing is. Blocks.
+fn prepare(mounts: &[PathBuf], limits: Limits, state_dir: &Path) -> Result<Option<Freeze>, String> {
+    match Freeze::prepare(mounts, limits, state_dir) {
         Ok(freeze) => Ok(Some(freeze)),
         Err(FreezeError::Nothing) => Ok(None),
         Err(error) => Err(error.to_string()),
@@ -474,6 +475,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn no_step_lasts_longer_than_everything_may() {
+        let until = Instant::now() + Duration::from_secs(10);
+        let quiet = Quiet { until: Some(until), ..Quiet::default() };
+        assert_eq!(quiet.deadline(Duration::from_secs(60)), Some(until));
+        assert!(quiet.deadline(Duration::from_secs(1)).is_some_and(|at| at < until));
+        assert!(quiet.has_time());
+        let over = Quiet { until: Some(Instant::now()), ..Quiet::default() };
+        assert!(!over.has_time());
+    }
+
+    #[test]
     fn a_point_promises_what_was_held_and_no_more() {
         let (call, frozen) = (Duration::ZERO, Duration::ZERO);
         let end = |held| Some(FreezeEnd { held, call, frozen, unfrozen: Vec::new() });
@@ -488,7 +500,7 @@ mod tests {
             (Rest::NotAsked, None, true, true, MarkClass::Crash),
         ];
         for (rest, end, bare, app, class) in rows {
-            let quiet = Quiet { rest, end, bare, ..Quiet::new() };
+            let quiet = Quiet { rest, end, bare, ..Quiet::default() };
             assert_eq!(quiet.class(app), class, "{quiet:?}");
         }
     }

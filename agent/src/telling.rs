@@ -32,8 +32,10 @@ impl Machine {
         self.status().send_modify(|status| {
             status.disks = disks;
             status.health = health;
-            status.ladder = self.health.steps();
-            status.ladder_steps = self.health.steps_taken;
+            if status.ladder_steps != self.health.steps_taken {
+                status.ladder = self.health.steps();
+                status.ladder_steps = self.health.steps_taken;
+            }
             status.windows_failed = self.following.windows_failed;
             status.app_interval_ms = self.app_pause().map(millis);
             status.level = level;

@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
 """Live capture from end to end: a mounted ext4 with a database and an ordered writer, protected while it is written to.
 
-Environment: SIZE (1G), POINTS (20), MODE (window), RELAY (1), SEED (random, printed), KEEP. Asserted: the disk is followed, not
-scanned; points come every second and are crash-consistent; of each point that is judged, ext4 replays its journal and
-`e2fsck -fn` then finds nothing, SQLite's `integrity_check` is ok and holds no less than the point before, and the
-ordered writer (A, fsync, B, fsync) never shows B without A; an agent that was killed goes on from what the kernel
-remembered, without a compare; FROZEN points (5) made meanwhile by `mark --freeze` are clean file systems whose journal
-need not be replayed, and the time for which everything stood still is printed; when the writers have stopped the newest point is the disk, byte for byte. With
-MODE=data as many single writes between the points are judged like points. Called by
-`make capture-test`, and small by the suite.
+Environment: SIZE (1G), POINTS (20), FROZEN (5), COPIES (3), MODE (window), RELAY (1), SEED (random, printed), KEEP. Asserted:
+the disk is followed, not scanned; points come every second and are crash-consistent; of each point that is judged, and of
+what as many random times mean, ext4 replays its journal and `e2fsck -fn` then finds nothing, SQLite's `integrity_check` is
+ok, the ordered writer (A, fsync, B, fsync) never shows B without A, and nothing shows less than what is older or more than
+was written by then; an agent that was killed goes on from what the kernel remembered, without a compare; FROZEN points made
+meanwhile by `mark --freeze` are clean file systems whose journal need not be replayed, and the time for which everything
+stood still is printed; COPIES points, made while the test itself holds the file system frozen, are the disk as it was copied
+then, byte for byte; and so is the newest one when the writers have stopped. With MODE=data as many single writes between the
+points are judged like points. Points and times are mounted over NBD and read through `nbdfuse`, frozen points are exported.
+Called by `make capture-test`, and small by the suite.
 """
 
+import contextlib
 import random
 import sys
 import time
@@ -19,6 +22,10 @@ from lab import AGENT, LabError, is_root, run, wait_for
 from live import DatabaseWriter, OrderedWriter, crash_points, judge, newer_point
 from pipeline import Pipeline
 from runner import main, mib, say, seed_setting, setting, size_setting, skipped
+
+#: A write is as old as the machine's clock said when the kernel saw it; ours says it a little before or after, in seconds.
+CLOCKS = 0.25
+
 
 def kill_agent(lab, pipeline):
     """The kernel goes on remembering; the agent that comes next reads what changed and nothing else."""
@@ -32,25 +39,88 @@ def kill_agent(lab, pipeline):
     return info
 
 
-def judge_writes(lab, target, name, sequences, count, seed):
+@contextlib.contextmanager
+def mounted(lab, name, point):
+    """A point as a file that may be written to: served over NBD on a throw-away overlay."""
+    mount = lab.target.command("mount", name, point, "--writable")["mounts"][0]
+    with lab.nbd_file(mount["uri"]) as file:
+        yield file
+    lab.target.command("unmount", mount["id"])
+
+
+def shown_by(lab, name, point):
+    """What a point shows, mounted and judged."""
+    try:
+        with mounted(lab, name, point) as file:
+            return judge(lab, file, lab.dir / "judged")
+    except LabError as error:
+        raise LabError(f"point {point}: {error}") from error
+
+
+def judge_writes(lab, name, sequences, count, seed):
     """Single writes, each a point: what is not in an ordered stretch is refused, and few are."""
-    copy, judged = lab.dir / "write.raw", 0
+    judged = 0
     for sequence in random.Random(seed).sample(sequences, min(count, len(sequences))):
+        point = f"seq:{sequence}"
         try:
-            target.command("export", name, f"seq:{sequence}", "--format", "raw", "-o", copy, timeout=600)
+            with mounted(lab, name, point):
+                pass
         except LabError as error:
-            if "seq:" not in str(error) and "sequence" not in str(error):
+            if "no consistent state" not in str(error):
                 raise
             continue
-        try:
-            judge(lab, copy, lab.dir / "judged")
-        except LabError as error:
-            raise LabError(f"sequence {sequence}: {error}") from error
-        copy.unlink()
+        shown_by(lab, name, point)
         judged += 1
     if judged * 2 < count:
         raise LabError(f"only {judged} of {count} single writes can be had")
     say(f"  {judged} of {count} single writes between them judged")
+
+
+def stamp(moment):
+    """A time as commands take it."""
+    return "@" + time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment % 1 * 1000):03d}Z"
+
+
+def judge_points(lab, name, writer, points, times):
+    """Points and times, the oldest first: each is sound, shows no less than the one before, and nothing of the future."""
+    wanted = [(point["source_time_ms"] / 1000, point["point"]) for point in points]
+    wanted += [(moment, stamp(moment)) for moment in times]
+    last = (0, 0)
+    for moment, point in sorted(wanted):
+        shown = shown_by(lab, name, point)
+        if shown[0] < last[0] or shown[1] < last[1]:
+            raise LabError(f"point {point} shows {shown}, the one before it {last}")
+        if shown[1] > writer.newest_at(moment + CLOCKS):
+            raise LabError(f"point {point} shows number {shown[1]}, which was not begun by then")
+        last = shown
+    say(f"  {len(points)} points and {len(times)} times mounted and judged: file system, database and ordered writes are sound")
+
+
+def copied_points(lab, source, folder, count):
+    """Points of a disk that stands still, because the test holds its file system frozen, each with a copy taken then."""
+    copies = []
+    for number in range(count):
+        copy = lab.dir / f"copy-{number}.raw"
+        run("fsfreeze", "--freeze", folder)
+        try:
+            answer = lab.agent.command("mark", "--name", f"copied-{number}")
+            run("dd", f"if={source}", f"of={copy}", "bs=1M", "iflag=direct", "conv=sparse")
+        finally:
+            run("fsfreeze", "--unfreeze", folder)
+        if answer["class"] != "crash-consistent":
+            raise LabError(f"a point of a disk that stands still is called {answer['class']}: {answer}")
+        copies.append((f"copied-{number}", copy))
+        time.sleep(0.5)  # so that the next one differs
+    return copies
+
+
+def compare_copies(lab, name, copies):
+    for point, copy in copies:
+        mount = lab.target.command("mount", name, point)["mounts"][0]
+        run("qemu-img", "compare", "-f", "raw", "-F", "raw", copy, mount["uri"], timeout=600)
+        lab.target.command("unmount", mount["id"])
+        copy.unlink()
+    say(f"  {len(copies)} points under load are what was copied from the source at their moment, byte for byte")
 
 
 def freeze_points(lab, count):
@@ -74,7 +144,8 @@ def judge_frozen(lab, target, name, answers):
     for number in range(len(answers)):
         target.command("export", name, listed[f"frozen-{number}"], "--format", "raw", "-o", copy, timeout=600)
         said = run("e2fsck", "-fn", copy)
-        if "recovering journal" in said:
+        # What it says of a journal that it would have to replay first, had it not been forbidden to.
+        if "journal recovery" in said:
             raise LabError(f"frozen point {number} needs its journal")
         copy.unlink()
     say(f"  {len(answers)} of {len(answers)} frozen points are clean without their journal")
@@ -113,6 +184,7 @@ def body(lab):
     read = lab.agent.status()["disks"][0]["read_bytes"] - before
     say(f"  {count // 2} points while {writers[0].count} ordered writes were made; {mib(read)} of the disk were read for them")
     frozen = freeze_points(lab, setting("FROZEN", 5, int))
+    copies = copied_points(lab, source, folder, setting("COPIES", 3, int))
     info = kill_agent(lab, pipeline)
     if info["read_bytes"] > size // 2:
         raise LabError(f"the agent read {mib(info['read_bytes'])} again after a kill")
@@ -125,23 +197,15 @@ def body(lab):
     lab.unmount(folder)
     last_point = newer_point(lab, name)
     points = crash_points(target, name)
-    chosen = sorted(random.Random(seed).sample(range(len(points)), min(count, len(points))))
-    at, copy, last = lab.dir / "judged", lab.dir / "point.raw", (0, 0)
-    for index in chosen:
-        point = points[index]["point"]
-        target.command("export", name, point, "--format", "raw", "-o", copy, timeout=600)
-        try:
-            shown = judge(lab, copy, at)
-        except LabError as error:
-            raise LabError(f"point {point}: {error}") from error
-        if shown[0] < last[0] or shown[1] < last[1]:
-            raise LabError(f"point {point} shows {shown}, the one before it {last}")
-        last = shown
-        copy.unlink()
+    rng = random.Random(seed)
+    chosen = rng.sample(points, min(count, len(points)))
+    span = [points[0]["source_time_ms"] / 1000, last_point["source_time_ms"] / 1000]
+    judge_points(lab, name, writers[0], chosen, [rng.uniform(*span) for _ in chosen])
     judge_frozen(lab, target, name, frozen)
+    compare_copies(lab, name, copies)
     if mode == "data":
-        judge_writes(lab, target, name, range(first, pipeline.target_disk()["durable"]), len(chosen), seed)
-    say(f"  {len(chosen)} of {len(points)} points judged: file system, database and ordered writes are sound")
+        judge_writes(lab, name, range(first, pipeline.target_disk()["durable"]), len(chosen), seed)
+    copy = lab.dir / "point.raw"
     target.command("export", name, last_point["point"], "--format", "raw", "-o", copy, timeout=600)
     run("blockdev", "--flushbufs", source)
     run("cmp", source, copy)

@@ -6,6 +6,7 @@ every wait is bounded and names the log to read; nothing outside the laboratory'
 Used by the scripts beside it, which print through [`say`].
 """
 
+import contextlib
 import ctypes
 import fcntl
 import http.client
@@ -124,6 +125,13 @@ class UnixConnection(http.client.HTTPConnection):
 def die_with_parent():
     """In the child: a killed script must not leave daemons behind."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def end_fuse(folder, fuse):
+    if fuse.poll() is None:
+        # Right after a loop device let go of it, it may be busy still.
+        wait_for(f"{folder} is unmounted", lambda: run("umount", folder, check=False) == "" and not (folder / "nbd").exists())
+    fuse.wait(60)
 
 
 class Daemon:
@@ -294,6 +302,17 @@ class Lab:
         run("mount", "-t", "ext4", *options, device, point)
         self.undo(f"unmount {point}", lambda: run("umount", point))
         return point
+
+    @contextlib.contextmanager
+    def nbd_file(self, uri):
+        """What an NBD server exports, as a file."""
+        folder = self.dir / "nbd"
+        folder.mkdir(exist_ok=True)
+        fuse = subprocess.Popen(["nbdfuse", folder, uri], preexec_fn=die_with_parent)
+        self.undo(f"end nbdfuse of {folder}", lambda: end_fuse(folder, fuse))
+        wait_for("nbdfuse is ready", lambda: (folder / "nbd").exists() or fuse.poll() is not None)
+        yield folder / "nbd"
+        self.take_back(f"end nbdfuse of {folder}")
 
     def unmount(self, point):
         self.take_back(f"unmount {point}")

@@ -5,6 +5,7 @@ does. Invariants: a writer runs until its `going` is false; every judgement is o
 capture test.
 """
 
+import bisect
 import contextlib
 import os
 import random
@@ -24,16 +25,23 @@ class OrderedWriter(threading.Thread):
     def __init__(self, folder):
         super().__init__(daemon=True)
         self.folder, self.going, self.count = folder, True, 0
+        #: When each number was begun, in seconds.
+        self.begun = []
 
     def run(self):
         with open(self.folder / "a", "wb", buffering=0) as a, open(self.folder / "b", "wb", buffering=0) as b:
             while self.going:
                 self.count += 1
+                self.begun.append(time.time())
                 for file in (a, b):
                     # Somewhere else each time, so that the two files' blocks are far apart on the disk.
                     file.seek(self.count % 4096 * 4096)
                     file.write(RECORD.pack(self.count, ~self.count & (1 << 64) - 1))
                     os.fsync(file.fileno())
+
+    def newest_at(self, moment):
+        """The newest number that can have been written by then."""
+        return bisect.bisect_right(self.begun, moment)
 
 
 class DatabaseWriter(threading.Thread):
