@@ -19,7 +19,7 @@ import sys
 import time
 
 from lab import AGENT, LabError, is_root, run, wait_for
-from live import DatabaseWriter, OrderedWriter, crash_points, judge, newer_point
+from live import DatabaseWriter, OrderedWriter, crash_points, judge, newer_point, stamp, start_writers, stop_writers
 from pipeline import Pipeline
 from runner import main, mib, say, seed_setting, setting, size_setting, skipped
 
@@ -74,11 +74,6 @@ def judge_writes(lab, name, sequences, count, seed):
     if judged * 2 < count:
         raise LabError(f"only {judged} of {count} single writes can be had")
     say(f"  {judged} of {count} single writes between them judged")
-
-
-def stamp(moment):
-    """A time as commands take it."""
-    return "@" + time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment % 1 * 1000):03d}Z"
 
 
 def judge_points(lab, name, writer, points, times):
@@ -170,8 +165,7 @@ def body(lab):
     pipeline = Pipeline(lab, source, relay=setting("RELAY", "1") == "1", agent={"capture": {"mode": mode, "interval": "1s"}},
                         target={"retention": retention})
     writers = [OrderedWriter(folder), DatabaseWriter(folder / "database", seed)]
-    for writer in writers:
-        writer.start()
+    start_writers(lab, writers)
     pipeline.start()
     pipeline.protect("flat")
     disk = pipeline.wait_synced(max(120, size / 5e6))
@@ -191,9 +185,7 @@ def body(lab):
     say(f"  the agent was killed and goes on; it read {mib(info['read_bytes'])}")
     first = pipeline.target_disk()["durable"]
     wait_for("all points", lambda: len(crash_points(target, name)) >= count, 30 + 10 * count, lab.agent.log)
-    for writer in writers:
-        writer.going = False
-        writer.join()
+    stop_writers(lab)
     lab.unmount(folder)
     last_point = newer_point(lab, name)
     points = crash_points(target, name)

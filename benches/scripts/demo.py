@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from lab import Lab, LabError, is_root, mib, run, say, wait_for
-from live import DatabaseWriter, OrderedWriter, crash_points, judge
+from live import DatabaseWriter, OrderedWriter, crash_points, judge, stamp, start_writers, stop_writers
 from make_image import make_image, parse_size
 from pipeline import KINDS, Pipeline
 from proof import is_device, same_files, tree_digest, whole_disk
@@ -126,8 +126,7 @@ def live_demo(lab, size, kind, relay, seed):
     work = root / WORK
     work.mkdir()
     writers = [OrderedWriter(work), DatabaseWriter(work / "database", seed)]
-    for writer in writers:
-        writer.start()
+    start_writers(lab, writers)
     say(f"      {device}, ext4, mounted; SQLite commits, the other program makes A durable before it writes B")
     pipeline, disk, _ = begin(story, lab, device, size, kind, relay, {"capture": {"interval": "1s"}})
     target, name = lab.target, disk["disk"]
@@ -143,14 +142,12 @@ def live_demo(lab, size, kind, relay, seed):
     story("Ransomware: every document is overwritten and renamed. The programs work on, the points go on.")
     before, moment = documents(root), time.time()
     say(f"      {attack(root, rng)} files lost; replication brings the damage home, as it must")
-    for writer in writers:
-        writer.going = False
-        writer.join()
+    stop_writers(lab)
     lab.unmount(root)
     pipeline.wait_followed(60, "after the attack")
     story("The moment just before is found by its time, mounted over NBD, read and judged.")
-    when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment % 1 * 1000):03d}Z"
-    mount = target.command("mount", name, f"@{when}")["mounts"][0]
+    when = stamp(moment)
+    mount = target.command("mount", name, when)["mounts"][0]
     point, copy = mount["point"], lab.dir / "before.raw"
     run("qemu-img", "convert", "-f", "raw", "-O", "raw", mount["uri"], copy, timeout=1800)
     target.command("unmount", mount["id"])
@@ -159,7 +156,7 @@ def live_demo(lab, size, kind, relay, seed):
     rows, count, found = judge(lab, judged, lab.dir / "before", WORK, documents)
     if found != before:
         raise LabError(f"the documents of point {point} are not those of before the attack")
-    say(f"      {point} by @{when}: journal replayed, e2fsck finds nothing; SQLite integrity_check ok, {rows} rows; "
+    say(f"      {point} by {when}: journal replayed, e2fsck finds nothing; SQLite integrity_check ok, {rows} rows; "
         f"A and B in order at {count}; {len(found)} documents as they were")
     story("The machine goes home to that moment: the target is rolled back, read again, and released.")
     answer = target.command("failback", disk["agent"], "--point", point, "--verify", "whole", "--yes", timeout=1800)

@@ -130,7 +130,7 @@ def die_with_parent():
 def end_fuse(folder, fuse):
     if fuse.poll() is None:
         # Right after a loop device let go of it, it may be busy still.
-        wait_for(f"{folder} is unmounted", lambda: run("umount", folder, check=False) == "" and not (folder / "nbd").exists())
+        wait_for(f"{folder} is unmounted", lambda: run("umount", folder, check=False).returncode == 0)
     fuse.wait(60)
 
 

@@ -64,6 +64,22 @@ class DatabaseWriter(threading.Thread):
                 time.sleep(0.01)
 
 
+def start_writers(lab, writers):
+    """Sets them going; they are stopped by [`stop_writers`], at the latest before what they write to is unmounted."""
+    def stop():
+        for writer in writers:
+            writer.going = False
+            writer.join()
+
+    for writer in writers:
+        writer.start()
+    lab.undo("stop the writers", stop)
+
+
+def stop_writers(lab):
+    lab.take_back("stop the writers")
+
+
 def newest(path):
     """The newest number in a file of the ordered writer; a torn or foreign record is an error."""
     best = 0
@@ -99,6 +115,11 @@ def judge(lab, image, at, folder=".", look=None):
     run("e2fsck", "-fn", device)
     lab.unloop(device)
     return (rows, done[1]) if look is None else (rows, done[1], seen)
+
+
+def stamp(moment):
+    """A time as commands take it for a point."""
+    return "@" + time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment % 1 * 1000):03d}Z"
 
 
 def crash_points(target, name):
