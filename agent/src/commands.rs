@@ -9,6 +9,7 @@ use anyhow::Context;
 use reprotect_engine::host::config::{ConfigError, Overrides};
 use reprotect_engine::host::config_doc;
 use reprotect_engine::host::output::Output;
+use reprotect_engine::host::preflight::Refusal;
 use serde_json::json;
 
 use crate::cli::{CheckConfigArgs, DisksArgs};
@@ -85,5 +86,7 @@ pub fn check_config(overrides: &Overrides, args: &CheckConfigArgs, output: Outpu
 /// Whether `error` is the operator's command line or configuration, which has its own exit status.
 #[must_use]
 pub fn is_usage(error: &anyhow::Error) -> bool {
-    error.is::<ConfigError>() || error.is::<disks::SelectError>()
+    error.is::<ConfigError>()
+        || error.is::<disks::SelectError>()
+        || error.downcast_ref::<Refusal>().is_some_and(Refusal::is_usage)
 }

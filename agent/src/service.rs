@@ -9,6 +9,7 @@ use anyhow::Context;
 use reprotect_engine::host::admin_client::AdminClient;
 use reprotect_engine::host::output::{self, Align, Output, Table};
 use reprotect_engine::host::places::Program;
+use reprotect_engine::host::preflight::{insist, report};
 use reprotect_engine::host::run_lock::RunLock;
 use reprotect_engine::host::shutdown::{Shutdown, on_signals};
 use reprotect_engine::io::durable::{Access, replace_file};
@@ -44,7 +45,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// # Errors
 /// When a preflight check fails that is not forced, or something the daemon needs cannot be had.
 pub fn run(settings: Settings, args: &RunArgs) -> anyhow::Result<()> {
-    check::insist(&check::before_run(&settings), &args.force)?;
+    insist(Program::Agent, &check::before_run(&settings), &check::NAMES, &args.force)?;
     let runtime = runtime()?;
     runtime.block_on(async {
         let (trigger, shutdown) = Shutdown::new();
@@ -62,7 +63,8 @@ pub fn run(settings: Settings, args: &RunArgs) -> anyhow::Result<()> {
 /// When one of them fails.
 pub fn check(settings: &Settings, output: Output) -> anyhow::Result<()> {
     let findings = runtime()?.block_on(check::all(settings));
-    check::report(&findings, output)
+    anyhow::ensure!(report(&findings, output)?, "not ready; do what the remedies say");
+    Ok(())
 }
 
 /// `enroll`: this machine's certificate, for a token of the master target.

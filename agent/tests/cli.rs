@@ -231,7 +231,7 @@ fn without_enrolment_run_and_check_fail_with_the_remedy() {
     assert_eq!(forced.status.code(), Some(1));
     assert!(stderr(&forced).contains("has not enrolled"), "{}", stderr(&forced));
     let unknown = agent(&["run", "--force", "enroled", "--state-dir", text(&state)]);
-    assert_eq!(unknown.status.code(), Some(1));
+    assert_eq!(unknown.status.code(), Some(2));
     assert!(stderr(&unknown).contains("there is no such check"), "{}", stderr(&unknown));
 
     let check = agent(&["check", "--json", "--state-dir", text(&state)]);

@@ -5,7 +5,6 @@
 //! changed. Units: bytes. Called by `commands::check` (all of it) and `commands::run` (what must hold before a start).
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::fs;
 use std::net::UdpSocket;
 use std::os::unix::fs::PermissionsExt as _;
@@ -14,6 +13,7 @@ use std::sync::Arc;
 
 use reprotect_engine::host::output::bytes;
 use reprotect_engine::host::places::Program;
+use reprotect_engine::host::preflight::{Finding, Verdict};
 use reprotect_engine::host::run_lock::{RunLock, RunLockError};
 use reprotect_engine::io::uring;
 use reprotect_engine::net::credentials::Credentials;
@@ -21,7 +21,6 @@ use reprotect_engine::net::identity::{IDENTITY_FILE, Identity};
 use reprotect_engine::net::revocations::Revocations;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::target::{Expectation, TargetKind, TargetSpec, open_target};
-use serde::Serialize;
 
 use crate::catalogue::{Catalogue, kind_from_text};
 use crate::config::Settings;
@@ -39,79 +38,17 @@ const FREE_BYTES_WANTED: u64 = 1 << 30;
 /// No clock that is right shows a time before this one (2025-01-01), in seconds.
 const EARLIEST_SECONDS: u64 = 1_735_689_600;
 
-/// How a check ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "UPPERCASE")]
-pub enum Verdict {
-    /// All is well.
-    Pass,
-    /// It works; somebody should know.
-    Warn,
-    /// It does not work, or data would be lost.
-    Fail,
-}
-
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Pass => "PASS",
-            Self::Warn => "WARN",
-            Self::Fail => "FAIL",
-        })
-    }
-}
-
-/// One thing that was checked.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Check {
-    /// Stable name, as `run --force` takes it.
-    pub name: String,
-    /// How it ended.
-    pub verdict: Verdict,
-    /// What was found.
-    pub reason: String,
-    /// What to do; empty where all is well.
-    pub remedy: String,
-}
-
-impl Check {
-    fn new(verdict: Verdict, name: &str, reason: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { name: name.to_owned(), verdict, reason: reason.into(), remedy: remedy.into() }
-    }
-
-    /// Whether nothing speaks against going on.
-    #[must_use]
-    pub fn is_fine(&self) -> bool {
-        self.verdict != Verdict::Fail
-    }
-
-    /// A check that passed.
-    pub fn pass(name: &str, reason: impl Into<String>) -> Self {
-        Self::new(Verdict::Pass, name, reason, "")
-    }
-
-    /// A check that found something doubtful.
-    pub fn warn(name: &str, reason: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self::new(Verdict::Warn, name, reason, remedy)
-    }
-
-    /// A check that failed.
-    pub fn fail(name: &str, reason: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self::new(Verdict::Fail, name, reason, remedy)
-    }
-}
-
 /// Every check, of a configuration that was read.
 #[must_use]
-pub fn everything(settings: &Settings) -> Vec<Check> {
+pub fn everything(settings: &Settings) -> Vec<Finding> {
     let path = settings.config_path.display();
     let found = if settings.config_path.exists() { "valid" } else { "does not exist, the defaults hold" };
-    let mut checks = vec![Check::pass("configuration", format!("{path}: {found}"))];
+    let mut checks = vec![Finding::pass("configuration", format!("{path}: {found}"))];
     checks.extend(preflight(settings));
     checks.extend(settings.datastores.iter().map(|dir| datastore(dir)));
     if settings.datastores.is_empty() {
         let reason = "no datastores are configured: disks may be created in any directory";
-        checks.push(Check::pass("datastores", reason));
+        checks.push(Finding::pass("datastores", reason));
     }
     checks.extend(retention_checks::everything(settings));
     let running = is_running(settings);
@@ -122,7 +59,7 @@ pub fn everything(settings: &Settings) -> Vec<Check> {
 
 /// What must hold before the daemon starts; the port it tries itself, and a datastore or target hinders no other.
 #[must_use]
-pub fn preflight(settings: &Settings) -> Vec<Check> {
+pub fn preflight(settings: &Settings) -> Vec<Finding> {
     let mut checks = vec![state_dir(&settings.places.state_dir)];
     checks.extend(match settings.credentials.renewed_in() {
         Some(dir) => identity(dir),
@@ -191,11 +128,11 @@ pub(crate) fn nearest(dir: &Path) -> PathBuf {
     dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("/")).to_owned()
 }
 
-fn state_dir(dir: &Path) -> Check {
+fn state_dir(dir: &Path) -> Finding {
     let name = "state-directory";
     let (shown, nearest) = (dir.display(), nearest(dir));
     if dir.exists() && !dir.is_dir() {
-        return Check::fail(
+        return Finding::fail(
             name,
             format!("{shown} is no directory"),
             "move it away, or name another with --state-dir",
@@ -204,22 +141,22 @@ fn state_dir(dir: &Path) -> Check {
     match medium(&nearest) {
         Medium::Fat => {
             let reason = format!("{shown} is on a FAT file system, which keeps neither modes nor promises");
-            return Check::fail(name, reason, "put it on ext4 or XFS");
+            return Finding::fail(name, reason, "put it on ext4 or XFS");
         }
         Medium::Network => {
             let reason = format!("{shown} is on a network file system");
-            return Check::warn(name, reason, "put it on a local one: locks and flushes are safer there");
+            return Finding::warn(name, reason, "put it on a local one: locks and flushes are safer there");
         }
         Medium::Memory if dir.exists() => {
             let reason = format!("{shown} is in memory and lost with a restart");
-            return Check::warn(name, reason, "fine for a trial; otherwise put it on a disk");
+            return Finding::warn(name, reason, "fine for a trial; otherwise put it on a disk");
         }
         Medium::Good | Medium::Memory => {}
     }
     match try_writing(&nearest) {
-        Ok(()) if dir.exists() => Check::pass(name, format!("{shown} is writable")),
-        Ok(()) => Check::pass(name, format!("{shown} does not exist yet and can be created")),
-        Err(error) => Check::fail(
+        Ok(()) if dir.exists() => Finding::pass(name, format!("{shown} is writable")),
+        Ok(()) => Finding::pass(name, format!("{shown} does not exist yet and can be created")),
+        Err(error) => Finding::fail(
             name,
             format!("{} cannot be written: {error}", nearest.display()),
             "correct its owner and mode, run as root, or name another with --state-dir",
@@ -228,19 +165,19 @@ fn state_dir(dir: &Path) -> Check {
 }
 
 /// A certificate of the site's own PKI.
-fn own_pki(credentials: &Credentials) -> Vec<Check> {
+fn own_pki(credentials: &Credentials) -> Vec<Finding> {
     let trusted = credentials.trust(Arc::new(Revocations::in_memory())).map(drop);
     match credentials.identity().and_then(|identity| trusted.map(|()| identity)) {
-        Ok(identity) if identity.is_due_for_renewal(wall_clock()) => vec![Check::warn(
+        Ok(identity) if identity.is_due_for_renewal(wall_clock()) => vec![Finding::warn(
             "identity",
             "a third or less of the certificate's life is left",
             "have the site's PKI issue a new one, replace the file and restart the daemon",
         )],
         Ok(identity) => {
-            vec![Check::pass("identity", format!("{} of the site's own PKI", identity.own().uri()))]
+            vec![Finding::pass("identity", format!("{} of the site's own PKI", identity.own().uri()))]
         }
         Err(error) => {
-            vec![Check::fail(
+            vec![Finding::fail(
                 "identity",
                 error.to_string(),
                 "correct the files named under [pki] in the configuration",
@@ -249,26 +186,28 @@ fn own_pki(credentials: &Credentials) -> Vec<Check> {
     }
 }
 
-fn identity(dir: &Path) -> Vec<Check> {
+fn identity(dir: &Path) -> Vec<Finding> {
     let (ca, own) = (dir.join("ca"), dir.join(IDENTITY_FILE));
     let name = "identity";
     if !ca.exists() && !own.exists() {
-        return vec![Check::pass(name, "there is none yet; the first start makes a certificate authority")];
+        return vec![Finding::pass(name, "there is none yet; the first start makes a certificate authority")];
     }
     let mut checks = vec![match Identity::load(dir) {
-        Ok(_) if !ca.exists() => Check::fail(
+        Ok(_) if !ca.exists() => Finding::fail(
             name,
             format!("{} is missing while this target has a certificate of it", ca.display()),
             "restore the state directory from its backup: every enrolled daemon trusts that authority",
         ),
         Ok(identity) if identity.is_due_for_renewal(wall_clock()) => {
-            Check::warn(name, "the certificate is due for renewal", "a running daemon renews it by itself")
+            Finding::warn(name, "the certificate is due for renewal", "a running daemon renews it by itself")
         }
-        Ok(identity) => Check::pass(name, format!("{} of site {}", identity.own().peer, identity.own().site)),
+        Ok(identity) => {
+            Finding::pass(name, format!("{} of site {}", identity.own().peer, identity.own().site))
+        }
         Err(error) if own.exists() => {
-            Check::fail(name, error.to_string(), "restore the state directory from its backup")
+            Finding::fail(name, error.to_string(), "restore the state directory from its backup")
         }
-        Err(_) => Check::pass(
+        Err(_) => Finding::pass(
             name,
             "the certificate authority exists; the next start issues this target's certificate",
         ),
@@ -279,10 +218,10 @@ fn identity(dir: &Path) -> Vec<Check> {
         .map(|path| path.display().to_string())
         .collect();
     checks.push(if wide.is_empty() {
-        Check::pass("key-modes", "keys are readable by their owner only")
+        Finding::pass("key-modes", "keys are readable by their owner only")
     } else {
         let reason = format!("readable by others: {}", wide.join(", "));
-        Check::fail("key-modes", reason, format!("run `chmod go= {}`", wide.join(" ")))
+        Finding::fail("key-modes", reason, format!("run `chmod go= {}`", wide.join(" ")))
     });
     checks
 }
@@ -300,9 +239,9 @@ fn private_files(dir: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-fn datastore(dir: &Path) -> Check {
+fn datastore(dir: &Path) -> Finding {
     let name = format!("datastore:{}", dir.display());
-    let check = |verdict, reason: String, remedy: &str| Check::new(verdict, &name, reason, remedy);
+    let check = |verdict, reason: String, remedy: &str| Finding::new(verdict, &name, reason, remedy);
     if !dir.is_dir() {
         let remedy = "mount it or create the directory, or take it out of `datastores`";
         return check(Verdict::Fail, "there is no such directory".to_owned(), remedy);
@@ -337,21 +276,21 @@ fn datastore(dir: &Path) -> Check {
     }
 }
 
-fn open_files() -> Check {
+fn open_files() -> Finding {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
     let remedy = "raise it: LimitNOFILE=65536 in the service, or `ulimit -n`";
     let reason = format!("{limit} files may be open");
     match limit {
-        0..OPEN_FILES_MIN => Check::fail("open-files", reason, remedy),
-        OPEN_FILES_MIN..OPEN_FILES_WANTED => Check::warn("open-files", reason, remedy),
-        _ => Check::pass("open-files", reason),
+        0..OPEN_FILES_MIN => Finding::fail("open-files", reason, remedy),
+        OPEN_FILES_MIN..OPEN_FILES_WANTED => Finding::warn("open-files", reason, remedy),
+        _ => Finding::pass("open-files", reason),
     }
 }
 
-fn io_uring() -> Check {
+fn io_uring() -> Finding {
     match uring::probe() {
-        Ok(()) => Check::pass("io-uring", "permitted"),
-        Err(error) => Check::warn(
+        Ok(()) => Finding::pass("io-uring", "permitted"),
+        Err(error) => Finding::warn(
             "io-uring",
             format!("not to be had ({error}); slower threads are used"),
             "allow it (kernel.io_uring_disabled=0, the container's seccomp profile) if throughput matters",
@@ -359,23 +298,23 @@ fn io_uring() -> Check {
     }
 }
 
-fn clock() -> Check {
+fn clock() -> Finding {
     let seconds = wall_clock().0 / 1_000_000_000;
     if seconds < EARLIEST_SECONDS {
         let reason = "the clock stands before 2025: certificates would not be believed";
-        return Check::fail("clock", reason, "set it, and keep it right with chrony or systemd-timesyncd");
+        return Finding::fail("clock", reason, "set it, and keep it right with chrony or systemd-timesyncd");
     }
-    Check::pass("clock", "plausible")
+    Finding::pass("clock", "plausible")
 }
 
-fn port(settings: &Settings, running: bool) -> Check {
+fn port(settings: &Settings, running: bool) -> Finding {
     let listen = settings.listen;
     match UdpSocket::bind(listen) {
-        Ok(_) => Check::pass("port", format!("UDP {listen} is free")),
+        Ok(_) => Finding::pass("port", format!("UDP {listen} is free")),
         Err(error) if running && error.kind() == std::io::ErrorKind::AddrInUse => {
-            Check::pass("port", format!("UDP {listen} is used by the running daemon"))
+            Finding::pass("port", format!("UDP {listen} is used by the running daemon"))
         }
-        Err(error) => Check::fail(
+        Err(error) => Finding::fail(
             "port",
             format!("UDP {listen} cannot be had: {error}"),
             "stop what uses it (`ss -ulpn`), or choose another address with `listen`",
@@ -384,21 +323,21 @@ fn port(settings: &Settings, running: bool) -> Check {
 }
 
 /// Whether each known target could be opened, and whether two are one disk.
-fn targets(settings: &Settings, running: bool) -> Vec<Check> {
+fn targets(settings: &Settings, running: bool) -> Vec<Finding> {
     if !settings.places.state_dir.join("disks").is_dir() {
-        return vec![Check::pass("targets", "nothing is protected yet")];
+        return vec![Finding::pass("targets", "nothing is protected yet")];
     }
     let found = Catalogue::open(&settings.places.state_dir).and_then(|catalogue| catalogue.disks());
     let disks = match found {
         Ok(disks) => disks,
         Err(error) => {
             let remedy = "correct its owner and mode, or restore it from a backup";
-            return vec![Check::fail("targets", explain(&error), remedy)];
+            return vec![Finding::fail("targets", explain(&error), remedy)];
         }
     };
     if running {
         let reason = format!("{} are open in the running daemon; `status` shows them", disks.len());
-        return vec![Check::pass("targets", reason)];
+        return vec![Finding::pass("targets", reason)];
     }
     let mut checks = Vec::new();
     let mut owners: BTreeMap<String, String> = BTreeMap::new();
@@ -414,30 +353,30 @@ fn targets(settings: &Settings, running: bool) -> Vec<Check> {
             (Err(error), _) => {
                 let remedy =
                     "`unprotect` the disk and protect it again: it is compared, only differences travel";
-                Check::fail(&name, format!("its state is damaged: {}", explain(&error)), remedy)
+                Finding::fail(&name, format!("its state is damaged: {}", explain(&error)), remedy)
             }
             (_, Err(error)) => {
                 let (reason, remedy) = reason_and_remedy(&error);
-                Check::fail(&name, reason, remedy)
+                Finding::fail(&name, reason, remedy)
             }
             (Ok(_), Ok(target)) => {
                 let uuid = target.facts().uuid.map(|uuid| uuid.to_string());
                 let clash = uuid.and_then(|uuid| owners.insert(uuid, name.clone()));
                 match clash {
-                    Some(other) => Check::fail(
+                    Some(other) => Finding::fail(
                         &name,
                         format!("it has the same ddb.uuid as {other}"),
                         "give one of them a new UUID, for instance with vmkfstools -J setuuid",
                     ),
                     None if !target.repair().is_nothing() => {
                         let remedy = "the next start puts it right; what was lost is compared again";
-                        Check::warn(
+                        Finding::warn(
                             &name,
                             format!("it was not closed cleanly: {:?}", target.repair()),
                             remedy,
                         )
                     }
-                    None => Check::pass(&name, "can be opened"),
+                    None => Finding::pass(&name, "can be opened"),
                 }
             }
         });

@@ -6,11 +6,12 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use reprotect_engine::host::output::bytes;
+use reprotect_engine::host::preflight::Finding;
 use reprotect_engine::store::journal::ladder::Pressure;
 use reprotect_engine::store::journal::{Occupant, occupant};
 
 use crate::catalogue::Catalogue;
-use crate::checks::{Check, Medium, medium, nearest, try_writing};
+use crate::checks::{Medium, medium, nearest, try_writing};
 use crate::config::Settings;
 use crate::housekeeping::Room;
 use crate::registry::fs_opener;
@@ -18,9 +19,9 @@ use crate::retention::RetentionSettings;
 
 /// What must hold before the daemon starts.
 #[must_use]
-pub(crate) fn preflight(settings: &Settings) -> Vec<Check> {
+pub(crate) fn preflight(settings: &Settings) -> Vec<Finding> {
     let Some((folder, chosen)) = &settings.retention else {
-        return vec![Check::warn(
+        return vec![Finding::warn(
             "retention",
             "no retention folder is configured: disks can be had at their newest state only",
             "set `retention.path` to a folder on a drive of its own",
@@ -28,7 +29,7 @@ pub(crate) fn preflight(settings: &Settings) -> Vec<Check> {
     };
     let mut checks = vec![file_system(folder)];
     // What follows would only say the same again.
-    if checks.iter().all(Check::is_fine) {
+    if checks.iter().all(Finding::is_fine) {
         checks.push(content(folder));
         checks.push(capacity(folder, chosen));
     }
@@ -37,7 +38,7 @@ pub(crate) fn preflight(settings: &Settings) -> Vec<Check> {
 
 /// Also whether it shares its drive with something that it should not share it with.
 #[must_use]
-pub(crate) fn everything(settings: &Settings) -> Vec<Check> {
+pub(crate) fn everything(settings: &Settings) -> Vec<Finding> {
     let mut checks = Vec::new();
     if let Some((folder, _)) = &settings.retention {
         checks.push(neighbours(settings, folder));
@@ -45,11 +46,15 @@ pub(crate) fn everything(settings: &Settings) -> Vec<Check> {
     checks
 }
 
-fn file_system(folder: &Path) -> Check {
+fn file_system(folder: &Path) -> Finding {
     let name = "retention-folder";
     let (shown, nearest) = (folder.display(), nearest(folder));
     if folder.exists() && !folder.is_dir() {
-        return Check::fail(name, format!("{shown} is no directory"), "move it away, or name another folder");
+        return Finding::fail(
+            name,
+            format!("{shown} is no directory"),
+            "move it away, or name another folder",
+        );
     }
     let writable = try_writing(&nearest);
     if let Err(error) = writable {
@@ -60,48 +65,48 @@ fn file_system(folder: &Path) -> Check {
             std::io::ErrorKind::StorageFull => "free some space on the drive, or add some",
             _ => "correct its owner and mode, or name another folder with `retention.path`",
         };
-        return Check::fail(name, format!("{} cannot be written: {error}", nearest.display()), remedy);
+        return Finding::fail(name, format!("{} cannot be written: {error}", nearest.display()), remedy);
     }
     match medium(&nearest) {
         Medium::Fat => {
             let reason = format!("{shown} is on a FAT file system: no files above 4 GiB, no crash safety");
-            Check::fail(name, reason, "format the drive with ext4 or XFS")
+            Finding::fail(name, reason, "format the drive with ext4 or XFS")
         }
         Medium::Network => {
             let reason = format!("{shown} is on a network file system: every change waits for it");
-            Check::warn(name, reason, "put it on a local drive")
+            Finding::warn(name, reason, "put it on a local drive")
         }
         Medium::Memory => {
             let reason = format!("{shown} is in memory and lost with a restart");
-            Check::warn(name, reason, "fine for a trial; otherwise put it on a drive of its own")
+            Finding::warn(name, reason, "fine for a trial; otherwise put it on a drive of its own")
         }
-        Medium::Good if folder.is_dir() => Check::pass(name, format!("{shown} is writable")),
-        Medium::Good => Check::pass(name, format!("{shown} does not exist yet and can be created")),
+        Medium::Good if folder.is_dir() => Finding::pass(name, format!("{shown} is writable")),
+        Medium::Good => Finding::pass(name, format!("{shown} does not exist yet and can be created")),
     }
 }
 
 /// A journal, or nothing.
-fn content(folder: &Path) -> Check {
+fn content(folder: &Path) -> Finding {
     let name = "retention-content";
     if !folder.exists() {
-        return Check::pass(name, "there is nothing yet; the first start makes a journal");
+        return Finding::pass(name, "there is nothing yet; the first start makes a journal");
     }
     match occupant(&*fs_opener(), folder) {
-        Ok(Occupant::Journal) => Check::pass(name, "it holds a journal"),
-        Ok(Occupant::Nothing) => Check::pass(name, "it is empty; the first start makes a journal"),
-        Ok(Occupant::Foreign(found)) => Check::fail(
+        Ok(Occupant::Journal) => Finding::pass(name, "it holds a journal"),
+        Ok(Occupant::Nothing) => Finding::pass(name, "it is empty; the first start makes a journal"),
+        Ok(Occupant::Foreign(found)) => Finding::fail(
             name,
             format!("{} holds no journal and is not empty ({found})", folder.display()),
             "name an empty folder, or the one with the journal",
         ),
-        Err(error) => Check::fail(name, error.to_string(), "correct its owner and mode"),
+        Err(error) => Finding::fail(name, error.to_string(), "correct its owner and mode"),
     }
 }
 
-fn capacity(folder: &Path, chosen: &RetentionSettings) -> Check {
+fn capacity(folder: &Path, chosen: &RetentionSettings) -> Finding {
     let name = "retention-space";
     let Some(room) = Room::of(folder) else {
-        return Check::warn(name, "the system does not say how large the drive is", "look at it with `df`");
+        return Finding::warn(name, "the system does not say how large the drive is", "look at it with `df`");
     };
     let held = room.total_bytes - room.free_bytes;
     let shown = format!("{} are free beside {} of the journal", bytes(room.free_bytes), bytes(held));
@@ -111,31 +116,31 @@ fn capacity(folder: &Path, chosen: &RetentionSettings) -> Check {
     if pressure == Pressure::Stop
         || (room.free_bytes < least && !matches!(occupant(&*fs_opener(), folder), Ok(Occupant::Journal)))
     {
-        return Check::fail(
+        return Finding::fail(
             name,
             format!("{shown}: not enough to take anything in"),
             "free some space, add some, or shorten the retention",
         );
     }
     if pressure > Pressure::None {
-        return Check::warn(
+        return Finding::warn(
             name,
             format!("{shown}: {}", pressure.text()),
             "add space, or shorten the retention",
         );
     }
-    Check::pass(name, format!("{shown}; `retention` says how many hours that holds at the churn it sees"))
+    Finding::pass(name, format!("{shown}; `retention` says how many hours that holds at the churn it sees"))
 }
 
 /// What else lies on the drive.
-fn neighbours(settings: &Settings, folder: &Path) -> Check {
+fn neighbours(settings: &Settings, folder: &Path) -> Finding {
     let name = "retention-drive";
     let disks = Catalogue::open(&settings.places.state_dir).and_then(|catalogue| catalogue.disks());
     let targets: Vec<PathBuf> =
         disks.unwrap_or_default().into_iter().map(|(record, _)| record.path).collect();
     let inside = targets.iter().chain(&settings.datastores).find(|path| path.starts_with(folder));
     if let Some(path) = inside {
-        return Check::fail(
+        return Finding::fail(
             name,
             format!("{} lies in the retention folder", path.display()),
             "keep targets and retention apart: name another folder with `retention.path`",
@@ -146,7 +151,7 @@ fn neighbours(settings: &Settings, folder: &Path) -> Check {
     let places = places.chain(settings.datastores.iter().map(|path| ("the datastore", path)));
     for (what, path) in places.chain([("the state directory", &settings.places.state_dir)]) {
         if own.is_some() && device(path) == own {
-            return Check::warn(
+            return Finding::warn(
                 name,
                 format!("{what} {} is on the same drive", path.display()),
                 "give the retention a drive of its own: a full or broken one then stops one thing, not both",
@@ -155,9 +160,9 @@ fn neighbours(settings: &Settings, folder: &Path) -> Check {
     }
     if own.is_some() && device(Path::new("/")) == own {
         let reason = "it is the drive the system is installed on";
-        return Check::warn(name, reason, "give the retention a drive of its own");
+        return Finding::warn(name, reason, "give the retention a drive of its own");
     }
-    Check::pass(name, "nothing else of ours lies on the drive")
+    Finding::pass(name, "nothing else of ours lies on the drive")
 }
 
 fn device(path: &Path) -> Option<u64> {
@@ -176,7 +181,7 @@ mod tests {
     use reprotect_engine::store::journal::ladder::Ladder;
 
     use super::*;
-    use crate::checks::Verdict;
+    use reprotect_engine::host::preflight::Verdict;
 
     fn chosen(segment_bytes: u64) -> RetentionSettings {
         let hour = Duration::from_secs(3600);

@@ -100,7 +100,7 @@ fn check_names_what_fails_with_a_remedy_and_exits_with_1() {
     assert_eq!(bad.status.code(), Some(1));
     let found = json(&bad);
     for name in ["port", "datastore:/nonexistent/ds"] {
-        let checks = found["checks"].as_array().unwrap();
+        let checks = found["findings"].as_array().unwrap();
         let check = checks.iter().find(|check| check["name"] == name).expect(name);
         assert_eq!(check["verdict"], "FAIL");
         assert!(!check["remedy"].as_str().unwrap().is_empty());
@@ -108,7 +108,7 @@ fn check_names_what_fails_with_a_remedy_and_exits_with_1() {
     std::fs::write(dir.path().join("master-target.toml"), "listn = 1\n").unwrap();
     let wrong = program(&["check", "--json", "--state-dir", state_dir]);
     assert_eq!(wrong.status.code(), Some(1));
-    assert_eq!(json(&wrong)["checks"][0]["name"], "configuration");
+    assert_eq!(json(&wrong)["findings"][0]["name"], "configuration");
 }
 
 #[test]

@@ -56,7 +56,7 @@ fn failed(state_dir: &Path, retention: &Path, name: &str) -> String {
     let output = program(state_dir, retention, &["check", "--json"]);
     assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stdout));
     let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    let checks = found["checks"].as_array().unwrap();
+    let checks = found["findings"].as_array().unwrap();
     let check = checks.iter().find(|check| check["name"] == name).expect(name);
     assert_eq!(check["verdict"], "FAIL", "{check}");
     assert!(!check["remedy"].as_str().unwrap().is_empty());

@@ -10,12 +10,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use reprotect_engine::host::admin_client::AdminClient;
-use reprotect_engine::host::output::{self, Align, Table};
+use reprotect_engine::host::output;
 use reprotect_engine::host::places::Program;
+use reprotect_engine::host::preflight::Finding;
 use reprotect_engine::net::identity::Identity;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::units::PeerId;
-use serde::Serialize;
 
 use crate::budget::{BUDGET_BYTES_MIN, WINDOW_BYTES_MIN};
 use crate::config::Settings;
@@ -30,45 +30,8 @@ const OPEN_FILES_WANTED: u64 = 1024;
 const OPEN_FILES_MIN: u64 = 64;
 const DAY_NANOS: u64 = 86_400_000_000_000;
 
-/// How a check ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "UPPERCASE")]
-pub enum Verdict {
-    /// Ready.
-    Pass,
-    /// Works, with a cost or a risk.
-    Warn,
-    /// Will not work.
-    Fail,
-}
-
-/// One finding.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Finding {
-    /// The check, as `run --force` takes it.
-    pub name: &'static str,
-    /// How it ended.
-    pub verdict: Verdict,
-    /// Why.
-    pub reason: String,
-    /// What to do; empty where it passed.
-    pub remedy: String,
-}
-
 /// Every name.
 pub const NAMES: [&str; 6] = ["enrolled", "certificate", "listen", "memory", "open-files", "targets"];
-
-fn pass(name: &'static str, reason: impl Into<String>) -> Finding {
-    Finding { name, verdict: Verdict::Pass, reason: reason.into(), remedy: String::new() }
-}
-
-fn warn(name: &'static str, reason: impl Into<String>, remedy: impl Into<String>) -> Finding {
-    Finding { name, verdict: Verdict::Warn, reason: reason.into(), remedy: remedy.into() }
-}
-
-fn fail(name: &'static str, reason: impl Into<String>, remedy: impl Into<String>) -> Finding {
-    Finding { name, verdict: Verdict::Fail, reason: reason.into(), remedy: remedy.into() }
-}
 
 /// What needs no network: all that `run` insists on.
 #[must_use]
@@ -78,12 +41,11 @@ pub fn local(settings: &Settings) -> Vec<Finding> {
         Ok(own) => {
             let identity = own.identity();
             let subject = identity.own().uri();
-            findings.insert(0, pass("enrolled", subject));
+            findings.insert(0, Finding::pass("enrolled", subject));
             findings.insert(1, certificate(&identity));
         }
         Err(error) => {
-            let (reason, remedy) = split(&error.to_string());
-            findings.insert(0, fail("enrolled", reason, remedy));
+            findings.insert(0, Finding::failed("enrolled", &error));
         }
     }
     findings
@@ -97,30 +59,21 @@ pub async fn all(settings: &Settings) -> Vec<Finding> {
     findings
 }
 
-/// Our own errors say "what is wrong; what to do", or end with a colon and what to do.
-fn split(text: &str) -> (String, String) {
-    if let Some((reason, remedy)) = text.split_once("): ") {
-        return (format!("{reason})"), remedy.to_owned());
-    }
-    let (reason, remedy) = text.split_once("; ").unwrap_or((text, "see the reason"));
-    (reason.to_owned(), remedy.to_owned())
-}
-
 fn certificate(identity: &Identity) -> Finding {
     let (own, now) = (identity.own(), wall_clock());
     let days = own.not_after.0.saturating_sub(now.0) / DAY_NANOS;
     if own.not_before > now {
-        return fail("certificate", "it is not valid yet", "correct this machine's clock");
+        return Finding::fail("certificate", "it is not valid yet", "correct this machine's clock");
     }
     if own.not_after <= now {
         let remedy = "delete identity.pem in the state directory and enrol again";
-        return fail("certificate", "it has expired", remedy);
+        return Finding::fail("certificate", "it has expired", remedy);
     }
     if identity.is_due_for_renewal(now) {
         let remedy = "start the daemon, which renews it at the master target, and see its log";
-        return warn("certificate", format!("it expires in {days} days"), remedy);
+        return Finding::warn("certificate", format!("it expires in {days} days"), remedy);
     }
-    pass("certificate", format!("valid for {days} days"))
+    Finding::pass("certificate", format!("valid for {days} days"))
 }
 
 fn memory(budget: u64, total: Option<u64>) -> Finding {
@@ -128,17 +81,17 @@ fn memory(budget: u64, total: Option<u64>) -> Finding {
     let text =
         format!("{} for payload: at least {disks} machines of one disk at once", output::bytes(budget));
     match total {
-        Some(total) if budget > total / 4 * 3 => fail(
+        Some(total) if budget > total / 4 * 3 => Finding::fail(
             "memory",
             format!("`memory` is {} and the machine has {}", output::bytes(budget), output::bytes(total)),
             "lower `memory` to at most three quarters of the machine's",
         ),
-        Some(total) if budget > total / 2 => warn(
+        Some(total) if budget > total / 2 => Finding::warn(
             "memory",
             format!("`memory` is more than half of the machine's {}", output::bytes(total)),
             "lower `memory`, or give the machine more",
         ),
-        _ if disks < 4 => warn(
+        _ if disks < 4 => Finding::warn(
             "memory",
             text,
             format!(
@@ -146,7 +99,7 @@ fn memory(budget: u64, total: Option<u64>) -> Finding {
                 output::bytes(WINDOW_BYTES_MIN)
             ),
         ),
-        _ => pass("memory", text),
+        _ => Finding::pass("memory", text),
     }
 }
 
@@ -161,13 +114,13 @@ fn open_files() -> Finding {
     let remedy = "set LimitNOFILE=65536 in the service, or `ulimit -n 65536`";
     match limit {
         Some(limit) if limit < OPEN_FILES_MIN => {
-            fail("open-files", format!("only {limit} open files are allowed"), remedy)
+            Finding::fail("open-files", format!("only {limit} open files are allowed"), remedy)
         }
         Some(limit) if limit < OPEN_FILES_WANTED => {
-            warn("open-files", format!("{limit} open files are allowed"), remedy)
+            Finding::warn("open-files", format!("{limit} open files are allowed"), remedy)
         }
-        Some(limit) => pass("open-files", format!("{limit} open files are allowed")),
-        None => pass("open-files", "unlimited"),
+        Some(limit) => Finding::pass("open-files", format!("{limit} open files are allowed")),
+        None => Finding::pass("open-files", "unlimited"),
     }
 }
 
@@ -175,22 +128,22 @@ fn open_files() -> Finding {
 async fn listen(settings: &Settings) -> Finding {
     let address = settings.listen;
     match UdpSocket::bind(address) {
-        Ok(_) => pass("listen", format!("UDP {address} is free")),
+        Ok(_) => Finding::pass("listen", format!("UDP {address} is free")),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             let client = AdminClient::new(Program::ProcessServer, &settings.places.socket)
                 .with_wait(Duration::from_secs(5));
             match client.get_json::<Status>("/v1/status").await {
                 Ok(status) if status.listen == address.to_string() => {
-                    pass("listen", format!("UDP {address} is held by the running process server"))
+                    Finding::pass("listen", format!("UDP {address} is held by the running process server"))
                 }
-                _ => fail(
+                _ => Finding::fail(
                     "listen",
                     format!("UDP {address} is used by another program"),
                     format!("stop it (`ss -ulpn sport = :{}` names it), or change `listen`", address.port()),
                 ),
             }
         }
-        Err(error) => fail(
+        Err(error) => Finding::fail(
             "listen",
             format!("UDP {address}: {error}"),
             "write an address of this machine as `listen`, or \"[::]\"",
@@ -209,14 +162,17 @@ async fn targets(settings: &Settings) -> Vec<Finding> {
     let (own, trust, targets) = match ready {
         Ok(ready) => ready,
         Err(error) => {
-            let (reason, remedy) = split(&error.to_string());
-            return vec![fail("targets", reason, remedy)];
+            return vec![Finding::failed("targets", &error)];
         }
     };
     let upstream = match Upstream::new(targets, own, trust) {
         Ok(upstream) => upstream,
         Err(error) => {
-            return vec![fail("targets", error.to_string(), "look at this machine's network configuration")];
+            return vec![Finding::fail(
+                "targets",
+                error.to_string(),
+                "look at this machine's network configuration",
+            )];
         }
     };
     let mut findings = Vec::new();
@@ -224,9 +180,9 @@ async fn targets(settings: &Settings) -> Vec<Finding> {
         findings.push(match upstream.dial_one(target, PeerId::NONE).await {
             Ok(peer) => {
                 let (name, rtt) = (peer.peer.peer, peer.connection.rtt());
-                pass("targets", format!("{target} is {name}, round trip {} ms", rtt.as_millis()))
+                Finding::pass("targets", format!("{target} is {name}, round trip {} ms", rtt.as_millis()))
             }
-            Err(reason) => fail(
+            Err(reason) => Finding::fail(
                 "targets",
                 format!("{target}: {reason}"),
                 "check that the master target runs and that UDP is open from here to it, or correct `targets`",
@@ -237,33 +193,10 @@ async fn targets(settings: &Settings) -> Vec<Finding> {
     findings
 }
 
-/// The findings as a table.
-#[must_use]
-pub fn render(findings: &[Finding]) -> String {
-    let mut table = Table::new(&[
-        ("CHECK", Align::Left),
-        ("RESULT", Align::Left),
-        ("REASON", Align::Left),
-        ("REMEDY", Align::Left),
-    ]);
-    for finding in findings {
-        let verdict = match finding.verdict {
-            Verdict::Pass => "PASS",
-            Verdict::Warn => "WARN",
-            Verdict::Fail => "FAIL",
-        };
-        table.row([
-            finding.name.to_owned(),
-            verdict.to_owned(),
-            finding.reason.clone(),
-            finding.remedy.clone(),
-        ]);
-    }
-    table.render()
-}
-
 #[cfg(test)]
 mod tests {
+    use reprotect_engine::host::preflight::Verdict;
+
     use super::*;
 
     #[test]
@@ -273,13 +206,5 @@ mod tests {
         assert_eq!(verdict(600, 1024), Verdict::Warn);
         assert_eq!(verdict(900, 1024), Verdict::Fail);
         assert_eq!(memory(WINDOW_BYTES_MIN, None).verdict, Verdict::Warn);
-    }
-
-    #[test]
-    fn what_did_not_pass_says_what_to_do() {
-        let (reason, remedy) = split("not enrolled (x does not exist): run `enroll`");
-        assert_eq!((reason.as_str(), remedy.as_str()), ("not enrolled (x does not exist)", "run `enroll`"));
-        let text = render(&[fail("memory", "too much", "lower it"), pass("listen", "free")]);
-        assert!(text.contains("FAIL") && text.contains("lower it") && text.contains("PASS"), "{text}");
     }
 }

@@ -6,19 +6,20 @@
 use std::io::IsTerminal;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use reprotect_engine::host::admin_client::AdminClient;
 use reprotect_engine::host::config::{ConfigError, Overrides};
 use reprotect_engine::host::config_doc;
 use reprotect_engine::host::output::{self, Align, Output, Table};
 use reprotect_engine::host::places::Program;
+use reprotect_engine::host::preflight::{Finding, Refusal, insist, report};
 use reprotect_engine::host::shutdown::{Shutdown, on_signals, reloads};
 use reprotect_engine::net::enroll;
 use reprotect_engine::net::identity::{IDENTITY_FILE, Role};
 use reprotect_engine::net::token::{Token, TokenError};
 use serde_json::json;
 
-use crate::check::{self, Verdict};
+use crate::check;
 use crate::cli::{CheckConfigArgs, EnrollArgs, RunArgs, StatusArgs};
 use crate::config::{KEYS, RawConfig, Settings};
 use crate::status::{SessionStatus, Status};
@@ -27,41 +28,15 @@ use crate::{daemon, enrolment};
 /// How often `status --watch` asks.
 const WATCH: Duration = Duration::from_secs(1);
 
-/// A command line that asks for something that does not exist.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct UsageError(String);
-
 /// `run`: the daemon, in the foreground.
 ///
 /// # Errors
 /// When a check fails that was not forced, or the daemon cannot start.
 pub async fn run(settings: Settings, args: &RunArgs) -> anyhow::Result<()> {
-    if let Some(unknown) = args.force.iter().find(|name| !check::NAMES.contains(&name.as_str())) {
-        let names = check::NAMES.join(", ");
-        return Err(UsageError(format!("--force {unknown}: no such check; there are {names}")).into());
-    }
     // The daemon itself refuses to start without an identity, forced or not.
-    for finding in check::local(&settings).into_iter().filter(|finding| finding.name != "enrolled") {
-        let forced = args.force.iter().any(|name| name == finding.name);
-        match finding.verdict {
-            Verdict::Pass => {}
-            Verdict::Fail if !forced => {
-                bail!(
-                    "check `{name}` fails: {reason}; {remedy}, or start with --force {name}",
-                    name = finding.name,
-                    reason = finding.reason,
-                    remedy = finding.remedy
-                );
-            }
-            _ => tracing::warn!(
-                check = finding.name,
-                reason = finding.reason,
-                remedy = finding.remedy,
-                "preflight"
-            ),
-        }
-    }
+    let findings: Vec<Finding> =
+        check::local(&settings).into_iter().filter(|finding| finding.name != "enrolled").collect();
+    insist(Program::ProcessServer, &findings, &check::NAMES, &args.force)?;
     let (trigger, shutdown) = Shutdown::new();
     on_signals(trigger).context("cannot install signal handlers")?;
     let mut reloads = reloads().context("cannot install signal handlers")?;
@@ -111,9 +86,7 @@ pub async fn enroll(settings: &Settings, args: &EnrollArgs, output: Output) -> a
 /// When the result cannot be printed.
 pub async fn check(settings: &Settings, output: Output) -> anyhow::Result<bool> {
     let findings = check::all(settings).await;
-    let ready = findings.iter().all(|finding| finding.verdict != Verdict::Fail);
-    output.result(&json!({ "ready": ready, "checks": findings }), || check::render(&findings))?;
-    Ok(ready)
+    Ok(report(&findings, output)?)
 }
 
 /// `status`: what the daemon says of itself, once or every second.
@@ -221,5 +194,7 @@ pub fn check_config(overrides: &Overrides, args: &CheckConfigArgs, output: Outpu
 /// Whether `error` is the operator's command line or configuration, which has its own exit status.
 #[must_use]
 pub fn is_usage(error: &anyhow::Error) -> bool {
-    error.is::<ConfigError>() || error.is::<TokenError>() || error.is::<UsageError>()
+    error.is::<ConfigError>()
+        || error.is::<TokenError>()
+        || error.downcast_ref::<Refusal>().is_some_and(Refusal::is_usage)
 }

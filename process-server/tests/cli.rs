@@ -97,7 +97,7 @@ fn check_prints_every_finding_with_a_remedy_and_fails_before_enrolment() {
     assert_eq!(checked.status.code(), Some(1), "{}", text(&checked.stderr));
     let answer: serde_json::Value = serde_json::from_slice(&checked.stdout).unwrap();
     assert_eq!(answer["ready"], false);
-    let checks = answer["checks"].as_array().unwrap();
+    let checks = answer["findings"].as_array().unwrap();
     for name in ["enrolled", "listen", "memory", "open-files", "targets"] {
         assert!(checks.iter().any(|check| check["name"] == name), "{name} in {answer}");
     }

@@ -6,7 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{Finding, pass, warn};
+use reprotect_engine::host::preflight::Finding;
+
 use crate::disks::SystemRoot;
 
 /// The running kernel, and how its initial RAM disk is listed.
@@ -51,7 +52,7 @@ fn drivers(root: &SystemRoot, kernel: &Kernel) -> Finding {
     if builtin.is_empty() && available.is_empty() {
         let text =
             format!("the modules of kernel {} are not there to be looked at (a container?)", kernel.release);
-        return warn(name, text, "run this check on the machine itself");
+        return Finding::warn(name, text, "run this check on the machine itself");
     }
     let missing: Vec<&str> = CONTROLLERS
         .into_iter()
@@ -59,7 +60,7 @@ fn drivers(root: &SystemRoot, kernel: &Kernel) -> Finding {
         .filter(|driver| !has_module(&builtin, driver) && !has_module(&available, driver))
         .collect();
     if !missing.is_empty() {
-        return warn(
+        return Finding::warn(
             name,
             format!("kernel {} has no {}", kernel.release, missing.join(", ")),
             "install the distribution's generic kernel beside the cloud kernel (Debian: linux-image-amd64, Ubuntu: linux-image-generic) and make it the default before failback",
@@ -76,7 +77,7 @@ fn drivers(root: &SystemRoot, kernel: &Kernel) -> Finding {
         .and_then(|image| (kernel.list)(&image));
     let Some(listed) = listed else {
         let text = format!("the initial RAM disk of kernel {} cannot be listed", kernel.release);
-        return warn(
+        return Finding::warn(
             name,
             text,
             "check by hand that it holds mptspi and vmw_pvscsi (`lsinitramfs` or `lsinitrd`)",
@@ -87,9 +88,12 @@ fn drivers(root: &SystemRoot, kernel: &Kernel) -> Finding {
         .filter(|driver| !has_module(&builtin, driver) && !has_module(&listed, driver))
         .collect();
     if absent.is_empty() {
-        return pass(name, format!("kernel {} has the drivers, its initial RAM disk too", kernel.release));
+        return Finding::pass(
+            name,
+            format!("kernel {} has the drivers, its initial RAM disk too", kernel.release),
+        );
     }
-    warn(
+    Finding::warn(
         name,
         format!(
             "the initial RAM disk has no {}: the machine would not find its root disk",
@@ -118,7 +122,11 @@ fn is_volatile(device: &str) -> bool {
 fn fstab(root: &SystemRoot) -> Finding {
     let name = "boot-fstab";
     let Ok(text) = std::fs::read_to_string(root.join("/etc/fstab")) else {
-        return warn(name, "/etc/fstab cannot be read", "look at it by hand: devices must be named by UUID");
+        return Finding::warn(
+            name,
+            "/etc/fstab cannot be read",
+            "look at it by hand: devices must be named by UUID",
+        );
     };
     let entries = text.lines().map(str::trim).filter(|line| !line.starts_with('#'));
     let volatile: Vec<&str> = entries
@@ -129,9 +137,9 @@ fn fstab(root: &SystemRoot) -> Finding {
         .filter(|device| is_volatile(device))
         .collect();
     if volatile.is_empty() {
-        return pass(name, "/etc/fstab names no device by its place");
+        return Finding::pass(name, "/etc/fstab names no device by its place");
     }
-    warn(
+    Finding::warn(
         name,
         format!("/etc/fstab names {}, which is another disk or none on VMware", volatile.join(", ")),
         "write UUID=… as `blkid` prints it, or add the option nofail where the disk does not come along",
@@ -142,13 +150,17 @@ fn boot_loader(root: &SystemRoot) -> Finding {
     let name = "boot-loader";
     let text = std::fs::read_to_string(root.join("/proc/cmdline")).unwrap_or_default();
     match text.split_whitespace().find_map(|word| word.strip_prefix("root=")) {
-        Some(device) if is_volatile(device) => warn(
+        Some(device) if is_volatile(device) => Finding::warn(
             name,
             format!("the kernel is started with root={device}, which is another disk or none on VMware"),
             "remove GRUB_DISABLE_LINUX_UUID from /etc/default/grub and run `update-grub` (or grub2-mkconfig)",
         ),
-        Some(device) => pass(name, format!("the kernel is started with root={device}")),
-        None => warn(name, "the kernel's command line names no root device", "check the boot loader by hand"),
+        Some(device) => Finding::pass(name, format!("the kernel is started with root={device}")),
+        None => Finding::warn(
+            name,
+            "the kernel's command line names no root device",
+            "check the boot loader by hand",
+        ),
     }
 }
 
@@ -157,14 +169,14 @@ fn network(root: &SystemRoot) -> Finding {
     let rules = "/etc/udev/rules.d/70-persistent-net.rules";
     if root.join(rules).exists() {
         let text = format!("{rules} ties interface names to this machine's cards");
-        return warn(name, text, "remove it before failback; the new card has another address");
+        return Finding::warn(name, text, "remove it before failback; the new card has another address");
     }
     let files = ["/etc/netplan", "/etc/NetworkManager/system-connections", "/etc/sysconfig/network-scripts"];
     for dir in files {
         for entry in std::fs::read_dir(root.join(dir)).into_iter().flatten().flatten() {
             let text = std::fs::read_to_string(entry.path()).unwrap_or_default().to_lowercase();
             if ["macaddress:", "mac-address=", "hwaddr="].iter().any(|key| text.contains(key)) {
-                return warn(
+                return Finding::warn(
                     name,
                     format!(
                         "{dir}/{} ties the configuration to a card's address",
@@ -175,7 +187,7 @@ fn network(root: &SystemRoot) -> Finding {
             }
         }
     }
-    pass(name, "no configuration is tied to a card's address")
+    Finding::pass(name, "no configuration is tied to a card's address")
 }
 
 #[cfg(test)]

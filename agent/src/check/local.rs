@@ -5,12 +5,12 @@
 use std::path::Path;
 
 use reprotect_engine::host::output;
+use reprotect_engine::host::preflight::{Finding, reason_and_remedy};
 use reprotect_engine::io;
 use reprotect_engine::limits::CHUNK_BYTES;
 use reprotect_engine::net::identity::Identity;
 use reprotect_engine::net::wall_clock;
 
-use super::{Finding, fail, pass, split, warn};
 use crate::capture::{self, BlockDisk};
 use crate::config::{CaptureMode, Settings};
 use crate::daemon::load_identity;
@@ -31,9 +31,9 @@ const CLOCK_MIN: u64 = 1_735_689_600_000_000_000;
 pub(super) fn configuration(settings: &Settings) -> Finding {
     let path = settings.config_path.display();
     if settings.config_path.exists() {
-        pass("configuration", format!("{path} is valid"))
+        Finding::pass("configuration", format!("{path} is valid"))
     } else {
-        pass("configuration", format!("{path} does not exist, the defaults hold"))
+        Finding::pass("configuration", format!("{path} does not exist, the defaults hold"))
     }
 }
 
@@ -43,13 +43,12 @@ pub(super) fn identity(settings: &Settings) -> Vec<Finding> {
     let mut findings = vec![state_dir(dir)];
     match load_identity(&settings.credentials) {
         Ok(identity) => {
-            findings.push(pass("enrolled", identity.own().uri()));
+            findings.push(Finding::pass("enrolled", identity.own().uri()));
             let enrolled = settings.credentials.renewed_in().is_some();
             findings.push(certificate(&identity, enrolled));
         }
         Err(error) => {
-            let (reason, remedy) = split(&format!("{error:#}"));
-            findings.push(fail("enrolled", reason, remedy));
+            findings.push(Finding::failed("enrolled", &format_args!("{error:#}")));
         }
     }
     findings
@@ -60,11 +59,11 @@ fn state_dir(dir: &Path) -> Finding {
     let shown = dir.display();
     let remedy = "correct owner, mode or mount, or name another with --state-dir; run as root";
     if !dir.exists() {
-        return pass("state-dir", format!("{shown} does not exist yet and will be made"));
+        return Finding::pass("state-dir", format!("{shown} does not exist yet and will be made"));
     }
     match access(dir, Access::READ_OK | Access::WRITE_OK | Access::EXEC_OK) {
-        Ok(()) => pass("state-dir", format!("{shown} can be written")),
-        Err(error) => fail("state-dir", format!("{shown} cannot be written: {error}"), remedy),
+        Ok(()) => Finding::pass("state-dir", format!("{shown} can be written")),
+        Err(error) => Finding::fail("state-dir", format!("{shown} cannot be written: {error}"), remedy),
     }
 }
 
@@ -74,39 +73,40 @@ fn certificate(identity: &Identity, enrolled: bool) -> Finding {
     let (own, now) = (identity.own(), wall_clock());
     let days = own.not_after.0.saturating_sub(now.0) / DAY_NANOS;
     if own.not_before > now {
-        return fail("certificate", "it is not valid yet", "correct this machine's clock");
+        return Finding::fail("certificate", "it is not valid yet", "correct this machine's clock");
     }
     if own.not_after <= now {
         let remedy =
             if enrolled { "enrol again with a new token, `reprotect-agent enroll TOKEN`" } else { SITE };
-        return fail("certificate", "it has expired", remedy);
+        return Finding::fail("certificate", "it has expired", remedy);
     }
     if identity.is_due_for_renewal(now) {
         let remedy = "start the daemon, which renews it at the master target, and see its log; behind a process server enrol again";
         let remedy = if enrolled { remedy } else { SITE };
-        return warn("certificate", format!("it expires in {days} days"), remedy);
+        return Finding::warn("certificate", format!("it expires in {days} days"), remedy);
     }
-    pass("certificate", format!("valid for {days} days"))
+    Finding::pass("certificate", format!("valid for {days} days"))
 }
 
 pub(super) fn clock(settings: &Settings) -> Finding {
     let now = wall_clock();
     let remedy = "set the clock and keep it by NTP (`timedatectl set-ntp true`); certificates and times of points need it";
     if now.0 < CLOCK_MIN {
-        return fail("clock", "it stands before 2025", remedy);
+        return Finding::fail("clock", "it stands before 2025", remedy);
     }
     let issued = load_identity(&settings.credentials).ok().map(|identity| identity.own().not_before);
     match issued {
-        Some(issued) if issued > now => fail("clock", "it stands before this machine's enrolment", remedy),
-        _ => pass("clock", format!("{} s since 1970, plausible", now.0 / 1_000_000_000)),
+        Some(issued) if issued > now => {
+            Finding::fail("clock", "it stands before this machine's enrolment", remedy)
+        }
+        _ => Finding::pass("clock", format!("{} s since 1970, plausible", now.0 / 1_000_000_000)),
     }
 }
 
 /// Only a failure is a finding here; that peers answer is checked apart.
 pub(super) fn upstream_named(settings: &Settings) -> Option<Finding> {
     let error = plan::upstream(settings).err()?;
-    let (reason, remedy) = split(&format!("{error:#}"));
-    Some(fail("upstream", reason, remedy))
+    Some(Finding::failed("upstream", &format_args!("{error:#}")))
 }
 
 /// Selection and readability.
@@ -114,29 +114,21 @@ pub(super) fn disks(settings: &Settings) -> Vec<Finding> {
     let listed = match enumerate(&SystemRoot::default()) {
         Ok(listed) => listed,
         Err(error) => {
-            let (reason, remedy) = split(&error.to_string());
-            return vec![fail("disks", reason, remedy)];
+            return vec![Finding::failed("disks", &error)];
         }
     };
     let found = match sources::find(&settings.disks) {
         Ok(found) => found,
         Err(error) => {
-            let (reason, remedy) = split(&error.to_string());
-            return vec![fail("disks", reason, remedy)];
+            return vec![Finding::failed("disks", &error)];
         }
     };
-    let mut findings: Vec<Finding> = found
-        .problems
-        .iter()
-        .map(|problem| {
-            let (reason, remedy) = split(problem);
-            fail("disks", reason, remedy)
-        })
-        .collect();
+    let mut findings: Vec<Finding> =
+        found.problems.iter().map(|problem| Finding::failed("disks", problem)).collect();
     let selected: Vec<&KnownSource> = found.sources.values().filter(|known| known.selected).collect();
     if selected.is_empty() && findings.is_empty() {
         let remedy = "name disks or images as disks.include; `reprotect-agent disks --all` shows what there is and why it is left out";
-        findings.push(fail("disks", "no disk is selected", remedy));
+        findings.push(Finding::fail("disks", "no disk is selected", remedy));
     }
     for known in selected {
         let disk = listed.iter().find(|disk| disk.path == known.source.path);
@@ -152,8 +144,8 @@ fn readable(known: &KnownSource, disk: Option<&Disk>) -> Finding {
     let shown = path.display();
     let is_device = known.source.kind == SourceKind::BlockDevice;
     match io::open_reporting(path, &io::OpenOptions::reading()) {
-        Err(error) => fail("disks", error.to_string(), "run as root, or exclude it in [disks]"),
-        Ok((_, backend)) if is_device && !backend.is_direct() => fail(
+        Err(error) => Finding::fail("disks", error.to_string(), "run as root, or exclude it in [disks]"),
+        Ok((_, backend)) if is_device && !backend.is_direct() => Finding::fail(
             "disks",
             format!("{shown} can only be read through the page cache, which may hide changes"),
             "use a kernel and driver with O_DIRECT, or exclude it in [disks]",
@@ -166,7 +158,7 @@ fn readable(known: &KnownSource, disk: Option<&Disk>) -> Finding {
             if !points.is_empty() {
                 text = format!("{text}; mounted: {}", points.join(", "));
             }
-            pass("disks", text)
+            Finding::pass("disks", text)
         }
     }
 }
@@ -174,7 +166,7 @@ fn readable(known: &KnownSource, disk: Option<&Disk>) -> Finding {
 /// A VMware disk has sectors of 512 bytes, and partition tables count in sectors.
 fn sectors(disk: &Disk) -> Option<Finding> {
     (disk.logical_sector_bytes != 512).then(|| {
-        warn(
+        Finding::warn(
             "unsupported",
             format!(
                 "{} has sectors of {} bytes, a VMware disk has 512: its partition table will not be understood there",
@@ -198,13 +190,13 @@ fn unsupported(disk: &Disk) -> Option<Finding> {
         _ => return None,
     };
     let text = format!("{} is not protected: {}", disk.path.display(), disk.verdict.reason);
-    Some(warn("unsupported", text, remedy))
+    Some(Finding::warn("unsupported", text, remedy))
 }
 
 /// Whether the disks can be followed; otherwise they are scanned.
 pub(super) fn capture(settings: &Settings) -> Finding {
     if settings.capture_mode == CaptureMode::Scan {
-        return pass("capture", "`capture.mode` is scan: the disks are read whole in each round");
+        return Finding::pass("capture", "`capture.mode` is scan: the disks are read whole in each round");
     }
     let sources = sources::find(&settings.disks).map(|found| found.sources).unwrap_or_default();
     let followed = |source: &&KnownSource| source.selected && source.source.kind == SourceKind::BlockDevice;
@@ -213,19 +205,21 @@ pub(super) fn capture(settings: &Settings) -> Finding {
         .err()
         .or_else(|| devices.filter_map(|known| BlockDisk::at(&known.source.path).err()).next());
     match refused {
-        None => pass("capture", format!("writes can be followed, in mode {}", settings.capture_mode)),
+        None => {
+            Finding::pass("capture", format!("writes can be followed, in mode {}", settings.capture_mode))
+        }
         Some(error) => {
-            let (reason, remedy) = split(&error.to_string());
-            warn("capture", format!("disks are read whole in each round: {reason}"), remedy)
+            let (reason, remedy) = reason_and_remedy(&error.to_string());
+            Finding::warn("capture", format!("disks are read whole in each round: {reason}"), remedy)
         }
     }
 }
 
 pub(super) fn io_uring() -> Finding {
     if io::uring_permitted() {
-        return pass("io-uring", "permitted");
+        return Finding::pass("io-uring", "permitted");
     }
-    warn(
+    Finding::warn(
         "io-uring",
         "the kernel or a container forbids io_uring; threads read instead, which costs CPU",
         "set /proc/sys/kernel/io_uring_disabled to 0, or allow it in the container's seccomp profile",
@@ -237,13 +231,13 @@ pub(super) fn open_files() -> Finding {
     let remedy = "set LimitNOFILE=65536 in the service, or `ulimit -n 65536`";
     match limit {
         Some(limit) if limit < OPEN_FILES_MIN => {
-            fail("open-files", format!("only {limit} open files are allowed"), remedy)
+            Finding::fail("open-files", format!("only {limit} open files are allowed"), remedy)
         }
         Some(limit) if limit < OPEN_FILES_WANTED => {
-            warn("open-files", format!("{limit} open files are allowed"), remedy)
+            Finding::warn("open-files", format!("{limit} open files are allowed"), remedy)
         }
-        Some(limit) => pass("open-files", format!("{limit} open files are allowed")),
-        None => pass("open-files", "unlimited"),
+        Some(limit) => Finding::pass("open-files", format!("{limit} open files are allowed")),
+        None => Finding::pass("open-files", "unlimited"),
     }
 }
 
@@ -255,22 +249,22 @@ pub(super) fn memory(settings: &Settings) -> Finding {
 fn judge_memory(budget: u64, disks: usize, total: Option<u64>) -> Finding {
     let shown = output::bytes(budget);
     match total {
-        Some(total) if budget > total / 4 * 3 => fail(
+        Some(total) if budget > total / 4 * 3 => Finding::fail(
             "memory",
             format!("`memory` is {shown} and the machine has {}", output::bytes(total)),
             "lower `memory` to at most three quarters of the machine's",
         ),
-        Some(total) if budget > total / 2 => warn(
+        Some(total) if budget > total / 2 => Finding::warn(
             "memory",
             format!("`memory` is {shown}, more than half of the machine's {}", output::bytes(total)),
             "lower `memory`, or give the machine more",
         ),
-        _ if budget < disks as u64 * MEMORY_PER_DISK_WANTED => warn(
+        _ if budget < disks as u64 * MEMORY_PER_DISK_WANTED => Finding::warn(
             "memory",
             format!("`memory` is {shown} for {disks} disks, which slows all of them down"),
             format!("raise `memory` to {}", output::bytes(disks as u64 * MEMORY_PER_DISK_WANTED)),
         ),
-        _ => pass("memory", format!("{shown} for the payload of {disks} disks")),
+        _ => Finding::pass("memory", format!("{shown} for the payload of {disks} disks")),
     }
 }
 

@@ -5,9 +5,9 @@
 use std::sync::{Arc, RwLock};
 use std::time::Duration;
 
+use reprotect_engine::host::preflight::{Finding, reason_and_remedy};
 use reprotect_engine::net::endpoint::{CloseCode, PeerConnection};
 
-use super::{Finding, fail, pass, warn};
 use crate::config::Settings;
 use crate::daemon::{host_name, load_identity};
 use crate::dial::{Dial, Ended};
@@ -28,7 +28,7 @@ pub(super) async fn findings(settings: &Settings) -> Vec<Finding> {
     let mut dial = match dial {
         Ok(dial) => dial.without_renewal(),
         Err(error) => {
-            return vec![fail(
+            return vec![Finding::fail(
                 "upstream",
                 format!("{error:#}"),
                 "enrol again: the authority's certificate is unusable",
@@ -54,26 +54,23 @@ async fn one(dial: &mut Dial, address: &str) -> Finding {
             CloseCode::Finished.close(&peer.connection);
             finding
         }
-        Err(Ended::Refused(reason)) => {
-            let (reason, remedy) = super::split(&reason);
-            fail("upstream", reason, remedy)
-        }
-        Err(ended) => fail("upstream", format!("{address}: {}", ended.reason()), remedy),
+        Err(Ended::Refused(reason)) => Finding::failed("upstream", &reason),
+        Err(ended) => Finding::fail("upstream", format!("{address}: {}", ended.reason()), remedy),
     }
 }
 
 fn judge(address: &str, peer: &PeerConnection, rtt: Duration) -> Finding {
     if let Some(refusal) = peer.refusal() {
-        let (reason, remedy) = super::split(&refusal);
-        return fail("upstream", format!("{address}: {reason}"), remedy);
+        let (reason, remedy) = reason_and_remedy(&refusal);
+        return Finding::fail("upstream", format!("{address}: {reason}"), remedy);
     }
     if let Some(reason) = peer.connection.close_reason() {
-        return fail("upstream", format!("{address}: {reason}"), "look at the peer's log");
+        return Finding::fail("upstream", format!("{address}: {reason}"), "look at the peer's log");
     }
     let text = format!("{address} is a {}, round trip {} ms", peer.peer.role, rtt.as_millis());
     if rtt > RTT_WANTED {
         let remedy = "put a process server near this machine and name it as `upstream`";
-        return warn("upstream", text, remedy);
+        return Finding::warn("upstream", text, remedy);
     }
-    pass("upstream", text)
+    Finding::pass("upstream", text)
 }

@@ -12,6 +12,7 @@ pub mod logging;
 pub mod output;
 pub mod pki;
 pub mod places;
+pub mod preflight;
 pub mod run_lock;
 pub mod shutdown;
 pub mod values;

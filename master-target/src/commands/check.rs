@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use reprotect_engine::host::admin_client::AdminClient;
 use reprotect_engine::host::config::Overrides;
-use reprotect_engine::host::output::{Align, EXIT_FAILED, EXIT_OK, Output, Table};
+use reprotect_engine::host::output::{EXIT_FAILED, EXIT_OK, Output};
 use reprotect_engine::host::places::Program;
-use serde_json::json;
+use reprotect_engine::host::preflight::{self, Finding};
 
 use super::{retention, wait};
 use crate::api::RetentionAnswer;
-use crate::checks::{Check, Verdict, everything};
+use crate::checks::everything;
 use crate::config::Settings;
 
 /// How long a running daemon is waited for: a check must not hang because the daemon does.
@@ -33,16 +33,14 @@ pub fn check(overrides: &Overrides, output: Output) -> anyhow::Result<u8> {
         Err(error) => {
             let text = error.to_string();
             let (reason, remedy) = text.rsplit_once("; ").unwrap_or((&text, "correct it"));
-            vec![Check::fail("configuration", reason, remedy)]
+            vec![Finding::fail("configuration", reason, remedy)]
         }
     };
-    let failed = checks.iter().any(|check| check.verdict == Verdict::Fail);
-    output.result(&json!({ "ready": !failed, "checks": checks }), || render(&checks))?;
-    Ok(if failed { EXIT_FAILED } else { EXIT_OK })
+    Ok(if preflight::report(&checks, output)? { EXIT_OK } else { EXIT_FAILED })
 }
 
 /// What a running daemon says of the retention drive; nothing where none runs.
-fn reach_of_drive(settings: &Settings) -> Option<Check> {
+fn reach_of_drive(settings: &Settings) -> Option<Finding> {
     settings.retention.as_ref()?;
     let keep = settings.retention.as_ref().map(|(_, chosen)| chosen.ladder.guaranteed)?;
     let daemon = AdminClient::new(Program::MasterTarget, &settings.places.socket).with_wait(DAEMON_WAIT);
@@ -50,24 +48,11 @@ fn reach_of_drive(settings: &Settings) -> Option<Check> {
     let (name, reason) = ("retention-reach", retention::reach(&answer));
     let hours = keep.as_secs() / 3600;
     Some(match answer.hours_held {
-        Some(held) if held < hours => Check::warn(
+        Some(held) if held < hours => Finding::warn(
             name,
             format!("{reason}, less than the {hours} h that are guaranteed"),
             "add space to the drive, or shorten the retention",
         ),
-        _ => Check::pass(name, reason),
+        _ => Finding::pass(name, reason),
     })
-}
-
-fn render(checks: &[Check]) -> String {
-    let mut table =
-        Table::new(&[("", Align::Left), ("CHECK", Align::Left), ("REASON AND REMEDY", Align::Left)]);
-    for check in checks {
-        let text = match check.verdict {
-            Verdict::Pass => check.reason.clone(),
-            _ => format!("{}; {}", check.reason, check.remedy),
-        };
-        table.row([check.verdict.to_string(), check.name.clone(), text]);
-    }
-    table.render()
 }

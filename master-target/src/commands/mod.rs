@@ -27,6 +27,7 @@ use reprotect_engine::host::admin_client::AdminClient;
 use reprotect_engine::host::config::ConfigError;
 use reprotect_engine::host::output::{EXIT_FAILED, EXIT_OK, EXIT_USAGE, Output};
 use reprotect_engine::host::places::Program;
+use reprotect_engine::host::preflight::Refusal;
 
 use crate::cli::{Cli, Command};
 use crate::config::Settings;
@@ -59,7 +60,11 @@ pub fn dispatch(cli: Cli) -> u8 {
         Ok(status) => status,
         Err(error) => {
             eprintln!("{}: {}", Program::MasterTarget, explain(&error));
-            if error.is::<ConfigError>() { EXIT_USAGE } else { EXIT_FAILED }
+            if error.is::<ConfigError>() || error.downcast_ref::<Refusal>().is_some_and(Refusal::is_usage) {
+                EXIT_USAGE
+            } else {
+                EXIT_FAILED
+            }
         }
     }
 }

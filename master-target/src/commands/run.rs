@@ -6,9 +6,11 @@
 use anyhow::Context as _;
 use reprotect_engine::host::config::Overrides;
 use reprotect_engine::host::logging;
+use reprotect_engine::host::places::Program;
+use reprotect_engine::host::preflight::insist;
 use reprotect_engine::host::shutdown::{Shutdown, on_signals, reloads};
 
-use crate::checks::{Verdict, preflight};
+use crate::checks::preflight;
 use crate::cli::RunArgs;
 use crate::config::Settings;
 use crate::daemon::{self, Reload};
@@ -19,19 +21,7 @@ use crate::daemon::{self, Reload};
 /// When something it needs cannot be had.
 pub fn run(settings: Settings, overrides: Overrides, args: &RunArgs) -> anyhow::Result<()> {
     logging::init(&settings.log);
-    for check in preflight(&settings) {
-        match check.verdict {
-            Verdict::Pass => {}
-            Verdict::Fail if !args.force.contains(&check.name) => anyhow::bail!(
-                "the check {} failed: {}; {} (or start all the same with --force {})",
-                check.name,
-                check.reason,
-                check.remedy,
-                check.name
-            ),
-            _ => tracing::warn!(check = check.name, "{}; {}", check.reason, check.remedy),
-        }
-    }
+    insist(Program::MasterTarget, &preflight(&settings), &[], &args.force)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .thread_name("net")
         .enable_all()

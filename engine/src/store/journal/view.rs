@@ -165,6 +165,9 @@ impl View {
         let end = offset + out.len() as u64;
         let first = offset / BLOCK_BYTES;
         let blocks = BlockRange::new(first, end.div_ceil(BLOCK_BYTES));
+        if offset.is_multiple_of(BLOCK_BYTES) && end.is_multiple_of(BLOCK_BYTES) {
+            return self.read_blocks(runs, applier, blocks, out);
+        }
         let mut plain = vec![0; ((blocks.end - blocks.start) * BLOCK_BYTES) as usize];
         self.read_blocks(runs, applier, blocks, &mut plain)?;
         let from = (offset - first * BLOCK_BYTES) as usize;
