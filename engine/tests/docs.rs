@@ -44,7 +44,8 @@ fn tables() -> Vec<(&'static str, Table)> {
         segment: SegmentHeader GroupHeader EntryHead Applied | EntryKind;
         segment_index: SegmentIndexHead SegmentIndexItem |;
         manifest: Superblock ManifestHeader EditHead SegmentOpened Released DiskAdded DiskRemoved EpochOpened
-            EpochClosed RunsMerged EpochsExpired PointKept PointDropped StretchDegraded | EditKind EpochCause;
+            EpochClosed RunsMerged EpochsExpired PointKept PointDropped StretchDegraded EntriesLost LossMended
+            | EditKind EpochCause;
         crc_map: MapHeader MapPageHead |;
         undo: RunHeader |;
         undo_frame: FrameHead | UndoCodec;

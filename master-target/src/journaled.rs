@@ -19,7 +19,7 @@ use reprotect_engine::format::batch::{Mark, MarkCause, MarkClass};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::RecordKind;
 use reprotect_engine::format::manifest::{
-    DiskAdded, Edit, EpochCause, EpochOpened, PointKept, StretchDegraded,
+    DiskAdded, Edit, EpochCause, EpochOpened, LossMended, PointKept, StretchDegraded,
 };
 use reprotect_engine::format::message::{PassMode, PointDegrade};
 use reprotect_engine::format::segment::EntryKind;
@@ -42,6 +42,7 @@ use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence, Times
 use crate::backlog::Backlog;
 use crate::disk_store::{NotDone, write_pieces};
 use crate::guard::Guard;
+use crate::lost::take_up;
 use crate::redo::{applied_sequence, found, keep_last_point, kept_point, newest_marks, window_from_log};
 use crate::retention::Retention;
 use crate::target_map::TargetMap;
@@ -93,7 +94,8 @@ pub struct Journaled {
 }
 
 impl Journaled {
-    /// A disk whose entries of the log have all been applied.
+    /// A disk whose entries of the log have all been applied. Where some of them are lost, its [`Self::state`] says that
+    /// it has to be compared.
     ///
     /// # Errors
     /// When the disk cannot be added to the journal, its undo run cannot be used, or what the log holds cannot be
@@ -102,7 +104,7 @@ impl Journaled {
         retention: &Arc<Retention>,
         mut target: Target,
         guard: Guard,
-        state: DiskState,
+        mut state: DiskState,
         machine: [u8; 16],
         log: Option<&DiskLog>,
     ) -> Result<Self, JournalError> {
@@ -114,6 +116,7 @@ impl Journaled {
             let size_sectors = state.size_sectors;
             journal.add_disk(DiskAdded { disk: id, machine, size_sectors, time: now }, now)?;
         }
+        take_up(journal, &mut state, log, &target.repair().dropped)?;
         target.flush()?;
         let applied = log.and_then(|log| log.applied).map(|(applied, _)| applied);
         let (mut applier, holes) = Applier::open(journal, id, target, applied)?;
@@ -183,8 +186,13 @@ impl Journaled {
     }
 
     fn is_tracked(&self) -> Result<bool, JournalError> {
+        Ok(self.shape_says(is_tracked)?.unwrap_or(false))
+    }
+
+    /// Something that the journal's shape says of the disk.
+    fn shape_says<T>(&self, what: impl FnOnce(&DiskShape) -> T) -> Result<Option<T>, JournalError> {
         let mut locked = self.retention.lock();
-        Ok(locked.get()?.shape().disks.get(&self.id).is_some_and(is_tracked))
+        Ok(locked.get()?.shape().disks.get(&self.id).map(what))
     }
 
     /// A batch was accepted; with it `newest` is the newest sequence.
@@ -316,6 +324,7 @@ impl Journaled {
         while let Some(Coming::Mark(mark)) = self.coming.front() {
             let mark = *mark;
             let body = mark.to_bytes();
+            self.mend()?;
             let (number, place) =
                 self.retention.lock().get()?.append(self.id, EntryKind::Mark, &[&body], wall_clock())?;
             self.coming.pop_front();
@@ -327,6 +336,21 @@ impl Journaled {
                 self.end_epoch_at_mark()?;
             }
         }
+        Ok(())
+    }
+
+    /// Before a mark goes into the log: if the disk was compared since entries of it were lost, what stands behind the
+    /// mark lacks none of them any more.
+    fn mend(&self) -> Result<(), JournalError> {
+        let mut locked = self.retention.lock();
+        let journal = locked.get()?;
+        let lost = journal.shape().disks.get(&self.id).and_then(DiskShape::lost_through);
+        if lost.is_none() || self.state.mode != PassMode::Done {
+            return Ok(());
+        }
+        let number = journal.newest(self.id) + 1;
+        journal.edit(&[Edit::LossMended(LossMended { disk: self.id, number })], wall_clock())?;
+        tracing::info!(disk = %self.id, "compared since entries of it were lost: its points are sound again");
         Ok(())
     }
 
@@ -417,9 +441,20 @@ impl Journaled {
         Ok(())
     }
 
-    /// After a start: what the log holds and may be applied.
+    /// The newest state that is durable.
+    #[must_use]
+    pub const fn state(&self) -> &DiskState {
+        &self.state
+    }
+
+    /// After a start: what the log holds and may be applied. What is lost and recorded as that is passed over.
     fn redo(&mut self) -> Result<(), JournalError> {
-        let Some(through) = self.backlog.applicable() else { return Ok(()) };
+        let lost = self.shape_says(DiskShape::lost_through)?.flatten().unwrap_or(0);
+        self.newest.0 = self.newest.0.max(lost);
+        let through = self.backlog.applicable().unwrap_or(0).max(lost);
+        if through <= self.applier.applied().number {
+            return Ok(());
+        }
         let from = self.applier.applied().number;
         self.apply_from_log(through)?;
         self.retention.lock().get()?.commit(wall_clock())?;
@@ -500,7 +535,7 @@ impl Journaled {
     fn point(&self, at: At, mark: &Mark) -> PointKept {
         let mut locked = self.retention.lock();
         let shape = locked.get().ok().and_then(|journal| journal.shape().disks.get(&self.id));
-        let degraded = shape.is_some_and(|shape| shape.is_degraded(mark.lineage, mark.sequence));
+        let degraded = shape.is_some_and(|shape| shape.is_degraded(mark.lineage, mark.sequence, at.number));
         PointKept { degraded, ..kept_point(self.id, at, self.applied, mark) }
     }
 
@@ -529,7 +564,8 @@ impl Journaled {
         let mut locked = self.retention.lock();
         let journal = locked.get()?;
         let shape = journal.shape().disks.get(&self.id);
-        let degraded = shape.is_some_and(|shape| shape.is_degraded(self.state.lineage, self.newest.1));
+        let degraded =
+            shape.is_some_and(|shape| shape.is_degraded(self.state.lineage, self.newest.1, at.number));
         let point = PointKept {
             disk: self.id,
             point: own_id(self.id, at),

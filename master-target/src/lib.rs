@@ -26,6 +26,7 @@ pub mod failback;
 pub mod guard;
 pub mod housekeeping;
 pub mod journaled;
+mod lost;
 pub mod mounts;
 mod plan;
 pub mod points;

@@ -13,32 +13,31 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow};
 use reprotect_engine::format::disk_state::DiskState;
-use reprotect_engine::format::message::{InventoryDisk, MarkRequest, PassMode, Policy};
+use reprotect_engine::format::message::{InventoryDisk, MarkRequest, Policy};
 use reprotect_engine::format::vmdk::descriptor::DiskUuid;
 use reprotect_engine::io;
 use reprotect_engine::io::durable::{Access, replace_file};
-use reprotect_engine::limits::CHUNK_BYTES;
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::proto::target_disk::SessionId;
-use reprotect_engine::range_set::RangeSet;
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::files::fs::FsFiles;
 use reprotect_engine::store::journal::{DiskLog, Recovered};
 use reprotect_engine::store::target::{Expectation, Target, TargetKind, TargetSpec, open_target};
-use reprotect_engine::units::{DiskId, Generation, PeerId, SECTOR_BYTES, SectorRange};
+use reprotect_engine::units::{DiskId, Generation, PeerId, SECTOR_BYTES};
 use tokio::sync::mpsc;
 
 use crate::catalogue::{
     Catalogue, Failback, FailbackStep, Machine, ProtectedDisk, SourceDisk, hex, kind_from_text, peer, unhex,
 };
 use crate::device;
-use crate::disk_status::{DiskStatus, sector_bytes};
+use crate::disk_status::DiskStatus;
 use crate::disk_store::DiskStore;
 use crate::disk_worker::{DiskInputs, DiskSetup, DiskWorker};
 use crate::explain::explain;
 use crate::guard::Guard;
 use crate::journaled::Journaled;
+use crate::lost::begin_repair;
 use crate::redo::newest_state;
 use crate::retention::{Hold, Retention};
 
@@ -239,12 +238,11 @@ impl Registry {
         mut state: DiskState,
         record: &ProtectedDisk,
     ) -> anyhow::Result<DiskWorker> {
-        let dropped = target.repair().dropped.clone();
         let guard = Guard::new(&*self.opener, &target.facts().path, target.facts().kind);
         let store = match &self.retention {
             None => {
                 let state_path = self.catalogue.state_path(state.disk);
-                if begin_repair(&mut state, &dropped) {
+                if begin_repair(&mut state, &target.repair().dropped) {
                     // Before the target is written or closed: both put the tables in order, and the loss shows no more.
                     replace_file(&state_path, &state.to_bytes(), Access::Private)?;
                 }
@@ -254,22 +252,10 @@ impl Registry {
                 let log = self.recovered.lock().unwrap_or_else(PoisonError::into_inner).remove(&state.disk);
                 if let Some(log) = &log {
                     state = newest_state(retention.lock().get()?, log)?.unwrap_or(state);
-                    let applied = log.applied.map_or(0, |(applied, _)| applied.number);
-                    let missing = log.missing.iter().copied();
-                    let (lost, known) = missing.partition::<Vec<_>, _>(|(_, end)| *end > applied + 1);
-                    if !known.is_empty() {
-                        tracing::error!(disk = %state.disk, entries = ?known, "the redo log lost entries that are on the target: points between them cannot be had");
-                    }
-                    if !lost.is_empty() {
-                        tracing::error!(disk = %state.disk, entries = ?lost, "the redo log lost entries of this disk that are on no target");
-                        let everything = [whole(&state)].into_iter().collect();
-                        begin_repair(&mut state, &everything);
-                    }
                 }
-                begin_repair(&mut state, &dropped);
                 let machine = state.agent.0;
-                let mut store =
-                    Journaled::open(retention, target, guard, state.clone(), machine, log.as_ref())?;
+                let mut store = Journaled::open(retention, target, guard, state, machine, log.as_ref())?;
+                state = store.state().clone();
                 if record.existing {
                     store.keep_as_found()?;
                 }
@@ -587,97 +573,4 @@ fn offer_of(disk: DiskId, known: &KnownDisk) -> Option<Offer> {
         size_sectors: known.record.size_bytes / SECTOR_BYTES,
         generation: worker.status().snapshot().generation,
     })
-}
-
-/// Makes a disk compare what was lost, and says so; answers whether there was anything.
-fn begin_repair(state: &mut DiskState, lost: &RangeSet) -> bool {
-    let begins = compare_again(state, lost);
-    if begins {
-        tracing::warn!(
-            disk = %state.disk, bytes = sector_bytes(lost.sector_count()), pass = state.pass,
-            "a compare pass begins: data were lost in a crash of their medium; only the chunks concerned are compared"
-        );
-    }
-    begins
-}
-
-const fn whole(state: &DiskState) -> SectorRange {
-    SectorRange { start: 0, end: state.size_sectors }
-}
-
-/// Makes a disk whose target lost `dropped` sectors compare and repair them; answers whether there was anything to do.
-///
-/// A finished disk gets a new pass in which everything else counts as settled. Sectors are taken in whole chunks, in
-/// which a pass works anyway. What delta wrote there is lost with the rest, so bulk may write there again.
-fn compare_again(state: &mut DiskState, dropped: &RangeSet) -> bool {
-    if dropped.is_empty() {
-        return false;
-    }
-    let chunk = CHUNK_BYTES / SECTOR_BYTES;
-    if state.mode == PassMode::Done {
-        state.pass += 1;
-        state.touched.clear();
-        state.settled.clear();
-        state.settled.insert(state.whole());
-    }
-    state.mode = PassMode::Compare;
-    for lost in dropped.iter() {
-        let start = lost.start / chunk * chunk;
-        let end = lost.end.next_multiple_of(chunk).min(state.size_sectors);
-        state.settled.remove(SectorRange::new(start, end));
-        state.touched.remove(lost);
-    }
-    true
-}
-
-#[cfg(test)]
-mod tests {
-    use reprotect_engine::proto::target_disk::TargetDisk;
-    use reprotect_engine::units::LineageId;
-
-    use super::*;
-
-    const CHUNK: u64 = CHUNK_BYTES / SECTOR_BYTES;
-
-    fn state(mode: PassMode) -> DiskState {
-        let size = 10 * CHUNK + 8;
-        TargetDisk::new_state(DiskId([1; 16]), PeerId([2; 16]), [3; 16], size, LineageId([4; 16]), mode)
-    }
-
-    #[test]
-    fn a_finished_disk_that_lost_sectors_compares_their_chunks_and_no_others() {
-        let mut done = state(PassMode::Done);
-        let lost = RangeSet::from_iter([
-            SectorRange::new(CHUNK + 5, CHUNK + 6),
-            SectorRange::new(10 * CHUNK + 1, 10 * CHUNK + 8),
-        ]);
-        assert!(compare_again(&mut done, &lost));
-        assert_eq!((done.pass, done.mode), (2, PassMode::Compare));
-        let open = done.settled.missing(done.whole());
-        assert_eq!(open, [SectorRange::new(CHUNK, 2 * CHUNK), SectorRange::new(10 * CHUNK, 10 * CHUNK + 8)]);
-        assert_eq!(DiskState::decode(&done.to_bytes()), Ok(done), "it survives a restart");
-    }
-
-    #[test]
-    fn a_running_pass_forgets_what_was_settled_and_touched_there_and_keeps_the_rest() {
-        let mut running = state(PassMode::Copy);
-        running.settled.insert(SectorRange::new(0, 4 * CHUNK));
-        running.touched.insert(SectorRange::new(5 * CHUNK, 5 * CHUNK + 16));
-        let lost = RangeSet::from_iter([
-            SectorRange::new(2 * CHUNK, 2 * CHUNK + 1),
-            SectorRange::new(5 * CHUNK + 8, 5 * CHUNK + 12),
-        ]);
-        assert!(compare_again(&mut running, &lost));
-        assert_eq!((running.pass, running.mode), (1, PassMode::Compare));
-        assert_eq!(running.settled.sector_count(), 3 * CHUNK);
-        assert!(!running.settled.contains(SectorRange::new(2 * CHUNK, 2 * CHUNK + 1)));
-        let touched: Vec<_> = running.touched.iter().collect();
-        assert_eq!(
-            touched,
-            [SectorRange::new(5 * CHUNK, 5 * CHUNK + 8), SectorRange::new(5 * CHUNK + 12, 5 * CHUNK + 16)]
-        );
-        let before = running.clone();
-        assert!(!compare_again(&mut running, &RangeSet::new()));
-        assert_eq!(running, before);
-    }
 }

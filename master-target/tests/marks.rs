@@ -117,8 +117,8 @@ fn what_is_said_of_points_later_stays_after_a_restart_and_concerns_no_others() {
         }
         let shape = told(&bench);
         assert_eq!(shape.degraded.len(), 1, "the stale one is refused");
-        assert!(shape.is_degraded(LINEAGE, first) && !shape.is_degraded(LINEAGE, second));
-        assert!(!shape.is_degraded(Default::default(), first), "of another history");
+        assert!(shape.is_degraded(LINEAGE, first, 1) && !shape.is_degraded(LINEAGE, second, 1));
+        assert!(!shape.is_degraded(Default::default(), first, 1), "of another history");
         // The first mark after the initial sync is kept as a point.
         let kept: Vec<_> = shape.points.values().map(|point| (point.sequence, point.degraded)).collect();
         assert_eq!(kept, [(first, true)]);

@@ -107,6 +107,10 @@ wire_enum! {
         PointDropped = 11,
         /// Points of a part of a disk's stream promise less than their marks say; the body is [`StretchDegraded`].
         StretchDegraded = 16,
+        /// Entries of a disk that were durable are on no target and not in the log; the body is [`EntriesLost`].
+        EntriesLost = 17,
+        /// A disk was compared with its source since entries of it were lost; the body is [`LossMended`].
+        LossMended = 18,
     }
 }
 
@@ -332,6 +336,34 @@ wire! {
     }
 }
 
+wire! {
+    /// Body of [`EditKind::EntriesLost`].
+    pub struct EntriesLost / EntriesLostWire = 176 {
+        /// The disk.
+        disk: DiskId,
+        /// The first entry that is lost …
+        first: u64,
+        /// … and the last.
+        last: u64,
+        /// When that was found, or decided.
+        time: Timestamp,
+        /// What became of them.
+        cause: Text<120>,
+        ; reserved: [u8; 16],
+    }
+}
+
+wire! {
+    /// Body of [`EditKind::LossMended`].
+    pub struct LossMended / LossMendedWire = 32 {
+        /// The disk.
+        disk: DiskId,
+        /// The first mark behind the compare; what was lost concerns no point from here on.
+        number: u64,
+        ; reserved: [u8; 8],
+    }
+}
+
 /// One change of the journal's shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Edit {
@@ -359,6 +391,10 @@ pub enum Edit {
     PointDropped(PointDropped),
     /// Points promise less than their marks say.
     StretchDegraded(StretchDegraded),
+    /// See [`EditKind::EntriesLost`].
+    EntriesLost(EntriesLost),
+    /// See [`EditKind::LossMended`].
+    LossMended(LossMended),
 }
 
 /// A block-sized structure: magic, checksum over what follows it, and no feature this program does not know.
@@ -460,6 +496,8 @@ impl Edit {
             Self::PointChanged(_) => EditKind::PointChanged,
             Self::PointDropped(_) => EditKind::PointDropped,
             Self::StretchDegraded(_) => EditKind::StretchDegraded,
+            Self::EntriesLost(_) => EditKind::EntriesLost,
+            Self::LossMended(_) => EditKind::LossMended,
         }
     }
 
@@ -476,6 +514,8 @@ impl Edit {
             Self::PointKept(body) | Self::PointChanged(body) => body.to_bytes().to_vec(),
             Self::PointDropped(body) => body.to_bytes().to_vec(),
             Self::StretchDegraded(body) => body.to_bytes().to_vec(),
+            Self::EntriesLost(body) => body.to_bytes().to_vec(),
+            Self::LossMended(body) => body.to_bytes().to_vec(),
         }
     }
 
@@ -527,6 +567,8 @@ impl Edit {
             EditKind::PointChanged => Self::PointChanged(PointKept::read_exact(body)?),
             EditKind::PointDropped => Self::PointDropped(PointDropped::read_exact(body)?),
             EditKind::StretchDegraded => Self::StretchDegraded(StretchDegraded::read_exact(body)?),
+            EditKind::EntriesLost => Self::EntriesLost(EntriesLost::read_exact(body)?),
+            EditKind::LossMended => Self::LossMended(LossMended::read_exact(body)?),
         })
     }
 }

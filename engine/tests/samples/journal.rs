@@ -3,9 +3,9 @@
 use reprotect_engine::checksum::crc32;
 use reprotect_engine::format::batch::{MarkCause, MarkClass};
 use reprotect_engine::format::manifest::{
-    DiskAdded, DiskRemoved, Edit, EpochCause, EpochClosed, EpochOpened, EpochsExpired, MANIFEST_MAGIC,
-    ManifestHeader, PointDropped, PointKept, Released, RunsMerged, SUPERBLOCK_MAGIC, SegmentOpened,
-    StretchDegraded, Superblock,
+    DiskAdded, DiskRemoved, Edit, EntriesLost, EpochCause, EpochClosed, EpochOpened, EpochsExpired,
+    LossMended, MANIFEST_MAGIC, ManifestHeader, PointDropped, PointKept, Released, RunsMerged,
+    SUPERBLOCK_MAGIC, SegmentOpened, StretchDegraded, Superblock,
 };
 use reprotect_engine::format::segment::{
     Applied, EntryHead, EntryKind, GROUP_MAGIC, GroupHeader, SEGMENT_MAGIC, SegmentHeader,
@@ -99,6 +99,14 @@ pub(crate) fn edits() -> Vec<Edit> {
             time: TIME,
             cause: Text::new("events were lost"),
         }),
+        Edit::EntriesLost(EntriesLost {
+            disk: DISK,
+            first: 42,
+            last: 44,
+            time: TIME,
+            cause: Text::new("the redo log is damaged"),
+        }),
+        Edit::LossMended(LossMended { disk: DISK, number: 50 }),
     ]
 }
 

@@ -193,7 +193,8 @@ impl Registry {
         state.touched.clear();
         let guard = Guard::new(&*self.opener, &target.facts().path, target.facts().kind);
         let machine = state.agent.0;
-        let mut store = Journaled::open(retention, target, guard, state.clone(), machine, log.as_ref())?;
+        let mut store = Journaled::open(retention, target, guard, state, machine, log.as_ref())?;
+        let state = store.state().clone();
         store.take_back(before, changed)?;
         let store = DiskStore::Journaled(Box::new(store));
         let worker = DiskWorker::start(DiskSetup { store, state, limits: self.limits, fenced: None })?;

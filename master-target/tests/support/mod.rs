@@ -26,6 +26,7 @@ use reprotect_engine::proto::target_disk::{SessionId, TargetDisk};
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::journal::Journal;
 use reprotect_engine::store::journal::ladder::Ladder;
+use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::target::{
     CreateOptions, Expectation, Target, TargetError, TargetKind, TargetSpec, create_target, open_target,
 };
@@ -54,6 +55,15 @@ pub(crate) fn new_state(size_bytes: u64, mode: PassMode) -> DiskState {
     TargetDisk::new_state(DISK, PeerId([2; 16]), [3; 16], size_bytes / SECTOR_BYTES, LINEAGE, mode)
 }
 
+/// A journal that keeps everything for the time of a test.
+pub(crate) fn retention_settings() -> RetentionSettings {
+    let hour = Duration::from_secs(3600);
+    let ladder =
+        Ladder { any_write: hour, every_epoch: hour, rungs: Vec::new(), keep: hour, guaranteed: hour };
+    let scrub = ScrubSettings { bytes_per_second: 0, pause: hour };
+    RetentionSettings { undo_epoch: hour, ladder, segment_bytes: 32 << 20, reserve_bytes: 0, scrub }
+}
+
 /// A worker under test with its places.
 pub(crate) struct Bench {
     pub(crate) runtime: Runtime,
@@ -66,6 +76,7 @@ pub(crate) struct Bench {
     /// The retention folder, where there is one, and the journal while the worker runs.
     folder: Option<PathBuf>,
     journal: Option<(Arc<Retention>, std::thread::JoinHandle<()>)>,
+    settings: RetentionSettings,
 }
 
 impl Bench {
@@ -87,6 +98,18 @@ impl Bench {
         size_bytes: u64,
         folder: Option<PathBuf>,
     ) -> Self {
+        Self::start_keeping(opener, spec, state_path, size_bytes, folder, retention_settings())
+    }
+
+    /// As [`Self::start_with`], with these settings of the journal.
+    pub(crate) fn start_keeping(
+        opener: Arc<dyn Files>,
+        spec: TargetSpec,
+        state_path: PathBuf,
+        size_bytes: u64,
+        folder: Option<PathBuf>,
+        settings: RetentionSettings,
+    ) -> Self {
         let none = BTreeSet::new();
         let mode = if spec.kind == TargetKind::Device {
             PassMode::Compare
@@ -98,10 +121,23 @@ impl Bench {
             PassMode::Copy
         };
         let mut bench = Self::stopped(opener, spec, state_path, size_bytes, folder);
+        bench.settings = settings;
         let state = new_state(size_bytes, mode);
         std::fs::write(&bench.state_path, state.to_bytes()).unwrap();
         bench.run(state);
         bench
+    }
+
+    /// A worker on what another left; [`Self::resume`] starts it.
+    pub(crate) fn of(
+        opener: Arc<dyn Files>,
+        spec: TargetSpec,
+        state_path: PathBuf,
+        size_bytes: u64,
+        folder: PathBuf,
+        settings: RetentionSettings,
+    ) -> Self {
+        Self { settings, ..Self::stopped(opener, spec, state_path, size_bytes, Some(folder)) }
     }
 
     /// As [`Self::start`] on a medium that is too small for the disk, which the check of the space refuses: what it
@@ -133,8 +169,8 @@ impl Bench {
         folder: Option<PathBuf>,
     ) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let (worker, sessions, journal) = (None, 0, None);
-        Self { runtime, opener, spec, state_path, size_bytes, worker, sessions, folder, journal }
+        let (worker, sessions, journal, settings) = (None, 0, None, retention_settings());
+        Self { runtime, opener, spec, state_path, size_bytes, worker, sessions, folder, journal, settings }
     }
 
     /// Starts again after [`Self::stop`].
@@ -173,18 +209,13 @@ impl Bench {
         guard: Guard,
         state: DiskState,
     ) -> (DiskStore, DiskState) {
-        let hour = Duration::from_secs(3600);
-        let ladder =
-            Ladder { any_write: hour, every_epoch: hour, rungs: Vec::new(), keep: hour, guaranteed: hour };
-        let scrub = ScrubSettings { bytes_per_second: 0, pause: hour };
-        let settings =
-            RetentionSettings { undo_epoch: hour, ladder, segment_bytes: 32 << 20, reserve_bytes: 0, scrub };
-        let (retention, found) = Retention::open(fs_opener(), folder, settings).unwrap();
+        let (retention, found) = Retention::open(fs_opener(), folder, self.settings.clone()).unwrap();
         let committer = retention.start().unwrap();
         let log = found.disks.get(&DISK);
         let newest = log.and_then(|log| newest_state(retention.lock().get().unwrap(), log).unwrap());
         let state = newest.unwrap_or(state);
-        let store = Journaled::open(&retention, target, guard, state.clone(), [2; 16], log).unwrap();
+        let store = Journaled::open(&retention, target, guard, state, [2; 16], log).unwrap();
+        let state = store.state().clone();
         self.journal = Some((retention, committer));
         (DiskStore::Journaled(Box::new(store)), state)
     }
@@ -219,6 +250,26 @@ impl Bench {
             std::thread::sleep(Duration::from_millis(10));
         }
         panic!("the status shows {:?}", self.problem());
+    }
+
+    /// Something done with the disk behind the journal, on its thread.
+    pub(crate) fn ask<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Journaled) -> T + Send + 'static,
+    ) -> T {
+        let inputs = self.worker.as_ref().unwrap().inputs();
+        inputs.ask(move |store| store.map(work)).unwrap().expect("the disk does not stand")
+    }
+
+    /// The disk as it was at a point.
+    pub(crate) fn point_bytes(&self, at: At) -> Vec<u8> {
+        let size = self.size_bytes as usize;
+        self.ask(move |store| {
+            let view = store.view(at).unwrap();
+            let mut bytes = vec![0; size];
+            store.read_view(&view, 0, &mut bytes).unwrap();
+            bytes
+        })
     }
 
     /// Looks at the journal.
@@ -349,7 +400,17 @@ impl Agent {
 
     /// Places a mark behind everything sent.
     pub(crate) fn mark(&self, bench: &Bench, number: u64, point: u8) {
-        let mark = Mark {
+        self.mark_named(bench, number, point, "");
+    }
+
+    /// As [`Self::mark`]; with a name the undo epoch ends there.
+    pub(crate) fn mark_named(&self, bench: &Bench, number: u64, point: u8, name: &str) {
+        self.send(bench, DiskInput::Mark(self.mark_of(number, point, name)));
+    }
+
+    /// The mark behind everything sent.
+    pub(crate) fn mark_of(&self, number: u64, point: u8, name: &str) -> Mark {
+        Mark {
             disk: DISK,
             lineage: LINEAGE,
             generation: self.generation,
@@ -360,9 +421,8 @@ impl Agent {
             number,
             class: MarkClass::Crash,
             cause: MarkCause::Timer,
-            name: Text::new(""),
-        };
-        self.send(bench, DiskInput::Mark(mark));
+            name: Text::new(name),
+        }
     }
 
     /// Waits until marks up to a number are durable.

@@ -123,8 +123,7 @@ impl<T: BlockFile> Applier<T> {
         let size_sectors = shape.added.size_sectors;
         let mut applied = applied.unwrap_or(Applied { number: 0, epoch: 0, undo_bytes: 0 });
         // An undo epoch is closed only when all of it is applied, whatever became of the entry that said so.
-        let closed = shape.epochs.iter().rev().find_map(|epoch| epoch.closed).map_or(0, |closed| closed.last);
-        applied.number = applied.number.max(closed);
+        applied.number = applied.number.max(shape.closed_through());
         let (active, holes) = match shape.open_epoch() {
             Some(epoch) => reopen(journal, &epoch.opened, size_sectors, &applied)?,
             None => (None, Vec::new()),

@@ -50,7 +50,7 @@ pub use error::JournalError;
 pub(super) use error::random_u64;
 pub use log::{Place, Room};
 pub use recovery::{Damage, DiskLog, LogEntry};
-pub use shape::{DiskShape, Epoch, Run, RunFile, Shape};
+pub use shape::{DiskShape, Epoch, Loss, Run, RunFile, Shape};
 
 use crate::format::batch::Mark;
 use crate::format::disk_state::DiskState;

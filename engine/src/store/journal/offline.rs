@@ -145,11 +145,7 @@ impl Offline {
     #[must_use]
     pub fn numbers(&self, disk: DiskId) -> (u64, u64) {
         let Some(log) = self.found.disks.get(&disk) else { return (0, 0) };
-        let closed = self.shape().disks.get(&disk).and_then(|shape| {
-            shape.epochs.iter().rev().find_map(|epoch| epoch.closed).map(|closed| closed.last)
-        });
-        let applied = log.applied.map_or(0, |(applied, _)| applied.number).max(closed.unwrap_or(0));
-        (log.newest().max(applied), applied)
+        (log.newest().max(log.on_target), log.on_target)
     }
 
     /// The points of a disk, oldest first: those that are kept, and the marks in the log.

@@ -124,7 +124,7 @@ pub fn all_points(journal: &mut Journal, disk: DiskId) -> Result<Vec<Point>, Jou
             continue;
         }
         let mark = journal.mark(disk, &entry)?;
-        let degraded = known.is_degraded(mark.lineage, mark.sequence);
+        let degraded = known.is_degraded(mark.lineage, mark.sequence, entry.number);
         points.push(Point { degraded, ..Point::mark(disk, at, &mark) });
     }
     points.sort_by_key(|point| point.at);
@@ -170,8 +170,12 @@ pub fn ordered_runs(journal: &mut Journal, disk: DiskId) -> Result<Vec<OrderedRu
             is_state |= begins_with_state(&known, entry.number - 1);
         }
         match entry.kind {
-            EntryKind::Mark => is_state = journal.mark(disk, &entry)?.class != MarkClass::Fuzzy,
-            EntryKind::Ordered => {}
+            EntryKind::Mark => {
+                let mark = journal.mark(disk, &entry)?;
+                let degraded = known.is_degraded(mark.lineage, mark.sequence, entry.number);
+                is_state = mark.class != MarkClass::Fuzzy && !degraded;
+            }
+            EntryKind::Ordered => is_state &= !known.is_doubtful(entry.number),
             _ => is_state = false,
         }
         if is_state && can_be_had(&known, epoch, entry.number, first) {
@@ -217,7 +221,7 @@ pub fn at_time(journal: &mut Journal, disk: DiskId, time: Timestamp) -> Result<F
             continue;
         };
         let header = header(journal, entry)?;
-        if shape(journal, disk)?.is_degraded(header.lineage, header.last_sequence()) {
+        if shape(journal, disk)?.is_degraded(header.lineage, header.last_sequence(), entry.number) {
             continue;
         }
         let at = At::entry(*epoch, entry.number);
@@ -241,7 +245,7 @@ pub fn at_sequence(journal: &mut Journal, disk: DiskId, sequence: Sequence) -> R
         let before = search(&run, |entry| Ok(header(journal, entry)?.last_sequence() < sequence))?;
         let Some((epoch, entry)) = run.entries.get(before) else { continue };
         let header = header(journal, entry)?;
-        let degraded = shape(journal, disk)?.is_degraded(header.lineage, sequence);
+        let degraded = shape(journal, disk)?.is_degraded(header.lineage, sequence, entry.number);
         if header.first_sequence > sequence || degraded {
             continue;
         }
@@ -330,8 +334,13 @@ fn lay(intervals: &mut Vec<Interval>, over: Interval) {
     }
 }
 
-/// Whether the log has every entry between two marks, as far as it reaches back.
+/// Whether every entry between two marks was there for the later one: none is known to be lost, and the log has them all
+/// as far as it reaches back.
 fn is_whole(journal: &Journal, disk: DiskId, from: At, to: At) -> bool {
+    let lost = journal.shape().disks.get(&disk).map_or(&[][..], |known| known.lost.as_slice());
+    if lost.iter().any(|loss| loss.entries.first <= to.number && loss.entries.last > from.number) {
+        return false;
+    }
     let entries = journal.entries(disk);
     let inside = entries.iter().filter(|entry| entry.number > from.number && entry.number <= to.number);
     let first = entries.first().map_or(u64::MAX, |entry| entry.number);

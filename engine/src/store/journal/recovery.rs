@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use super::error::JournalError;
 use super::indexed::{Belief, IndexBuilder, Indexes};
 use super::log::{Place, segment_path};
-use super::shape::Shape;
+use super::shape::{DiskShape, Shape};
 use crate::format::FormatError;
 use crate::format::disk_state::DiskState;
 use crate::format::manifest::SegmentOpened;
@@ -53,8 +53,10 @@ pub struct DiskLog {
     pub applied: Option<(Applied, Place)>,
     /// Every numbered entry still in the log, ascending.
     pub entries: Vec<LogEntry>,
-    /// Numbers that should be there and are not, as half-open runs.
+    /// Numbers that should be there and are not, as half-open runs, ascending.
     pub missing: Vec<(u64, u64)>,
+    /// The newest entry that is surely on the target.
+    pub on_target: u64,
 }
 
 /// Something that was durable and cannot be read.
@@ -190,7 +192,7 @@ pub(super) fn scan(
         let mut scanner = Scanner::new(files, folder, journal, known_durable, Belief::AllBut(&not), see);
         scanner.log(shape)?;
         let more = scanner.doubtful(shape)?;
-        let mut scan = scanner.finish();
+        let mut scan = scanner.finish(shape);
         if more.is_empty() {
             return Ok(scan);
         }
@@ -216,7 +218,7 @@ pub(super) fn scan_showing(
 ) -> Result<Scan, JournalError> {
     let mut scanner = Scanner::new(files, folder, journal, known_durable, Belief::Nothing, see);
     scanner.log(shape)?;
-    Ok(scanner.finish())
+    Ok(scanner.finish(shape))
 }
 
 impl<'a> Scanner<'a> {
@@ -266,9 +268,13 @@ impl<'a> Scanner<'a> {
         Ok(())
     }
 
-    fn finish(mut self) -> Scan {
-        for disk in self.scan.disks.values_mut() {
-            disk.find_missing();
+    fn finish(mut self, shape: &Shape) -> Scan {
+        // Of a disk whose entries were all given up the log may say nothing any more.
+        for (disk, _) in shape.disks.iter().filter(|(_, known)| known.lost_through().is_some()) {
+            self.scan.disks.entry(*disk).or_default();
+        }
+        for (disk, log) in &mut self.scan.disks {
+            log.find_missing(shape.disks.get(disk));
         }
         self.scan
     }
@@ -558,26 +564,44 @@ fn is_unwritten(file: &mut dyn BlockFile, segment: &SegmentOpened, at: u64) -> R
 }
 
 impl DiskLog {
-    /// The number of the newest entry, or what was applied before the log began.
+    /// The number of the newest entry, or what was applied or lost before the log began.
     #[must_use]
     pub fn newest(&self) -> u64 {
         let applied = self.applied.map_or(0, |(applied, _)| applied.number);
-        self.entries.last().map_or(0, |entry| entry.number).max(applied)
+        let missing = self.missing.last().map_or(0, |(_, end)| end.saturating_sub(1));
+        self.entries.last().map_or(0, |entry| entry.number).max(applied).max(missing)
     }
 
-    fn find_missing(&mut self) {
-        for pair in self.entries.windows(2) {
-            if let [one, two] = pair
-                && one.number + 1 < two.number
-            {
-                self.missing.push((one.number + 1, two.number));
-            }
-        }
+    /// The runs of missing entries that are on no target either: first and last of each.
+    pub fn lost(&self) -> impl Iterator<Item = (u64, u64)> {
+        let from = self.on_target + 1;
+        let lost = self.missing.iter().filter(move |(_, end)| *end > from);
+        lost.map(move |(start, end)| ((*start).max(from), end - 1))
+    }
+
+    fn find_missing(&mut self, known: Option<&DiskShape>) {
+        let given_up = |number: u64| {
+            let mut lost = known.into_iter().flat_map(|known| &known.lost).map(|loss| loss.entries);
+            lost.any(|lost| (lost.first..=lost.last).contains(&number))
+        };
+        // What is said to be lost stays lost, also where it can be read: nobody counts on it.
+        self.entries.retain(|entry| !given_up(entry.number));
         let applied = self.applied.map_or(0, |(applied, _)| applied.number);
-        let newest = self.entries.last().map_or(0, |entry| entry.number);
-        // Something was applied that should still be here.
-        if applied > newest && newest > 0 {
-            self.missing.push((newest + 1, applied + 1));
+        self.on_target = applied.max(known.map_or(0, DiskShape::closed_through));
+        // A segment is released only when all of it is on the target.
+        let first = self.entries.first().map_or(u64::MAX, |entry| entry.number);
+        let mut next = first.min(self.on_target + 1);
+        for entry in &self.entries {
+            if next < entry.number {
+                self.missing.push((next, entry.number));
+            }
+            next = entry.number + 1;
+        }
+        // Something was applied that should still be here, or given up.
+        let applied = if self.entries.is_empty() { 0 } else { applied };
+        let end = applied.max(known.and_then(DiskShape::lost_through).unwrap_or(0)) + 1;
+        if next < end {
+            self.missing.push((next, end));
         }
     }
 }

@@ -7,8 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::format::manifest::{
-    DiskAdded, Edit, EpochClosed, EpochOpened, EpochsExpired, PointKept, RunsMerged, SegmentOpened,
-    StretchDegraded,
+    DiskAdded, Edit, EntriesLost, EpochClosed, EpochOpened, EpochsExpired, LossMended, PointKept, RunsMerged,
+    SegmentOpened, StretchDegraded,
 };
 use crate::units::{DiskId, LineageId, Sequence};
 
@@ -43,6 +43,15 @@ pub struct Run {
     pub bytes: u64,
 }
 
+/// Entries of a disk that were durable and are lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loss {
+    /// Which.
+    pub entries: EntriesLost,
+    /// The first mark after the disk was compared with its source; `None` as long as it was not.
+    pub mended: Option<u64>,
+}
+
 /// What a journal holds of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskShape {
@@ -58,6 +67,8 @@ pub struct DiskShape {
     pub points: BTreeMap<[u8; 16], PointKept>,
     /// Parts of its stream whose points promise less than their marks say, as they were told.
     pub degraded: Vec<StretchDegraded>,
+    /// Entries that were durable and are lost, as they were found.
+    pub lost: Vec<Loss>,
 }
 
 impl DiskShape {
@@ -67,12 +78,34 @@ impl DiskShape {
         self.epochs.last().filter(|epoch| epoch.closed.is_none())
     }
 
-    /// Whether a mark at a sequence promises less than it says.
+    /// Whether a mark at a sequence, which is entry `number`, promises less than it says.
     #[must_use]
-    pub fn is_degraded(&self, lineage: LineageId, sequence: Sequence) -> bool {
+    pub fn is_degraded(&self, lineage: LineageId, sequence: Sequence, number: u64) -> bool {
         let concerns =
             |part: &StretchDegraded| part.lineage == lineage && (part.from..=part.to).contains(&sequence);
-        self.degraded.iter().any(concerns)
+        self.is_doubtful(number) || self.degraded.iter().any(concerns)
+    }
+
+    /// Whether what stands behind an entry lacks others that are lost: from the first of these on, up to the first mark
+    /// after the compare.
+    #[must_use]
+    pub fn is_doubtful(&self, number: u64) -> bool {
+        let concerns =
+            |loss: &Loss| number >= loss.entries.first && loss.mended.is_none_or(|mended| number < mended);
+        self.lost.iter().any(concerns)
+    }
+
+    /// The newest entry that is lost and was not made up for by a compare yet.
+    #[must_use]
+    pub fn lost_through(&self) -> Option<u64> {
+        let open = self.lost.iter().filter(|loss| loss.mended.is_none());
+        open.map(|loss| loss.entries.last).max()
+    }
+
+    /// The newest entry that is surely on the target, whatever the log says: undo epochs end only when all of them are.
+    #[must_use]
+    pub fn closed_through(&self) -> u64 {
+        self.epochs.iter().rev().find_map(|epoch| epoch.closed).map_or(0, |closed| closed.last)
     }
 
     /// The epoch an entry belongs to; `None` before the first, and in epochs that were folded away.
@@ -167,6 +200,12 @@ impl Shape {
                 }
                 Ok(())
             }
+            Edit::EntriesLost(lost) => self.disk(lost.disk)?.lose(lost),
+            Edit::LossMended(mended) => {
+                let open = self.disk(mended.disk)?.lost.iter_mut().filter(|loss| loss.mended.is_none());
+                open.for_each(|loss| loss.mended = Some(mended.number));
+                Ok(())
+            }
             Edit::PointDropped(dropped) => {
                 let disk = self.disk(dropped.disk)?;
                 let known = disk.points.remove(&dropped.point);
@@ -203,6 +242,7 @@ impl Shape {
             expired: 0,
             points: BTreeMap::new(),
             degraded: Vec::new(),
+            lost: Vec::new(),
         };
         self.disks.insert(added.disk, shape);
         Ok(())
@@ -266,6 +306,18 @@ impl DiskShape {
         Ok(())
     }
 
+    fn lose(&mut self, lost: &EntriesLost) -> Result<(), String> {
+        if lost.first == 0 || lost.first > lost.last {
+            return Err(format!("entries {} to {} are lost and are none", lost.first, lost.last));
+        }
+        // Told twice is told once: the edit may be repeated after a crash.
+        let same = |loss: &Loss| (loss.entries.first, loss.entries.last) == (lost.first, lost.last);
+        if !self.lost.iter().any(same) {
+            self.lost.push(Loss { entries: *lost, mended: None });
+        }
+        Ok(())
+    }
+
     fn expire(&mut self, expired: &EpochsExpired) -> Result<(), String> {
         if self.runs.iter().any(|run| run.first <= expired.through && run.last > expired.through) {
             return Err(format!("epochs through {} expire inside a merged run", expired.through));
@@ -279,6 +331,8 @@ impl DiskShape {
             let mut same = epochs.iter().filter(|epoch| epoch.opened.lineage == part.lineage);
             same.next().is_some_and(|epoch| part.to >= epoch.opened.sequence)
         });
+        let oldest = epochs.first().map_or(u64::MAX, |epoch| epoch.opened.after);
+        self.lost.retain(|loss| loss.mended.is_none_or(|mended| mended > oldest));
         Ok(())
     }
 
@@ -301,5 +355,10 @@ impl DiskShape {
             }
         }
         edits.extend(self.degraded.iter().map(|part| Edit::StretchDegraded(*part)));
+        // A mend concerns every loss before it that is open, so those that are mended stand first.
+        for Loss { entries, mended } in &self.lost {
+            edits.push(Edit::EntriesLost(*entries));
+            edits.extend(mended.map(|number| Edit::LossMended(LossMended { disk, number })));
+        }
     }
 }

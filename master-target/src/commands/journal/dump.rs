@@ -100,6 +100,8 @@ const fn disk_of(edit: &Edit) -> Option<DiskId> {
         Edit::PointKept(body) | Edit::PointChanged(body) => Some(body.disk),
         Edit::PointDropped(body) => Some(body.disk),
         Edit::StretchDegraded(body) => Some(body.disk),
+        Edit::EntriesLost(body) => Some(body.disk),
+        Edit::LossMended(body) => Some(body.disk),
     }
 }
 
