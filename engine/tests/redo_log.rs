@@ -354,3 +354,29 @@ fn a_copy_of_the_superblock_with_a_broken_magic_is_passed_over_and_one_of_a_newe
         }
     }
 }
+
+/// Found by `journal_crash.rs`: such a file was taken for a free segment, and the log failed when it came to it.
+#[test]
+fn a_segment_whose_making_was_interrupted_is_made_anew() {
+    let whole = vec![0; SETTINGS.segment_bytes as usize];
+    for (what, interrupted) in [("without its length", Vec::new()), ("without its bytes", whole)] {
+        let files = sample();
+        let path = Path::new("/retention/redo-000009");
+        files.opener().create(path, interrupted.len() as u64).unwrap();
+        if let Some(half) = interrupted.get(..interrupted.len() / 2).filter(|half| !half.is_empty()) {
+            files.poke(path, 0, half);
+        }
+        let (mut journal, found) = open(&files).unwrap();
+        assert!(files.opener().facts(path).unwrap().is_none(), "{what}");
+        assert!(found.set_aside.is_empty(), "{what}");
+        for number in 15..40 {
+            let bytes = body(1, number);
+            assert_eq!(
+                journal.append(disk(1), EntryKind::Batch, &[&bytes], NOW).unwrap().0,
+                number,
+                "{what}"
+            );
+            journal.commit(NOW).unwrap();
+        }
+    }
+}

@@ -184,6 +184,7 @@ impl Journal {
     ) -> Result<(Self, Recovered), JournalError> {
         let (manifest, opened) = Manifest::open(Arc::clone(&files), folder, now)?;
         let (slots, strangers) = sort_files(&*files, folder, &manifest)?;
+        let slots = log::finished_slots(&*files, folder, &manifest, slots)?;
         let mut set_aside = Vec::new();
         for path in strangers {
             if is_leftover(&*files, &path, &manifest)? {
