@@ -380,3 +380,22 @@ fn a_segment_whose_making_was_interrupted_is_made_anew() {
         }
     }
 }
+
+/// Found by `journal_crash.rs`: a removal is undone by a power cut, and the old manifest was kept for ever under a new name.
+#[test]
+fn a_manifest_that_was_replaced_and_is_there_again_is_removed() {
+    let files = sample();
+    let older = files.bytes("/retention/manifest-00000001");
+    // A torn edit behind the end makes the next opening write a new manifest.
+    let (mut journal, _) = open(&files).unwrap();
+    journal.append(disk(1), EntryKind::Batch, &[&body(1, 15)], NOW).unwrap();
+    drop(journal);
+    let (offset, bytes) = files.bytes_sparse("/retention/manifest-00000001").pop().unwrap();
+    files.poke("/retention/manifest-00000001", offset + bytes.len() as u64, b"torn");
+    drop(open(&files).unwrap());
+    assert!(files.bytes("/retention/manifest-00000001").is_empty(), "it was replaced");
+    files.put("/retention/manifest-00000001", &older);
+    let (_, found) = open(&files).unwrap();
+    assert_eq!(found.set_aside, Vec::<std::path::PathBuf>::new());
+    assert!(files.opener().facts(Path::new("/retention/manifest-00000001")).unwrap().is_none());
+}
