@@ -79,7 +79,7 @@ ordered-test: setup ## ext4 and SQLite under load, points mounted and judged: [P
 		$(CARGO) test -p reprotect-master-target --all-features --test ordered -- --nocapture
 
 crash: ## the journal against power loss at every write of many workloads: [CASES=2000]
-	CRASH_CASES=$(or $(CASES),2000) $(CARGO) test -p reprotect-engine --all-features --test journal_store --test redo_log --test journal_model -- --nocapture
+	CRASH_CASES=$(or $(CASES),2000) $(CARGO) test -p reprotect-engine --all-features --test journal_crash --test journal_store --test redo_log --test journal_model -- --nocapture
 
 flips: ## every bit of a journal of more than 1 MiB flipped, every truncation; ten thousand damaged ones opened
 	FLIPS=all $(CARGO) test -p reprotect-engine --all-features --test journal_flips -- --nocapture --test-threads 1

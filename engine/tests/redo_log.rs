@@ -354,3 +354,48 @@ fn a_copy_of_the_superblock_with_a_broken_magic_is_passed_over_and_one_of_a_newe
         }
     }
 }
+
+/// Found by `journal_crash.rs`: such a file was taken for a free segment, and the log failed when it came to it.
+#[test]
+fn a_segment_whose_making_was_interrupted_is_made_anew() {
+    let whole = vec![0; SETTINGS.segment_bytes as usize];
+    for (what, interrupted) in [("without its length", Vec::new()), ("without its bytes", whole)] {
+        let files = sample();
+        let path = Path::new("/retention/redo-000009");
+        files.opener().create(path, interrupted.len() as u64).unwrap();
+        if let Some(half) = interrupted.get(..interrupted.len() / 2).filter(|half| !half.is_empty()) {
+            files.poke(path, 0, half);
+        }
+        let (mut journal, found) = open(&files).unwrap();
+        assert!(files.opener().facts(path).unwrap().is_none(), "{what}");
+        assert!(found.set_aside.is_empty(), "{what}");
+        for number in 15..40 {
+            let bytes = body(1, number);
+            assert_eq!(
+                journal.append(disk(1), EntryKind::Batch, &[&bytes], NOW).unwrap().0,
+                number,
+                "{what}"
+            );
+            journal.commit(NOW).unwrap();
+        }
+    }
+}
+
+/// Found by `journal_crash.rs`: a removal is undone by a power cut, and the old manifest was kept for ever under a new name.
+#[test]
+fn a_manifest_that_was_replaced_and_is_there_again_is_removed() {
+    let files = sample();
+    let older = files.bytes("/retention/manifest-00000001");
+    // A torn edit behind the end makes the next opening write a new manifest.
+    let (mut journal, _) = open(&files).unwrap();
+    journal.append(disk(1), EntryKind::Batch, &[&body(1, 15)], NOW).unwrap();
+    drop(journal);
+    let (offset, bytes) = files.bytes_sparse("/retention/manifest-00000001").pop().unwrap();
+    files.poke("/retention/manifest-00000001", offset + bytes.len() as u64, b"torn");
+    drop(open(&files).unwrap());
+    assert!(files.bytes("/retention/manifest-00000001").is_empty(), "it was replaced");
+    files.put("/retention/manifest-00000001", &older);
+    let (_, found) = open(&files).unwrap();
+    assert_eq!(found.set_aside, Vec::<std::path::PathBuf>::new());
+    assert!(files.opener().facts(Path::new("/retention/manifest-00000001")).unwrap().is_none());
+}

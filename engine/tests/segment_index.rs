@@ -289,3 +289,25 @@ fn a_journal_of_an_older_program_gets_its_indexes_when_it_is_opened() {
     drop(journal);
     assert_eq!(is_the_same(&files, "the one that was left"), all.len());
 }
+
+/// Found by `journal_crash.rs`: the index knows the checksum of the group before, which the groups cannot tell.
+#[test]
+fn the_index_of_an_empty_segment_that_is_the_oldest_is_sound() {
+    let files = sample(60);
+    let (mut journal, _) = open(&files);
+    // A segment is in use and nothing comes into it.
+    journal.append(DISKS[0], EntryKind::Batch, &[&body(0, 61)], NOW).unwrap();
+    drop(journal);
+    let (mut journal, _) = open(&files);
+    let empty = *journal.shape().segments.keys().next_back().unwrap();
+    fill(&mut journal, 61, 1, 61);
+    for segment in journal.releasable().into_iter().filter(|segment| *segment < empty) {
+        journal.release(segment, NOW).unwrap();
+    }
+    assert_eq!(journal.shape().segments.keys().next(), Some(&empty));
+    drop(journal);
+    let mut offline = Offline::open(files.opener(), Path::new(FOLDER)).unwrap();
+    let index = offline.index(&offline.shape().segments[&empty]).unwrap();
+    assert!(matches!(index, FoundIndex::Whole(_, items) if items.is_empty()));
+    assert_eq!(offline.verify().unwrap().findings, []);
+}

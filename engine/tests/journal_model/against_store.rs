@@ -20,8 +20,6 @@
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use reprotect_engine::io::WriteAt;
-use reprotect_engine::store::files::Files as _;
 use reprotect_engine::store::files::memory::{Event, MemoryFiles};
 
 use super::device::Chaos;
@@ -299,7 +297,7 @@ impl Play {
     /// The program is killed: what it wrote stands in the cache, flushed or not, until power is lost later.
     fn kill(&mut self, trace: &[Event], promised: &Promise) {
         self.store = None;
-        let files = replayed(&self.before, trace);
+        let files = self.before.replayed(trace);
         let mut store = Store::open(&files, self.disks()).unwrap();
         shows(&mut store, promised);
         self.sum.killed += 1;
@@ -328,24 +326,6 @@ impl Play {
         self.compare();
         self.sum.went_on += 1;
     }
-}
-
-/// Files after these events, none of them forgotten: a later power loss may still take what was not flushed.
-fn replayed(before: &MemoryFiles, trace: &[Event]) -> MemoryFiles {
-    let files = before.snapshot();
-    for event in trace {
-        match event {
-            Event::Write { path, offset, data } => {
-                files.open(path, true).unwrap().write(&[WriteAt { offset: *offset, data }]).unwrap();
-            }
-            Event::Flush(path) => files.open(path, true).unwrap().flush().unwrap(),
-            Event::Resize(path, bytes) => files.resize(path, *bytes).unwrap(),
-            Event::Replace(path, content) => files.replace(path, content).unwrap(),
-            Event::Remove(path) => files.remove(path).unwrap(),
-            Event::Rename(path, _) => _ = files.set_aside(path, ".aside").unwrap(),
-        }
-    }
-    files
 }
 
 fn first_wrong(got: &[u8], wanted: &[u8]) -> Option<usize> {

@@ -186,11 +186,11 @@ fn a_crash_while_sealing_leaves_a_run_that_can_be_reopened_or_is_sealed() {
     for events in 0..=trace.len() {
         for mode in 0..30 {
             let medium = before.crashed(&trace, events, landing(mode, &mut seeded));
-            // Flushed, but not yet cut to its length: all of it can be read, without the trailer too.
+            // Flushed, but perhaps not yet cut to its length: all of it can be read, without the trailer too.
             let flushed = trace[..events].iter().any(|event| matches!(event, Event::Flush(_)));
             if flushed || events == trace.len() {
                 let mut sealed = SealedRun::open(&medium, path, &identity(5)).unwrap();
-                assert_eq!(sealed.damage().is_empty(), events == trace.len());
+                assert!(sealed.damage().is_empty() || events < trace.len());
                 assert_holds(&mut sealed, &model);
             }
             let (mut run, holes) = ActiveRun::reopen(&medium, path, &identity(5), certain, MAX).unwrap();

@@ -1,9 +1,11 @@
 //! Files in memory that remember every write and flush: the far side of [`Files`] in tests and the simulator.
 //!
-//! Invariants: the trace of all files is one sequence in the order in which calls returned; [`MemoryFiles::crashed`]
-//! builds what a medium may hold after power loss at any point of it: all that a later flush of the same file covered,
-//! and any choice of 512 B sectors of what was not flushed. Lengths and whole-file replacements are durable at once,
-//! as the seam promises. Files are sparse, so a terabyte costs nothing. Units: bytes. Called by tests.
+//! Invariants: the trace of all files is one sequence in the order in which things happened; [`MemoryFiles::crashed`]
+//! builds what a medium may hold after power loss at any point of it. Certain is what a flush of the same file covered
+//! (bytes and length), and of names what a flush of their folder covered. Of the rest any choice survives: 512 B sectors
+//! of writes, lengths, and each making, renaming and removal of a file, so that one that was removed is there again, with
+//! what was flushed to it. What [`Files`] promises to be durable is flushed here, step by step, as on a real file system.
+//! Files are sparse and shared between copies, so a terabyte costs nothing. Units: bytes. Called by tests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -14,7 +16,7 @@ use crate::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 
 const PAGE: u64 = 512;
 
-/// Something that happened to a file.
+/// Something that happened to a file or its folder.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// Bytes were written, not yet durable.
@@ -26,22 +28,35 @@ pub enum Event {
         /// What.
         data: Vec<u8>,
     },
-    /// Everything written to this file is durable.
+    /// Everything written to this file is durable, and its length.
     Flush(PathBuf),
+    /// An empty file was made.
+    Create(PathBuf),
     /// The file has this length now.
     Resize(PathBuf, u64),
-    /// The file holds this now, all of it.
+    /// The file holds this now, all of it, or what it held before.
     Replace(PathBuf, Vec<u8>),
     /// The file is gone.
     Remove(PathBuf),
     /// The file has another name.
     Rename(PathBuf, PathBuf),
+    /// The names in this folder are durable.
+    FlushFolder(PathBuf),
+}
+
+/// Something that power loss may undo.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unflushed {
+    /// Which event of the trace it is.
+    pub event: usize,
+    /// Which of the sectors that a write touched; zero for anything else.
+    pub sector: usize,
 }
 
 #[derive(Clone, Debug, Default)]
 struct Content {
     len: u64,
-    pages: BTreeMap<u64, Box<[u8]>>,
+    pages: BTreeMap<u64, Arc<[u8]>>,
 }
 
 impl Content {
@@ -65,8 +80,17 @@ impl Content {
         while !rest.is_empty() {
             let inside = (at % PAGE) as usize;
             let (part, tail) = rest.split_at(rest.len().min(PAGE as usize - inside));
-            let page = self.pages.entry(at / PAGE).or_insert_with(|| vec![0; PAGE as usize].into());
-            page[inside..inside + part.len()].copy_from_slice(part);
+            match self.pages.get_mut(&(at / PAGE)) {
+                Some(page) => {
+                    Arc::make_mut(page)[inside..inside + part.len()].copy_from_slice(part);
+                }
+                None if part.len() == PAGE as usize => _ = self.pages.insert(at / PAGE, part.into()),
+                None => {
+                    let mut page = vec![0; PAGE as usize];
+                    page[inside..inside + part.len()].copy_from_slice(part);
+                    self.pages.insert(at / PAGE, page.into());
+                }
+            }
             at += part.len() as u64;
             rest = tail;
         }
@@ -75,15 +99,24 @@ impl Content {
     fn resize(&mut self, len: u64) {
         self.pages.retain(|page, _| page * PAGE < len);
         if let Some(page) = self.pages.get_mut(&(len / PAGE)) {
-            page[(len % PAGE) as usize..].fill(0);
+            Arc::make_mut(page)[(len % PAGE) as usize..].fill(0);
         }
         self.len = len;
     }
+
+    fn holding(bytes: &[u8]) -> Self {
+        let mut content = Self { len: bytes.len() as u64, ..Self::default() };
+        content.write(0, bytes);
+        content
+    }
 }
+
+/// Which file a name leads to.
+type Names = BTreeMap<PathBuf, Arc<Content>>;
 
 #[derive(Debug, Default)]
 struct State {
-    files: BTreeMap<PathBuf, Content>,
+    files: Names,
     open_for_writing: BTreeSet<PathBuf>,
     trace: Vec<Event>,
     reads: u64,
@@ -109,9 +142,7 @@ impl MemoryFiles {
 
     /// Puts a file there.
     pub fn put(&self, path: impl Into<PathBuf>, content: &[u8]) {
-        let mut file = Content { len: content.len() as u64, ..Content::default() };
-        file.write(0, content);
-        self.state().files.insert(path.into(), file);
+        self.state().files.insert(path.into(), Arc::new(Content::holding(content)));
     }
 
     /// The bytes of a file; empty when it is not there.
@@ -144,7 +175,7 @@ impl MemoryFiles {
     /// Changes bytes of a file behind its owner's back.
     pub fn poke(&self, path: impl AsRef<Path>, offset: u64, content: &[u8]) {
         if let Some(file) = self.state().files.get_mut(path.as_ref()) {
-            file.write(offset, content);
+            Arc::make_mut(file).write(offset, content);
         }
     }
 
@@ -152,6 +183,12 @@ impl MemoryFiles {
     #[must_use]
     pub fn trace(&self) -> Vec<Event> {
         self.state().trace.clone()
+    }
+
+    /// How many things happened so far.
+    #[must_use]
+    pub fn happened(&self) -> usize {
+        self.state().trace.len()
     }
 
     /// How many read operations there were.
@@ -177,59 +214,194 @@ impl MemoryFiles {
         Self(Arc::new(Mutex::new(State { files, ..State::default() })))
     }
 
-    /// What the medium may hold after power loss: `self` plus the first `events` of `trace`; `lands` decides for each
-    /// sector of each write that no flush covered whether it reached the medium.
+    /// The files after these events, none of them forgotten: a later power loss may still undo what was not flushed.
     #[must_use]
-    pub fn crashed(&self, trace: &[Event], events: usize, mut lands: impl FnMut() -> bool) -> Self {
+    pub fn replayed(&self, trace: &[Event]) -> Self {
         let after = self.snapshot();
         let mut state = after.state();
+        trace.iter().for_each(|event| state.happens(event.clone()));
+        drop(state);
+        after
+    }
+
+    /// What the medium may hold after power loss: `self` plus the first `events` of `trace`; `lands` decides for all that
+    /// no flush covered, one after the other, whether it reached the medium: each sector of each write, each new length,
+    /// each change of a name.
+    #[must_use]
+    pub fn crashed(&self, trace: &[Event], events: usize, mut lands: impl FnMut() -> bool) -> Self {
+        self.crashed_where(trace, events, |_| lands())
+    }
+
+    /// As [`Self::crashed`], for who wants to know what is decided on.
+    #[must_use]
+    pub fn crashed_where(
+        &self,
+        trace: &[Event],
+        events: usize,
+        lands: impl FnMut(Unflushed) -> bool,
+    ) -> Self {
         let happened = &trace[..events.min(trace.len())];
-        let mut last_flush: BTreeMap<&Path, usize> = BTreeMap::new();
+        let files = PowerLoss::new(&self.state().files, happened).surviving(happened, lands);
+        Self(Arc::new(Mutex::new(State { files, ..State::default() })))
+    }
+}
+
+impl State {
+    /// Does what an event says, and remembers it.
+    fn happens(&mut self, event: Event) {
+        match &event {
+            Event::Write { path, offset, data } => self.file(path).write(*offset, data),
+            Event::Create(path) => _ = self.files.insert(path.clone(), Arc::default()),
+            Event::Resize(path, len) => self.file(path).resize(*len),
+            Event::Replace(path, content) => {
+                self.files.insert(path.clone(), Arc::new(Content::holding(content)));
+            }
+            Event::Remove(path) => _ = self.files.remove(path),
+            Event::Rename(from, to) => {
+                if let Some(file) = self.files.remove(from) {
+                    self.files.insert(to.clone(), file);
+                }
+            }
+            Event::Flush(_) | Event::FlushFolder(_) => {}
+        }
+        self.trace.push(event);
+    }
+
+    fn file(&mut self, path: &Path) -> &mut Content {
+        Arc::make_mut(self.files.entry(path.into()).or_default())
+    }
+}
+
+/// Which events a power loss can undo. A file is a number here, whatever it is called at the moment.
+struct PowerLoss {
+    /// The files there are, with what is certain to be in them.
+    contents: Vec<Arc<Content>>,
+    /// Their names, as far as they are certain.
+    names: BTreeMap<PathBuf, usize>,
+    /// For each event, the file it is about, and whether a flush covers it.
+    events: Vec<(usize, bool)>,
+}
+
+fn folder(path: &Path) -> &Path {
+    path.parent().unwrap_or(path)
+}
+
+impl PowerLoss {
+    fn new(before: &Names, happened: &[Event]) -> Self {
+        let (mut names, mut contents) = (BTreeMap::new(), Vec::new());
+        for (path, content) in before {
+            names.insert(path.clone(), contents.len());
+            contents.push(Arc::clone(content));
+        }
+        let mut loss = Self { contents, names, events: Vec::with_capacity(happened.len()) };
+        let mut now = loss.names.clone();
+        // Events that no flush covers yet, by file and by folder.
+        let mut of_file: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        let mut of_folder: BTreeMap<&Path, Vec<usize>> = BTreeMap::new();
         for (at, event) in happened.iter().enumerate() {
-            if let Event::Flush(path) = event {
-                last_flush.insert(path, at);
+            let file = loss.file_of(event, &mut now);
+            loss.events.push((file, false));
+            let flushed = match event {
+                Event::Write { .. } | Event::Resize(..) => {
+                    of_file.entry(file).or_default().push(at);
+                    None
+                }
+                Event::Create(path)
+                | Event::Replace(path, _)
+                | Event::Remove(path)
+                | Event::Rename(path, _) => {
+                    of_folder.entry(folder(path)).or_default().push(at);
+                    None
+                }
+                Event::Flush(_) => of_file.remove(&file),
+                Event::FlushFolder(flushed) => of_folder.remove(flushed.as_path()),
+            };
+            for at in flushed.into_iter().flatten() {
+                loss.events[at].1 = true;
             }
         }
-        for (at, event) in happened.iter().enumerate() {
+        loss
+    }
+
+    /// The file an event is about, found or made under the names as they are when it happens.
+    fn file_of(&mut self, event: &Event, now: &mut BTreeMap<PathBuf, usize>) -> usize {
+        let mut made = |content: Content| {
+            self.contents.push(Arc::new(content));
+            self.contents.len() - 1
+        };
+        match event {
+            Event::Write { path, .. } | Event::Flush(path) | Event::Resize(path, _) => {
+                *now.entry(path.clone()).or_insert_with(|| made(Content::default()))
+            }
+            Event::Create(path) => {
+                let file = made(Content::default());
+                now.insert(path.clone(), file);
+                file
+            }
+            Event::Replace(path, content) => {
+                let file = made(Content::holding(content));
+                now.insert(path.clone(), file);
+                file
+            }
+            Event::Remove(path) => now.remove(path).unwrap_or(usize::MAX),
+            Event::Rename(from, to) => {
+                let file = now.remove(from).unwrap_or(usize::MAX);
+                now.insert(to.clone(), file);
+                file
+            }
+            Event::FlushFolder(_) => usize::MAX,
+        }
+    }
+
+    /// The files after the power loss.
+    fn surviving(mut self, happened: &[Event], mut lands: impl FnMut(Unflushed) -> bool) -> Names {
+        for (event, (at, (file, durable))) in happened.iter().zip((0..).zip(std::mem::take(&mut self.events)))
+        {
+            let mut survives = |sector| durable || lands(Unflushed { event: at, sector });
             match event {
-                Event::Write { path, offset, data } => {
-                    let durable = last_flush.get(path.as_path()).is_some_and(|flush| *flush > at);
-                    let file = state.files.entry(path.clone()).or_default();
-                    let mut start = 0;
+                Event::Write { offset, data, .. } => {
+                    let Some(content) = self.contents.get_mut(file) else { continue };
+                    let (mut start, mut sector) = (0, 0);
                     while start < data.len() {
                         let place = offset + start as u64;
                         let end = data.len().min(start + (PAGE - place % PAGE) as usize);
-                        if durable || lands() {
-                            file.write(place, &data[start..end]);
+                        if survives(sector) {
+                            Arc::make_mut(content).write(place, &data[start..end]);
                         }
-                        start = end;
+                        (start, sector) = (end, sector + 1);
                     }
                 }
-                Event::Flush(_) => {}
-                Event::Resize(path, len) => state.files.entry(path.clone()).or_default().resize(*len),
-                Event::Replace(path, content) => {
-                    let mut file = Content { len: content.len() as u64, ..Content::default() };
-                    file.write(0, content);
-                    state.files.insert(path.clone(), file);
+                Event::Resize(_, len) => {
+                    if let Some(content) = self.contents.get_mut(file).filter(|_| survives(0)) {
+                        Arc::make_mut(content).resize(*len);
+                    }
+                }
+                Event::Create(path) | Event::Replace(path, _) => {
+                    if survives(0) {
+                        self.names.insert(path.clone(), file);
+                    }
                 }
                 Event::Remove(path) => {
-                    state.files.remove(path);
-                }
-                Event::Rename(from, to) => {
-                    if let Some(file) = state.files.remove(from) {
-                        state.files.insert(to.clone(), file);
+                    if survives(0) {
+                        self.names.remove(path);
                     }
                 }
+                Event::Rename(from, to) => {
+                    if survives(0) && self.names.remove(from).is_some() {
+                        self.names.insert(to.clone(), file);
+                    }
+                }
+                Event::Flush(_) | Event::FlushFolder(_) => {}
             }
         }
-        drop(state);
-        after
+        let content = |file: usize| self.contents.get(file).map(Arc::clone);
+        self.names.iter().filter_map(|(path, file)| Some((path.clone(), content(*file)?))).collect()
     }
 }
 
 impl Files for MemoryFiles {
     fn facts(&self, path: &Path) -> Result<Option<FileFacts>, FilesError> {
-        let facts = |file: &Content| FileFacts { size_bytes: file.len, is_device: false, inode: 0 };
+        let facts = |file: &Arc<Content>| FileFacts { size_bytes: file.len, is_device: false, inode: 0 };
         Ok(self.state().files.get(path).map(facts))
     }
 
@@ -267,38 +439,44 @@ impl Files for MemoryFiles {
         if state.files.contains_key(path) {
             return Err(FilesError::Exists { path: path.into() });
         }
-        state.files.insert(path.into(), Content { len: size_bytes, ..Content::default() });
-        state.trace.push(Event::Resize(path.into(), size_bytes));
+        state.happens(Event::Create(path.into()));
+        state.happens(Event::Resize(path.into(), size_bytes));
+        state.happens(Event::Flush(path.into()));
+        state.happens(Event::FlushFolder(folder(path).into()));
         Ok(())
     }
 
     fn resize(&self, path: &Path, size_bytes: u64) -> Result<(), FilesError> {
         let mut state = self.state();
         assert!(!state.open_for_writing.contains(path), "{} is resized while it is open", path.display());
-        state.files.entry(path.into()).or_default().resize(size_bytes);
-        state.trace.push(Event::Resize(path.into(), size_bytes));
+        state.happens(Event::Resize(path.into(), size_bytes));
+        state.happens(Event::Flush(path.into()));
         Ok(())
     }
 
     fn replace(&self, path: &Path, content: &[u8]) -> Result<(), FilesError> {
-        self.put(path, content);
-        self.state().trace.push(Event::Replace(path.into(), content.into()));
+        let mut state = self.state();
+        state.happens(Event::Replace(path.into(), content.into()));
+        state.happens(Event::FlushFolder(folder(path).into()));
         Ok(())
     }
 
     fn remove(&self, path: &Path) -> Result<(), FilesError> {
         let mut state = self.state();
-        state.files.remove(path);
-        state.trace.push(Event::Remove(path.into()));
+        if state.files.contains_key(path) {
+            state.happens(Event::Remove(path.into()));
+        }
         Ok(())
     }
 
     fn set_aside(&self, path: &Path, suffix: &str) -> Result<PathBuf, FilesError> {
         let aside = super::free_name(self, path, suffix)?;
         let mut state = self.state();
-        let file = state.files.remove(path).ok_or_else(|| FilesError::Missing { path: path.into() })?;
-        state.files.insert(aside.clone(), file);
-        state.trace.push(Event::Rename(path.into(), aside.clone()));
+        if !state.files.contains_key(path) {
+            return Err(FilesError::Missing { path: path.into() });
+        }
+        state.happens(Event::Rename(path.into(), aside.clone()));
+        state.happens(Event::FlushFolder(folder(path).into()));
         Ok(aside)
     }
 }
@@ -364,8 +542,7 @@ impl BlockFile for MemoryFile {
                     self.error(BlockOp::Write, offset, len, std::io::ErrorKind::StorageFull)
                 })?);
             }
-            state.files.entry(self.path.clone()).or_default().write(offset, write.data);
-            state.trace.push(Event::Write { path: self.path.clone(), offset, data: write.data.to_vec() });
+            state.happens(Event::Write { path: self.path.clone(), offset, data: write.data.to_vec() });
         }
         Ok(())
     }
@@ -373,14 +550,12 @@ impl BlockFile for MemoryFile {
     fn zero(&mut self, range: ByteRange) -> Result<(), BlockError> {
         self.check(BlockOp::Zero, range.start, range.len())?;
         let data = vec![0; usize::try_from(range.len()).unwrap_or(usize::MAX)];
-        let mut state = self.files.state();
-        state.files.entry(self.path.clone()).or_default().write(range.start, &data);
-        state.trace.push(Event::Write { path: self.path.clone(), offset: range.start, data });
+        self.files.state().happens(Event::Write { path: self.path.clone(), offset: range.start, data });
         Ok(())
     }
 
     fn flush(&mut self) -> Result<(), BlockError> {
-        self.files.state().trace.push(Event::Flush(self.path.clone()));
+        self.files.state().happens(Event::Flush(self.path.clone()));
         Ok(())
     }
 

@@ -18,7 +18,7 @@ use crate::format::manifest::{Edit, Released, SegmentOpened};
 use crate::format::segment::{
     EntryHead, EntryKind, GROUP_MAGIC, GROUP_PAYLOAD_BYTES_MAX, GroupHeader, SEGMENT_MAGIC, SegmentHeader,
 };
-use crate::io::{BlockFile, ReadAt, WriteAt};
+use crate::io::{BlockFile, ByteRange, ReadAt, WriteAt};
 use crate::store::files::Files;
 use crate::units::{BLOCK_BYTES, DiskId, Timestamp};
 
@@ -133,6 +133,34 @@ impl PlannedSegment {
         }
         Ok(FreeSegment { slot: self.slot })
     }
+}
+
+/// Of the segment files found in the folder, those in use and those every byte of which was written. Making a segment may
+/// have been interrupted: such a one would fail, or meet a full medium, when it is written. It holds nothing and is removed.
+///
+/// # Errors
+/// When one cannot be looked at or removed.
+pub(super) fn finished_slots(
+    files: &dyn Files,
+    folder: &Path,
+    manifest: &Manifest,
+    mut slots: Vec<u64>,
+) -> Result<Vec<u64>, JournalError> {
+    let used: Vec<u64> = manifest.shape().segments.values().map(|segment| segment.slot).collect();
+    for slot in std::mem::take(&mut slots) {
+        let path = segment_path(folder, slot);
+        if used.contains(&slot) || is_filled(&mut *files.open(&path, false)?)? {
+            slots.push(slot);
+        } else {
+            files.remove(&path)?;
+        }
+    }
+    Ok(slots)
+}
+
+fn is_filled(file: &mut dyn BlockFile) -> Result<bool, JournalError> {
+    let whole = ByteRange { start: 0, end: file.size_bytes() };
+    Ok(!whole.is_empty() && file.allocated(whole)? == [whole])
 }
 
 /// Readers kept open at a time.

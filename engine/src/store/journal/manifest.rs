@@ -50,6 +50,12 @@ pub(super) fn manifest_path(folder: &Path, number: u64) -> PathBuf {
     folder.join(format!("manifest-{number:08}"))
 }
 
+/// The number in a manifest's name.
+pub(super) fn number_of_name(name: &str) -> Option<u64> {
+    let number = name.strip_prefix("manifest-")?.parse().ok()?;
+    (manifest_path(Path::new(""), number) == Path::new(name)).then_some(number)
+}
+
 /// What the superblock says, read without changing anything.
 ///
 /// # Errors
@@ -418,6 +424,11 @@ impl Manifest {
     #[must_use]
     pub const fn journal(&self) -> JournalId {
         self.superblock.journal
+    }
+
+    /// Its number.
+    pub(super) const fn number(&self) -> u64 {
+        self.superblock.manifest
     }
 
     /// The copy of the superblock that counts.

@@ -54,13 +54,13 @@ pub use shape::{DiskShape, Epoch, Loss, Run, RunFile, Shape};
 
 use crate::format::batch::Mark;
 use crate::format::disk_state::DiskState;
-use crate::format::manifest::{DiskAdded, DiskRemoved, Edit};
+use crate::format::manifest::{DiskAdded, DiskRemoved, Edit, ManifestHeader};
 use crate::format::segment::{Applied, EntryHead, EntryKind, JournalId};
 use crate::format::undo::RUN_MAGIC;
 use crate::limits::{SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MIN};
 use crate::store::crc_map::{MAP_PREFIX, map_name};
 use crate::store::files::Files;
-use crate::units::{DiskId, Timestamp};
+use crate::units::{BLOCK_BYTES, DiskId, Timestamp};
 pub use log::{FreeSegment, PlannedSegment};
 use log::{Log, NewEntry};
 use manifest::Manifest;
@@ -184,6 +184,7 @@ impl Journal {
     ) -> Result<(Self, Recovered), JournalError> {
         let (manifest, opened) = Manifest::open(Arc::clone(&files), folder, now)?;
         let (slots, strangers) = sort_files(&*files, folder, &manifest)?;
+        let slots = log::finished_slots(&*files, folder, &manifest, slots)?;
         let mut set_aside = Vec::new();
         for path in strangers {
             if is_leftover(&*files, &path, &manifest)? {
@@ -608,10 +609,16 @@ fn is_ours(name: &str) -> bool {
             && !name.contains(ASIDE))
 }
 
-/// Whether a file is an undo run of this journal that was removed, replaced or never finished when the program ended:
-/// the manifest is changed first, so what it does not name and could have named before is of no use to anybody.
+/// Whether a file of this journal was removed, replaced or never finished when the program ended: an undo run, for the
+/// manifest is changed first, so what it does not name and could have named before is of no use to anybody; a manifest
+/// that a newer one replaced, for the superblock is changed first.
 fn is_leftover(files: &dyn Files, path: &Path, manifest: &Manifest) -> Result<bool, JournalError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
+    if let Some(number) = manifest::number_of_name(&name) {
+        let header = ManifestHeader::open(&files.read_head(path, BLOCK_BYTES as usize)?);
+        let ours = header.is_ok_and(|header| header.journal == manifest.journal() && header.number == number);
+        return Ok(ours && number < manifest.number());
+    }
     let Some((disk, file)) = applier::run_of_name(&name) else { return Ok(false) };
     let Some(shape) = manifest.shape().disks.get(&disk) else { return Ok(false) };
     let once_named = match file {

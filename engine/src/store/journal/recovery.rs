@@ -297,7 +297,8 @@ impl Scanner<'_> {
         }
         (self.see)(Seen::Segment(segment, &path));
         let mut file = self.files.open(&path, false)?;
-        let mut block = vec![0; BLOCK_BYTES as usize];
+        // A file that is shorter has no header, and is judged like one whose header was never written.
+        let mut block = vec![0; BLOCK_BYTES.min(file.size_bytes()) as usize];
         file.read(&mut [ReadAt { offset: 0, data: &mut block }])?;
         match SegmentHeader::open(&block) {
             Ok(header) if header.journal != self.journal => return Err(JournalError::Foreign { path }),

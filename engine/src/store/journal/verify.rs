@@ -228,7 +228,9 @@ impl Offline {
                     let offset = segment.bytes - written.len() as u64;
                     file.read(&mut [ReadAt { offset, data: &mut stands }])?;
                     let of_segment = scan.indexes.wanting.iter().find(|(of, _)| of.number == segment.number);
-                    let says = of_segment.and_then(|(_, index)| index.encode(self.journal.id(), segment));
+                    let says = of_segment.and_then(|(_, index)| {
+                        index.knowing(head.previous).encode(self.journal.id(), segment)
+                    });
                     if stands != written {
                         "the padding behind the head of its index is not zero".to_owned()
                     } else if says.is_some_and(|says| says != written) {
