@@ -361,6 +361,7 @@ impl Agent {
             class: MarkClass::Crash,
             cause: MarkCause::Timer,
             name: Text::new(""),
+            unread_blocks: 0,
         };
         self.send(bench, DiskInput::Mark(mark));
     }

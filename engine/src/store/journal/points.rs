@@ -124,7 +124,7 @@ pub fn all_points(journal: &mut Journal, disk: DiskId) -> Result<Vec<Point>, Jou
             continue;
         }
         let mark = journal.mark(disk, &entry)?;
-        let degraded = known.is_degraded(mark.lineage, mark.sequence);
+        let degraded = known.is_degraded_mark(&mark);
         points.push(Point { degraded, ..Point::mark(disk, at, &mark) });
     }
     points.sort_by_key(|point| point.at);
@@ -170,7 +170,7 @@ pub fn ordered_runs(journal: &mut Journal, disk: DiskId) -> Result<Vec<OrderedRu
             is_state |= begins_with_state(&known, entry.number - 1);
         }
         match entry.kind {
-            EntryKind::Mark => is_state = journal.mark(disk, &entry)?.class != MarkClass::Fuzzy,
+            EntryKind::Mark => is_state = journal.mark(disk, &entry)?.is_state(),
             EntryKind::Ordered => {}
             _ => is_state = false,
         }

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::format::batch::Mark;
 use crate::format::manifest::{
     DiskAdded, Edit, EpochClosed, EpochOpened, EpochsExpired, PointKept, RunsMerged, SegmentOpened,
     StretchDegraded,
@@ -73,6 +74,12 @@ impl DiskShape {
         let concerns =
             |part: &StretchDegraded| part.lineage == lineage && (part.from..=part.to).contains(&sequence);
         self.degraded.iter().any(concerns)
+    }
+
+    /// Whether a mark promises less than its class says: it was found out later, or it says so itself.
+    #[must_use]
+    pub fn is_degraded_mark(&self, mark: &Mark) -> bool {
+        mark.unread_blocks > 0 || self.is_degraded(mark.lineage, mark.sequence)
     }
 
     /// The epoch an entry belongs to; `None` before the first, and in epochs that were folded away.
