@@ -16,8 +16,8 @@ pub struct DiskInfo {
     pub source: String,
     /// Size in bytes.
     pub size_bytes: u64,
-    /// `offered`, `copying`, `comparing`, `scanning`, `synced`, `paused` (it cannot be read and is tried again),
-    /// `stopped` (a person must look) or `disconnected`.
+    /// `offered`, `copying`, `comparing`, `scanning`, `synced`, `incomplete` (synced, except what cannot be read), `paused`
+    /// (nothing of it can be read; it is tried again), `stopped` (a person must look) or `disconnected`.
     pub state: String,
     /// Bytes settled by the running walk; the size when none runs.
     pub settled_bytes: u64,
@@ -60,8 +60,26 @@ pub struct DiskInfo {
     /// What it may be.
     #[serde(default)]
     pub held_bytes_max: u64,
+    /// What of it could not be read and is not at the target, in bytes.
+    #[serde(default)]
+    pub unread_bytes: u64,
+    /// In how many ranges.
+    #[serde(default)]
+    pub unread_ranges: u64,
+    /// The first of them, at most 64.
+    #[serde(default)]
+    pub unread: Vec<ByteRange>,
     /// What is wrong, if anything.
     pub problem: Option<String>,
+}
+
+/// A part of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ByteRange {
+    /// Its first byte.
+    pub start: u64,
+    /// How many.
+    pub bytes: u64,
 }
 
 /// `GET /v1/status`.
@@ -152,7 +170,8 @@ pub struct MarkedDisk {
 pub struct MarkAnswer {
     /// The point's identity, 32 hexadecimal digits; all disks' marks have it.
     pub point: String,
-    /// `application-consistent`, `frozen`, `crash-consistent` or `fuzzy`.
+    /// `application-consistent`, `frozen`, `crash-consistent`, `fuzzy`, or `incomplete`: parts of a disk cannot be read, see
+    /// `problems`.
     pub class: String,
     /// Its name; empty without one.
     pub name: String,
@@ -168,7 +187,7 @@ pub struct MarkAnswer {
     /// How long everything was frozen beyond that; microseconds.
     #[serde(default)]
     pub frozen_us: u64,
-    /// What went wrong with the hooks, the point notwithstanding.
+    /// What went wrong with the hooks or is missing of disks, the point notwithstanding.
     #[serde(default)]
     pub problems: Vec<String>,
 }

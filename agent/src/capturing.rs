@@ -84,6 +84,8 @@ pub(crate) struct Batch {
 pub(crate) struct WindowRead {
     /// To be submitted in this order.
     pub(crate) batches: Vec<Batch>,
+    /// What could not be read before the records came, which may have it.
+    pub(crate) unread: Vec<(DiskId, SectorRange)>,
     /// Why it is no moment, if it is none: the batches are changes like any others then.
     pub(crate) open: Option<String>,
     /// It is a place in a stream, not a window.
@@ -422,6 +424,7 @@ impl Owner {
                 }
                 Ok(WindowRead {
                     batches,
+                    unread: Vec::new(),
                     open: None,
                     point: true,
                     streams: true,
@@ -461,6 +464,7 @@ impl Owner {
         let mut source_time = wall_clock();
         let drops = capture.drops();
         let end = capture.window(&WindowPlan { stay, ..WindowPlan::new(plan) }, &mut gatherer, &mut held)?;
+        let unread = gatherer.unread();
         let (read, discarded) = gatherer.into_batches(matches!(end, WindowEnd::Closed(_)));
         // What a device makes of a discarded range is its own affair: it is read again in the next round.
         for (slot, range) in &discarded {
@@ -478,7 +482,8 @@ impl Owner {
         if streams {
             self.stream = Some(Stream::begin(streamed.into_iter(), drops, discarded));
         }
-        Ok(WindowRead { batches: read, open, point: false, streams, source_time, frozen: held.into_result() })
+        let frozen = held.into_result();
+        Ok(WindowRead { batches: read, unread, open, point: false, streams, source_time, frozen })
     }
 
     fn check_all(&mut self) {

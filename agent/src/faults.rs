@@ -1,8 +1,10 @@
-//! What happens to a chunk that cannot be read: tried again a few times, then the disk is paused and looked at slowly.
+//! What happens to a chunk that cannot be read: tried again a few times, then in parts, so that only what fails is left
+//! out; where not even that can be done, the disk is paused and looked at slowly.
 //!
-//! Invariants: a chunk is read again at most `QUICK_PAUSES` times quickly; after that the whole walk over the disk
-//! waits (its jobs are kept here, at most a pass's window of them) and one chunk is probed every [`PROBE_PAUSE`], after
-//! the disk was opened anew; the first probe that succeeds lets everything go on. No spinning, no standing still.
+//! Invariants: a chunk is read again at most `QUICK_PAUSES` times quickly, and once in parts; after that the whole walk
+//! over the disk waits (its jobs are kept here, at most a pass's window of them) and one chunk is probed every
+//! [`PROBE_PAUSE`], after the disk was opened anew; the first probe that succeeds lets everything go on. No spinning, no
+//! standing still.
 //! Pure: time is an argument. Owned by `protected`, one per disk.
 
 use std::collections::BTreeMap;
@@ -32,6 +34,17 @@ struct Broken {
     waiting: Vec<ReadJob>,
 }
 
+/// What becomes of a read that failed.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// It is tried again soon.
+    Again,
+    /// It is to be read in parts now.
+    InParts(ReadJob),
+    /// The disk is paused because of it.
+    Paused,
+}
+
 const fn key(job: &ReadJob) -> (u64, u64) {
     (job.epoch, job.chunk.start)
 }
@@ -49,25 +62,29 @@ impl Faults {
         }
     }
 
-    /// A read failed at `now`; whether the disk is paused because of it.
-    pub fn failed(&mut self, job: ReadJob, now: Instant) -> bool {
+    /// A read failed at `now`.
+    pub fn failed(&mut self, mut job: ReadJob, now: Instant) -> Failure {
         if let Some(broken) = &mut self.broken {
             if key(&broken.probe) == key(&job) {
                 broken.at = Some(now + PROBE_PAUSE);
             } else {
                 broken.waiting.push(job);
             }
-            return true;
+            return Failure::Paused;
         }
         let tries = self.tries.entry(key(&job)).or_default();
         if let Some(pause) = QUICK_PAUSES.get(*tries) {
             *tries += 1;
             self.later.push((now + *pause, job));
-            return false;
+            return Failure::Again;
+        }
+        if !job.in_parts {
+            job.in_parts = true;
+            return Failure::InParts(job);
         }
         let waiting = self.later.drain(..).map(|(_, job)| job).collect();
         self.broken = Some(Broken { probe: job, at: Some(now + PROBE_PAUSE), waiting });
-        true
+        Failure::Paused
     }
 
     /// A read succeeded: the jobs that may now be read, and whether the disk had been paused.
@@ -127,19 +144,28 @@ mod tests {
     use super::*;
 
     fn job(start: u64) -> ReadJob {
-        ReadJob { chunk: SectorRange::new(start, start + 8), epoch: 1, hash: false, pieces: Vec::new() }
+        ReadJob {
+            chunk: SectorRange::new(start, start + 8),
+            epoch: 1,
+            hash: false,
+            pieces: Vec::new(),
+            in_parts: false,
+        }
     }
 
     /// Fails `job` until the disk is paused; answers when that was.
     fn pause(faults: &mut Faults, job: ReadJob, begin: Instant) -> Instant {
         let mut now = begin;
         for pause in QUICK_PAUSES {
-            assert!(!faults.failed(job.clone(), now));
+            assert_eq!(faults.failed(job.clone(), now), Failure::Again);
             assert!(faults.due(now + pause / 2).is_empty(), "not before its pause is over");
             now += pause;
             assert_eq!(faults.due(now).iter().map(key).collect::<Vec<_>>(), [key(&job)]);
         }
-        assert!(faults.failed(job, now));
+        let Failure::InParts(parts) = faults.failed(job.clone(), now) else { panic!("not in parts") };
+        assert_eq!(parts, ReadJob { in_parts: true, ..job });
+        assert!(!faults.is_paused());
+        assert_eq!(faults.failed(parts, now), Failure::Paused);
         now
     }
 
@@ -149,7 +175,7 @@ mod tests {
         let paused = pause(&mut faults, job(0), begin);
         assert!(faults.is_paused());
         assert!(faults.admit(job(8)).is_none(), "the walk waits");
-        assert!(!faults.failed(job(16), paused) || faults.is_paused(), "one that was under way waits too");
+        assert_eq!(faults.failed(job(16), paused), Failure::Paused, "one that was under way waits too");
         let mut now = paused;
         for _ in 0..100 {
             assert!(!faults.wants_probe(now + PROBE_PAUSE / 2));
@@ -157,7 +183,7 @@ mod tests {
             assert!(faults.wants_probe(now));
             assert!(!faults.wants_probe(now + PROBE_PAUSE), "one probe at a time");
             assert_eq!(faults.probe().as_ref().map(key), Some(key(&job(0))));
-            assert!(faults.failed(job(0), now));
+            assert_eq!(faults.failed(job(0), now), Failure::Paused);
         }
         assert!(faults.succeeded(&job(24)).is_none(), "another chunk proves nothing");
         let mut released = faults.succeeded(&job(0)).unwrap();
@@ -171,7 +197,7 @@ mod tests {
     fn chunks_that_recover_leave_nothing_behind() {
         let (mut faults, now) = (Faults::default(), Instant::now());
         for start in 0..10 {
-            assert!(!faults.failed(job(start), now));
+            assert_eq!(faults.failed(job(start), now), Failure::Again);
         }
         for job in faults.due(now + PROBE_PAUSE) {
             assert!(faults.succeeded(&job).is_none());

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Instant;
 
-use reprotect_engine::format::batch::MarkClass;
+use reprotect_engine::format::batch::{MarkClass, Stretch};
 use reprotect_engine::format::message::{PassCause, PassMode, SourceId};
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::agent::Agent;
@@ -168,6 +168,16 @@ impl Following {
         self.missed.get(&disk).map(|why| (Code::CaptureMissed, why.clone()))
     }
 
+    /// The next process is to compare the disk.
+    pub(crate) fn forget_position(&self, disk: DiskId) {
+        self.positions.remove(disk);
+    }
+
+    /// Whether every write of any disk is streamed.
+    pub(crate) fn streams_any(&self) -> bool {
+        !self.streams.is_empty()
+    }
+
     /// A window found no moment.
     fn note_window(&mut self, problem: Option<&str>) {
         self.windows_failed += u64::from(problem.is_some());
@@ -234,26 +244,30 @@ impl Following {
     }
 
     /// A point of disks whose writes are streamed is durable.
-    pub(crate) fn handle_point_durable(&self, core: &Agent, disks: impl Iterator<Item = DiskId>) {
-        for disk in disks.filter(|disk| self.steps.get(disk) == Some(&Step::Streaming)) {
-            self.remember(core, disk);
+    pub(crate) fn handle_point_durable(
+        &self,
+        core: &Agent,
+        disks: impl Iterator<Item = (DiskId, Timestamp)>,
+    ) {
+        for (disk, as_of) in disks.filter(|(disk, _)| self.steps.get(disk) == Some(&Step::Streaming)) {
+            self.remember(core, disk, as_of);
             self.order(Order::Durable(disk));
         }
     }
 
     /// Where the stream stands now outlives this process, before anything is forgotten because of it.
-    fn remember(&self, core: &Agent, disk: DiskId) {
+    fn remember(&self, core: &Agent, disk: DiskId, as_of: Timestamp) {
         if self.is_followed(disk)
             && let Some(known) = core.stream_position(disk)
-            && let Err(error) = self.positions.store(disk, &known)
+            && let Err(error) = self.positions.store(disk, &known, as_of)
         {
             tracing::warn!(%disk, %error, "the position of the stream is not kept: after a restart the disk is compared");
         }
     }
 
     /// A pass ended durably.
-    pub(crate) fn handle_synced(&mut self, core: &Agent, disk: DiskId) {
-        self.remember(core, disk);
+    pub(crate) fn handle_synced(&mut self, core: &Agent, disk: DiskId, as_of: Timestamp) {
+        self.remember(core, disk, as_of);
         if self.steps.get(&disk) == Some(&Step::Pass) {
             self.order(Order::Durable(disk));
             self.unknown.remove(&disk);
@@ -271,8 +285,8 @@ impl Following {
     }
 
     /// A round ended durably.
-    pub(crate) fn handle_round_durable(&mut self, core: &Agent, disk: DiskId) {
-        self.remember(core, disk);
+    pub(crate) fn handle_round_durable(&mut self, core: &Agent, disk: DiskId, as_of: Timestamp) {
+        self.remember(core, disk, as_of);
         if self.steps.get(&disk) == Some(&Step::Round) {
             self.order(Order::Durable(disk));
             self.set(disk, if self.streams.contains(&disk) { Step::Streaming } else { Step::Idle });
@@ -321,8 +335,14 @@ impl Machine {
         if self.core.has_stream(disk) {
             return; // this process knows better
         }
-        match self.following.positions.load(disk) {
-            Some(known) => self.core.recall(disk, known),
+        let complete = self.disks.get(&disk).is_some_and(|state| state.unread.is_known());
+        match self.following.positions.load(disk).filter(|_| complete) {
+            Some((known, as_of)) => {
+                self.core.recall(disk, known);
+                if let Some(state) = self.disks.get_mut(&disk) {
+                    state.recalled_as_of = as_of;
+                }
+            }
             None => {
                 tracing::info!(%disk, "nothing is known of its stream; it is compared");
                 self.following.unknown.insert(disk);
@@ -330,10 +350,27 @@ impl Machine {
         }
     }
 
+    /// The target is open where the process before this one knew it to be: its state is as old as that one said. Where it
+    /// is not, a compare is asked for next, and sets it back.
+    pub(crate) fn recall_age(&mut self, disk: DiskId, mode: PassMode) {
+        let durable = self.core.position(disk).unwrap_or_default().0;
+        if let Some(state) = self.disks.get_mut(&disk) {
+            let as_of = std::mem::take(&mut state.recalled_as_of);
+            if mode == PassMode::Done {
+                state.freshness.covers(durable, as_of);
+            }
+        }
+    }
+
+    /// Everything written to the disk before is durable.
+    pub(crate) fn as_of(&self, disk: DiskId) -> Timestamp {
+        self.disks.get(&disk).map_or(Timestamp::ZERO, |state| state.freshness.durable_as_of())
+    }
+
     /// The disk is open at the target. What was harvested before belongs to the pass only if that reads everything.
     pub(crate) fn handle_opened_followed(&mut self, disk: DiskId, mode: PassMode) {
         self.tell_doubts(disk);
-        self.following.remember(&self.core, disk);
+        self.following.remember(&self.core, disk, self.as_of(disk));
         let from_the_start = self.core.pass_progress(disk).is_some_and(|(settled, _)| settled == 0);
         let following = &mut self.following;
         match following.steps.get(&disk) {
@@ -485,7 +522,11 @@ impl Machine {
             self.following.set(disk, Step::Pass);
             return self.core.begin_pass(disk, PassCause::TrackingLost);
         }
-        if self.core.begin_delta(disk, changed, to_mark) {
+        let mut wanted = changed.clone();
+        if let Some(state) = self.disks.get(&disk).filter(|state| state.unread.is_tried()) {
+            wanted.extend(state.unread.ranges());
+        }
+        if self.core.begin_delta(disk, &wanted, to_mark) {
             self.following.set(disk, Step::Round);
         } else {
             self.following.give_back(disk);
@@ -549,6 +590,7 @@ impl Machine {
         let now = wall_clock();
         for batch in batches {
             let disk = batch.disk;
+            self.handle_batch_sent(&batch);
             self.core.submit_delta(disk, batch.kind, now, batch.records);
             let waiting = self.core.undurable_bytes(disk);
             if waiting > STREAM_BYTES_MAX {
@@ -600,7 +642,7 @@ impl Machine {
                 self.drop_window(disks.iter().copied());
                 MarkClass::Fuzzy
             }
-            Ok(WindowRead { batches, open, streams, frozen, source_time: taken, .. }) => {
+            Ok(WindowRead { batches, open, streams, frozen, source_time: taken, unread, .. }) => {
                 (held, source_time) = (frozen, taken);
                 let now = wall_clock();
                 if streams && self.following.streams.is_empty() {
@@ -608,8 +650,17 @@ impl Machine {
                     disks.iter().for_each(|disk| self.step(*disk, "data", "a window stays open"));
                     self.following.streams.extend(disks);
                 }
-                for batch in batches {
+                // Blocks are read before the records that overlay them, and what could not be read may have been written since.
+                let first_record = batches.iter().position(|batch| batch.kind == Stretch::Ordered);
+                for (number, batch) in batches.into_iter().enumerate() {
+                    if Some(number) == first_record {
+                        self.note_window_unread(&unread);
+                    }
+                    self.handle_batch_sent(&batch);
                     self.core.submit_delta(batch.disk, batch.kind, now, batch.records);
+                }
+                if first_record.is_none() {
+                    self.note_window_unread(&unread);
                 }
                 if let Some(why) = &open {
                     tracing::warn!("no consistent moment was found, the point is fuzzy: {why}");

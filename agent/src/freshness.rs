@@ -19,6 +19,8 @@ const WAITING_MAX: usize = 1024;
 #[derive(Debug, Default)]
 pub(crate) struct Freshness {
     durable_as_of: Timestamp,
+    /// What `durable_as_of` was at the latest when a sequence was durable, ascending: for when sequences are lost again.
+    reached: VecDeque<(Sequence, Timestamp)>,
     /// When the sequence is durable, everything written before the time is.
     waiting: VecDeque<(Sequence, Timestamp)>,
     /// Something was missed, and the disk is not compared yet.
@@ -26,11 +28,24 @@ pub(crate) struct Freshness {
 }
 
 impl Freshness {
-    /// Everything written before `time` is durable.
-    pub(crate) fn covers(&mut self, time: Timestamp) {
-        if !self.doubtful {
-            self.durable_as_of = self.durable_as_of.max(time);
+    /// Everything written before `time` is durable, as everything up to `durable` is.
+    pub(crate) fn covers(&mut self, durable: Sequence, time: Timestamp) {
+        if self.doubtful || time <= self.durable_as_of {
+            return;
         }
+        self.durable_as_of = time;
+        self.reached.push_back((durable, time));
+        if self.reached.len() > WAITING_MAX {
+            self.reached.pop_front();
+        }
+    }
+
+    /// Sequences from `from` on were durable, are not any more, and are sent again.
+    pub(crate) fn lost(&mut self, from: Sequence) {
+        while let Some(known) = self.reached.pop_back_if(|(sequence, _)| *sequence >= from) {
+            self.waiting.push_front(known);
+        }
+        self.durable_as_of = self.reached.back().map_or(Timestamp::ZERO, |(_, time)| *time);
     }
 
     /// Everything written before `time` has a sequence up to `last`.
@@ -50,7 +65,7 @@ impl Freshness {
             && last <= durable
         {
             self.waiting.pop_front();
-            self.covers(time);
+            self.covers(last, time);
         }
     }
 
@@ -58,12 +73,14 @@ impl Freshness {
     /// with it.
     pub(crate) fn begin_pass(&mut self) {
         self.waiting.clear();
+        self.reached.clear();
         self.doubtful = false;
     }
 
     /// What was written after `time` may be missing.
     pub(crate) fn set_back(&mut self, time: Timestamp) {
         self.durable_as_of = self.durable_as_of.min(time);
+        while self.reached.pop_back_if(|(_, known)| *known > time).is_some() {}
         self.doubtful = true;
     }
 
@@ -91,7 +108,7 @@ mod tests {
     fn a_stream_is_as_fresh_as_its_last_durable_batch() {
         let mut fresh = Freshness::default();
         assert_eq!(fresh.age(at(9)), None, "nothing is durable yet");
-        fresh.covers(at(10));
+        fresh.covers(Sequence(4), at(10));
         fresh.streamed(Sequence(5), at(11));
         fresh.streamed(Sequence(7), at(12));
         fresh.streamed(Sequence(7), at(13));
@@ -101,14 +118,37 @@ mod tests {
         assert_eq!(fresh.durable_as_of(), at(11));
         fresh.durable(Sequence(7));
         assert_eq!(fresh.age(at(15)), Some(Duration::from_secs(2)), "nothing was written since");
-        fresh.covers(at(3));
+        fresh.covers(Sequence(7), at(3));
         assert_eq!(fresh.durable_as_of(), at(13), "an older state changes nothing");
         fresh.set_back(at(8));
-        fresh.covers(at(20));
+        fresh.covers(Sequence(8), at(20));
         assert_eq!(fresh.durable_as_of(), at(8), "something was missed since");
         fresh.begin_pass();
-        fresh.covers(at(21));
+        fresh.covers(Sequence(9), at(21));
         assert_eq!(fresh.durable_as_of(), at(21), "compared");
+    }
+
+    #[test]
+    fn what_a_target_lost_is_not_durable_until_it_is_there_again() {
+        let mut fresh = Freshness::default();
+        fresh.covers(Sequence(4), at(10));
+        fresh.covers(Sequence(6), at(12));
+        fresh.streamed(Sequence(9), at(15));
+        fresh.durable(Sequence(9));
+        fresh.streamed(Sequence(11), at(16));
+        fresh.lost(Sequence(6));
+        assert_eq!(fresh.durable_as_of(), at(10));
+        fresh.durable(Sequence(5));
+        assert_eq!(fresh.durable_as_of(), at(10));
+        fresh.durable(Sequence(9));
+        assert_eq!(fresh.durable_as_of(), at(15), "sent again");
+        fresh.durable(Sequence(11));
+        assert_eq!(fresh.durable_as_of(), at(16));
+        fresh.set_back(at(12));
+        fresh.lost(Sequence(5));
+        assert_eq!(fresh.durable_as_of(), at(10), "also of what was doubtful");
+        fresh.lost(Sequence(1));
+        assert_eq!(fresh.age(at(20)), None, "there is no state at all");
     }
 
     #[test]

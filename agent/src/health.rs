@@ -35,6 +35,8 @@ pub(crate) enum Code {
     WindowsFail,
     /// A hook does not do its work.
     HookFailed,
+    /// Parts of a disk cannot be read.
+    SourceUnreadable,
     /// A disk is stopped or paused.
     DiskProblem,
 }
@@ -47,13 +49,14 @@ impl Code {
             Self::CaptureMissed => "CAPTURE_MISSED",
             Self::WindowsFail => "WINDOWS_FAIL",
             Self::HookFailed => "HOOK_FAILED",
+            Self::SourceUnreadable => "SOURCE_UNREADABLE",
             Self::DiskProblem => "DISK_PROBLEM",
         }
     }
 
     const fn severity(self) -> Severity {
         match self {
-            Self::RpoExceeded | Self::DiskProblem => Severity::Critical,
+            Self::RpoExceeded | Self::SourceUnreadable | Self::DiskProblem => Severity::Critical,
             Self::CaptureFellBack | Self::CaptureMissed | Self::WindowsFail | Self::HookFailed => {
                 Severity::Warning
             }
@@ -71,6 +74,9 @@ impl Code {
             Self::CaptureMissed => "nothing to do: the compare puts it right; report it if it happens again",
             Self::WindowsFail => "see the agent's log for the cause; points are fuzzy until a window closes",
             Self::HookFailed => "run the hook by hand; points promise clean file systems only until it works",
+            Self::SourceUnreadable => {
+                "look at the kernel's log (dmesg) and at the device; it is tried again by itself, and writing these blocks anew heals them, too; until then points are degraded"
+            }
             Self::DiskProblem => "do what the problem says",
         }
     }

@@ -21,7 +21,7 @@ use reprotect_engine::limits::{CHUNKS_OPEN_MAX, UNWRITTEN_BYTES_MAX};
 use reprotect_engine::net::mono_clock;
 use reprotect_engine::proto::agent::{Agent, AgentEvent};
 use reprotect_engine::proto::pass::{PassAction, Sink};
-use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence};
+use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence, Timestamp};
 use tokio::sync::{mpsc, watch};
 
 use crate::api::StatusInfo;
@@ -35,11 +35,12 @@ use crate::marking::{MarkOrder, MarkOrders, MarkRun};
 use crate::opening::{Missing, Opened, Opening, Purpose, share_bytes};
 use crate::plan::{Plan, Plans};
 use crate::policy::PolicyKeeper;
-use crate::protected::{Activity, Kept, Protected};
+use crate::protected::{Activity, Protected};
 use crate::quiescing::{AppSchedule, FreezeNews, Freezer};
 use crate::reader::{FromDisk, ReadJob};
 use crate::sources::{Found, Sources, inventory};
 use crate::throttle::Throttle;
+use crate::unread::Unread;
 use crate::workers::{Done, Job, JobKey, Workers};
 
 /// How often the compression level is looked at.
@@ -199,6 +200,7 @@ impl Machine {
         let mut stopped = false;
         for (disk, state) in &mut self.disks {
             state.faults.hurry(now);
+            state.unread.hurry(now);
             if state.activity == Activity::Stopped {
                 stopped = true;
             } else if !self.sources.contains_key(&state.source) && !state.faults.is_paused() {
@@ -240,6 +242,8 @@ impl Machine {
             }
             AgentEvent::Opened { disk, mode } => {
                 tracing::info!(%disk, ?mode, "disk opened at the target");
+                self.tell_unread(disk);
+                self.recall_age(disk, mode);
                 self.handle_opened_followed(disk, mode);
                 let resumed = self.core.pass_progress(disk).is_some_and(|(settled, _)| settled > 0);
                 self.with(disk, |state| {
@@ -264,23 +268,16 @@ impl Machine {
             AgentEvent::Work { disk, epoch, sink, as_of, action } => {
                 self.handle_work(disk, epoch, sink, as_of, action, compress);
             }
-            AgentEvent::Synced { disk } => {
-                tracing::info!(%disk, "the whole disk is on the target");
-                self.following.handle_synced(&self.core, disk);
-                self.with(disk, |state| {
-                    if state.activity != Activity::Stopped {
-                        state.problem = None;
-                    }
-                    state.finish_walk(Instant::now() + FIRST_SCAN);
-                });
-            }
+            AgentEvent::Synced { disk } => self.handle_synced(disk),
             AgentEvent::ScanDone { disk } => {
-                self.following.handle_round_durable(&self.core, disk);
+                self.store_unread(disk);
                 let pause = self.round_pause(disk);
+                let durable = self.core.position(disk).unwrap_or_default().0;
                 self.with(disk, |state| {
                     state.scan_rounds += 1;
-                    state.finish_walk(Instant::now() + pause);
+                    state.finish_walk(durable, Instant::now() + pause);
                 });
+                self.following.handle_round_durable(&self.core, disk, self.as_of(disk));
                 self.handle_round_done(disk);
             }
             AgentEvent::ScanRead { disk } => self.handle_scan_read(disk),
@@ -288,28 +285,13 @@ impl Machine {
             AgentEvent::MarkLost { disk, label } => self.handle_mark_lost(disk, &label),
             AgentEvent::Policy(policy) => self.take_policy(&policy),
             AgentEvent::MarkRequested(request) => self.handle_mark_request(&request),
-            AgentEvent::Resync { disk, cause } => {
-                self.following.abandon_round(disk);
-                if self.is_streaming(std::iter::once(disk)) {
-                    self.end_streaming("the whole disk is compared");
-                }
-                let problem = (cause == PassCause::DamagedStream).then(|| DAMAGED_TEXT.to_owned());
-                match &problem {
-                    Some(text) => tracing::error!(%disk, ?cause, "{text}"),
-                    None => tracing::warn!(%disk, ?cause, "a compare of the whole disk was asked for"),
-                }
-                self.with(disk, |state| {
-                    state.begin_walk(Activity::Comparing);
-                    if let Some(problem) = problem.filter(|_| state.activity != Activity::Stopped) {
-                        state.problem = Some(problem);
-                    }
-                });
-                // A point that waits for this disk's round is not made, also where the compare is over in no time.
-                self.advance_run();
-            }
+            AgentEvent::Resync { disk, cause } => self.handle_resync(disk, cause),
             AgentEvent::TargetLost { disk, from, to } => {
                 tracing::error!(%disk, %from, %to, "the target lost what it had called durable and gets it again: look at its retention drive");
-                self.with(disk, |state| state.lost_at_target += to.0 + 1 - from.0);
+                self.with(disk, |state| {
+                    state.lost_at_target += to.0 + 1 - from.0;
+                    state.freshness.lost(from);
+                });
             }
             AgentEvent::Stopped { disk, code, text } => {
                 let text = explain_stop(code, text);
@@ -325,6 +307,46 @@ impl Machine {
                 self.with(disk, |state| state.problem = Some(text));
             }
         }
+    }
+
+    fn handle_synced(&mut self, disk: DiskId) {
+        let missing = self.disks.get(&disk).and_then(|state| state.unread.describe());
+        match missing {
+            None => tracing::info!(%disk, "the whole disk is on the target"),
+            Some(missing) => tracing::error!(%disk, "the disk is on the target, {missing}"),
+        }
+        self.store_unread(disk);
+        let durable = self.core.position(disk).unwrap_or_default().0;
+        self.with(disk, |state| {
+            if state.activity != Activity::Stopped {
+                state.problem = None;
+            }
+            state.finish_walk(durable, Instant::now() + FIRST_SCAN);
+        });
+        self.following.handle_synced(&self.core, disk, self.as_of(disk));
+    }
+
+    fn handle_resync(&mut self, disk: DiskId, cause: PassCause) {
+        self.following.abandon_round(disk);
+        if self.is_streaming(std::iter::once(disk)) {
+            self.end_streaming("the whole disk is compared");
+        }
+        let problem = (cause == PassCause::DamagedStream).then(|| DAMAGED_TEXT.to_owned());
+        match &problem {
+            Some(text) => tracing::error!(%disk, ?cause, "{text}"),
+            None => tracing::warn!(%disk, ?cause, "a compare of the whole disk was asked for"),
+        }
+        self.with(disk, |state| {
+            if is_other_state(cause) {
+                state.freshness.set_back(Timestamp::ZERO);
+            }
+            state.begin_walk(Activity::Comparing);
+            if let Some(problem) = problem.filter(|_| state.activity != Activity::Stopped) {
+                state.problem = Some(problem);
+            }
+        });
+        // A point that waits for this disk's round is not made, also where the compare is over in no time.
+        self.advance_run();
     }
 
     /// Pause between two scan rounds: the policy's, else the configuration's.
@@ -375,7 +397,9 @@ impl Machine {
     fn forget(&mut self, disk: DiskId) {
         self.core.forget(disk);
         self.following.forget(disk);
-        self.disks.remove(&disk);
+        if let Some(state) = self.disks.remove(&disk) {
+            state.unread.remove();
+        }
         self.missing.remove(&disk);
     }
 
@@ -385,7 +409,9 @@ impl Machine {
             |(id, known): (&DiskId, &Protected)| (*id != disk && known.source == source).then_some(*id);
         for id in self.disks.iter().filter_map(gone).collect::<Vec<_>>() {
             self.following.forget(id);
-            self.disks.remove(&id);
+            if let Some(state) = self.disks.remove(&id) {
+                state.unread.remove();
+            }
         }
         self.missing.retain(|id, known| *id == disk || known.source != source);
         if let Some(state) = self.disks.get(&disk)
@@ -467,7 +493,9 @@ impl Machine {
                 match self.disks.get_mut(&disk).filter(|state| state.source == source) {
                     Some(state) => state.replace_reader(path, reader),
                     None => {
-                        self.disks.insert(disk, Protected::new(source, path, budget, reader));
+                        let folder = &self.plan.settings.places.state_dir;
+                        let unread = Unread::load(folder, disk, Instant::now());
+                        self.disks.insert(disk, Protected::new(source, path, budget, reader, unread));
                     }
                 }
                 self.follow_and_open(disk, size_sectors);
@@ -513,7 +541,8 @@ impl Machine {
         }
         match action {
             PassAction::Read { chunk, hash, pieces } => {
-                state.want(ReadJob { chunk, epoch, hash, pieces }, as_of);
+                let job = ReadJob { chunk, epoch, hash, pieces, in_parts: false };
+                self.want_chunk(disk, job, sink, as_of);
             }
             PassAction::HashFine { chunk, units } => {
                 if let Some(kept) = state.kept.get(&chunk.start) {
@@ -534,46 +563,7 @@ impl Machine {
         }
     }
 
-    /// News from a disk's reader.
-    pub(crate) fn handle_from_disk(&mut self, disk: DiskId, news: FromDisk) {
-        match news {
-            FromDisk::Read { job, data: Ok((data, time)) } => {
-                let Some(state) = self.disks.get_mut(&disk) else { return };
-                let Some(as_of) = state.take_wanted(&job) else { return }; // of a walk that is over
-                if let Some(waiting) = state.faults.succeeded(&job) {
-                    tracing::info!(%disk, "readable again");
-                    state.problem = None;
-                    waiting.into_iter().for_each(|job| state.read(job));
-                }
-                state
-                    .kept
-                    .insert(job.chunk.start, Kept { epoch: job.epoch, data: data.clone(), time, as_of });
-                if job.hash {
-                    let key = JobKey { disk, epoch: job.epoch, chunk: job.chunk };
-                    self.workers.submit(Job::Hash { key, data, units: None });
-                } else {
-                    self.answer_read(disk, job.epoch, job.chunk, None);
-                }
-            }
-            FromDisk::Read { job, data: Err(reason) } => {
-                let Some(state) = self.disks.get_mut(&disk).filter(|state| state.is_wanted(&job)) else {
-                    return;
-                };
-                let was_paused = state.faults.is_paused();
-                if !state.faults.failed(job, Instant::now()) {
-                    tracing::warn!(%disk, "{reason}; trying again");
-                    return;
-                }
-                if !was_paused {
-                    tracing::error!(%disk, "{reason}; the walk over this disk is paused");
-                }
-                state.problem = Some(paused_text(&reason));
-            }
-            FromDisk::Resized(bytes) => self.handle_resized(disk, bytes),
-        }
-    }
-
-    fn handle_resized(&mut self, disk: DiskId, bytes: u64) {
+    pub(crate) fn handle_resized(&mut self, disk: DiskId, bytes: u64) {
         // Followed anew, and compared, once source and target fit again.
         self.following.forget(disk);
         self.with(disk, |state| {
@@ -587,7 +577,13 @@ impl Machine {
         });
     }
 
-    fn answer_read(&mut self, disk: DiskId, epoch: u64, chunk: SectorRange, hashes: Option<Vec<UnitHash>>) {
+    pub(crate) fn answer_read(
+        &mut self,
+        disk: DiskId,
+        epoch: u64,
+        chunk: SectorRange,
+        hashes: Option<Vec<UnitHash>>,
+    ) {
         if let Err(error) = self.core.handle_read(disk, epoch, chunk, hashes) {
             tracing::error!(%disk, %error, "a defect in hashing; the chunk is tried again in the next session");
         }
@@ -603,7 +599,9 @@ impl Machine {
                 }
             }
             Done::Cut { key, records, as_of, time } => {
-                self.core.submit_chunk(key.disk, key.epoch, key.chunk, as_of, time, records);
+                if self.core.submit_chunk(key.disk, key.epoch, key.chunk, as_of, time, records) {
+                    self.handle_chunk_sent(key.disk, key.epoch, key.chunk);
+                }
             }
         }
     }
@@ -627,13 +625,19 @@ impl Machine {
         for disk in self.disks.iter().filter_map(is_due).collect::<Vec<_>>() {
             self.begin_round(disk, false);
         }
+        let mut retried = false;
         for (disk, state) in &mut self.disks {
             for job in state.faults.due(now) {
                 state.read(job);
             }
+            retried |= state.activity == Activity::Synced && state.unread.is_due(now);
             if state.faults.wants_probe(now) {
                 wanted.push((*disk, state.source, Purpose::Probe));
             }
+        }
+        if retried && self.following.streams_any() {
+            // A stream reads nothing: a round does.
+            self.end_streaming("what could not be read is tried again");
         }
         for (disk, missing) in &mut self.missing {
             if missing.again_at.take_if(|at| *at <= now).is_some() {
@@ -670,11 +674,22 @@ impl Machine {
     }
 }
 
+/// Whether the target may hold another state than it said to hold.
+const fn is_other_state(cause: PassCause) -> bool {
+    matches!(
+        cause,
+        PassCause::TargetLostDurable
+            | PassCause::ChainMismatch
+            | PassCause::OtherLineage
+            | PassCause::OtherSession
+    )
+}
+
 fn permille(value: u64) -> u16 {
     u16::try_from(value.min(1000)).unwrap_or(1000)
 }
 
-fn paused_text(reason: &str) -> String {
+pub(crate) fn paused_text(reason: &str) -> String {
     format!(
         "{reason}; this disk is paused and tried again every 15 s; look at the kernel's log (dmesg) and at the device"
     )

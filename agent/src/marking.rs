@@ -98,6 +98,8 @@ pub(crate) struct MarkRun {
     pub(crate) deadline: Option<Instant>,
     /// What its marks promise, once they are placed.
     class: MarkClass,
+    /// What its disks are not whole in.
+    lacking: Vec<String>,
 }
 
 impl Machine {
@@ -172,7 +174,8 @@ impl Machine {
                     Phase::Reading { begun, read: if streaming { disks.clone() } else { done } }
                 };
                 let (quiet, deadline, class) = (Quiet::default(), None, MarkClass::Fuzzy);
-                self.marking = Some(MarkRun { order, point, disks, phase, quiet, deadline, class });
+                let lacking = Vec::new();
+                self.marking = Some(MarkRun { order, point, disks, phase, quiet, deadline, class, lacking });
                 self.advance_run();
             }
             Err(refusal) => self.refuse(order.asker, refusal),
@@ -405,6 +408,11 @@ impl Machine {
         drop(self.release_run());
         let Some(run) = self.marking.as_mut() else { return };
         run.class = class;
+        let lacking = |disk: &DiskId| {
+            let state = self.disks.get(disk)?;
+            Some(format!("{} is {}, so this is no state of it", state.path, state.unread.describe()?))
+        };
+        run.lacking = run.disks.iter().filter_map(lacking).collect();
         let label = MarkLabel {
             point: run.point,
             class,
@@ -486,28 +494,38 @@ impl Machine {
         if matches!(run.order.asker, Asker::Timer) {
             tracing::debug!(point, "the timer's point of the machine is durable");
         } else {
-            tracing::info!(point, class, name = run.order.request.name, "a point of the machine is durable");
+            let lacking = run.lacking.join(", ");
+            tracing::info!(
+                point,
+                class,
+                name = run.order.request.name,
+                lacking,
+                "a point of the machine is durable"
+            );
         }
         let answer = MarkAnswer {
             point,
-            class: class.to_owned(),
+            class: if run.lacking.is_empty() { class } else { "incomplete" }.to_owned(),
             name: run.order.request.name.clone(),
             source_time_ms: time.0 / 1_000_000,
             disks: durable.keys().map(disk).collect(),
             frozen: run.quiet.frozen(),
             freeze_call_us: run.quiet.end.as_ref().map_or(0, |end| micros(end.call)),
             frozen_us: run.quiet.end.as_ref().map_or(0, |end| micros(end.frozen)),
-            problems: run.quiet.all_problems(),
+            problems: run.quiet.all_problems().into_iter().chain(run.lacking.iter().cloned()).collect(),
         };
         if run.order.request.freeze && matches!(run.order.asker, Asker::Timer) {
             // Where nothing is mounted there is no more to be had.
             self.end_app_run(run.quiet.bare || matches!(run.class, MarkClass::Frozen | MarkClass::App));
         }
-        self.following.handle_point_durable(&self.core, run.disks.iter().copied());
+        run.disks.iter().for_each(|disk| self.store_unread(*disk));
         if run.class != MarkClass::Fuzzy {
-            let states = self.disks.iter_mut().filter(|(disk, _)| run.disks.contains(disk));
-            states.for_each(|(_, state)| state.freshness.covers(time));
+            for (disk, state) in self.disks.iter_mut().filter(|(disk, _)| run.disks.contains(disk)) {
+                state.freshness.covers(self.core.position(*disk).unwrap_or_default().0, time);
+            }
         }
+        let ages: Vec<_> = run.disks.iter().map(|disk| (*disk, self.as_of(*disk))).collect();
+        self.following.handle_point_durable(&self.core, ages.into_iter());
         let pauses = self.round_pauses();
         for (disk, state) in self.disks.iter_mut().filter(|(disk, _)| run.disks.contains(disk)) {
             // Rounds set their own pause when they end; a point of a stream has none.

@@ -83,6 +83,8 @@ pub(crate) fn render(info: &StatusInfo) -> String {
     gauges(&mut registry, info, "disk_streaming", "1 while every write is a recovery point", streaming);
     let held = |disk: &DiskInfo| Some(disk.held_bytes as f64);
     gauges(&mut registry, info, "disk_held_bytes", "Payload in memory, not yet acknowledged", held);
+    let unread = |disk: &DiskInfo| Some(disk.unread_bytes as f64);
+    gauges(&mut registry, info, "disk_unread_bytes", "Not at the target, because it cannot be read", unread);
     counters(&mut registry, info, "disk_read_bytes", "Read from the disk", |disk| disk.read_bytes);
     counters(&mut registry, info, "disk_sent_bytes", "Handed to the transport", |disk| disk.wire_bytes_sent);
     counters(&mut registry, info, "disk_rounds", "Rounds whose mark is durable", |disk| disk.scan_rounds);

@@ -18,6 +18,7 @@ use crate::budget::Budget;
 use crate::faults::Faults;
 use crate::freshness::Freshness;
 use crate::reader::{DiskReader, ReadJob};
+use crate::unread::Unread;
 
 /// A chunk whose data are kept.
 #[derive(Debug)]
@@ -67,10 +68,13 @@ pub(crate) struct Protected {
     pub(crate) kept: HashMap<u64, Kept>,
     wanted: HashMap<(u64, u64), Sequence>,
     pub(crate) faults: Faults,
+    pub(crate) unread: Unread,
     pub(crate) activity: Activity,
     pub(crate) next_scan: Option<Instant>,
     pub(crate) walk_began: Timestamp,
     pub(crate) freshness: Freshness,
+    /// What the process before this one knew of it; it holds if the target stands where that knew it to stand.
+    pub(crate) recalled_as_of: Timestamp,
     pub(crate) lost_at_target: u64,
     /// How often capture missed something.
     pub(crate) unaccounted: u64,
@@ -79,7 +83,14 @@ pub(crate) struct Protected {
 }
 
 impl Protected {
-    pub(crate) fn new(source: SourceId, path: String, budget: Arc<Budget>, reader: DiskReader) -> Self {
+    pub(crate) fn new(
+        source: SourceId,
+        path: String,
+        budget: Arc<Budget>,
+        reader: DiskReader,
+        mut unread: Unread,
+    ) -> Self {
+        unread.cut_off(reader.size_sectors());
         Self {
             source,
             path,
@@ -90,10 +101,12 @@ impl Protected {
             kept: HashMap::new(),
             wanted: HashMap::new(),
             faults: Faults::default(),
+            unread,
             activity: Activity::Offered,
             next_scan: None,
             walk_began: Timestamp::ZERO,
             freshness: Freshness::default(),
+            recalled_as_of: Timestamp::ZERO,
             lost_at_target: 0,
             unaccounted: 0,
             scan_rounds: 0,
@@ -110,6 +123,7 @@ impl Protected {
     pub(crate) fn replace_reader(&mut self, path: String, reader: DiskReader) {
         self.read_before += self.reader.as_ref().map_or(0, DiskReader::read_bytes);
         self.size_sectors = reader.size_sectors();
+        self.unread.cut_off(self.size_sectors);
         self.path = path;
         self.reader = Some(reader);
     }
@@ -127,6 +141,7 @@ impl Protected {
         self.kept.clear();
         self.wanted.clear();
         self.faults.clear();
+        self.unread.end_walk();
         self.next_scan = None;
     }
 
@@ -140,6 +155,11 @@ impl Protected {
             self.freshness.begin_pass();
         }
         self.activity = activity;
+        let now = Instant::now();
+        self.unread.end_walk();
+        if activity != Activity::Synced && (activity != Activity::Scanning || self.unread.is_due(now)) {
+            self.unread.begin_trying(now);
+        }
         self.walk_began = wall_clock();
         self.next_scan = None;
     }
@@ -149,13 +169,14 @@ impl Protected {
         self.walk_began = began;
     }
 
-    /// Everything the walk read is durable. Word of it may come when the disk was stopped meanwhile: it stays so.
-    pub(crate) fn finish_walk(&mut self, next_scan: Instant) {
+    /// Everything the walk read is durable, with everything up to `durable`. Word of it may come when the disk was stopped meanwhile: it stays so.
+    pub(crate) fn finish_walk(&mut self, durable: Sequence, next_scan: Instant) {
         if self.activity == Activity::Stopped {
             return;
         }
         self.activity = Activity::Synced;
-        self.freshness.covers(self.walk_began);
+        self.unread.end_walk();
+        self.freshness.covers(durable, self.walk_began);
         self.next_scan = Some(next_scan);
     }
 
@@ -192,8 +213,12 @@ impl Protected {
     }
 
     /// What it is doing, for people.
-    pub(crate) const fn state(&self) -> &'static str {
-        if self.faults.is_paused() { "paused" } else { self.activity.name() }
+    pub(crate) fn state(&self) -> &'static str {
+        match self.activity {
+            _ if self.faults.is_paused() => "paused",
+            Activity::Synced if !self.unread.is_empty() => "incomplete",
+            activity => activity.name(),
+        }
     }
 
     pub(crate) const fn size_bytes(&self) -> u64 {
@@ -208,6 +233,7 @@ impl Protected {
 #[cfg(test)]
 mod tests {
     use reprotect_engine::limits::CHUNK_BYTES;
+    use reprotect_engine::units::DiskId;
 
     use super::*;
     use crate::reader::ReaderSetup;
@@ -215,6 +241,7 @@ mod tests {
 
     #[test]
     fn late_news_of_its_walk_do_not_set_a_stopped_disk_going_again() {
+        let dir = tempfile::tempdir().unwrap();
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(CHUNK_BYTES).unwrap();
         let budget = Budget::new(0, 1).unwrap();
@@ -226,10 +253,16 @@ mod tests {
             deliver: Box::new(drop),
         };
         let reader = DiskReader::start(setup).unwrap();
-        let mut disk = Protected::new([1; 16], "disk".to_owned(), budget, reader);
+        let mut disk = Protected::new(
+            [1; 16],
+            "disk".to_owned(),
+            budget,
+            reader,
+            Unread::load(dir.path(), DiskId([1; 16]), Instant::now()),
+        );
         disk.begin_walk(Activity::Scanning);
         disk.stop("it was resized".to_owned());
-        disk.finish_walk(Instant::now());
+        disk.finish_walk(Sequence::ZERO, Instant::now());
         assert_eq!(
             (disk.activity, disk.next_scan),
             (Activity::Stopped, None),

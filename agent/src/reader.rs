@@ -2,8 +2,9 @@
 //!
 //! Invariants: a device is read past the page cache, or not at all: another file system's cache may hold what the
 //! device does not yet; payload memory is the disk's [`Budget`], so the reader waits when its chunks are still under
-//! way; the machine's own work comes first, as far as `read_rate` says; a failed read costs only its own chunk; holes
-//! of an image are known to be zeros and are not read. Units: bytes, sectors.
+//! way; the machine's own work comes first, as far as `read_rate` says; a failed read costs only its own chunk, and where
+//! that is to be read in parts, only the blocks that fail; holes of an image are known to be zeros and are not read.
+//! Units: bytes, sectors.
 //! Started by `opening` when a disk is offered or probed; dropping the [`DiskReader`] ends the thread soon.
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -19,10 +20,13 @@ use reprotect_engine::net::wall_clock;
 use reprotect_engine::units::{SECTOR_BYTES, SectorRange, Timestamp};
 
 use crate::budget::{Budget, ChunkBuffer};
+use crate::salvage::{Salvaged, is_alive};
 use crate::throttle::Throttle;
 
 /// Chunks read by one call: 16 MiB in flight keep any disk busy.
 const CHUNKS_PER_READ: usize = 4;
+/// How long it may take to read a chunk around what fails in it; what is left then is tried another time.
+const PARTS_LIMIT: Duration = Duration::from_secs(10);
 /// How often the disk's size is looked at.
 const SIZE_CHECK: Duration = Duration::from_secs(2);
 /// What every hole of an image reads as; not resident until touched, and then only once for all disks.
@@ -39,6 +43,8 @@ pub struct ReadJob {
     pub hash: bool,
     /// The parts of it that are read, ascending; all of it when empty. What is not read may hold anything.
     pub pieces: Vec<SectorRange>,
+    /// What cannot be read is left out, instead of failing it all.
+    pub in_parts: bool,
 }
 
 impl ReadJob {
@@ -58,11 +64,23 @@ pub enum FromDisk {
     Read {
         /// The wish.
         job: ReadJob,
-        /// Its data and when they were read, or why they could not be.
-        data: Result<(Bytes, Timestamp), String>,
+        /// What was read, or why nothing could be.
+        data: Result<ChunkRead, String>,
     },
     /// The disk has this size now, in bytes; told once.
     Resized(u64),
+}
+
+/// A chunk that was read.
+#[derive(Debug)]
+pub struct ChunkRead {
+    /// Its data.
+    pub data: Bytes,
+    /// When they were read.
+    pub time: Timestamp,
+    /// What could not be read of the job's pieces, ascending: the data hold nothing of it. Empty unless the job is read in
+    /// parts.
+    pub unread: Vec<SectorRange>,
 }
 
 /// What a reader needs.
@@ -136,6 +154,7 @@ impl DiskReader {
             device_number,
             size_sectors,
             size_checked: Instant::now(),
+            known_good: 0,
             resized: false,
             has_holes: !is_device,
             budget,
@@ -179,6 +198,8 @@ struct ReaderThread {
     device_number: Option<u64>,
     size_sectors: u64,
     size_checked: Instant,
+    /// A sector at which something was read.
+    known_good: u64,
     resized: bool,
     has_holes: bool,
     budget: Arc<Budget>,
@@ -210,7 +231,7 @@ impl ReaderThread {
         while let Some(job) = next.take() {
             if self.is_hole(job.chunk) {
                 let zeros = Bytes::from_static(&ZEROS).slice(..job.chunk.bytes() as usize);
-                self.deliver(job, Ok((zeros, wall_clock())));
+                self.deliver(job, Ok(ChunkRead { data: zeros, time: wall_clock(), unread: Vec::new() }));
             } else {
                 // The first one waits for memory; more are taken along while there is some.
                 let buffer =
@@ -247,7 +268,7 @@ impl ReaderThread {
         let time = wall_clock();
         if batch.len() > 1 && self.read_together(&mut batch).is_ok() {
             for (job, buffer) in batch {
-                self.deliver(job, Ok((buffer.into_bytes(), time)));
+                self.deliver(job, Ok(ChunkRead { data: buffer.into_bytes(), time, unread: Vec::new() }));
             }
             return;
         }
@@ -255,10 +276,37 @@ impl ReaderThread {
         for entry in batch {
             let mut one = [entry];
             let time = wall_clock();
-            let result = self.read_together(&mut one);
-            let [(job, buffer)] = one;
-            self.deliver(job, result.map(|()| (buffer.into_bytes(), time)));
+            let mut result = self.read_together(&mut one).map(|()| Vec::new());
+            let [(job, mut buffer)] = one;
+            if result.is_err() && job.in_parts {
+                result = self.read_in_parts(&job, buffer.bytes_mut(job.chunk.bytes() as usize));
+            }
+            let read = result.map(|unread| ChunkRead { data: buffer.into_bytes(), time, unread });
+            self.deliver(job, read);
         }
+    }
+
+    /// Reads what can be read; answers what cannot. Where nothing can, nor anything else of the disk, it has failed.
+    fn read_in_parts(&mut self, job: &ReadJob, data: &mut [u8]) -> Result<Vec<SectorRange>, String> {
+        let limit = Instant::now() + PARTS_LIMIT;
+        let whole = [job.chunk];
+        let pieces = if job.pieces.is_empty() { &whole[..] } else { &job.pieces };
+        let mut salvaged = Salvaged::default();
+        for piece in pieces {
+            let from = (piece.byte_start() - job.chunk.byte_start()) as usize;
+            if let Some(data) = data.get_mut(from..from + piece.bytes() as usize) {
+                salvaged.read(&mut *self.file, *piece, data, limit);
+            }
+        }
+        let missing = salvaged.unread.sector_count() * SECTOR_BYTES;
+        self.read_bytes.fetch_add(job.bytes() - missing, Ordering::Relaxed);
+        if let Some(reason) = salvaged.reason
+            && missing == job.bytes()
+            && !is_alive(&mut *self.file, self.size_sectors, self.known_good)
+        {
+            return Err(reason);
+        }
+        Ok(salvaged.unread.iter().collect())
     }
 
     fn read_together(&mut self, batch: &mut [(ReadJob, ChunkBuffer)]) -> Result<(), String> {
@@ -279,12 +327,14 @@ impl ReaderThread {
             }
         }
         let bytes: u64 = reads.iter().map(|read| read.data.len() as u64).sum();
+        let first = reads.first().map_or(0, |read| read.offset / SECTOR_BYTES);
         self.file.read(&mut reads).map_err(|error| error.to_string())?;
+        self.known_good = first;
         self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
         Ok(())
     }
 
-    fn deliver(&self, job: ReadJob, data: Result<(Bytes, Timestamp), String>) {
+    fn deliver(&self, job: ReadJob, data: Result<ChunkRead, String>) {
         (self.deliver)(FromDisk::Read { job, data });
     }
 
@@ -335,6 +385,7 @@ mod tests {
     use reprotect_engine::io::{BlockOp, WriteAt};
 
     use super::*;
+    use crate::salvage::tests::Failing;
 
     const CHUNKS: u64 = 12;
 
@@ -345,6 +396,7 @@ mod tests {
             epoch: 1,
             hash: false,
             pieces: Vec::new(),
+            in_parts: false,
         }
     }
 
@@ -373,7 +425,7 @@ mod tests {
 
     fn read(news: &Receiver<FromDisk>) -> (ReadJob, Result<Bytes, String>) {
         let FromDisk::Read { job, data } = news.recv().unwrap() else { panic!("a size") };
-        (job, data.map(|(data, _)| data))
+        (job, data.map(|read| read.data))
     }
 
     #[test]
@@ -406,6 +458,47 @@ mod tests {
     }
 
     #[test]
+    fn a_chunk_in_parts_is_read_around_what_fails_in_it_and_a_dead_disk_fails_whole() {
+        let sectors = CHUNK_BYTES / SECTOR_BYTES;
+        let mut disk = MemoryFile::new(2 * CHUNK_BYTES);
+        disk.write(&[WriteAt { offset: 0, data: &vec![7; 2 * CHUNK_BYTES as usize] }]).unwrap();
+        let failing =
+            Failing::new(disk, &[SectorRange::new(801, 802), SectorRange::new(sectors, 2 * sectors)]);
+        let bad = Arc::clone(&failing.bad);
+        let (deliver, news) = mpsc::channel();
+        let setup = ReaderSetup {
+            path: PathBuf::from("/nonexistent"),
+            is_device: true,
+            budget: Budget::new(256 << 20, 1).unwrap(),
+            throttle: Arc::new(Throttle::new(None)),
+            deliver: Box::new(move |item| drop(deliver.send(item))),
+        };
+        let reader = DiskReader::spawn(Box::new(failing), setup).unwrap();
+        let next = |job: ReadJob| {
+            reader.read(job);
+            let FromDisk::Read { data, .. } = news.recv().unwrap() else { panic!("a size") };
+            data
+        };
+        let in_parts = |number| ReadJob { in_parts: true, ..job(number) };
+        assert!(next(job(0)).is_err(), "nobody said in parts");
+        let read = next(in_parts(0)).unwrap();
+        assert_eq!(read.unread, [SectorRange::new(800, 808)]);
+        let block = 800 * 512..808 * 512;
+        assert!(read.data[..block.start].iter().chain(&read.data[block.end..]).all(|byte| *byte == 7));
+        let pieces = vec![SectorRange::new(16, 24), SectorRange::new(792, 816)];
+        let chunk = SectorRange::new(16, 816);
+        let read = next(ReadJob { chunk, pieces, ..in_parts(0) }).unwrap();
+        assert_eq!(read.unread, [SectorRange::new(800, 808)]);
+        let read = next(in_parts(1)).unwrap();
+        assert_eq!(read.unread, [SectorRange::new(sectors, 2 * sectors)], "the disk is alive elsewhere");
+        bad.lock().unwrap().insert(SectorRange::new(0, 2 * sectors));
+        assert!(next(in_parts(1)).unwrap_err().contains("cannot read"));
+        bad.lock().unwrap().clear();
+        assert!(next(in_parts(1)).unwrap().unread.is_empty());
+        assert_eq!(reader.read_bytes(), CHUNK_BYTES - 4096 + 3 * 4096 + CHUNK_BYTES);
+    }
+
+    #[test]
     fn holes_of_an_image_are_zeros_without_being_read() {
         let budget = Budget::new(256 << 20, 1).unwrap();
         let (_file, reader, news) = reader(false, 5, &budget);
@@ -427,7 +520,13 @@ mod tests {
         let start = CHUNK_BYTES / SECTOR_BYTES;
         let piece = |from, to| SectorRange::new(start + from, start + to);
         let pieces = vec![piece(8, 16), piece(64, 65), piece(1000, 1016)];
-        reader.read(ReadJob { chunk: piece(8, 1016), epoch: 1, hash: false, pieces: pieces.clone() });
+        reader.read(ReadJob {
+            chunk: piece(8, 1016),
+            epoch: 1,
+            hash: false,
+            pieces: pieces.clone(),
+            in_parts: false,
+        });
         let (job, data) = read(&news);
         let data = data.unwrap();
         assert_eq!((job.pieces, data.len()), (pieces.clone(), 1008 * 512));

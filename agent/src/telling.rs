@@ -59,6 +59,9 @@ impl Machine {
             if let Some(problem) = &state.problem {
                 say(Code::DiskProblem, problem.clone());
             }
+            if let Some(missing) = state.unread.describe() {
+                say(Code::SourceUnreadable, missing);
+            }
             if let Some((code, cause)) = self.following.trouble(*id) {
                 say(code, cause);
             }
@@ -100,7 +103,10 @@ impl Machine {
             held_bytes,
             held_bytes_peak,
             held_bytes_max: state.budget.limit_bytes(),
-            problem: missing.or_else(|| state.problem.clone()),
+            unread_bytes: state.unread.ranges().sector_count() * SECTOR_BYTES,
+            unread_ranges: state.unread.ranges().run_count() as u64,
+            unread: state.unread.first_ranges(),
+            problem: missing.or_else(|| state.problem.clone()).or_else(|| state.unread.describe()),
         }
     }
 }

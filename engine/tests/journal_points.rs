@@ -48,6 +48,8 @@ struct Store {
     sequence: u64,
     clock: u64,
     random: u64,
+    /// What marks say that the source could not read.
+    unread: u32,
 }
 
 impl Store {
@@ -61,7 +63,8 @@ impl Store {
         let (applier, _) = Applier::open(&journal, DISK, target, None).unwrap();
         let disk = vec![0; (SECTORS * SECTOR_BYTES) as usize];
         let after = BTreeMap::from([(0, disk.clone())]);
-        let mut store = Self { files, journal, applier, disk, after, sequence: 0, clock: 0, random: 7 };
+        let mut store =
+            Self { files, journal, applier, disk, after, sequence: 0, clock: 0, random: 7, unread: 0 };
         store.begin();
         store
     }
@@ -130,6 +133,7 @@ impl Store {
             cause: MarkCause::Timer,
             name: Text::new(name),
             number: self.clock,
+            unread_blocks: self.unread,
         };
         self.journal.append(DISK, EntryKind::Mark, &[&mark.to_bytes()], self.now()).unwrap().0
     }
@@ -194,7 +198,7 @@ impl Store {
     }
 
     fn reopen(self) -> Self {
-        let Self { files, disk, after, sequence, clock, random, journal, applier } = self;
+        let Self { files, disk, after, sequence, clock, random, unread, journal, applier } = self;
         drop((journal, applier));
         let (journal, found) =
             Journal::open(files.opener(), Path::new(FOLDER), SETTINGS, Timestamp(clock * SECOND)).unwrap();
@@ -204,7 +208,7 @@ impl Store {
         let applied = found.disks[&DISK].applied.map(|(applied, _)| applied);
         let (applier, holes) = Applier::open(&journal, DISK, target, applied).unwrap();
         assert_eq!(holes, []);
-        Self { files, journal, applier, disk, after, sequence, clock, random }
+        Self { files, journal, applier, disk, after, sequence, clock, random, unread }
     }
 
     fn run_files(&self) -> Vec<String> {
@@ -313,6 +317,34 @@ fn the_timeline_says_where_every_write_can_be_had_and_where_marks_only() {
     let offers: Vec<_> =
         points::timeline(&mut store.journal, DISK).unwrap().iter().map(|part| part.offer).collect();
     assert_eq!(offers, [Offer::Degraded, Offer::AnyWrite, Offer::Degraded]);
+}
+
+#[test]
+fn behind_a_mark_of_a_disk_that_is_not_whole_nothing_is_a_state_until_one_that_is() {
+    let mut store = Store::new();
+    store.batch(Stretch::Diff, 1);
+    store.unread = 3;
+    store.mark(MarkClass::Crash, "");
+    let lacking = store.sequence;
+    store.batch(Stretch::Ordered, 2);
+    let inside = store.sequence - 1;
+    store.unread = 0;
+    store.mark(MarkClass::Crash, "");
+    let whole = store.sequence;
+    store.batch(Stretch::Ordered, 2);
+    store.apply();
+    let known = points::points(&mut store.journal, DISK).unwrap();
+    let told: Vec<_> =
+        known.iter().map(|point| (point.sequence.0, point.degraded, point.is_consistent())).collect();
+    assert_eq!(told, [(lacking, true, false), (whole, false, true)]);
+    for (sequence, is_state) in [(lacking, false), (inside, false), (whole, true), (whole + 1, true)] {
+        let found = points::at_sequence(&mut store.journal, DISK, Sequence(sequence));
+        assert_eq!(found.is_ok(), is_state, "{sequence}: {found:?}");
+    }
+    let offers: Vec<_> =
+        points::timeline(&mut store.journal, DISK).unwrap().iter().map(|part| part.offer).collect();
+    assert_eq!(offers.last(), Some(&Offer::AnyWrite), "{offers:?}");
+    assert!(points::at_time(&mut store.journal, DISK, Timestamp(3 * SECOND)).is_err());
 }
 
 #[test]

@@ -13,6 +13,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use reprotect_engine::format::message::PassMode;
 use reprotect_engine::host::admin::Refusal;
+use reprotect_engine::host::output;
 use reprotect_engine::host::values::HostPort;
 use reprotect_engine::net::ca::Ca;
 use reprotect_engine::net::identity::{Identity, Role};
@@ -20,7 +21,7 @@ use reprotect_engine::net::invitations::{Invitations, Invite};
 use reprotect_engine::net::revocations::{Revocation, Revocations};
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::state::TargetDiskPhase;
-use reprotect_engine::units::{DiskId, PeerId};
+use reprotect_engine::units::{BLOCK_BYTES, DiskId, PeerId};
 
 use crate::admin_points;
 use crate::api::{
@@ -156,6 +157,7 @@ fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
         plain_bytes: 0,
         written_bytes: 0,
         zeroed_bytes: 0,
+        unread_bytes: 0,
         problem: view.problem.clone(),
         scrub: None,
     };
@@ -172,6 +174,7 @@ fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
         (TargetDiskPhase::Failed, _) => "failed",
         _ if snapshot.closed => "closed",
         _ if view.failback.is_some() => "failing-back",
+        (_, PassMode::Done) if snapshot.unread_blocks > 0 => "incomplete",
         (_, PassMode::Done) => "synced",
         (_, _) if snapshot.generation.0 == 0 => "waiting",
         (_, PassMode::Copy) => "copying",
@@ -187,12 +190,19 @@ fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
     info.generation = snapshot.generation.0;
     info.durable = snapshot.durable.0;
     info.marked = snapshot.marked.0;
+    info.unread_bytes = u64::from(snapshot.unread_blocks) * BLOCK_BYTES;
     info.wire_bytes = counters.wire_bytes;
     info.plain_bytes = counters.plain_bytes;
     info.written_bytes = counters.written_bytes;
     info.zeroed_bytes = counters.zeroed_bytes;
     let scrub = status.scrub();
-    info.problem = info.problem.or(snapshot.problem).or_else(|| scrub.findings.first().cloned());
+    let unread = (info.unread_bytes > 0).then(|| {
+        format!(
+            "{} of it cannot be read at the source and are not here, so its points are degraded; see `reprotect-agent status` there",
+            output::bytes(info.unread_bytes)
+        )
+    });
+    info.problem = info.problem.or(snapshot.problem).or_else(|| scrub.findings.first().cloned()).or(unread);
     info.scrub =
         Some(ScrubInfo { rounds: scrub.rounds, read_bytes: scrub.read_bytes, findings: scrub.findings });
     info

@@ -21,7 +21,7 @@ pub struct DiskInfo {
     pub kind: String,
     /// Size in bytes.
     pub size_bytes: u64,
-    /// `waiting`, `copying`, `comparing`, `synced`, `failing-back`, `released` (to its virtual machine), `failed` or
+    /// `waiting`, `copying`, `comparing`, `synced`, `incomplete` (synced, except what the source cannot read), `failing-back`, `released` (to its virtual machine), `failed` or
     /// `closed`.
     pub state: String,
     /// Whether an agent has it open now.
@@ -42,6 +42,9 @@ pub struct DiskInfo {
     pub written_bytes: u64,
     /// Bytes zeroed on the target since the daemon started.
     pub zeroed_bytes: u64,
+    /// What the source could not read and is therefore not here, in bytes, by the newest mark since the daemon started.
+    #[serde(default)]
+    pub unread_bytes: u64,
     /// What is wrong, if anything.
     pub problem: Option<String>,
     /// What the scrub read and found; none where there is no journal.

@@ -28,6 +28,8 @@ pub struct Snapshot {
     pub durable: Sequence,
     /// Sequence of the last mark.
     pub marked: Sequence,
+    /// What the last mark since the start said of blocks that the source could not read.
+    pub unread_blocks: u32,
     /// What the pass needs.
     pub mode: PassMode,
     /// Number of the pass.
@@ -84,6 +86,7 @@ impl DiskStatus {
                 generation: state.generation,
                 durable: state.sequence,
                 marked: state.marked,
+                unread_blocks: 0,
                 mode: state.mode,
                 pass: state.pass,
                 settled_sectors: state.settled.sector_count(),
@@ -163,6 +166,10 @@ impl DiskStatus {
             let mut snapshot = self.lock();
             snapshot.settled_sectors = snapshot.size_sectors;
         }
+    }
+
+    pub(crate) fn set_unread(&self, blocks: u32) {
+        self.lock().unread_blocks = blocks;
     }
 
     pub(crate) fn set_problem(&self, problem: Option<String>) {

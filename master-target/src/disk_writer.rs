@@ -318,6 +318,7 @@ impl Writer {
         let before = self.disk.marks_accepted();
         self.disk.handle_mark(mono_clock(), session, mark);
         if self.disk.marks_accepted() > before {
+            self.status.set_unread(mark.unread_blocks);
             self.store.marked(mark);
         }
     }

@@ -535,7 +535,7 @@ impl Journaled {
     fn point(&self, at: At, mark: &Mark) -> PointKept {
         let mut locked = self.retention.lock();
         let shape = locked.get().ok().and_then(|journal| journal.shape().disks.get(&self.id));
-        let degraded = shape.is_some_and(|shape| shape.is_degraded(mark.lineage, mark.sequence, at.number));
+        let degraded = shape.is_some_and(|shape| shape.is_degraded_mark(mark, at.number));
         PointKept { degraded, ..kept_point(self.id, at, self.applied, mark) }
     }
 

@@ -71,7 +71,7 @@ pub(crate) fn kept_point(disk: DiskId, at: At, sequence: Sequence, mark: &Mark) 
         source_time: mark.source_time,
         class: mark.class,
         pinned: false,
-        degraded: false,
+        degraded: mark.unread_blocks > 0,
         name: mark.name,
         cause: mark.cause,
     }

@@ -1,10 +1,12 @@
 //! What a closing window reads and records, kept in memory and made into batches.
 //!
 //! Invariants: the blocks that were read come first, later reads of a block behind earlier ones, then the records in
-//! their order: so each disk's batches, one after another, make it what it was when the window closed; memory is
+//! their order: so each disk's batches, one after another, make it what it was when the window closed, except what could
+//! not be read, which is told; memory is
 //! bounded by [`WINDOW_BYTES_MAX`], beyond which the window fails. Units: sectors, bytes. Called by `capturing` only.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use reprotect_engine::format::batch::Stretch as StretchKind;
@@ -19,32 +21,49 @@ use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange};
 
 use super::Batch;
 use crate::capture::{CaptureError, DiskSlot, Kind, Record, WindowSink};
+use crate::salvage::{Salvaged, is_alive};
 
 /// Bytes that a window may gather.
 const WINDOW_BYTES_MAX: u64 = 128 << 20;
 /// Longest single read.
 const READ_BYTES_MAX: u64 = 1 << 20;
+/// How long reading around what fails may take: the ring fills meanwhile.
+const PARTS_LIMIT: Duration = Duration::from_secs(2);
 /// Reads handed over at once.
 const READS_AT_ONCE: usize = 64;
 
 /// Disks by their slots' numbers: who they are, how they are read, and how far they go.
 type Files<'a> = BTreeMap<usize, (DiskId, &'a mut Box<dyn BlockFile>, SectorRange)>;
 
+fn disk_at<'f>(
+    files: &'f mut Files<'_>,
+    slot: DiskSlot,
+) -> Option<(DiskId, &'f mut dyn BlockFile, SectorRange)> {
+    files
+        .get_mut(&slot.index())
+        .map(|(disk, file, whole)| (*disk, &mut ***file as &mut dyn BlockFile, *whole))
+}
+
 pub(super) struct Gatherer<'a> {
     files: Files<'a>,
     read: BTreeMap<DiskId, Vec<Change>>,
     recorded: BTreeMap<DiskId, Vec<Change>>,
     discarded: Vec<(DiskSlot, SectorRange)>,
+    /// What could not be read, and not later either.
+    unread: BTreeMap<DiskId, RangeSet>,
     bytes: u64,
 }
 
 impl<'a> Gatherer<'a> {
     pub(super) const fn new(files: Files<'a>) -> Self {
-        Self { files, read: BTreeMap::new(), recorded: BTreeMap::new(), discarded: Vec::new(), bytes: 0 }
-    }
-
-    fn disk(&mut self, slot: DiskSlot) -> Option<(DiskId, &mut Box<dyn BlockFile>, SectorRange)> {
-        self.files.get_mut(&slot.index()).map(|(disk, file, whole)| (*disk, &mut **file, *whole))
+        Self {
+            files,
+            read: BTreeMap::new(),
+            recorded: BTreeMap::new(),
+            discarded: Vec::new(),
+            unread: BTreeMap::new(),
+            bytes: 0,
+        }
     }
 
     fn count(&mut self, bytes: u64) -> Result<(), CaptureError> {
@@ -53,6 +72,14 @@ impl<'a> Gatherer<'a> {
             return Err(CaptureError::WindowTooLarge { bytes: self.bytes, max: WINDOW_BYTES_MAX });
         }
         Ok(())
+    }
+
+    /// What could not be read.
+    pub(super) fn unread(&self) -> Vec<(DiskId, SectorRange)> {
+        let of = |(disk, ranges): (&DiskId, &RangeSet)| {
+            ranges.iter().map(|range| (*disk, range)).collect::<Vec<_>>()
+        };
+        self.unread.iter().flat_map(of).collect()
     }
 
     /// Batches in the order in which they are to be submitted, with the records if the window `closed`, and the ranges
@@ -67,6 +94,16 @@ impl<'a> Gatherer<'a> {
         }
         (batches, self.discarded)
     }
+}
+
+/// Reads what can be read of these pieces; answers what cannot.
+fn read_in_parts(file: &mut dyn BlockFile, pieces: &[SectorRange], data: &mut [Vec<u8>]) -> RangeSet {
+    let limit = Instant::now() + PARTS_LIMIT;
+    let mut salvaged = Salvaged::default();
+    for (piece, data) in pieces.iter().zip(data) {
+        salvaged.read(file, *piece, data, limit);
+    }
+    salvaged.unread
 }
 
 /// Cuts into batches as large as they may be.
@@ -117,11 +154,12 @@ pub(super) fn changes_of(record: &Record<'_>, whole: SectorRange) -> Vec<Change>
 impl WindowSink for Gatherer<'_> {
     fn read(&mut self, slot: DiskSlot, sectors: &RangeSet) -> Result<(), CaptureError> {
         self.count(sectors.sector_count() * SECTOR_BYTES)?;
-        let Some((disk, file, whole)) = self.disk(slot) else { return Ok(()) };
+        let Some((disk, file, whole)) = disk_at(&mut self.files, slot) else { return Ok(()) };
         let inside = sectors.iter().map(|range| range.intersect(whole)).filter(|range| !range.is_empty());
         let pieces: Vec<SectorRange> =
             inside.flat_map(|range| range.aligned_pieces(READ_BYTES_MAX / SECTOR_BYTES)).collect();
         let mut changes = Vec::new();
+        let unread = self.unread.entry(disk).or_default();
         for pieces in pieces.chunks(READS_AT_ONCE) {
             let mut data: Vec<Vec<u8>> = pieces.iter().map(|piece| vec![0; piece.bytes() as usize]).collect();
             let mut reads: Vec<ReadAt<'_>> = pieces
@@ -129,10 +167,19 @@ impl WindowSink for Gatherer<'_> {
                 .zip(&mut data)
                 .map(|(piece, data)| ReadAt { offset: piece.byte_start(), data })
                 .collect();
-            file.read(&mut reads).map_err(|source| CaptureError::Read { disk: disk.to_string(), source })?;
-            for (piece, data) in pieces.iter().zip(data) {
-                changes.extend(cut_records(piece.start, &data.into(), &[*piece], DELTA_RECORD_BYTES_MAX));
+            let mut missing = RangeSet::new();
+            if let Err(source) = file.read(&mut reads) {
+                missing = read_in_parts(file, pieces, &mut data);
+                if !is_alive(file, whole.end, 0) {
+                    return Err(CaptureError::Read { disk: disk.to_string(), source });
+                }
             }
+            for (piece, data) in pieces.iter().zip(data) {
+                let there = missing.missing(*piece);
+                changes.extend(cut_records(piece.start, &data.into(), &there, DELTA_RECORD_BYTES_MAX));
+                there.into_iter().for_each(|range| unread.remove(range));
+            }
+            unread.extend(&missing);
         }
         self.read.entry(disk).or_default().extend(changes);
         Ok(())
@@ -140,7 +187,7 @@ impl WindowSink for Gatherer<'_> {
 
     fn record(&mut self, record: &Record<'_>) -> Result<(), CaptureError> {
         self.count(record.data.len() as u64)?;
-        let Some((disk, _, whole)) = self.disk(record.slot) else { return Ok(()) };
+        let Some((disk, _, whole)) = disk_at(&mut self.files, record.slot) else { return Ok(()) };
         let changes = changes_of(record, whole);
         if is_discard(record) {
             self.discarded.push((record.slot, record.range.intersect(whole)));

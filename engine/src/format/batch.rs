@@ -135,7 +135,10 @@ wire! {
         cause: MarkCause,
         /// The name somebody gave the point; empty without one.
         name: Text<64>,
-        ; reserved: [u8; 6],
+        /// Blocks of 4 KiB that could not be read from the source: the target may hold older content there, or none. Above
+        /// zero the point is degraded, whatever its class.
+        unread_blocks: u32,
+        ; reserved: [u8; 2],
     }
 }
 
@@ -163,6 +166,12 @@ impl MarkLabel {
 }
 
 impl Mark {
+    /// Whether the source was in this state: it was read at one moment, and all of it was.
+    #[must_use]
+    pub fn is_state(&self) -> bool {
+        self.class != MarkClass::Fuzzy && self.unread_blocks == 0
+    }
+
     /// What was said of it when it was placed.
     #[must_use]
     pub const fn label(&self) -> MarkLabel {

@@ -39,7 +39,9 @@ use crate::limits::{
     GRACE_BYTES,
 };
 use crate::range_set::RangeSet;
-use crate::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence, Timestamp};
+use crate::units::{
+    BLOCK_BYTES, DiskId, Generation, LineageId, PeerId, SECTOR_BYTES, SectorRange, Sequence, Timestamp,
+};
 
 /// The agent's end of a session.
 pub struct Agent {
@@ -467,6 +469,22 @@ impl Agent {
         }
     }
 
+    /// Parts of a chunk of the current walk that cannot be read: the walk goes on without them. Said before
+    /// [`Self::handle_read`] of the chunk, whose hashes of them mean nothing.
+    pub fn handle_unread(&mut self, disk: DiskId, epoch: u64, chunk: SectorRange, unread: &[SectorRange]) {
+        if let Some(pass) = self.pass_of(disk, epoch) {
+            pass.handle_unread(chunk.start, unread);
+        }
+    }
+
+    /// How many sectors of the source are not at the target because they cannot be read: marks say so from now on.
+    pub fn set_unread(&mut self, disk: DiskId, sectors: u64) {
+        if let Some(state) = self.disks.get_mut(&disk) {
+            let blocks = sectors.div_ceil(BLOCK_BYTES / SECTOR_BYTES);
+            state.unread_blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+        }
+    }
+
     /// The fine hashes of a kept chunk.
     ///
     /// # Errors
@@ -491,7 +509,7 @@ impl Agent {
     }
 
     /// Submits the records of a chunk of the current pass; `as_of` as handed out with the work item, `time` when the
-    /// data were read.
+    /// data were read. Answers whether the pass still goes on.
     pub fn submit_chunk(
         &mut self,
         disk: DiskId,
@@ -500,11 +518,11 @@ impl Agent {
         as_of: Sequence,
         time: Timestamp,
         records: Vec<Record>,
-    ) {
+    ) -> bool {
         let Some((sink, pass)) = self.pass_of(disk, epoch).map(|pass| (pass.sink(), pass.number())) else {
-            return;
+            return false;
         };
-        let Some(state) = self.disks.get_mut(&disk) else { return };
+        let Some(state) = self.disks.get_mut(&disk) else { return false };
         state.newest_time = state.newest_time.max(time);
         match sink {
             Sink::Bulk => {
@@ -534,6 +552,7 @@ impl Agent {
                 }
             }
         }
+        true
     }
 
     /// Gives records their sequences and queues them; answers the last sequence.

@@ -123,6 +123,8 @@ pub(super) struct AgentDisk {
     pub(super) wanted: Option<WantedPass>,
     /// Where the target last found the stream damaged, and how often in a row.
     pub(super) damaged: (Sequence, u32),
+    /// What every mark says that is placed now.
+    pub(super) unread_blocks: u32,
 }
 
 /// A mark that is not durable yet.
@@ -196,6 +198,7 @@ impl AgentDisk {
             target_pass: 0,
             wanted: None,
             damaged: (Sequence::ZERO, 0),
+            unread_blocks: 0,
         }
     }
 
@@ -393,6 +396,7 @@ impl AgentDisk {
             class: label.class,
             cause: label.cause,
             name: label.name,
+            unread_blocks: self.unread_blocks,
         };
         self.marks.push_back(WaitingMark { mark, sent: false, told: false });
         if self.scan_end == ScanEnd::Told && self.pass.as_ref().is_some_and(Pass::has_ended) {

@@ -139,6 +139,7 @@ mod tests {
             class: MarkClass::Crash,
             cause: MarkCause::Timer,
             name: Text::new(""),
+            unread_blocks: 0,
         }
     }
 

@@ -3,7 +3,7 @@
 //! A chunk goes `reading → (comparing → refining →) sending → sent`. A bulk pass repairs the target until all of the
 //! disk is settled durably; a scan round does the same through the delta stream and forgets itself at its mark.
 //!
-//! Invariants: at most [`CHUNKS_OPEN_MAX`] chunks hold data at the agent; a chunk is settled only when the target
+//! Invariants: at most [`CHUNKS_OPEN_MAX`] chunks hold data at the agent; what cannot be read is never sent; a chunk is settled only when the target
 //! says its sectors are durable (bulk) or its records were given sequences (scan); a reconnect begins again with what
 //! is not settled. Units: sectors; a unit is 64 KiB, a fine unit 4 KiB, counted from the chunk's first sector.
 //! Driven by [`super::agent`]; the data themselves stay with the agent's reader.
@@ -72,6 +72,8 @@ struct Chunk {
     pieces: Vec<SectorRange>,
     local_fine: Option<Vec<UnitHash>>,
     remote_fine: Option<Vec<UnitHash>>,
+    /// What of it cannot be read.
+    unread: RangeSet,
 }
 
 /// One walk over a disk.
@@ -199,6 +201,14 @@ impl Pass {
         gap.aligned_pieces(self.chunk_sectors).next()
     }
 
+    /// Parts of an open chunk cannot be read: they are not sent, and what is computed of them means nothing. The chunk is
+    /// settled without them; who reads keeps account of them.
+    pub fn handle_unread(&mut self, chunk_start: u64, unread: &[SectorRange]) {
+        if let Some(state) = self.open.get_mut(&chunk_start) {
+            unread.iter().for_each(|range| state.unread.insert(range.intersect(state.range)));
+        }
+    }
+
     /// The chunk was read; `hashes` as asked for.
     ///
     /// # Errors
@@ -211,7 +221,10 @@ impl Pass {
         let Some(state) = self.open.get_mut(&chunk.start) else { return Ok(()) };
         match hashes {
             None if self.sparse => self.send(chunk.start),
-            None => self.actions.push_back(PassAction::Send { chunk, pieces: vec![chunk] }),
+            None => {
+                state.pieces.push(state.range);
+                self.send(chunk.start);
+            }
             Some(hashes) => {
                 check_count(hashes.len(), unit_count(state.range))?;
                 state.local = Some(hashes);
@@ -255,11 +268,13 @@ impl Pass {
         let Some(state) = self.open.get_mut(&start) else { return };
         let (Some(local), Some(remote)) = (&state.local, &state.remote) else { return };
         for (index, (ours, theirs)) in local.iter().zip(remote).enumerate() {
-            if ours == theirs {
+            let unit = sub_range(state.range, index as u64, UNIT_SECTORS);
+            let is_known = state.unread.overlap(unit).next().is_none();
+            if (is_known && ours == theirs) || state.unread.contains(unit) {
                 continue;
             }
-            if *ours == UnitHash::ZEROS || *theirs == UnitHash::ZEROS {
-                state.pieces.push(sub_range(state.range, index as u64, UNIT_SECTORS));
+            if is_known && (*ours == UnitHash::ZEROS || *theirs == UnitHash::ZEROS) {
+                state.pieces.push(unit);
             } else {
                 state.refine.push(index as u16); // at most 64 units a chunk
             }
@@ -281,8 +296,9 @@ impl Pass {
             for fine in
                 sub_range(state.range, u64::from(*unit), UNIT_SECTORS).aligned_from_start(FINE_SECTORS)
             {
+                // Of one that cannot be read whole, what can be is sent.
                 if let Some((ours, theirs)) = hashes.next()
-                    && ours != theirs
+                    && (ours != theirs || state.unread.overlap(fine).next().is_some())
                 {
                     state.pieces.push(fine);
                 }
@@ -293,7 +309,8 @@ impl Pass {
 
     fn send(&mut self, start: u64) {
         let Some(state) = self.open.get_mut(&start) else { return };
-        let pieces: RangeSet = state.pieces.drain(..).collect();
+        let mut pieces: RangeSet = state.pieces.drain(..).collect();
+        state.unread.iter().for_each(|range| pieces.remove(range));
         self.actions.push_back(PassAction::Send { chunk: state.range, pieces: pieces.iter().collect() });
     }
 
@@ -435,6 +452,47 @@ mod tests {
         pass.handle_fine(disk, vec![H(5); 16]).unwrap();
         pass.handle_remote(0, theirs).unwrap();
         let pieces = vec![SectorRange::new(128 + 24, 128 + 40), SectorRange::new(256, 512)];
+        assert_eq!(pass.poll_action(), Some(PassAction::Send { chunk: disk, pieces }));
+    }
+
+    #[test]
+    fn a_copy_goes_on_without_what_cannot_be_read() {
+        let disk = whole(4);
+        let mut pass = Pass::new(1, PassMode::Copy, Sink::Bulk, disk, RangeSet::new());
+        assert!(matches!(pass.poll_action(), Some(PassAction::Read { .. })));
+        // What lies outside the chunk is not its business.
+        pass.handle_unread(0, &[SectorRange::new(8, 24), SectorRange::new(500, 900)]);
+        pass.handle_read(disk, None).unwrap();
+        let pieces = vec![SectorRange::new(0, 8), SectorRange::new(24, 500)];
+        assert_eq!(pass.poll_action(), Some(PassAction::Send { chunk: disk, pieces }));
+        let changed: RangeSet = [SectorRange::new(16, 32), SectorRange::new(64, 72)].into_iter().collect();
+        let mut round = Pass::of_changes(disk, &changed);
+        let chunk = SectorRange::new(16, 72);
+        assert!(matches!(round.poll_action(), Some(PassAction::Read { .. })));
+        round.handle_unread(16, &[SectorRange::new(16, 24), SectorRange::new(64, 72)]);
+        round.handle_read(chunk, None).unwrap();
+        let pieces = vec![SectorRange::new(24, 32)];
+        assert_eq!(round.poll_action(), Some(PassAction::Send { chunk, pieces }));
+    }
+
+    #[test]
+    fn a_compare_believes_no_hash_of_what_cannot_be_read() {
+        let disk = whole(3);
+        let mut pass = Pass::new(1, PassMode::Compare, Sink::Bulk, disk, RangeSet::new());
+        let _ = (pass.poll_action(), pass.poll_action());
+        // A block of the first unit, all of the second: there it reads as zeros, as the target does.
+        let block = SectorRange::new(8, 16);
+        pass.handle_unread(0, &[block, sub_range(disk, 1, UNIT_SECTORS)]);
+        pass.handle_remote(0, vec![H(1), H(2), H(3)]).unwrap();
+        pass.handle_read(disk, Some(vec![H(1), UnitHash::ZEROS, H(3)])).unwrap();
+        assert_eq!(pass.poll_action(), Some(PassAction::HashFine { chunk: disk, units: vec![0] }));
+        assert_eq!(pass.poll_action(), Some(PassAction::Ask { chunk: disk, units: vec![0] }));
+        let mut ours = vec![H(5); 16];
+        ours[1] = H(9);
+        ours[4] = H(9);
+        pass.handle_fine(disk, ours).unwrap();
+        pass.handle_remote(0, vec![H(5); 16]).unwrap();
+        let pieces = vec![SectorRange::new(32, 40)];
         assert_eq!(pass.poll_action(), Some(PassAction::Send { chunk: disk, pieces }));
     }
 

@@ -87,12 +87,12 @@ impl DiskIdentity {
         let first = read_at(disk, whole, 0, SECTOR_BYTES)?;
         let mbr = Mbr::parse(&first);
         let mut ranges = Vec::new();
-        if let Some(gpt) =
-            Gpt::read(disk, size_bytes)?.filter(|_| mbr.as_ref().is_none_or(Mbr::is_protective))
+        let is_expected = mbr.as_ref().is_some_and(Mbr::is_protective);
+        if let Some(gpt) = Gpt::read(disk, size_bytes, is_expected)?.filter(|_| is_expected || mbr.is_none())
         {
             identity.gpt_disk_guid = Some(gpt.disk_guid);
             ranges = gpt.ranges;
-        } else if let Some(content) = probe_content(disk, whole)? {
+        } else if let Some(content) = probe_content(disk, whole) {
             // Boot sectors of FAT and NTFS end like an MBR; a file system on the bare disk goes first.
             identity.partitions.push(Partition { range: whole, content: Some(content) });
         } else if let Some(mbr) = mbr {
@@ -100,7 +100,7 @@ impl DiskIdentity {
             ranges = mbr.ranges(disk, size_bytes)?;
         }
         for range in ranges.into_iter().take(PARTITIONS_MAX) {
-            let content = probe_content(disk, range)?;
+            let content = probe_content(disk, range);
             identity.partitions.push(Partition { range, content });
         }
         Ok(identity)
@@ -224,15 +224,23 @@ struct Gpt {
 }
 
 impl Gpt {
-    /// The primary one, or the backup at the end of the disk.
-    fn read(disk: &mut dyn BlockFile, disk_bytes: u64) -> Result<Option<Self>, BlockError> {
+    /// The primary one, or the backup at the end of the disk. A copy that cannot be read counts as none, unless one
+    /// `is_expected` and there is no other: whose disk it is cannot be told then.
+    fn read(
+        disk: &mut dyn BlockFile,
+        disk_bytes: u64,
+        is_expected: bool,
+    ) -> Result<Option<Self>, BlockError> {
         let last = (disk_bytes / SECTOR_BYTES).saturating_sub(1);
+        let mut failed = None;
         for sector in [1, last] {
-            if let Some(gpt) = Self::read_at(disk, disk_bytes, sector)? {
-                return Ok(Some(gpt));
+            match Self::read_at(disk, disk_bytes, sector) {
+                Ok(Some(gpt)) => return Ok(Some(gpt)),
+                Ok(None) => {}
+                Err(error) => failed = Some(error),
             }
         }
-        Ok(None)
+        failed.filter(|_| is_expected).map_or(Ok(None), Err)
     }
 
     fn read_at(disk: &mut dyn BlockFile, disk_bytes: u64, sector: u64) -> Result<Option<Self>, BlockError> {
@@ -290,13 +298,13 @@ impl GptHeader {
     }
 }
 
-/// Recognises what begins at the start of `range`.
-fn probe_content(disk: &mut dyn BlockFile, range: ByteRange) -> Result<Option<Content>, BlockError> {
-    let data = read_at(disk, range, 0, PROBE_BYTES)?;
+/// Recognises what begins at the start of `range`; what cannot be read is nothing known.
+fn probe_content(disk: &mut dyn BlockFile, range: ByteRange) -> Option<Content> {
+    let data = read_at(disk, range, 0, PROBE_BYTES).ok()?;
     type Probe = fn(&[u8]) -> Option<Content>;
     // Those with long magics first, so that remains of an older file system are not taken for the present one.
     const PROBES: [Probe; 8] = [luks, lvm, xfs, btrfs, ext, swap, ntfs, fat];
-    Ok(PROBES.iter().find_map(|probe| probe(&data)))
+    PROBES.iter().find_map(|probe| probe(&data))
 }
 
 fn hyphenated(kind: ContentKind, bytes: [u8; 16]) -> Option<Content> {

@@ -6,6 +6,8 @@ use std::process::Command;
 use proptest::prelude::*;
 
 use super::*;
+use crate::io::memory::MemoryFile;
+use crate::io::{BlockOp, WriteAt};
 use crate::store::files::Files as _;
 use crate::store::files::memory::MemoryFiles;
 
@@ -205,6 +207,32 @@ fn disk(size: u64, guid: &str, contents: &[&str]) -> DiskIdentity {
 
 fn named(disks: &[(&str, DiskIdentity)]) -> Vec<(String, DiskIdentity)> {
     disks.iter().map(|(name, disk)| ((*name).to_owned(), disk.clone())).collect()
+}
+
+#[test]
+fn what_cannot_be_read_tells_nothing_but_a_table_that_must_be_there_is_not_passed_over() {
+    let probe = |is_protective: bool, failing: Option<u64>| {
+        let mut file = MemoryFile::new(1 << 20);
+        let mut first = [0; 512];
+        if is_protective {
+            first[446 + 4] = 0xee;
+            first[446 + 8] = 1;
+            first[446 + 12..446 + 16].fill(0xff);
+            first[510..].copy_from_slice(&[0x55, 0xaa]);
+        }
+        file.write(&[WriteAt { offset: 0, data: &first }]).unwrap();
+        if let Some(nth) = failing {
+            file.inject(BlockOp::Read, nth, std::io::ErrorKind::Other);
+        }
+        DiskIdentity::probe(&mut file)
+    };
+    // First sector, primary table, backup table, content.
+    for nth in 1..4 {
+        assert_eq!(probe(false, Some(nth)).unwrap().gpt_disk_guid, None);
+    }
+    assert!(probe(false, Some(0)).is_err(), "nothing is known of it");
+    assert!(probe(true, Some(1)).is_err() && probe(true, Some(2)).is_err(), "it has a table");
+    assert!(probe(true, None).is_ok());
 }
 
 #[test]

@@ -273,6 +273,7 @@ impl Player {
                 class,
                 cause: MarkCause::Timer,
                 name: Text::new(""),
+                unread_blocks: 0,
             };
             let content = known.content();
             let journal = &mut self.store.as_mut().unwrap().journal;

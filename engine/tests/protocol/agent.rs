@@ -235,6 +235,26 @@ fn what_a_target_lost_is_sent_again_with_its_marks_while_it_is_kept_and_compared
 }
 
 #[test]
+fn marks_say_how_much_could_not_be_read_when_they_were_placed() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    for (point, sectors) in [(1, 0), (2, 9), (3, 8), (4, u64::MAX), (5, 0)] {
+        source.agent.set_unread(DISK, sectors);
+        source.submit(point);
+        source.agent.submit_mark(DISK, label(point));
+    }
+    source.agent.set_unread(DISK, 80);
+    source.pump();
+    let marks = source.sent.iter().filter(|(_, kind, _)| *kind == FrameKind::Mark);
+    let unread = |(_, kind, body): &(Lane, FrameKind, Bytes)| match Message::decode(*kind, body).unwrap() {
+        Message::Mark(mark) => (mark.point[0], mark.unread_blocks, mark.is_state()),
+        other => panic!("{other:?}"),
+    };
+    let told: Vec<_> = marks.map(unread).collect();
+    assert_eq!(told, [(1, 0, true), (2, 2, false), (3, 1, false), (4, u32::MAX, false), (5, 0, true)]);
+}
+
+#[test]
 fn nothing_is_sent_without_credit() {
     let mut source = Source::new();
     source.open(1, (0, CHAIN_START), 1, PassMode::Done);

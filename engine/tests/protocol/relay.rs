@@ -135,6 +135,7 @@ fn a_relay_refuses_what_has_no_credit_no_grant_or_another_name() {
         class: MarkClass::Crash,
         cause: MarkCause::Timer,
         name: Text::new(""),
+        unread_blocks: 0,
     };
     let frame = Message::Mark(mark).encode();
     assert!(relay(cost).handle_frame(Side::Agent, FrameKind::Mark, frame.body()).is_err());

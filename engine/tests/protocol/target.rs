@@ -157,6 +157,7 @@ impl Target {
             class: MarkClass::Crash,
             cause: MarkCause::Timer,
             name: Text::new(""),
+            unread_blocks: 0,
         };
         self.td.handle_mark(T0, session, &mark);
     }

@@ -126,8 +126,16 @@ pub(crate) fn flow() -> impl Strategy<Value = Message> {
         });
     let fenced = key().prop_map(|(disk, generation)| Message::Fenced(Fenced { disk, generation }));
     let label = (id(), any::<u64>(), of(MarkClass::ALL), of(MarkCause::ALL), "[a-zA-Z0-9 ]{0,60}");
-    let mark = (key(), id(), counter(), id(), any::<u64>(), label).prop_map(
-        |((disk, generation), lineage, sequence, chain, source_time, (point, number, class, cause, name))| {
+    let mark = (key(), id(), counter(), id(), any::<u64>(), label, any::<u32>()).prop_map(
+        |(
+            (disk, generation),
+            lineage,
+            sequence,
+            chain,
+            source_time,
+            (point, number, class, cause, name),
+            unread_blocks,
+        )| {
             Message::Mark(Mark {
                 disk,
                 lineage: LineageId(lineage),
@@ -140,6 +148,7 @@ pub(crate) fn flow() -> impl Strategy<Value = Message> {
                 class,
                 cause,
                 name: Text::new(&name),
+                unread_blocks,
             })
         },
     );

@@ -57,6 +57,7 @@ pub(crate) fn mark() -> Mark {
         class: MarkClass::Crash,
         cause: MarkCause::Command,
         name: Text::new("before the upgrade"),
+        unread_blocks: 0,
     }
 }
 

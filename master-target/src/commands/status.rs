@@ -201,6 +201,7 @@ mod tests {
             plain_bytes: 0,
             written_bytes: 0,
             zeroed_bytes: 0,
+            unread_bytes: 0,
             problem: Some("no space".into()),
             scrub: None,
         }

@@ -422,6 +422,7 @@ impl Agent {
             class: MarkClass::Crash,
             cause: MarkCause::Timer,
             name: Text::new(name),
+            unread_blocks: 0,
         }
     }
 

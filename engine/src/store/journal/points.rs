@@ -124,7 +124,7 @@ pub fn all_points(journal: &mut Journal, disk: DiskId) -> Result<Vec<Point>, Jou
             continue;
         }
         let mark = journal.mark(disk, &entry)?;
-        let degraded = known.is_degraded(mark.lineage, mark.sequence, entry.number);
+        let degraded = known.is_degraded_mark(&mark, entry.number);
         points.push(Point { degraded, ..Point::mark(disk, at, &mark) });
     }
     points.sort_by_key(|point| point.at);
@@ -172,8 +172,7 @@ pub fn ordered_runs(journal: &mut Journal, disk: DiskId) -> Result<Vec<OrderedRu
         match entry.kind {
             EntryKind::Mark => {
                 let mark = journal.mark(disk, &entry)?;
-                let degraded = known.is_degraded(mark.lineage, mark.sequence, entry.number);
-                is_state = mark.class != MarkClass::Fuzzy && !degraded;
+                is_state = mark.is_state() && !known.is_degraded_mark(&mark, entry.number);
             }
             EntryKind::Ordered => is_state &= !known.is_doubtful(entry.number),
             _ => is_state = false,

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::format::batch::Mark;
 use crate::format::manifest::{
     DiskAdded, Edit, EntriesLost, EpochClosed, EpochOpened, EpochsExpired, LossMended, PointKept, RunsMerged,
     SegmentOpened, StretchDegraded,
@@ -106,6 +107,13 @@ impl DiskShape {
     #[must_use]
     pub fn closed_through(&self) -> u64 {
         self.epochs.iter().rev().find_map(|epoch| epoch.closed).map_or(0, |closed| closed.last)
+    }
+
+    /// Whether the mark that is entry `number` promises less than its class says: it was found out later, or it says so
+    /// itself.
+    #[must_use]
+    pub fn is_degraded_mark(&self, mark: &Mark, number: u64) -> bool {
+        mark.unread_blocks > 0 || self.is_degraded(mark.lineage, mark.sequence, number)
     }
 
     /// The epoch an entry belongs to; `None` before the first, and in epochs that were folded away.

@@ -1,0 +1,196 @@
+//! Reading around what cannot be read: halves of halves, down to a block.
+//!
+//! Invariants: what is not read holds nothing of the disk and is named; it is named in whole blocks of the disk, as far as
+//! the range asked for goes; reading takes no longer than its limit and one read more, and what was not tried by then
+//! counts as not read. Units: sectors, bytes. Called by `reader` and by closing windows.
+
+use std::time::Instant;
+
+use reprotect_engine::io::{BlockFile, ReadAt};
+use reprotect_engine::range_set::RangeSet;
+use reprotect_engine::units::{BLOCK_BYTES, SECTOR_BYTES, SectorRange};
+
+/// Sectors of the smallest piece that is tried by itself.
+const BLOCK_SECTORS: u64 = BLOCK_BYTES / SECTOR_BYTES;
+
+/// What came of reading a range piece by piece.
+#[derive(Debug, Default)]
+pub(crate) struct Salvaged {
+    /// What could not be read.
+    pub(crate) unread: RangeSet,
+    /// Why, the first time.
+    pub(crate) reason: Option<String>,
+}
+
+impl Salvaged {
+    /// Reads as much of `range` into `data` as can be read until `limit`.
+    pub(crate) fn read(
+        &mut self,
+        file: &mut dyn BlockFile,
+        range: SectorRange,
+        data: &mut [u8],
+        limit: Instant,
+    ) {
+        if range.is_empty() {
+            return;
+        }
+        let late = Instant::now() >= limit;
+        if late {
+            self.reason.get_or_insert_with(|| "reading takes too long".to_owned());
+        } else {
+            match file.read(&mut [ReadAt { offset: range.byte_start(), data }]) {
+                Ok(()) => return,
+                Err(error) => drop(self.reason.get_or_insert_with(|| error.to_string())),
+            }
+        }
+        let middle = (range.start + range.len() / 2).next_multiple_of(BLOCK_SECTORS);
+        if late || middle >= range.end {
+            return self.unread.insert(range);
+        }
+        let (first, second) = data.split_at_mut(((middle - range.start) * SECTOR_BYTES) as usize);
+        self.read(file, SectorRange::new(range.start, middle), first, limit);
+        self.read(file, SectorRange::new(middle, range.end), second, limit);
+    }
+}
+
+/// Whether anything of the disk can be read: the block at `known_good`, its first one, or its last one.
+pub(crate) fn is_alive(file: &mut dyn BlockFile, size_sectors: u64, known_good: u64) -> bool {
+    let whole = SectorRange::new(0, size_sectors);
+    let last = size_sectors.saturating_sub(1) / BLOCK_SECTORS * BLOCK_SECTORS;
+    [known_good, 0, last].into_iter().any(|start| {
+        let block = SectorRange::new(start, start.saturating_add(BLOCK_SECTORS)).intersect(whole);
+        let mut data = vec![0; block.bytes() as usize];
+        !block.is_empty() && file.read(&mut [ReadAt { offset: block.byte_start(), data: &mut data }]).is_ok()
+    })
+}
+
+/// A disk of which parts fail, for tests.
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::sync::{Arc, Mutex};
+    use std::time::Duration;
+
+    use reprotect_engine::io::memory::MemoryFile;
+    use reprotect_engine::io::{BlockError, BlockOp, ByteRange, WriteAt};
+
+    use super::*;
+
+    /// A disk of which the sectors in `bad` cannot be read.
+    #[derive(Debug)]
+    pub(crate) struct Failing {
+        pub(crate) disk: MemoryFile,
+        pub(crate) bad: Arc<Mutex<RangeSet>>,
+        /// Reads so far.
+        pub(crate) reads: Arc<Mutex<Vec<SectorRange>>>,
+    }
+
+    impl Failing {
+        pub(crate) fn new(disk: MemoryFile, bad: &[SectorRange]) -> Self {
+            let bad = bad.iter().copied().collect();
+            Self { disk, bad: Arc::new(Mutex::new(bad)), reads: Arc::default() }
+        }
+    }
+
+    impl BlockFile for Failing {
+        fn size_bytes(&self) -> u64 {
+            self.disk.size_bytes()
+        }
+
+        fn read(&mut self, reads: &mut [ReadAt<'_>]) -> Result<(), BlockError> {
+            for read in reads.iter() {
+                let start = read.offset / SECTOR_BYTES;
+                let range = SectorRange::new(start, start + read.data.len() as u64 / SECTOR_BYTES);
+                self.reads.lock().unwrap().push(range);
+                if self.bad.lock().unwrap().overlap(range).next().is_some() {
+                    let source = std::io::Error::from_raw_os_error(rustix::io::Errno::IO.raw_os_error());
+                    let (name, offset, len) = ("/dev/failing".to_owned(), read.offset, range.bytes());
+                    return Err(BlockError { name, op: BlockOp::Read, offset, len, source });
+                }
+            }
+            self.disk.read(reads)
+        }
+
+        fn write(&mut self, writes: &[WriteAt<'_>]) -> Result<(), BlockError> {
+            self.disk.write(writes)
+        }
+
+        fn zero(&mut self, range: ByteRange) -> Result<(), BlockError> {
+            self.disk.zero(range)
+        }
+
+        fn flush(&mut self) -> Result<(), BlockError> {
+            self.disk.flush()
+        }
+
+        fn allocated(&mut self, range: ByteRange) -> Result<Vec<ByteRange>, BlockError> {
+            self.disk.allocated(range)
+        }
+    }
+
+    const SECTORS: u64 = 8192 + 3;
+
+    /// A disk whose every sector is filled with its number.
+    fn disk() -> MemoryFile {
+        let mut disk = MemoryFile::new(SECTORS * SECTOR_BYTES);
+        for sector in 0..SECTORS {
+            let data = [sector as u8 | 1; SECTOR_BYTES as usize];
+            disk.write(&[WriteAt { offset: sector * SECTOR_BYTES, data: &data }]).unwrap();
+        }
+        disk
+    }
+
+    fn salvage(file: &mut Failing, range: SectorRange, limit: Instant) -> (Salvaged, Vec<u8>) {
+        let mut data = vec![0; range.bytes() as usize];
+        let mut salvaged = Salvaged::default();
+        salvaged.read(file, range, &mut data, limit);
+        (salvaged, data)
+    }
+
+    #[test]
+    fn everything_but_the_bad_blocks_is_read_and_those_are_named() {
+        let bad = [SectorRange::new(5, 6), SectorRange::new(4096, 4112), SectorRange::new(8194, 8195)];
+        let mut file = Failing::new(disk(), &bad);
+        let range = SectorRange::new(0, SECTORS);
+        let (salvaged, data) = salvage(&mut file, range, Instant::now() + Duration::from_secs(60));
+        let unread: Vec<SectorRange> = salvaged.unread.iter().collect();
+        let blocks = [SectorRange::new(0, 8), SectorRange::new(4096, 4112), SectorRange::new(8192, SECTORS)];
+        assert_eq!(unread, blocks, "whole blocks, and no more of them");
+        for (sector, bytes) in data.chunks(SECTOR_BYTES as usize).enumerate() {
+            let is_read = salvaged.unread.overlap(SectorRange::new(sector as u64, sector as u64 + 1)).next();
+            let expected = if is_read.is_none() { sector as u8 | 1 } else { 0 };
+            assert!(bytes.iter().all(|byte| *byte == expected), "sector {sector}");
+        }
+        assert!(salvaged.reason.unwrap().contains("/dev/failing"));
+        let reads = file.reads.lock().unwrap().len();
+        assert!(reads < 100, "{reads} reads for four blocks");
+    }
+
+    #[test]
+    fn pieces_begin_and_end_where_blocks_of_the_disk_do_although_the_range_does_not() {
+        let mut file = Failing::new(disk(), &[SectorRange::new(17, 18)]);
+        let limit = Instant::now() + Duration::from_secs(60);
+        let (salvaged, _) = salvage(&mut file, SectorRange::new(3, 100), limit);
+        assert_eq!(salvaged.unread.iter().collect::<Vec<_>>(), [SectorRange::new(16, 24)]);
+    }
+
+    #[test]
+    fn what_the_time_does_not_suffice_for_counts_as_not_read() {
+        let mut file = Failing::new(disk(), &[]);
+        let range = SectorRange::new(8, 4000);
+        let (salvaged, _) = salvage(&mut file, range, Instant::now());
+        assert_eq!(salvaged.unread.iter().collect::<Vec<_>>(), [range]);
+        assert!(file.reads.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_disk_is_alive_while_one_of_three_places_can_be_read() {
+        let whole = SectorRange::new(0, SECTORS);
+        let mut file = Failing::new(disk(), &[SectorRange::new(0, 8000)]);
+        assert!(is_alive(&mut file, SECTORS, 0), "its end");
+        file.bad.lock().unwrap().insert(SectorRange::new(8100, SECTORS));
+        assert!(!is_alive(&mut file, SECTORS, 0));
+        assert!(is_alive(&mut file, SECTORS, 8040), "where it could be read before");
+        file.bad.lock().unwrap().insert(whole);
+        assert!(!is_alive(&mut file, SECTORS, 8040));
+    }
+}
