@@ -156,7 +156,7 @@ fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
         plain_bytes: 0,
         written_bytes: 0,
         zeroed_bytes: 0,
-        problem: view.problem.clone(),
+        problem: with_loss(view.problem.clone(), view),
         scrub: None,
     };
     if let Some((step, generation)) = view.failback {
@@ -192,10 +192,19 @@ fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
     info.written_bytes = counters.written_bytes;
     info.zeroed_bytes = counters.zeroed_bytes;
     let scrub = status.scrub();
-    info.problem = info.problem.or(snapshot.problem).or_else(|| scrub.findings.first().cloned());
+    let problem = view.problem.clone().or(snapshot.problem);
+    info.problem = with_loss(problem, view).or_else(|| scrub.findings.first().cloned());
     info.scrub =
         Some(ScrubInfo { rounds: scrub.rounds, read_bytes: scrub.read_bytes, findings: scrub.findings });
     info
+}
+
+/// What keeps a disk from working comes first, then what it lost.
+fn with_loss(problem: Option<String>, view: &DiskView) -> Option<String> {
+    match (problem, view.loss.clone()) {
+        (Some(problem), Some(loss)) => Some(format!("{problem}; {loss}")),
+        (problem, loss) => problem.or(loss),
+    }
 }
 
 async fn machines(State(state): Shared) -> Json<Vec<MachineInfo>> {
