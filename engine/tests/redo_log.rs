@@ -47,6 +47,8 @@ enum Step {
     Commit,
     Seal,
     Release,
+    /// What pins the oldest segment is carried forward, and the segment released.
+    Carry,
     Reopen,
 }
 
@@ -57,6 +59,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         4 => Just(Step::Commit),
         1 => Just(Step::Seal),
         1 => Just(Step::Release),
+        2 => Just(Step::Carry),
         1 => Just(Step::Reopen),
     ];
     proptest::collection::vec(step, 1..40)
@@ -118,6 +121,18 @@ fn play(steps: &[Step]) -> Played {
                 promises.push((files.trace().len(), promise.clone())); // from here on they may be gone
                 for segment in open_journal.releasable() {
                     open_journal.release(segment, NOW).unwrap();
+                }
+            }
+            Step::Carry => {
+                if let Some((segment, _)) = open_journal.pinned() {
+                    open_journal.commit(NOW).unwrap();
+                    promise.committed.clone_from(&appended);
+                    promise.applied.clone_from(&applied);
+                    promise.released.clone_from(&applied);
+                    promises.push((files.trace().len(), promise.clone()));
+                    open_journal.carry(segment, NOW).unwrap();
+                    open_journal.release(segment, NOW).unwrap();
+                    assert!(open_journal.pinned().is_none_or(|(oldest, _)| oldest > segment));
                 }
             }
             Step::Reopen => {

@@ -158,7 +158,7 @@ fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
         written_bytes: 0,
         zeroed_bytes: 0,
         unread_bytes: 0,
-        problem: view.problem.clone(),
+        problem: with_loss(view.problem.clone(), view),
         scrub: None,
     };
     if let Some((step, generation)) = view.failback {
@@ -202,10 +202,19 @@ fn disk_info(view: &DiskView, machines: &[Machine]) -> DiskInfo {
             output::bytes(info.unread_bytes)
         )
     });
-    info.problem = info.problem.or(snapshot.problem).or_else(|| scrub.findings.first().cloned()).or(unread);
+    let problem = view.problem.clone().or(snapshot.problem);
+    info.problem = with_loss(problem, view).or_else(|| scrub.findings.first().cloned()).or(unread);
     info.scrub =
         Some(ScrubInfo { rounds: scrub.rounds, read_bytes: scrub.read_bytes, findings: scrub.findings });
     info
+}
+
+/// What keeps a disk from working comes first, then what it lost.
+fn with_loss(problem: Option<String>, view: &DiskView) -> Option<String> {
+    match (problem, view.loss.clone()) {
+        (Some(problem), Some(loss)) => Some(format!("{problem}; {loss}")),
+        (problem, loss) => problem.or(loss),
+    }
 }
 
 async fn machines(State(state): Shared) -> Json<Vec<MachineInfo>> {

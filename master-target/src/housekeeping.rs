@@ -21,6 +21,7 @@ use reprotect_engine::store::journal::ladder::{Candidate, Ladder, Pressure, drop
 use reprotect_engine::store::journal::{DiskShape, JournalError, RunFile, Shape, thin};
 use reprotect_engine::units::{DiskId, Timestamp};
 
+use crate::pinned;
 use crate::retention::Retention;
 
 /// How often segments and the drive are looked at.
@@ -50,7 +51,7 @@ fn run(retention: &Retention) {
     let mut thinned: Option<Instant> = None;
     while !retention.is_stopping() {
         let rose = look_at_drive(retention);
-        if let Err(error) = keep_segments(retention) {
+        if let Err(error) = tidy_log(retention) {
             tracing::warn!(%error, "segments of the retention journal could not be tidied up");
         }
         if rose || thinned.is_none_or(|at| at.elapsed() >= THIN_EVERY) {
@@ -113,8 +114,11 @@ impl Room {
     }
 }
 
-/// Releases segments past their time, and makes room ahead of need.
-fn keep_segments(retention: &Retention) -> Result<(), JournalError> {
+/// One look at the log: releases segments past their time, and makes room ahead of need.
+///
+/// # Errors
+/// When log or manifest cannot be written.
+pub fn tidy_log(retention: &Retention) -> Result<(), JournalError> {
     let (ladder, pressure) = (retention.ladder(), retention.pressure());
     let now = wall_clock();
     let old = now.0.saturating_sub(nanos(log_kept(&ladder, pressure)));
@@ -127,6 +131,7 @@ fn keep_segments(retention: &Retention) -> Result<(), JournalError> {
         }
         journal.release(number, now)?;
     }
+    pinned::free(retention, old, now)?;
     // Segments are used again; when space is short, those beyond need go back to the drive.
     if pressure >= Pressure::Guaranteed {
         retention.lock().get()?.shrink(FREE_SEGMENTS)?;

@@ -10,6 +10,7 @@
 
 mod back;
 mod leave;
+mod let_go;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -306,6 +307,7 @@ impl Journaled {
     }
 
     fn make_room(&mut self) -> Result<(), NotDone> {
+        self.let_go_if_asked()?; // also while nothing is taken in: others wait for it
         if self.retention.pressure() == Pressure::Stop {
             return Err(NotDone::Full(self.retention.no_room()));
         }
@@ -372,6 +374,7 @@ impl Journaled {
         self.apply_ready()?;
         self.record_degraded()?;
         self.end_old_epoch()?;
+        self.let_go_if_asked()?;
         self.map.idle();
         Ok(self.applied_sequence())
     }

@@ -28,6 +28,7 @@ pub mod housekeeping;
 pub mod journaled;
 mod lost;
 pub mod mounts;
+mod pinned;
 mod plan;
 pub mod points;
 pub mod policy;

@@ -95,8 +95,10 @@ pub(crate) fn keep_last_point(
     let last = journal.entries(disk).iter().find(|entry| entry.number == closed.last).copied();
     let Some(entry) = last.filter(|entry| entry.kind == EntryKind::Mark) else { return Ok(()) };
     let mark = journal.mark(disk, &entry)?;
-    let point = kept_point(disk, At::entry(closed.epoch, entry.number), mark.sequence, &mark);
-    journal.edit(&[Edit::PointKept(point)], now)
+    let shape = journal.shape().disks.get(&disk);
+    let degraded = shape.is_some_and(|shape| shape.is_degraded(mark.lineage, mark.sequence, entry.number));
+    let kept = kept_point(disk, At::entry(closed.epoch, entry.number), mark.sequence, &mark);
+    journal.edit(&[Edit::PointKept(PointKept { degraded, ..kept })], now)
 }
 
 /// What a start finds in the log and not on the target, and the newest number: what stands behind the last mark of a
@@ -199,4 +201,64 @@ pub(crate) fn window_from_log(
     }
     // Numbers that are missing were lost to damage; the disk is compared for them.
     Ok((window, through))
+}
+
+#[cfg(test)]
+mod tests {
+    use reprotect_engine::format::batch::{CHAIN_START, MarkCause, MarkClass};
+    use reprotect_engine::format::manifest::{DiskAdded, EntriesLost, EpochCause};
+    use reprotect_engine::format::wire::Text;
+    use reprotect_engine::store::journal::JournalSettings;
+    use reprotect_engine::store::journal::applier::Position;
+    use reprotect_engine::units::{Generation, LineageId};
+
+    use super::*;
+    use crate::registry::fs_opener;
+
+    #[test]
+    fn a_point_whose_note_a_stop_kept_from_being_written_promises_no_more_than_its_mark() {
+        const DISK: DiskId = DiskId([1; 16]);
+        const NOW: Timestamp = Timestamp(1);
+        for lost in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let (files, layout) = (fs_opener(), JournalSettings { segment_bytes: 1 << 20 });
+            let folder = dir.path().join("journal");
+            std::fs::create_dir(&folder).unwrap();
+            let mut journal = Journal::create(files.clone(), &folder, layout, NOW).unwrap();
+            let added = DiskAdded { disk: DISK, machine: [7; 16], size_sectors: 64, time: NOW };
+            journal.add_disk(added, NOW).unwrap();
+            let path = dir.path().join("disk");
+            files.create(&path, 64 * 512).unwrap();
+            let target = files.open(&path, true).unwrap();
+            let (mut applier, _) = Applier::open(&journal, DISK, target, None).unwrap();
+            let (lineage, generation) = (LineageId([4; 16]), Generation(1));
+            let position = Position { lineage, generation, sequence: Sequence(0) };
+            applier.begin_epoch(&mut journal, EpochCause::First, position, None, NOW).unwrap();
+            let mark = Mark {
+                disk: DISK,
+                lineage,
+                generation,
+                sequence: Sequence(3),
+                chain: CHAIN_START,
+                source_time: NOW,
+                point: [5; 16],
+                number: 1,
+                class: MarkClass::Crash,
+                cause: MarkCause::Timer,
+                name: Text::new(""),
+            };
+            if lost {
+                let entries = EntriesLost { disk: DISK, first: 1, last: 1, time: NOW, cause: Text::new("") };
+                journal.append(DISK, EntryKind::Batch, &[b"x"], NOW).unwrap();
+                journal.edit(&[Edit::EntriesLost(entries)], NOW).unwrap();
+            }
+            let (number, _) = journal.append(DISK, EntryKind::Mark, &[&mark.to_bytes()], NOW).unwrap();
+            journal.commit(NOW).unwrap();
+            applier.applied_through(number);
+            applier.close_epoch(&mut journal, NOW).unwrap();
+            keep_last_point(&mut journal, DISK, NOW).unwrap();
+            let point = journal.shape().disks[&DISK].points[&[5; 16]];
+            assert_eq!((point.number, point.degraded), (number, lost));
+        }
+    }
 }

@@ -98,6 +98,8 @@ pub struct DiskView {
     pub problem: Option<String>,
     /// How far its failback is, and the generation it was fenced with.
     pub failback: Option<(FailbackStep, Generation)>,
+    /// What of it is lost and was not made up for by a compare yet.
+    pub loss: Option<String>,
 }
 
 #[derive(Debug, Default)]
@@ -435,14 +437,16 @@ impl Registry {
     /// All disks.
     #[must_use]
     pub fn disks(&self) -> Vec<DiskView> {
+        let losses = self.retention.as_ref().map(|retention| retention.losses()).unwrap_or_default();
         let inner = self.lock();
-        let view = |known: &KnownDisk| DiskView {
+        let view = |(disk, known): (&DiskId, &KnownDisk)| DiskView {
+            loss: losses.get(disk).cloned(),
             failback: inner.step_of(&known.record.disk),
             record: known.record.clone(),
             status: known.worker.as_ref().map(|worker| Arc::clone(worker.status())),
             problem: known.problem.clone(),
         };
-        inner.disks.values().map(view).collect()
+        inner.disks.iter().map(view).collect()
     }
 
     /// All live sessions.

@@ -8,7 +8,7 @@
 //! only the log is held while it is flushed, no target is; a point somebody reads is held until it is let go.
 //! Units: bytes, times by the target's clock. Started by `daemon`, used by the disks' threads and by commands.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -26,6 +26,7 @@ use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings, Recovered, RunFile, Shape};
 use reprotect_engine::units::{DiskId, Timestamp};
 
+use crate::pinned::loss_text;
 use crate::scrub::ScrubSettings;
 
 /// After this pause the last group is proven durable by an empty one.
@@ -63,6 +64,8 @@ pub struct Retention {
     settings: RetentionSettings,
     ladder: Mutex<Ladder>,
     pressure: Mutex<Pressure>,
+    /// Disks that keep the log from being given back, and in how many looks they did.
+    asked: Mutex<BTreeMap<DiskId, u32>>,
     /// Points that are read now, by who reads them.
     held: Mutex<BTreeMap<u64, (DiskId, At)>>,
     progress: Mutex<Progress>,
@@ -119,6 +122,7 @@ impl Retention {
             ladder: Mutex::new(settings.ladder.clone()),
             settings,
             pressure: Mutex::default(),
+            asked: Mutex::default(),
             held: Mutex::default(),
             progress: Mutex::default(),
             changed: Condvar::new(),
@@ -192,6 +196,42 @@ impl Retention {
     /// Answers what it was before.
     pub(crate) fn set_pressure(&self, pressure: Pressure) -> Pressure {
         std::mem::replace(&mut *unpoisoned(&self.pressure), pressure)
+    }
+
+    /// These disks, and no others, are to let go of their part of the log; answers the fewest looks at which one of
+    /// them was asked.
+    pub(crate) fn ask_back(&self, disks: &BTreeSet<DiskId>) -> u32 {
+        let mut asked = unpoisoned(&self.asked);
+        asked.retain(|disk, _| disks.contains(disk));
+        for disk in disks {
+            *asked.entry(*disk).or_default() += 1;
+        }
+        asked.values().copied().min().unwrap_or(0)
+    }
+
+    /// The fewest looks at which one of these disks was asked.
+    pub(crate) fn looks(&self, disks: &BTreeSet<DiskId>) -> u32 {
+        let asked = unpoisoned(&self.asked);
+        disks.iter().map(|disk| asked.get(disk).copied().unwrap_or(0)).min().unwrap_or(0)
+    }
+
+    /// Whether a disk is to let go of its part of the log.
+    pub(crate) fn is_asked(&self, disk: DiskId) -> bool {
+        unpoisoned(&self.asked).contains_key(&disk)
+    }
+
+    /// A disk has let go.
+    pub(crate) fn let_go(&self, disk: DiskId) {
+        unpoisoned(&self.asked).remove(&disk);
+    }
+
+    /// What is lost of disks and was not made up for by a compare yet, for people.
+    #[must_use]
+    pub fn losses(&self) -> BTreeMap<DiskId, String> {
+        let mut locked = self.lock();
+        let Ok(journal) = locked.get() else { return BTreeMap::new() };
+        let disks: Vec<DiskId> = journal.shape().disks.keys().copied().collect();
+        disks.iter().filter_map(|disk| Some((*disk, loss_text(journal, *disk)?))).collect()
     }
 
     /// Why nothing is taken in.

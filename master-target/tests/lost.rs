@@ -8,18 +8,15 @@ mod support;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::AtomicI64;
 
 use reprotect_engine::format::batch::{MarkClass, encode_batch};
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::message::PassMode;
 use reprotect_engine::format::segment::{EntryHead, EntryKind};
-use reprotect_engine::io::{self, BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 use reprotect_engine::net::wall_clock;
-use reprotect_engine::store::files::Files;
-use reprotect_engine::store::files::fs::FsFiles;
 use reprotect_engine::store::journal::points::{self, Offer, Point};
-use reprotect_engine::store::journal::{Journal, JournalSettings};
+use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings};
 use reprotect_engine::store::target::{Expectation, TargetKind, open_target};
 use reprotect_engine::units::{SectorRange, Timestamp};
 use reprotect_master_target::guard::Guard;
@@ -30,21 +27,6 @@ use reprotect_master_target::retention::{Retention, RetentionSettings};
 use support::*;
 
 const SIZE: u64 = 8 << 20;
-
-/// What the source writes: a block of this byte at this place.
-fn block(byte: u8) -> Record {
-    Record::data(u64::from(byte) * 8, vec![byte; 4096].into())
-}
-
-/// The disk with the blocks of these bytes.
-fn with_blocks(bytes: &[u8]) -> Vec<u8> {
-    let mut disk = vec![0; SIZE as usize];
-    for byte in bytes {
-        let at = usize::from(*byte) * 4096;
-        disk[at..at + 4096].fill(*byte);
-    }
-    disk
-}
 
 fn places(dir: &Path) -> (PathBuf, PathBuf, PathBuf) {
     (dir.join("disk.vmdk"), dir.join("state"), dir.join("retention"))
@@ -137,7 +119,7 @@ fn compared(bench: &mut Bench, before: &[u8], after: &[u8]) {
     assert!(honest.at.number < early.at.number);
     assert_eq!(
         bench.point_bytes(honest.at),
-        with_blocks(before),
+        with_blocks(SIZE, before),
         "what stands before the gap is what it was"
     );
     let by_time = bench.journal(|journal| points::at_time(journal, DISK, Timestamp(u64::MAX)).unwrap());
@@ -145,7 +127,7 @@ fn compared(bench: &mut Bench, before: &[u8], after: &[u8]) {
     assert!(offers(bench).contains(&Offer::Lost), "{:?}", offers(bench));
 
     let whole = SectorRange::new(0, SIZE / 512);
-    let source = with_blocks(after);
+    let source = with_blocks(SIZE, after);
     for chunk in 0..2 {
         let data = source[chunk * (4 << 20)..(chunk + 1) * (4 << 20)].to_vec();
         let start = chunk as u64 * 8192;
@@ -174,7 +156,7 @@ fn compared(bench: &mut Bench, before: &[u8], after: &[u8]) {
     let sound = newest_consistent(bench);
     assert_eq!(sound.name.as_str(), "sound again");
     assert_eq!(bench.point_bytes(sound.at), source);
-    assert_eq!(bench.point_bytes(honest.at), with_blocks(before));
+    assert_eq!(bench.point_bytes(honest.at), with_blocks(SIZE, before));
 }
 
 #[test]
@@ -207,46 +189,41 @@ fn nothing_is_degraded_where_nothing_is_lost() {
     assert_eq!(bench.ask(|store| store.state().mode), PassMode::Done);
     let points = listed(&bench);
     assert_eq!((points.len(), points.iter().filter(|point| point.degraded).count()), (6, 0), "{points:?}");
-    assert_eq!(bench.point_bytes(newest_consistent(&bench).at), with_blocks(&[1, 2, 3, 4, 5]));
+    assert_eq!(bench.point_bytes(newest_consistent(&bench).at), with_blocks(SIZE, &[1, 2, 3, 4, 5]));
     assert!(!offers(&bench).contains(&Offer::Lost));
     bench.stop();
 }
 
-/// A file of a medium that is gone after so many changes.
-struct Fused(Box<dyn BlockFile>, Arc<AtomicI64>);
-
-impl Fused {
-    fn change(&self, op: BlockOp) -> Result<(), BlockError> {
-        if self.1.fetch_sub(1, Ordering::SeqCst) > 0 {
-            return Ok(());
+#[test]
+fn what_was_given_up_is_compared_after_the_next_start_and_nothing_claims_otherwise_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut bench, mut agent) = stopped(dir.path());
+    left_waiting(dir.path(), &mut agent, &[]);
+    let (_, _, folder) = places(dir.path());
+    let layout = JournalSettings { segment_bytes: settings().segment_bytes };
+    let now = wall_clock();
+    {
+        let (mut journal, _) = Journal::open(fs_opener(), &folder, layout, now).unwrap();
+        let (first, last) = journal.give_up(DISK, "for a test", now).unwrap().unwrap();
+        assert_eq!(last - first, 7, "four batches and their marks");
+        assert_eq!(journal.give_up(DISK, "for a test", now).unwrap(), None);
+        let refused = journal.append(DISK, EntryKind::Batch, &[b"more"], now);
+        assert!(matches!(refused, Err(JournalError::GivenUp { disk: DISK })), "{refused:?}");
+        let segments = journal.releasable();
+        assert!(!segments.is_empty());
+        for segment in segments {
+            journal.release(segment, now).unwrap();
         }
-        let source = std::io::Error::from_raw_os_error(5); // EIO
-        Err(BlockError { name: "fused".to_owned(), op, offset: 0, len: 0, source })
     }
-}
-
-impl BlockFile for Fused {
-    fn size_bytes(&self) -> u64 {
-        self.0.size_bytes()
-    }
-    fn read(&mut self, reads: &mut [ReadAt<'_>]) -> Result<(), BlockError> {
-        self.0.read(reads)
-    }
-    fn write(&mut self, writes: &[WriteAt<'_>]) -> Result<(), BlockError> {
-        self.change(BlockOp::Write)?;
-        self.0.write(writes)
-    }
-    fn zero(&mut self, range: ByteRange) -> Result<(), BlockError> {
-        self.change(BlockOp::Zero)?;
-        self.0.zero(range)
-    }
-    fn flush(&mut self) -> Result<(), BlockError> {
-        self.change(BlockOp::Flush)?;
-        self.0.flush()
-    }
-    fn allocated(&mut self, range: ByteRange) -> Result<Vec<ByteRange>, BlockError> {
-        self.0.allocated(range)
-    }
+    bench.resume();
+    bench.restart();
+    assert_eq!(
+        bench.ask(|store| store.state().sequence),
+        agent.sequence,
+        "the agent's cursor stays where it was"
+    );
+    compared(&mut bench, &[1], &[1, 2, 3, 4, 5, 6]);
+    bench.stop();
 }
 
 /// Opens journal and disk as a start does, with media that are gone after so many changes; what was done by then stays.
@@ -254,10 +231,7 @@ impl BlockFile for Fused {
 fn opened_with(dir: &Path, changes: i64) -> bool {
     let (path, _, folder) = places(dir);
     let left = Arc::new(AtomicI64::new(changes));
-    let files: Arc<dyn Files> = Arc::new(FsFiles::new(move |path, writable| {
-        let options = if writable { io::OpenOptions::writing() } else { io::OpenOptions::reading() };
-        Ok(Box::new(Fused(io::open(path, &options)?, Arc::clone(&left))) as Box<dyn BlockFile>)
-    }));
+    let files = fused_opener(&left);
     let open = || -> anyhow::Result<()> {
         let (retention, found) = Retention::open(Arc::clone(&files), &folder, settings())?;
         let expect = Expectation { writable: true, ..Expectation::default() };
@@ -292,8 +266,11 @@ fn a_start_that_is_killed_anywhere_forgets_no_loss() {
     left_waiting(template.path(), &mut agent, &[3]);
     drop(bench);
     let mut ended = false;
+    // In memory, where there is such a place: nothing here depends on the medium.
+    let memory = PathBuf::from("/dev/shm");
+    let place = if memory.is_dir() { memory } else { std::env::temp_dir() };
     for changes in (0..500).step_by(3) {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = tempfile::tempdir_in(&place).unwrap();
         copy(template.path(), dir.path());
         ended = opened_with(dir.path(), changes);
         let (path, state, folder) = places(dir.path());

@@ -22,6 +22,8 @@ pub type JournalId = [u8; 16];
 pub const SEGMENT_MAGIC: [u8; 8] = *b"RPSEGM\x00\x01";
 /// First four bytes of a group.
 pub const GROUP_MAGIC: u32 = 0x5047_5052;
+/// Flag of an entry that was carried forward.
+const ENTRY_CARRIED: u8 = 1;
 /// Largest payload of one group: two of the largest frames and what goes with them.
 pub const GROUP_PAYLOAD_BYTES_MAX: u64 = 2 * FRAME_BODY_BYTES_MAX as u64 + (64 << 10);
 
@@ -101,7 +103,7 @@ wire! {
     pub struct EntryHead / EntryHeadWire = 48 {
         /// What it says.
         kind: EntryKind,
-        /// Zero.
+        /// Bit 0: it was carried forward from further back in the log, where it may stand, too. The rest is zero.
         flags: u8,
         /// Bytes of body.
         body_bytes: u32,
@@ -259,6 +261,19 @@ impl EntryHead {
         Self { crc: crc32(&head.to_bytes()), ..head }
     }
 
+    /// The same head of an entry that is carried forward.
+    #[must_use]
+    pub fn carried(self) -> Self {
+        let head = Self { flags: ENTRY_CARRIED, crc: 0, ..self };
+        Self { crc: crc32(&head.to_bytes()), ..head }
+    }
+
+    /// Whether it was carried forward: entries with higher numbers may stand before it.
+    #[must_use]
+    pub const fn is_carried(&self) -> bool {
+        self.flags & ENTRY_CARRIED != 0
+    }
+
     /// Reads and checks a head.
     ///
     /// # Errors
@@ -271,8 +286,9 @@ impl EntryHead {
             return Err(FormatError::Checksum { what: WHAT, got: head.crc, expected });
         }
         let field = |field, got, expected| Err(FormatError::Field { what: WHAT, field, got, expected });
-        if head.flags != 0 {
-            return field("flags", head.flags.into(), "zero");
+        let may_be_carried = if head.kind.is_numbered() { ENTRY_CARRIED } else { 0 };
+        if head.flags & !may_be_carried != 0 {
+            return field("flags", head.flags.into(), "one that says that a numbered entry was carried");
         }
         if head.body_bytes > FRAME_BODY_BYTES_MAX + (64 << 10) {
             return field("body_bytes", head.body_bytes.into(), "a frame's body at most");

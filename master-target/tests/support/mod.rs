@@ -9,6 +9,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -20,10 +21,12 @@ use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::message::{ErrorCode, GrantHead, Message, OpenDiskHead, PassEnd, PassMode};
 use reprotect_engine::format::wire::Text;
+use reprotect_engine::io::{self, BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::proto::target_disk::{SessionId, TargetDisk};
 use reprotect_engine::store::files::Files;
+use reprotect_engine::store::files::fs::FsFiles;
 use reprotect_engine::store::journal::Journal;
 use reprotect_engine::store::journal::ladder::Ladder;
 use reprotect_engine::store::journal::view::At;
@@ -272,10 +275,14 @@ impl Bench {
         })
     }
 
+    /// The journal while the worker runs.
+    pub(crate) fn retention(&self) -> &Arc<Retention> {
+        &self.journal.as_ref().unwrap().0
+    }
+
     /// Looks at the journal.
     pub(crate) fn journal<T>(&self, look: impl FnOnce(&mut Journal) -> T) -> T {
-        let (retention, _) = self.journal.as_ref().unwrap();
-        look(retention.lock().get().unwrap())
+        look(self.retention().lock().get().unwrap())
     }
 
     /// A session of an agent that was granted `generation`.
@@ -474,6 +481,67 @@ impl Agent {
             _ => None,
         })
     }
+}
+
+/// What the source writes: a block of this byte at this place.
+pub(crate) fn block(byte: u8) -> Record {
+    Record::data(u64::from(byte) * 8, vec![byte; 4096].into())
+}
+
+/// The disk with the blocks of these bytes.
+pub(crate) fn with_blocks(size_bytes: u64, bytes: &[u8]) -> Vec<u8> {
+    let mut disk = vec![0; size_bytes as usize];
+    for byte in bytes {
+        let at = usize::from(*byte) * 4096;
+        disk[at..at + 4096].fill(*byte);
+    }
+    disk
+}
+
+/// A file of a medium that is gone after so many changes.
+pub(crate) struct Fused(Box<dyn BlockFile>, Arc<AtomicI64>);
+
+impl Fused {
+    fn change(&self, op: BlockOp) -> Result<(), BlockError> {
+        if self.1.fetch_sub(1, Ordering::SeqCst) > 0 {
+            return Ok(());
+        }
+        let source = std::io::Error::from_raw_os_error(5); // EIO
+        Err(BlockError { name: "fused".to_owned(), op, offset: 0, len: 0, source })
+    }
+}
+
+impl BlockFile for Fused {
+    fn size_bytes(&self) -> u64 {
+        self.0.size_bytes()
+    }
+    fn read(&mut self, reads: &mut [ReadAt<'_>]) -> Result<(), BlockError> {
+        self.0.read(reads)
+    }
+    fn write(&mut self, writes: &[WriteAt<'_>]) -> Result<(), BlockError> {
+        self.change(BlockOp::Write)?;
+        self.0.write(writes)
+    }
+    fn zero(&mut self, range: ByteRange) -> Result<(), BlockError> {
+        self.change(BlockOp::Zero)?;
+        self.0.zero(range)
+    }
+    fn flush(&mut self) -> Result<(), BlockError> {
+        self.change(BlockOp::Flush)?;
+        self.0.flush()
+    }
+    fn allocated(&mut self, range: ByteRange) -> Result<Vec<ByteRange>, BlockError> {
+        self.0.allocated(range)
+    }
+}
+
+/// Files of a medium that fails changes once so many were made.
+pub(crate) fn fused_opener(left: &Arc<AtomicI64>) -> Arc<dyn Files> {
+    let left = Arc::clone(left);
+    Arc::new(FsFiles::new(move |path, writable| {
+        let options = if writable { io::OpenOptions::writing() } else { io::OpenOptions::reading() };
+        Ok(Box::new(Fused(io::open(path, &options)?, Arc::clone(&left))) as Box<dyn BlockFile>)
+    }))
 }
 
 /// Bytes that no other place has: a pattern of seed and position.

@@ -75,6 +75,14 @@ pub enum JournalError {
         /// How.
         why: String,
     },
+    /// What waited for a target was given up, because the retention drive was short.
+    #[error(
+        "what waited for the target of disk {disk} was given up, for the retention drive was full: repair the target, then restart; the disk is compared with its source"
+    )]
+    GivenUp {
+        /// The disk.
+        disk: DiskId,
+    },
     /// A point is not kept any more.
     #[error("disk {disk}: {what}; `points` lists what is kept")]
     Gone {

@@ -38,6 +38,8 @@ pub struct IndexBuilder {
     previous: u32,
     last_crc: u32,
     is_empty: bool,
+    /// An entry was carried into the segment: which of two copies counts is seen by reading.
+    given_up: bool,
 }
 
 impl IndexBuilder {
@@ -52,7 +54,13 @@ impl IndexBuilder {
             previous,
             last_crc: previous,
             is_empty: true,
+            given_up: false,
         }
+    }
+
+    /// The segment gets no index and is read.
+    pub(super) const fn give_up(&mut self) {
+        self.given_up = true;
     }
 
     /// An entry that was added.
@@ -100,7 +108,7 @@ impl IndexBuilder {
         let mut items: Vec<SegmentIndexItem> =
             self.numbered.iter().chain(self.newest.values()).copied().collect();
         let needed = index_bytes(items.len() as u64);
-        if opened.first_group == 0 || self.groups_end.checked_add(needed)? > opened.bytes {
+        if self.given_up || opened.first_group == 0 || self.groups_end.checked_add(needed)? > opened.bytes {
             return None;
         }
         items.sort_unstable_by_key(|item| item.offset);

@@ -245,6 +245,9 @@ impl Log {
         let offset = current.at + GroupHeader::BYTES as u64 + pending;
         self.group.push(entry);
         current.index.push(entry.kind, entry.disk, entry.number, offset, bytes);
+        if entry.carried {
+            current.index.give_up();
+        }
         Ok(Place { segment: current.opened.number, offset, bytes })
     }
 
@@ -496,6 +499,8 @@ pub struct NewEntry<'a> {
     pub body: &'a [&'a [u8]],
     /// Whether it may use the segment that is kept back.
     pub room: Room,
+    /// Whether it stands further back in the log already.
+    pub carried: bool,
 }
 
 impl GroupBuilder {
@@ -514,6 +519,7 @@ impl GroupBuilder {
             body_bytes += part.len() as u32;
         }
         let head = EntryHead::new(entry.kind, entry.disk, entry.number, body_bytes, crc.finalize());
+        let head = if entry.carried { head.carried() } else { head };
         self.bytes.extend_from_slice(&head.to_bytes());
         for part in entry.body {
             self.bytes.extend_from_slice(part);

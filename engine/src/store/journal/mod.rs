@@ -7,6 +7,7 @@
 //! | `recovery` | reading the redo log after a stop or a crash |
 //! | `indexed` | what is read of a segment instead of its groups |
 //! | `applier` | one disk: undo run, target, and the order in which they are written |
+//! | `carry` | what keeps the log from being given back: carried forward, or given up |
 //! | `capture` | before-images of a window: read, and saved beside the reading |
 //! | `view` | a disk as it was at a point |
 //! | `points` | what can be had of a disk: marks, times, sequences |
@@ -24,6 +25,7 @@
 
 pub mod applier;
 mod capture;
+mod carry;
 pub mod entry;
 pub mod error;
 pub mod indexed;
@@ -42,7 +44,7 @@ pub mod verify;
 pub mod view;
 pub mod window;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -92,6 +94,8 @@ pub struct Journal {
     marks: BTreeMap<(DiskId, u64), Mark>,
     /// For each segment, the disks with entries in it and their highest number there.
     segments: BTreeMap<u64, BTreeMap<DiskId, u64>>,
+    /// Disks whose waiting entries were given up since the opening: nothing is taken for them any more.
+    given_up: BTreeSet<DiskId>,
 }
 
 /// How far a disk is.
@@ -168,7 +172,8 @@ impl Journal {
         let log = Log::new(Arc::clone(&files), folder, settings.segment_bytes, &[], &manifest, 0, 0);
         let (disks, entries, segments) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let marks = BTreeMap::new();
-        Ok(Self { files, folder: folder.into(), manifest, log, disks, entries, marks, segments })
+        let given_up = BTreeSet::new();
+        Ok(Self { files, folder: folder.into(), manifest, log, disks, entries, marks, segments, given_up })
     }
 
     /// Opens an existing journal; the log goes on in a new segment.
@@ -236,7 +241,9 @@ impl Journal {
         let entries = logs.iter().map(|(disk, log)| (*disk, log.entries.clone())).collect();
         let segments = scan.segments;
         let marks = BTreeMap::new();
-        let journal = Self { files, folder: folder.into(), manifest, log, disks, entries, marks, segments };
+        let given_up = BTreeSet::new();
+        let folder = folder.into();
+        let journal = Self { files, folder, manifest, log, disks, entries, marks, segments, given_up };
         let (damage, torn) = (scan.damage, scan.torn);
         let (indexed, doubted) = (scan.indexes.believed.len(), scan.indexes.doubted);
         let (disks, set_aside, clean) = (logs, Vec::new(), false);
@@ -284,6 +291,7 @@ impl Journal {
     pub fn remove_disk(&mut self, disk: DiskId, now: Timestamp) -> Result<(), JournalError> {
         self.edit(&[Edit::DiskRemoved(DiskRemoved { disk })], now)?;
         self.disks.remove(&disk);
+        self.given_up.remove(&disk);
         self.entries.remove(&disk);
         self.marks.retain(|(known, _), _| *known != disk);
         Ok(())
@@ -309,8 +317,9 @@ impl Journal {
         body: &[&[u8]],
         now: Timestamp,
     ) -> Result<(u64, Place), JournalError> {
+        self.is_taken(disk)?;
         let number = self.disks.get(&disk).map_or(0, |disk| disk.newest) + 1;
-        let entry = NewEntry { kind, disk, number, body, room: Room::Data };
+        let entry = NewEntry { kind, disk, number, body, room: Room::Data, carried: false };
         let place = self.log.append(&mut self.manifest, now, &entry)?;
         self.disks.entry(disk).or_default().newest = number;
         self.entries.entry(disk).or_default().push(LogEntry { number, kind, place, time: now });
@@ -357,6 +366,11 @@ impl Journal {
     /// # Errors
     /// As for [`Self::append`]; it may use the segment that is kept back.
     pub fn append_state(&mut self, state: &DiskState, now: Timestamp) -> Result<(), JournalError> {
+        self.is_taken(state.disk)?;
+        self.put_state(state, now)
+    }
+
+    fn put_state(&mut self, state: &DiskState, now: Timestamp) -> Result<(), JournalError> {
         let body = state.to_bytes();
         let entry = NewEntry {
             kind: EntryKind::State,
@@ -364,6 +378,7 @@ impl Journal {
             number: 0,
             body: &[&body],
             room: Room::Control,
+            carried: false,
         };
         let place = self.log.append(&mut self.manifest, now, &entry)?;
         self.segments.entry(place.segment).or_default().entry(state.disk).or_default();
@@ -381,9 +396,14 @@ impl Journal {
         applied: Applied,
         now: Timestamp,
     ) -> Result<(), JournalError> {
+        self.is_taken(disk)?;
+        self.put_applied(disk, applied, now)
+    }
+
+    fn put_applied(&mut self, disk: DiskId, applied: Applied, now: Timestamp) -> Result<(), JournalError> {
         let body = applied.to_bytes();
-        let entry =
-            NewEntry { kind: EntryKind::Applied, disk, number: 0, body: &[&body], room: Room::Control };
+        let (kind, room) = (EntryKind::Applied, Room::Control);
+        let entry = NewEntry { kind, disk, number: 0, body: &[&body], room, carried: false };
         let place = self.log.append(&mut self.manifest, now, &entry)?;
         self.segments.entry(place.segment).or_default().entry(disk).or_default();
         let numbers = self.disks.entry(disk).or_default();
@@ -467,20 +487,9 @@ impl Journal {
     #[must_use]
     pub fn releasable(&self) -> Vec<u64> {
         let current = self.log.current_segment();
-        let applied = |(disk, number): (&DiskId, &u64)| {
-            let shape = self.manifest.shape().disks.get(disk);
-            let needed_from =
-                shape.and_then(DiskShape::open_epoch).map_or(u64::MAX, |epoch| epoch.opened.after);
-            self.disks.get(disk).is_none_or(|disk| disk.applied_durable.min(needed_from) >= *number)
-        };
-        self.manifest
-            .shape()
-            .segments
-            .keys()
-            .copied()
-            .take_while(|number| Some(*number) != current)
-            .take_while(|number| self.segments.get(number).is_none_or(|disks| disks.iter().all(applied)))
-            .collect()
+        let needed = self.disks.keys().filter_map(|disk| self.oldest_needed(*disk)).min().unwrap_or(u64::MAX);
+        let segments = self.manifest.shape().segments.keys().copied();
+        segments.take_while(|number| Some(*number) != current && *number < needed).collect()
     }
 
     /// When the newest numbered entry of a segment was added; `None` where it has none.
@@ -520,7 +529,7 @@ impl Journal {
                         place.offset,
                         remedy,
                     ))?;
-                    self.append_state(&state, now)?;
+                    self.put_state(&state, now)?;
                 }
                 _ => {
                     let remedy = "the disk is compared with its source";
@@ -529,7 +538,7 @@ impl Journal {
                         place.offset,
                         remedy,
                     ))?;
-                    self.append_applied(head.disk, applied, now)?;
+                    self.put_applied(head.disk, applied, now)?;
                 }
             }
         }
@@ -539,10 +548,14 @@ impl Journal {
         self.log.release(&mut self.manifest, now, number)?;
         self.segments.remove(&number);
         for (disk, entries) in &mut self.entries {
-            let gone = entries.partition_point(|entry| entry.place.segment <= number);
-            for entry in entries.drain(..gone) {
-                self.marks.remove(&(*disk, entry.number));
-            }
+            // What was carried forward stands before older ones by its number, and behind them in the log.
+            entries.retain(|entry| {
+                let stays = entry.place.segment > number;
+                if !stays {
+                    self.marks.remove(&(*disk, entry.number));
+                }
+                stays
+            });
         }
         Ok(())
     }

@@ -528,6 +528,9 @@ impl Scanner<'_> {
         (self.see)(Seen::Entry { place, head, body });
         if let Some(index) = &mut self.index {
             index.push(head.kind, head.disk, head.number, offset, place.bytes);
+            if head.is_carried() {
+                index.give_up();
+            }
         }
         // What an older segment's index says of these is not the newest any more.
         let unread = &mut self.scan.indexes.unread;
@@ -545,11 +548,15 @@ impl Scanner<'_> {
                 unread.remove(&(head.disk, true));
             }
             EntryKind::Batch | EntryKind::Ordered | EntryKind::Bulk | EntryKind::Mark => {
-                if disk.entries.last().is_some_and(|last| last.number >= head.number) {
+                let entry = LogEntry { number: head.number, kind: head.kind, place, time };
+                if head.is_carried() {
+                    disk.carried(entry);
+                } else if disk.entries.last().is_some_and(|last| last.number >= head.number) {
                     return Err(format!("entry {} of disk {} comes twice", head.number, head.disk));
+                } else {
+                    disk.entries.push(entry);
                 }
-                *newest = head.number;
-                disk.entries.push(LogEntry { number: head.number, kind: head.kind, place, time });
+                *newest = (*newest).max(head.number);
             }
         }
         Ok(())
@@ -578,6 +585,14 @@ impl DiskLog {
         let from = self.on_target + 1;
         let lost = self.missing.iter().filter(move |(_, end)| *end > from);
         lost.map(move |(start, end)| ((*start).max(from), end - 1))
+    }
+
+    /// An entry that stands, or stood, further back in the log, too: where it was carried to counts.
+    fn carried(&mut self, entry: LogEntry) {
+        match self.entries.binary_search_by_key(&entry.number, |known| known.number) {
+            Ok(at) => self.entries.splice(at..=at, [entry]).for_each(drop),
+            Err(at) => self.entries.insert(at, entry),
+        }
     }
 
     fn find_missing(&mut self, known: Option<&DiskShape>) {

@@ -1,0 +1,54 @@
+//! A disk behind the journal that lets go of its part of the redo log, for others need the room.
+//!
+//! What waits for its mark is applied: the target then stands inside a stretch, and the last mark is a point that its
+//! before-images lead to. The undo epoch ends, for its points are made from the log.
+//!
+//! Invariants: where the target stands at a mark, that mark is kept as a point before anything is applied over it.
+//! Units: entry numbers. Used by `journaled`, on the disk's own thread.
+
+use reprotect_engine::format::batch::Mark;
+use reprotect_engine::format::manifest::EpochCause;
+use reprotect_engine::format::segment::EntryKind;
+use reprotect_engine::net::wall_clock;
+use reprotect_engine::store::journal::JournalError;
+use reprotect_engine::store::journal::view::At;
+
+use super::Journaled;
+use crate::disk_store::NotDone;
+
+impl Journaled {
+    /// Keeps nothing of the log from being given back, where that was asked for.
+    pub(super) fn let_go_if_asked(&mut self) -> Result<(), NotDone> {
+        if !self.retention.is_asked(self.id) {
+            return Ok(());
+        }
+        self.apply_ready()?;
+        self.end_epoch_here()?;
+        self.backlog.release();
+        self.apply_ready()?;
+        self.end_epoch_here()?;
+        self.retention.let_go(self.id);
+        tracing::info!(disk = %self.id, "what waited for its mark was applied: others need its part of the redo log");
+        Ok(())
+    }
+
+    /// Ends the undo epoch at what is applied, if there is anything in it: with a point, where that is a mark.
+    fn end_epoch_here(&mut self) -> Result<(), JournalError> {
+        let number = self.applier.applied().number;
+        let Some((epoch, _)) = self.epoch_began(number)? else { return Ok(()) };
+        self.retention.commit()?; // what was applied is durably said to be
+        let point = self.mark_at(number)?.map(|mark| self.point(At::entry(epoch.epoch, number), &mark));
+        self.applier.close_epoch_at(self.retention.lock().get()?, point, wall_clock())?;
+        self.last_mark = None;
+        self.begin_epoch(EpochCause::Time)?;
+        Ok(())
+    }
+
+    fn mark_at(&self, number: u64) -> Result<Option<Mark>, JournalError> {
+        let mut locked = self.retention.lock();
+        let journal = locked.get()?;
+        let entry = journal.entries(self.id).iter().rfind(|entry| entry.number <= number).copied();
+        let mark = entry.filter(|entry| entry.number == number && entry.kind == EntryKind::Mark);
+        mark.map(|entry| journal.mark(self.id, &entry)).transpose()
+    }
+}
