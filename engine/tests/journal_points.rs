@@ -198,7 +198,7 @@ impl Store {
     }
 
     fn reopen(self) -> Self {
-        let Self { files, disk, after, sequence, clock, random, journal, applier } = self;
+        let Self { files, disk, after, sequence, clock, random, unread, journal, applier } = self;
         drop((journal, applier));
         let (journal, found) =
             Journal::open(files.opener(), Path::new(FOLDER), SETTINGS, Timestamp(clock * SECOND)).unwrap();
@@ -208,7 +208,7 @@ impl Store {
         let applied = found.disks[&DISK].applied.map(|(applied, _)| applied);
         let (applier, holes) = Applier::open(&journal, DISK, target, applied).unwrap();
         assert_eq!(holes, []);
-        Self { files, journal, applier, disk, after, sequence, clock, random }
+        Self { files, journal, applier, disk, after, sequence, clock, random, unread }
     }
 
     fn run_files(&self) -> Vec<String> {
