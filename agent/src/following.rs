@@ -16,11 +16,12 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use reprotect_engine::format::batch::{MarkClass, Stretch};
+use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::message::{PassCause, PassMode, SourceId};
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::agent::Agent;
 use reprotect_engine::range_set::RangeSet;
-use reprotect_engine::units::{DiskId, Sequence, Timestamp};
+use reprotect_engine::units::{DiskId, SectorRange, Sequence, Timestamp};
 use tokio::sync::mpsc;
 
 use crate::capture::{CaptureSettings, CompareCause};
@@ -522,6 +523,7 @@ impl Machine {
             self.following.set(disk, Step::Pass);
             return self.core.begin_pass(disk, PassCause::TrackingLost);
         }
+        self.note_written(disk, changed.iter());
         let mut wanted = changed.clone();
         if let Some(state) = self.disks.get(&disk).filter(|state| state.unread.is_tried()) {
             wanted.extend(state.unread.ranges());
@@ -532,6 +534,16 @@ impl Machine {
             self.following.give_back(disk);
             self.pause_round(disk);
             self.fail_run(&format!("the round of disk {disk} could not begin"));
+        }
+    }
+
+    /// These were written to; a compare that is to come begins with them.
+    fn note_written(&mut self, disk: DiskId, ranges: impl Iterator<Item = SectorRange>) {
+        if let Some(state) = self.disks.get_mut(&disk) {
+            state.recent.note(ranges);
+            if let Err(error) = state.recent.store(Instant::now()) {
+                tracing::debug!(%disk, %error, "what is written to lately is not kept: a compare begins anywhere");
+            }
         }
     }
 
@@ -591,6 +603,7 @@ impl Machine {
         for batch in batches {
             let disk = batch.disk;
             self.handle_batch_sent(&batch);
+            self.note_written(disk, batch.records.iter().map(Record::range));
             self.core.submit_delta(disk, batch.kind, now, batch.records);
             let waiting = self.core.undurable_bytes(disk);
             if waiting > STREAM_BYTES_MAX {

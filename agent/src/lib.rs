@@ -34,6 +34,7 @@ mod protected;
 mod quiescing;
 pub mod reader;
 mod reading;
+mod recent;
 mod salvage;
 pub mod service;
 mod session;

@@ -38,6 +38,7 @@ use crate::policy::PolicyKeeper;
 use crate::protected::{Activity, Protected};
 use crate::quiescing::{AppSchedule, FreezeNews, Freezer};
 use crate::reader::{FromDisk, ReadJob};
+use crate::recent::Recent;
 use crate::sources::{Found, Sources, inventory};
 use crate::throttle::Throttle;
 use crate::unread::Unread;
@@ -327,6 +328,9 @@ impl Machine {
     }
 
     fn handle_resync(&mut self, disk: DiskId, cause: PassCause) {
+        if let Some(state) = self.disks.get(&disk) {
+            self.core.set_first(disk, state.recent.newest_first().collect());
+        }
         self.following.abandon_round(disk);
         if self.is_streaming(std::iter::once(disk)) {
             self.end_streaming("the whole disk is compared");
@@ -399,6 +403,7 @@ impl Machine {
         self.following.forget(disk);
         if let Some(state) = self.disks.remove(&disk) {
             state.unread.remove();
+            state.recent.remove();
         }
         self.missing.remove(&disk);
     }
@@ -411,6 +416,7 @@ impl Machine {
             self.following.forget(id);
             if let Some(state) = self.disks.remove(&id) {
                 state.unread.remove();
+                state.recent.remove();
             }
         }
         self.missing.retain(|id, known| *id == disk || known.source != source);
@@ -429,6 +435,7 @@ impl Machine {
         let Some(state) = self.disks.get_mut(&disk) else { return };
         if state.size_sectors == target_sectors {
             state.activity = Activity::Offered;
+            self.core.set_first(disk, state.recent.newest_first().collect());
             return self.core.open(disk, target_sectors);
         }
         let text = format!(
@@ -495,7 +502,9 @@ impl Machine {
                     None => {
                         let folder = &self.plan.settings.places.state_dir;
                         let unread = Unread::load(folder, disk, Instant::now());
-                        self.disks.insert(disk, Protected::new(source, path, budget, reader, unread));
+                        let mut state = Protected::new(source, path, budget, reader, unread);
+                        state.recent = Recent::load(folder, disk);
+                        self.disks.insert(disk, state);
                     }
                 }
                 self.follow_and_open(disk, size_sectors);

@@ -18,6 +18,7 @@ use crate::budget::Budget;
 use crate::faults::Faults;
 use crate::freshness::Freshness;
 use crate::reader::{DiskReader, ReadJob};
+use crate::recent::Recent;
 use crate::unread::Unread;
 
 /// A chunk whose data are kept.
@@ -69,6 +70,8 @@ pub(crate) struct Protected {
     wanted: HashMap<(u64, u64), Sequence>,
     pub(crate) faults: Faults,
     pub(crate) unread: Unread,
+    /// What was written to lately.
+    pub(crate) recent: Recent,
     pub(crate) activity: Activity,
     pub(crate) next_scan: Option<Instant>,
     pub(crate) walk_began: Timestamp,
@@ -102,6 +105,7 @@ impl Protected {
             wanted: HashMap::new(),
             faults: Faults::default(),
             unread,
+            recent: Recent::default(),
             activity: Activity::Offered,
             next_scan: None,
             walk_began: Timestamp::ZERO,

@@ -155,7 +155,7 @@ pub fn mark(input: &mut Input<'_>, disk: DiskId, at: (LineageId, Generation, Seq
         class: input.pick(MarkClass::ALL),
         cause: input.pick(MarkCause::ALL),
         name: Text::new(""),
-        unread_blocks: u32::from(input.byte()),
+        unread_blocks: 0,
     }
 }
 

@@ -2,8 +2,7 @@
 //!
 //! Invariants: the blocks that were read come first, later reads of a block behind earlier ones, then the records in
 //! their order: so each disk's batches, one after another, make it what it was when the window closed, except what could
-//! not be read, which is told; memory is
-//! bounded by [`WINDOW_BYTES_MAX`], beyond which the window fails. Units: sectors, bytes. Called by `capturing` only.
+//! not be read, which is told; memory is bounded by [`WINDOW_BYTES_MAX`], beyond which the window fails. Units: sectors, bytes. Called by `capturing` only.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -194,5 +193,45 @@ impl WindowSink for Gatherer<'_> {
         }
         self.recorded.entry(disk).or_default().extend(changes);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use reprotect_engine::io::WriteAt;
+    use reprotect_engine::io::memory::MemoryFile;
+
+    use super::*;
+    use crate::salvage::tests::Failing;
+
+    const DISK: DiskId = DiskId([1; 16]);
+
+    fn set(ranges: &[(u64, u64)]) -> RangeSet {
+        ranges.iter().map(|(start, end)| SectorRange::new(*start, *end)).collect()
+    }
+
+    #[test]
+    fn a_window_goes_on_without_what_cannot_be_read_unless_nothing_can() {
+        let whole = SectorRange::new(0, 4096);
+        let mut disk = MemoryFile::new(whole.bytes());
+        disk.write(&[WriteAt { offset: 0, data: &vec![7; whole.bytes() as usize] }]).unwrap();
+        let failing = Failing::new(disk, &[SectorRange::new(16, 17), SectorRange::new(800, 808)]);
+        let bad = std::sync::Arc::clone(&failing.bad);
+        let mut file: Box<dyn BlockFile> = Box::new(failing);
+        let slot = DiskSlot(0);
+        let mut gatherer = Gatherer::new(BTreeMap::from([(slot.index(), (DISK, &mut file, whole))]));
+        gatherer.read(slot, &set(&[(8, 32), (800, 816)])).unwrap();
+        let unread = vec![(DISK, SectorRange::new(16, 24)), (DISK, SectorRange::new(800, 808))];
+        assert_eq!(gatherer.unread(), unread);
+        // Read again in a later round: one of them can be read now, and something else cannot any more.
+        *bad.lock().unwrap() = set(&[(800, 808), (24, 32)]);
+        gatherer.read(slot, &set(&[(16, 32)])).unwrap();
+        let unread = vec![(DISK, SectorRange::new(24, 32)), (DISK, SectorRange::new(800, 808))];
+        assert_eq!(gatherer.unread(), unread);
+        bad.lock().unwrap().insert(whole);
+        assert!(matches!(gatherer.read(slot, &set(&[(0, 8)])), Err(CaptureError::Read { .. })));
+        let (batches, _) = gatherer.into_batches(true);
+        let read = batches.iter().flat_map(|batch| batch.records.iter().map(Change::range));
+        assert_eq!(read.collect::<RangeSet>(), set(&[(8, 32), (808, 816)]), "nothing in place of the rest");
     }
 }

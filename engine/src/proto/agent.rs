@@ -327,7 +327,8 @@ impl Agent {
             disk.end_walk();
         } else {
             let settled: RangeSet = ranges.iter().copied().collect();
-            let pass = Pass::new(head.pass, head.mode, Sink::Bulk, disk.whole(), settled);
+            let pass =
+                Pass::new(head.pass, head.mode, Sink::Bulk, disk.whole(), settled).with_first(&disk.first);
             disk.begin_walk(pass.with_chunk_bytes(self.chunk_bytes));
         }
         self.events.push_back(AgentEvent::Opened { disk: head.disk, mode: head.mode });
@@ -413,7 +414,8 @@ impl Agent {
                 }
             }
         } else {
-            let pass = Pass::new(state.pass, state.mode, Sink::Bulk, disk.whole(), RangeSet::new());
+            let pass = Pass::new(state.pass, state.mode, Sink::Bulk, disk.whole(), RangeSet::new())
+                .with_first(&disk.first);
             disk.begin_walk(pass.with_chunk_bytes(chunk_bytes));
         }
     }
@@ -474,6 +476,13 @@ impl Agent {
     pub fn handle_unread(&mut self, disk: DiskId, epoch: u64, chunk: SectorRange, unread: &[SectorRange]) {
         if let Some(pass) = self.pass_of(disk, epoch) {
             pass.handle_unread(chunk.start, unread);
+        }
+    }
+
+    /// Passes over the whole disk that begin from now on begin with these parts, in this order.
+    pub fn set_first(&mut self, disk: DiskId, first: Vec<SectorRange>) {
+        if let Some(state) = self.disks.get_mut(&disk) {
+            state.first = first;
         }
     }
 

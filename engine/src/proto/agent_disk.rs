@@ -125,6 +125,8 @@ pub(super) struct AgentDisk {
     pub(super) damaged: (Sequence, u32),
     /// What every mark says that is placed now.
     pub(super) unread_blocks: u32,
+    /// Where passes over the whole disk begin.
+    pub(super) first: Vec<SectorRange>,
 }
 
 /// A mark that is not durable yet.
@@ -199,6 +201,7 @@ impl AgentDisk {
             wanted: None,
             damaged: (Sequence::ZERO, 0),
             unread_blocks: 0,
+            first: Vec::new(),
         }
     }
 

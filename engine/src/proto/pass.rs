@@ -87,6 +87,8 @@ pub struct Pass {
     settled: RangeSet,
     begun: RangeSet,
     cursor: u64,
+    /// Walked before the rest, in this order.
+    ahead: VecDeque<SectorRange>,
     /// Only known parts of the disk are walked: a chunk is what is wanted of an aligned piece of it.
     sparse: bool,
     open: BTreeMap<u64, Chunk>,
@@ -117,6 +119,7 @@ impl Pass {
             begun: settled.clone(),
             settled,
             cursor: whole.start,
+            ahead: VecDeque::new(),
             sparse: false,
             open: BTreeMap::new(),
             actions: VecDeque::new(),
@@ -129,6 +132,13 @@ impl Pass {
     pub fn of_changes(whole: SectorRange, changed: &RangeSet) -> Self {
         let unchanged = changed.missing(whole).into_iter().collect();
         Self { sparse: true, ..Self::new(0, PassMode::Copy, Sink::Delta, whole, unchanged) }
+    }
+
+    /// The same walk, which begins with these parts, in this order.
+    #[must_use]
+    pub fn with_first(mut self, first: &[SectorRange]) -> Self {
+        self.ahead = first.iter().copied().collect();
+        self
     }
 
     /// The same walk in chunks of `bytes`, a multiple of the compare unit, at most [`CHUNK_BYTES`].
@@ -177,14 +187,17 @@ impl Pass {
     }
 
     fn begin_chunk(&mut self) {
-        let Some(mut range) = self.next_range() else { return };
+        let ahead = self.next_ahead();
+        let Some(mut range) = ahead.or_else(|| self.next_range()) else { return };
         let mut pieces = Vec::new();
         if self.sparse {
             let end = (range.start / self.chunk_sectors + 1) * self.chunk_sectors;
             pieces = self.begun.missing(SectorRange::new(range.start, end.min(self.whole.end)));
             range.end = pieces.last().map_or(range.end, |last| last.end);
         }
-        self.cursor = range.end;
+        if ahead.is_none() {
+            self.cursor = range.end;
+        }
         self.begun.insert(range);
         self.open.insert(range.start, Chunk { range, pieces: pieces.clone(), ..Chunk::default() });
         let hash = self.mode == PassMode::Compare;
@@ -192,6 +205,18 @@ impl Pass {
         if hash {
             self.actions.push_back(PassAction::Ask { chunk: range, units: Vec::new() });
         }
+    }
+
+    /// The next run that nobody began of what comes first.
+    fn next_ahead(&mut self) -> Option<SectorRange> {
+        while let Some(first) = self.ahead.front() {
+            let gap = self.begun.missing(first.intersect(self.whole)).into_iter().next();
+            if let Some(run) = gap.and_then(|gap| gap.aligned_pieces(self.chunk_sectors).next()) {
+                return Some(run);
+            }
+            self.ahead.pop_front();
+        }
+        None
     }
 
     /// The next run that nobody began, within one aligned chunk; settled runs are stepped over whole, however long.
@@ -517,6 +542,33 @@ mod tests {
             let read = PassAction::Read { chunk: last, hash: false, pieces: vec![] };
             assert!(chunk.is_none() || chunk == Some(read));
         }
+    }
+
+    #[test]
+    fn what_is_to_come_first_is_read_first_and_everything_once() {
+        let chunk = CHUNK_BYTES / SECTOR_BYTES;
+        let disk = SectorRange::new(0, 6 * chunk + 8);
+        let settled = SectorRange::new(4 * chunk, 5 * chunk);
+        let first = [SectorRange::new(3 * chunk, 5 * chunk + 8), SectorRange::new(6 * chunk, 90 * chunk)];
+        let pass = Pass::new(1, PassMode::Compare, Sink::Bulk, disk, [settled].into_iter().collect());
+        let mut pass = pass.with_first(&first);
+        let mut read = Vec::new();
+        while let Some(action) = pass.poll_action() {
+            if let PassAction::Read { chunk, .. } = action {
+                read.push((chunk.start, chunk.end));
+                pass.handle_sent(chunk.start);
+            }
+        }
+        let expected = [
+            (3 * chunk, 4 * chunk),
+            (5 * chunk, 5 * chunk + 8),
+            (6 * chunk, disk.end),
+            (0, chunk),
+            (chunk, 2 * chunk),
+            (2 * chunk, 3 * chunk),
+            (5 * chunk + 8, 6 * chunk),
+        ];
+        assert_eq!(read, expected);
     }
 
     #[test]

@@ -63,6 +63,8 @@ struct World {
     degraded: Vec<PointDegrade>,
     policy: Option<Policy>,
     inventories: Vec<Vec<InventoryDisk>>,
+    /// Disks that whoever is connected is to be offered.
+    offers: Vec<DiskId>,
     /// Nothing is executed: no write, so no credit.
     stalled: bool,
     /// So many delta batches from now on are found damaged.
@@ -192,6 +194,11 @@ impl FakeTarget {
         let core = TargetDisk::new(state.clone(), self.limits);
         self.world().disks.insert(disk, Disk { core, agent, bytes, state });
         disk
+    }
+
+    /// Offers a disk to the agent that is connected, and only to it.
+    pub fn offer(&self, disk: DiskId) {
+        self.world().offers.push(disk);
     }
 
     /// Whom it trusts; revocations there end live connections too.
@@ -348,6 +355,10 @@ async fn serve(
         let mut world = world.lock().unwrap();
         while let Some(event) = session.poll_event() {
             world.take(&mut session, event);
+        }
+        for id in std::mem::take(&mut world.offers) {
+            let state = world.disks[&id].core.state();
+            session.offer(id, state.source, state.size_sectors, state.generation);
         }
         world.turn();
         while let Some(outgoing) = session.poll_transmit() {
