@@ -6,7 +6,8 @@
 //! is applied; writing the same again is harmless.
 //!
 //! Invariants: I1, I2; the view it writes does not change while it is written, for blocks it overwrites were in an older
-//! run already. Units: blocks, entry numbers. Called by the thread that owns the target.
+//! run already: so its own run is never asked, and images that were lost from it cost points, not the rollback. What it
+//! saved is named in the log before it writes; it has no entries that could tell damage from a torn end. Units: blocks, entry numbers. Called by the thread that owns the target.
 
 use std::thread::{self, ScopedJoinHandle};
 
@@ -75,9 +76,15 @@ pub fn resume<T: BlockFile>(
     let whole = BlockRange::new(0, applier.size_sectors().div_ceil(BLOCK_SECTORS));
     let runs = view.open_runs(journal, applier)?;
     let mut waiting: Option<Step> = None;
-    for ranges in steps(view.differing(&runs, applier, whole)?) {
+    let own = applier.take_active();
+    let differing = view.differing(&runs, applier, whole);
+    applier.put_active(own);
+    for ranges in steps(differing?) {
         let next = match waiting.take() {
-            Some(last) => write_and_prepare(&runs, applier, &view, &last, ranges, &mut done)?,
+            Some(last) => {
+                let mut beside = Beside { journal, applier, now, done: &mut done };
+                beside.write_and_prepare(&runs, &view, &last, ranges)?
+            }
             None => {
                 preload(&runs, applier.sealed_runs(), &ranges)?;
                 Step::prepare(&runs, applier, &view, ranges)?
@@ -86,7 +93,7 @@ pub fn resume<T: BlockFile>(
         waiting = Some(next);
     }
     if let Some(last) = waiting {
-        last.write(applier, &mut done)?;
+        Beside { journal, applier, now, done: &mut done }.write(&last)?;
     }
     let number = applier.applied().number;
     applier.apply(journal, number, &Window::default(), now)?;
@@ -158,20 +165,6 @@ impl Step {
     fn known(&self) -> Vec<Known<'_>> {
         self.ranges.iter().zip(&self.live).map(|(blocks, bytes)| Known { blocks: *blocks, bytes }).collect()
     }
-
-    /// Saves what stands there, where that is not done yet, and writes what stood there.
-    fn write<T: BlockFile>(
-        &self,
-        applier: &mut Applier<T>,
-        done: &mut RolledBack,
-    ) -> Result<(), JournalError> {
-        done.compared_bytes += self.live.iter().map(|bytes| bytes.len() as u64).sum::<u64>();
-        done.written_bytes += self.window.bytes();
-        if self.window.bytes() > 0 {
-            applier.write_over(&self.window, &self.known())?;
-        }
-        Ok(())
-    }
 }
 
 /// Reads what stands on the target now, all together.
@@ -196,38 +189,57 @@ const fn bytes_of(blocks: BlockRange, size_bytes: u64) -> usize {
     ((if end < size_bytes { end } else { size_bytes }) - blocks.start * BLOCK_BYTES) as usize
 }
 
-/// Writes a step and prepares the next. The target is busy all the time: while the next blocks are read from it and the
-/// last are written to it, one thread saves before-images of the last and another makes what stood there out of the
-/// images of the next. Where sealed runs do not have all of these, the next step is prepared when the last is written.
-fn write_and_prepare<T: BlockFile>(
-    runs: &[Run],
-    applier: &mut Applier<T>,
-    view: &View,
-    last: &Step,
-    ranges: Vec<BlockRange>,
-    done: &mut RolledBack,
-) -> Result<Step, JournalError> {
-    let size_bytes = applier.size_sectors() * SECTOR_BYTES;
-    let mut sealed = applier.take_sealed();
-    let (written, then) = thread::scope(|scope| {
-        let (sealed, asked) = (&mut sealed, &ranges);
-        let make = move || images(view, runs, sealed, asked, size_bytes);
-        // Where there is no thread to be had, the next is prepared afterwards.
-        let making = thread::Builder::new().name("images".to_owned()).spawn_scoped(scope, make).ok();
-        let written = save_and_read(applier, last, &ranges).and_then(|live| {
-            last.write(applier, done)?;
-            Ok(live)
-        });
-        let then = making.map_or(Ok(Ok(None)), ScopedJoinHandle::join);
-        (written, then.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-    });
-    applier.put_sealed(sealed);
-    let live = written?;
-    if let Some(then) = then? {
-        return Ok(Step::of(ranges, live, then));
+/// Writes steps, each while the next is made ready.
+struct Beside<'a, T> {
+    journal: &'a mut Journal,
+    applier: &'a mut Applier<T>,
+    now: Timestamp,
+    done: &'a mut RolledBack,
+}
+
+impl<T: BlockFile> Beside<'_, T> {
+    /// Saves what stands there, where that is not done yet, and writes what stood there.
+    fn write(&mut self, step: &Step) -> Result<(), JournalError> {
+        self.done.compared_bytes += step.live.iter().map(|bytes| bytes.len() as u64).sum::<u64>();
+        self.done.written_bytes += step.window.bytes();
+        if step.window.bytes() > 0 {
+            self.applier.apply_over(self.journal, &step.window, &step.known(), self.now)?;
+        }
+        Ok(())
     }
-    preload(runs, applier.sealed_runs(), &ranges)?;
-    Step::prepare(runs, applier, view, ranges)
+
+    /// Writes a step and prepares the next. The target is busy all the time: while the next blocks are read from it and the
+    /// last are written to it, one thread saves before-images of the last and another makes what stood there out of the
+    /// images of the next. Where sealed runs do not have all of these, the next step is prepared when the last is written.
+    fn write_and_prepare(
+        &mut self,
+        runs: &[Run],
+        view: &View,
+        last: &Step,
+        ranges: Vec<BlockRange>,
+    ) -> Result<Step, JournalError> {
+        let size_bytes = self.applier.size_sectors() * SECTOR_BYTES;
+        let mut sealed = self.applier.take_sealed();
+        let (written, then) = thread::scope(|scope| {
+            let (sealed, asked) = (&mut sealed, &ranges);
+            let make = move || images(view, runs, sealed, asked, size_bytes);
+            // Where there is no thread to be had, the next is prepared afterwards.
+            let making = thread::Builder::new().name("images".to_owned()).spawn_scoped(scope, make).ok();
+            let written = save_and_read(self.applier, last, &ranges).and_then(|live| {
+                self.write(last)?;
+                Ok(live)
+            });
+            let then = making.map_or(Ok(Ok(None)), ScopedJoinHandle::join);
+            (written, then.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        self.applier.put_sealed(sealed);
+        let live = written?;
+        if let Some(then) = then? {
+            return Ok(Step::of(ranges, live, then));
+        }
+        preload(runs, self.applier.sealed_runs(), &ranges)?;
+        Step::prepare(runs, self.applier, view, ranges)
+    }
 }
 
 /// Reads what the next blocks hold, while another thread saves before-images of the last step.
