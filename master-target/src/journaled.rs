@@ -397,27 +397,40 @@ impl Journaled {
 
     fn apply_ready(&mut self) -> Result<(), NotDone> {
         let Some(through) = self.backlog.applicable() else { return Ok(()) };
-        self.retention.commit()?;
         if self.backlog.writes().is_none_or(|window| !window.is_empty()) {
             self.before_writing()?;
         }
         match self.backlog.writes() {
             Some(window) => {
+                // The entries, and how much of the undo run is durable, with one commit.
+                if let Some(named) = self.applier.save_images(window)? {
+                    self.retention.lock().get()?.append_applied(self.id, named, wall_clock())?;
+                }
+                self.retention.commit()?;
                 self.map.before(window)?;
                 self.applier.write_window(window)?;
                 self.map.after(window);
                 self.note_applied(through)?;
             }
-            None => self.apply_from_log(through)?,
+            None => {
+                self.retention.commit()?;
+                self.apply_from_log(through)?;
+            }
         }
         self.flushed();
         Ok(self.first_epoch()?)
     }
 
-    /// Applies entries whose writes are not in memory.
+    /// Applies entries whose writes are not in memory; they are durable.
     fn apply_from_log(&mut self, through: u64) -> Result<(), JournalError> {
         while self.applier.applied().number < through {
             let (window, number) = window_from_log(&self.retention, &self.applier, through)?;
+            if let Some(named) = self.applier.save_images(&window)? {
+                let mut locked = self.retention.lock();
+                let journal = locked.get()?;
+                journal.append_applied(self.id, named, wall_clock())?;
+                journal.commit(wall_clock())?;
+            }
             self.map.before(&window)?;
             self.applier.write_window(&window)?;
             self.map.after(&window);

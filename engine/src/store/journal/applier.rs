@@ -7,9 +7,13 @@
 //! | 1 | the entries are durable in the redo log | they are applied again |
 //! | 2 | before-images of blocks not yet saved in this undo epoch go into its run | they are saved once, the first wins |
 //! | 3 | the run is flushed (barrier 1) | nothing on the target has changed yet (I1) |
-//! | 4 | the target is written, in address order | what it held is in the run |
-//! | 5 | the target is flushed (barrier 2) | applying again writes the same |
-//! | 6 | APPLIED goes into the redo log | |
+//! | 4 | its length is durable in the redo log: APPLIED with the number of before, where the run has grown | as above |
+//! | 5 | the target is written, in address order | what it held is in the run; what is damaged there is known to be |
+//! | 6 | the target is flushed (barrier 2) | applying again writes the same |
+//! | 7 | APPLIED goes into the redo log | |
+//!
+//! Step 4 is what tells damage from a torn end: images that the log names were durable before the target was touched, and
+//! one of them that cannot be read is lost, never cut. Nothing behind them has been overwritten.
 //!
 //! Invariants: I1 to I4. An undo epoch is closed when all its entries are applied and durably said to be. A failed write
 //! or flush stops the disk (I6). Units: sectors, bytes, entry numbers. Called by the thread that owns the target.
@@ -128,6 +132,10 @@ impl<T: BlockFile> Applier<T> {
             Some(epoch) => reopen(journal, &epoch.opened, size_sectors, &applied)?,
             None => (None, Vec::new()),
         };
+        // What is applied from here on is applied in the epoch that goes on, though the log has not said so yet.
+        if let Some(epoch) = shape.open_epoch().filter(|epoch| epoch.opened.epoch != applied.epoch) {
+            applied = Applied { epoch: epoch.opened.epoch, undo_bytes: 0, ..applied };
+        }
         Ok((Self { disk, size_sectors, target, active, sealed: Vec::new(), applied, version: 0 }, holes))
     }
 
@@ -236,7 +244,7 @@ impl<T: BlockFile> Applier<T> {
     }
 
     /// Applies a window: writes of consecutive entries up to `number`, all of them durable in the redo log, none of
-    /// them beyond the undo epoch. Adds APPLIED to the log, which the caller commits.
+    /// them beyond the undo epoch. Commits what is in the log already, and adds APPLIED to it, which the caller commits.
     ///
     /// # Errors
     /// When run, target or log cannot be written; the disk must then be opened anew.
@@ -247,12 +255,30 @@ impl<T: BlockFile> Applier<T> {
         window: &Window,
         now: Timestamp,
     ) -> Result<(), JournalError> {
-        self.write_window(window)?;
+        self.apply_over(journal, window, &[], now)?;
         let applied = self.applied_through(number);
         journal.append_applied(self.disk, applied, now)
     }
 
-    /// Notes that a window up to `number` was written; answers what is to go into the log, step 6.
+    /// Steps 2 to 6, by who has read parts of the target already; nothing else writes to it meanwhile.
+    ///
+    /// # Errors
+    /// As for [`Self::apply`].
+    pub(super) fn apply_over(
+        &mut self,
+        journal: &mut Journal,
+        window: &Window,
+        known: &[Known<'_>],
+        now: Timestamp,
+    ) -> Result<(), JournalError> {
+        if let Some(named) = self.save_over(window, known)? {
+            journal.append_applied(self.disk, named, now)?;
+            journal.commit(now)?;
+        }
+        self.write_window(window)
+    }
+
+    /// Notes that a window up to `number` was written; answers what is to go into the log, step 7.
     pub fn applied_through(&mut self, number: u64) -> Applied {
         self.applied.number = number;
         if let Some(run) = &self.active {
@@ -261,23 +287,42 @@ impl<T: BlockFile> Applier<T> {
         self.applied
     }
 
-    /// Steps 2 to 5, for who does not hold the journal meanwhile.
+    /// Steps 2 and 3, for who does not hold the journal meanwhile. Answers what must be durable in the log before
+    /// [`Self::write_window`], step 4; `None` where the images were there before.
+    ///
+    /// # Errors
+    /// As for [`Self::apply`].
+    pub fn save_images(&mut self, window: &Window) -> Result<Option<Applied>, JournalError> {
+        self.save_over(window, &[])
+    }
+
+    /// As [`Self::save_images`], by who has read parts of the target already; nothing else writes to it meanwhile.
+    ///
+    /// # Errors
+    /// As for [`Self::apply`].
+    pub(super) fn save_over(
+        &mut self,
+        window: &Window,
+        known: &[Known<'_>],
+    ) -> Result<Option<Applied>, JournalError> {
+        let Some(run) = &mut self.active else { return Ok(None) };
+        capture(&mut self.target, run, self.size_sectors, window, known)?;
+        if !run.is_flushed() {
+            run.flush()?; // barrier 1
+        }
+        if run.counts().0 == 0 || run.len_bytes() == self.applied.undo_bytes {
+            return Ok(None);
+        }
+        self.applied.undo_bytes = run.len_bytes();
+        Ok(Some(self.applied))
+    }
+
+    /// Steps 5 and 6, for who does not hold the journal meanwhile: the images of the window are saved and named.
     ///
     /// # Errors
     /// As for [`Self::apply`].
     pub fn write_window(&mut self, window: &Window) -> Result<(), JournalError> {
-        self.write_over(window, &[])
-    }
-
-    /// As [`Self::write_window`], by who has read parts of the target already; nothing else writes to it meanwhile.
-    ///
-    /// # Errors
-    /// As for [`Self::apply`].
-    pub(super) fn write_over(&mut self, window: &Window, known: &[Known<'_>]) -> Result<(), JournalError> {
-        if let Some(run) = &mut self.active {
-            capture(&mut self.target, run, self.size_sectors, window, known)?;
-            run.flush()?; // barrier 1
-        }
+        self.save_over(window, &[])?; // I1, also where nobody asked for it
         self.version += 1;
         self.write_target(window)?;
         self.target.flush()?; // barrier 2
@@ -336,8 +381,8 @@ impl<T: BlockFile> Applier<T> {
         self.active.take()
     }
 
-    pub(super) fn put_active(&mut self, run: ActiveRun) {
-        self.active = Some(run);
+    pub(super) fn put_active(&mut self, run: Option<ActiveRun>) {
+        self.active = run;
     }
 
     pub(super) const fn active_run(&mut self) -> Option<&mut ActiveRun> {

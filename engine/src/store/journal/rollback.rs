@@ -16,16 +16,19 @@ use super::applier::{Applier, Position, shape};
 use super::capture::{Known, save_known};
 use super::entry::{Content, Write};
 use super::error::JournalError;
-use super::undo::BlockRange;
+use super::undo::{ActiveRun, BlockRange, UndoError};
 use super::view::{At, View};
 use super::window::Window;
 use super::{Journal, Run};
 use crate::format::manifest::EpochCause;
+use crate::format::segment::Applied;
+use crate::io::buffer::PoolBuf;
 use crate::io::{BlockFile, ReadAt};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, SECTOR_BYTES, SectorRange, Timestamp};
 
-/// Blocks compared, saved and written in one go, with one pair of flushes: bounds the memory, to that of two steps.
-const STEP_BLOCKS: u64 = 4096;
+/// Blocks compared, saved and written in one go, with one pair of flushes and one commit of the log: bounds the memory, to
+/// that of three steps, each with what stands there and what stood there.
+const STEP_BLOCKS: u64 = 2048;
 
 /// What a rollback did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -70,23 +73,15 @@ pub fn resume<T: BlockFile>(
     };
     let at = At { epoch: epoch.to_epoch, number: epoch.to_number, records: epoch.to_records };
     let view = View::open(journal, applier.disk(), at)?;
-    let mut done = RolledBack::default();
     let whole = BlockRange::new(0, applier.size_sectors().div_ceil(BLOCK_SECTORS));
     let runs = view.open_runs(journal, applier)?;
-    let mut waiting: Option<Step> = None;
-    for ranges in steps(view.differing(&runs, applier, whole)?) {
-        let next = match waiting.take() {
-            Some(last) => write_and_prepare(&runs, applier, &view, last, ranges, &mut done)?,
-            None => {
-                preload(&runs, applier, &ranges)?;
-                Step::prepare(&runs, applier, &view, ranges)?
-            }
-        };
-        waiting = Some(next);
-    }
-    if let Some(last) = waiting {
-        last.write(applier, &mut done)?;
-    }
+    let own = applier.take_active();
+    let differing = view.differing(&runs, applier, whole);
+    applier.put_active(own);
+    let steps = steps(differing?);
+    let mut line = Line { runs: &runs, view: &view, now, done: RolledBack::default() };
+    line.take_back(journal, applier, steps)?;
+    let done = line.done;
     let number = applier.applied().number;
     applier.apply(journal, number, &Window::default(), now)?;
     journal.commit(now)?;
@@ -119,89 +114,157 @@ fn steps(ranges: Vec<BlockRange>) -> Vec<Vec<BlockRange>> {
 /// Scattered blocks that are taken back together, up to [`STEP_BLOCKS`].
 struct Step {
     ranges: Vec<BlockRange>,
-    /// What stands there now, for each range.
-    live: Vec<Vec<u8>>,
+    /// What stands there now, one range behind the other.
+    live: PoolBuf,
     /// What stood there then, where that is something else.
     window: Window,
 }
 
 impl Step {
     /// Reads what stands there and what stood there; [`preload`] came before.
-    fn prepare<T: BlockFile>(
+    fn read<T: BlockFile>(
         runs: &[Run],
         applier: &mut Applier<T>,
         view: &View,
         ranges: Vec<BlockRange>,
     ) -> Result<Self, JournalError> {
         let size_bytes = applier.size_sectors() * SECTOR_BYTES;
-        let bytes_of = |blocks: &BlockRange| {
-            ((blocks.end * BLOCK_BYTES).min(size_bytes) - blocks.start * BLOCK_BYTES) as usize
-        };
-        let mut live: Vec<Vec<u8>> = ranges.iter().map(|blocks| vec![0; bytes_of(blocks)]).collect();
+        let lens: Vec<usize> = ranges.iter().map(|blocks| bytes_of(*blocks, size_bytes)).collect();
+        let buffer = || PoolBuf::alone(lens.iter().sum()).map_err(UndoError::from);
+        let (mut live, mut then) = (buffer()?, buffer()?);
         let mut reads: Vec<ReadAt<'_>> = ranges
             .iter()
-            .zip(&mut live)
+            .zip(cut(&mut live, &lens))
             .map(|(blocks, data)| ReadAt { offset: blocks.start * BLOCK_BYTES, data })
             .collect();
         applier.target().read(&mut reads)?;
-        let mut window = Window::default();
-        for (blocks, now) in ranges.iter().zip(&live) {
-            let mut then = vec![0; now.len()];
-            view.read(runs, applier, blocks.start * BLOCK_BYTES, &mut then)?;
-            put_differing(&mut window, *blocks, &then.into(), now);
+        for (blocks, out) in ranges.iter().zip(cut(&mut then, &lens)) {
+            view.read(runs, applier, blocks.start * BLOCK_BYTES, out)?;
         }
         for run in runs {
             applier.sealed_run(*run)?.preload(&[])?; // gives the memory back
+        }
+        let (mut window, then, mut at) = (Window::default(), then.into_bytes(), 0);
+        for (blocks, len) in ranges.iter().zip(lens) {
+            put_differing(&mut window, *blocks, &then.slice(at..at + len), &live[at..at + len]);
+            at += len;
         }
         Ok(Self { ranges, live, window })
     }
 
     /// What stands there was read to be compared: it is saved without being read again.
     fn known(&self) -> Vec<Known<'_>> {
-        self.ranges.iter().zip(&self.live).map(|(blocks, bytes)| Known { blocks: *blocks, bytes }).collect()
-    }
-
-    /// Saves what stands there, where that is not done yet, and writes what stood there.
-    fn write<T: BlockFile>(
-        &self,
-        applier: &mut Applier<T>,
-        done: &mut RolledBack,
-    ) -> Result<(), JournalError> {
-        done.compared_bytes += self.live.iter().map(|bytes| bytes.len() as u64).sum::<u64>();
-        done.written_bytes += self.window.bytes();
-        if self.window.bytes() > 0 {
-            applier.write_over(&self.window, &self.known())?;
-        }
-        Ok(())
+        let mut rest: &[u8] = &self.live;
+        let known = |blocks: &BlockRange| {
+            let (bytes, tail) = rest.split_at(rest.len().min((blocks.len() * BLOCK_BYTES) as usize));
+            rest = tail;
+            Known { blocks: *blocks, bytes }
+        };
+        self.ranges.iter().map(known).collect()
     }
 }
 
-/// Writes a step and prepares the next. While the next is read, another thread saves before-images of the last: that is
-/// half of its time. Not where the next one needs the run that they are saved in.
-fn write_and_prepare<T: BlockFile>(
-    runs: &[Run],
-    applier: &mut Applier<T>,
-    view: &View,
-    last: Step,
-    ranges: Vec<BlockRange>,
-    done: &mut RolledBack,
-) -> Result<Step, JournalError> {
-    let in_sealed_runs = preload(runs, applier, &ranges)?;
-    let Some(mut active) = applier.take_active().filter(|_| in_sealed_runs) else {
-        last.write(applier, done)?;
-        return Step::prepare(runs, applier, view, ranges);
+/// Bytes of blocks of a disk; the last one may be a part of one.
+const fn bytes_of(blocks: BlockRange, size_bytes: u64) -> usize {
+    let end = blocks.end * BLOCK_BYTES;
+    ((if end < size_bytes { end } else { size_bytes }) - blocks.start * BLOCK_BYTES) as usize
+}
+
+/// Parts of these lengths, one behind the other.
+fn cut<'a>(mut buffer: &'a mut [u8], lens: &[usize]) -> Vec<&'a mut [u8]> {
+    let part = |len: &usize| {
+        let (part, rest) = std::mem::take(&mut buffer).split_at_mut(*len);
+        buffer = rest;
+        part
     };
-    let (saved, next) = thread::scope(|scope| {
-        let save = || save_known(&mut active, &last.window, &last.known());
-        // Where there is no thread to be had, writing the step saves them.
-        let saving = thread::Builder::new().name("before-images".to_owned()).spawn_scoped(scope, save).ok();
-        let next = Step::prepare(runs, applier, view, ranges);
-        (saving.map_or(Ok(Ok(())), ScopedJoinHandle::join), next)
-    });
-    applier.put_active(active);
-    saved.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    last.write(applier, done)?;
-    next
+    lens.iter().map(part).collect()
+}
+
+/// A step whose before-images are durable, and what the log must name before it is written.
+type Saved = (Step, Option<Applied>);
+
+/// Steps on their way. Three at a time: one is written, of the next another thread saves the before-images, and one is
+/// read; so neither the medium nor the processors wait for one another.
+struct Line<'a> {
+    runs: &'a [Run],
+    view: &'a View,
+    now: Timestamp,
+    done: RolledBack,
+}
+
+impl Line<'_> {
+    fn take_back<T: BlockFile>(
+        &mut self,
+        journal: &mut Journal,
+        applier: &mut Applier<T>,
+        steps: Vec<Vec<BlockRange>>,
+    ) -> Result<(), JournalError> {
+        let (mut read, mut saved): (Option<Step>, Option<Saved>) = (None, None);
+        // Two turns more than steps: until the last one is written.
+        for ranges in steps.into_iter().map(Some).chain([None, None]) {
+            let (next, named) = self.turn(journal, applier, ranges, read.as_ref(), saved.take())?;
+            saved = read.map(|step| (step, named));
+            read = next;
+        }
+        Ok(())
+    }
+
+    /// Writes what is saved, saves what is read, and reads the next, beside one another; one after another where the next
+    /// needs images of the run that they are saved in. Answers the next, and what names the images that were saved.
+    fn turn<T: BlockFile>(
+        &mut self,
+        journal: &mut Journal,
+        applier: &mut Applier<T>,
+        ranges: Option<Vec<BlockRange>>,
+        read: Option<&Step>,
+        saved: Option<Saved>,
+    ) -> Result<(Option<Step>, Option<Applied>), JournalError> {
+        let beside = match &ranges {
+            Some(ranges) => preload(self.runs, applier, ranges)?,
+            None => true,
+        };
+        let mut active = if beside { applier.take_active() } else { None };
+        let (saving, next) = thread::scope(|scope| {
+            let save = |(step, run): (&Step, &mut ActiveRun)| {
+                save_known(run, &step.window, &step.known()).and_then(|()| Ok(run.flush()?))
+            };
+            let work = read.zip(active.as_mut()).filter(|(step, _)| step.window.bytes() > 0);
+            let thread = || thread::Builder::new().name("before-images".to_owned());
+            // Where there is no thread to be had, they are saved below.
+            let saving = work.and_then(|work| thread().spawn_scoped(scope, move || save(work)).ok());
+            let next = self.write(journal, applier, saved).and_then(|()| {
+                ranges.map(|ranges| Step::read(self.runs, applier, self.view, ranges)).transpose()
+            });
+            (saving.map_or(Ok(Ok(())), ScopedJoinHandle::join), next)
+        });
+        if beside {
+            applier.put_active(active);
+        }
+        saving.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        let next = next?;
+        let named = match read.filter(|step| step.window.bytes() > 0) {
+            Some(step) => applier.save_over(&step.window, &step.known())?,
+            None => None,
+        };
+        Ok((next, named))
+    }
+
+    /// Writes what stood there.
+    fn write<T: BlockFile>(
+        &mut self,
+        journal: &mut Journal,
+        applier: &mut Applier<T>,
+        saved: Option<Saved>,
+    ) -> Result<(), JournalError> {
+        let Some((step, named)) = saved else { return Ok(()) };
+        self.done.compared_bytes += step.live.len() as u64;
+        self.done.written_bytes += step.window.bytes();
+        if let Some(named) = named {
+            journal.append_applied(applier.disk(), named, self.now)?;
+            journal.commit(self.now)?;
+        }
+        if step.window.bytes() > 0 { applier.write_window(&step.window) } else { Ok(()) }
+    }
 }
 
 /// Has the images of the blocks read together, from each run what no older one has: one by one they take as long as

@@ -69,6 +69,7 @@ pub struct ActiveRun {
     reader: FrameReader,
     index: RunIndex,
     max_bytes: u64,
+    flushed: bool,
     failed: bool,
 }
 
@@ -191,7 +192,8 @@ impl ActiveRun {
 
     fn new(run: RunFile, end: u64, number: u64, index: RunIndex, max_bytes: u64) -> Result<Self, UndoError> {
         let writer = FrameWriter::new(run.header.salt, end, number)?;
-        Ok(Self { run, writer, reader: FrameReader::new()?, index, max_bytes, failed: false })
+        let reader = FrameReader::new()?;
+        Ok(Self { run, writer, reader, index, max_bytes, flushed: false, failed: false })
     }
 
     /// Writes frames that say what the gaps lost; durable when this returns.
@@ -270,6 +272,7 @@ impl ActiveRun {
         put: impl FnOnce(&mut FrameWriter, &mut dyn BlockFile, &mut Vec<IndexEntry>) -> Result<(), UndoError>,
     ) -> Result<(), UndoError> {
         self.check_alive()?;
+        self.flushed = false;
         let mut made = Vec::new();
         let file = &mut *self.run.file;
         let result = put(&mut self.writer, file, &mut made).and_then(|()| self.writer.finish_group(file));
@@ -293,8 +296,14 @@ impl ActiveRun {
     pub fn flush(&mut self) -> Result<(), UndoError> {
         self.check_alive()?;
         let result = self.run.file.flush();
-        self.failed = result.is_err();
+        (self.flushed, self.failed) = (result.is_ok(), result.is_err());
         Ok(result?)
+    }
+
+    /// Whether everything that was appended since the run was opened is durable.
+    #[must_use]
+    pub const fn is_flushed(&self) -> bool {
+        self.flushed
     }
 
     /// Length of the run in bytes: what the log records as applied, after a flush.
