@@ -20,9 +20,12 @@ use reprotect_engine::proto::batch::cut_records;
 use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::files::fs::FsFiles;
+use reprotect_engine::store::journal::ladder::Pressure;
 use reprotect_engine::store::target::{Expectation, TargetKind, open_target};
 use reprotect_engine::units::{Generation, SectorRange, Sequence};
+use reprotect_master_target::housekeeping;
 use reprotect_master_target::registry::fs_opener;
+use reprotect_master_target::retention::RetentionSettings;
 use support::*;
 
 const SIZE: u64 = 16 << 20;
@@ -288,6 +291,53 @@ fn a_full_medium_pauses_only_its_disk_and_goes_on_in_order_when_there_is_space()
         bench.stop();
         assert!(content(&bench) == model.0, "{kind}, journal {journal}: written in another order, or lost");
     }
+}
+
+#[test]
+fn a_full_retention_drive_takes_nothing_in_and_goes_on_by_itself_when_there_is_room() {
+    if !is_root() {
+        return;
+    }
+    let (medium, dir) = (Tmpfs::of(32 << 20), tempfile::tempdir().unwrap());
+    let spec = spec(&dir.path().join("web.vmdk"), TargetKind::MonolithicFlat);
+    let folder = Some(medium.path().join("retention"));
+    let settings =
+        RetentionSettings { segment_bytes: 1 << 20, reserve_bytes: 1 << 20, ..retention_settings() };
+    let state = dir.path().join("state");
+    let mut bench = Bench::start_keeping(fs_opener(), spec, state, SIZE, folder, settings);
+    let looks = housekeeping::start(bench.retention()).unwrap();
+    let mut agent = bench.opened();
+    let first = agent.delta(&bench, &[Record::data(0, pattern(1, 4096))]);
+    agent.until_durable(&bench, first);
+    // Others fill the drive.
+    let ballast = medium.path().join("ballast");
+    let mut file = std::fs::File::create(&ballast).unwrap();
+    while std::io::Write::write_all(&mut file, &[1; 65536]).is_ok() {}
+    let until = |pressure| {
+        for _ in 0..6000 {
+            if (bench.retention().pressure() == Pressure::Stop) == pressure {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        panic!("the pressure is {:?}", bench.retention().pressure());
+    };
+    until(true);
+    let second = agent.delta(&bench, &[Record::data(8, pattern(2, 4096))]);
+    let text = agent.until_error(&bench, ErrorCode::Full);
+    assert!(text.contains("the retention drive at") && text.contains("goes on by itself"), "{text}");
+    bench.until_problem(|problem| problem.is_some_and(|text| text.contains("retention drive")));
+    std::fs::remove_file(&ballast).unwrap();
+    drop(file);
+    until(false);
+    agent.until_durable(&bench, second);
+    bench.until_problem(|problem| problem.is_none());
+    agent.mark(&bench, 1, 1);
+    agent.until_marked(&bench, 1);
+    bench.stop();
+    looks.join().unwrap();
+    let content = content(&bench);
+    assert!(content[..4096] == pattern(1, 4096)[..] && content[4096..8192] == pattern(2, 4096)[..]);
 }
 
 #[test]

@@ -3,6 +3,9 @@
 //! Mounting needs root; without it the test says `SKIPPED` on standard error.
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "support/daemon.rs"]
+mod daemon;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -39,8 +42,12 @@ impl Drop for Drive {
 }
 
 fn program(state_dir: &Path, retention: &Path, arguments: &[&str]) -> Output {
+    program_with("", state_dir, retention, arguments)
+}
+
+fn program_with(more: &str, state_dir: &Path, retention: &Path, arguments: &[&str]) -> Output {
     let config = format!(
-        "listen = \"127.0.0.1:0\"\n[retention]\npath = \"{}\"\nsegment_bytes = \"32 MiB\"\n",
+        "listen = \"127.0.0.1:0\"\n{more}[retention]\npath = \"{}\"\nsegment_bytes = \"32 MiB\"\n",
         retention.display()
     );
     std::fs::write(state_dir.join("master-target.toml"), config).unwrap();
@@ -51,13 +58,17 @@ fn program(state_dir: &Path, retention: &Path, arguments: &[&str]) -> Output {
         .unwrap()
 }
 
+/// The checks of a run, and what one of them says.
+fn check_of(output: &Output, name: &str) -> serde_json::Value {
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    found["findings"].as_array().unwrap().iter().find(|check| check["name"] == name).expect(name).clone()
+}
+
 /// The check of a name that fails, in words.
 fn failed(state_dir: &Path, retention: &Path, name: &str) -> String {
     let output = program(state_dir, retention, &["check", "--json"]);
     assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stdout));
-    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    let checks = found["findings"].as_array().unwrap();
-    let check = checks.iter().find(|check| check["name"] == name).expect(name);
+    let check = check_of(&output, name);
     assert_eq!(check["verdict"], "FAIL", "{check}");
     assert!(!check["remedy"].as_str().unwrap().is_empty());
     let refused = program(state_dir, retention, &["run"]);
@@ -97,4 +108,38 @@ fn fat_read_only_full_and_foreign_drives_are_named_and_the_daemon_does_not_start
         Ok(fat) => assert!(failed(&state, &fat.0.join("retention"), "retention-folder").contains("FAT")),
         Err(reason) => eprintln!("not tried on a FAT file system: {reason}"),
     }
+}
+
+#[test]
+fn a_drive_that_is_shared_with_something_of_ours_is_warned_of_and_targets_in_the_folder_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, retention) = (dir.path().join("state"), dir.path().join("retention"));
+    std::fs::create_dir(&state).unwrap();
+    let check = check_of(&program(&state, &retention, &["check", "--json"]), "retention-drive");
+    assert_eq!(check["verdict"], "WARN", "{check}");
+    let reason = check["reason"].as_str().unwrap();
+    assert!(reason.contains("the state directory") && reason.contains("same drive"), "{reason}");
+    let datastores = format!("datastores = [{:?}]\n", retention.join("ds"));
+    let check =
+        check_of(&program_with(&datastores, &state, &retention, &["check", "--json"]), "retention-drive");
+    assert_eq!(check["verdict"], "FAIL", "{check}");
+    assert!(check["reason"].as_str().unwrap().contains("lies in the retention folder"), "{check}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_beside_a_running_daemon_says_how_far_the_drive_reaches() {
+    let dir = daemon::dir();
+    let retention = dir.path().join("retention");
+    std::fs::create_dir(&retention).unwrap();
+    daemon::configure(
+        dir.path(),
+        &format!("[retention]\npath = {retention:?}\nsegment_bytes = \"32 MiB\"\n"),
+    );
+    let running = daemon::start(dir.path()).await;
+    let (state, folder) = (dir.path().to_owned(), retention.clone());
+    let checked = tokio::task::spawn_blocking(move || program(&state, &folder, &["check", "--json"]));
+    let check = check_of(&checked.await.unwrap(), "retention-reach");
+    assert_eq!(check["verdict"], "PASS", "{check}");
+    assert!(check["reason"].as_str().unwrap().contains("cannot be told yet"), "nothing was written: {check}");
+    running.stop().await;
 }
