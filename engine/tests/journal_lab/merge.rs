@@ -34,7 +34,7 @@ pub(crate) fn merge_runs(
     let (mut a, mut b) = (open(older)?, open(newer)?);
     let number = older.first * 1000 + newer.last;
     let path = run_path(journal, disk, RunFile::Merged(number));
-    let header = merged_header(a.header(), b.header(), (number << 8) | 0xabc);
+    let header = merged_header(a.header(), b.header(), (number << 12) | 0xabc);
     let run_bytes = merge(&mut a, &mut b, &*files, &path, header)?.len_bytes();
     let merged = RunsMerged { disk, first: older.first, last: newer.last, run: number, run_bytes };
     journal.edit(&[Edit::RunsMerged(merged)], NOW)?;
