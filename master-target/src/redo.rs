@@ -246,6 +246,7 @@ mod tests {
                 class: MarkClass::Crash,
                 cause: MarkCause::Timer,
                 name: Text::new(""),
+                unread_blocks: 0,
             };
             if lost {
                 let entries = EntriesLost { disk: DISK, first: 1, last: 1, time: NOW, cause: Text::new("") };
