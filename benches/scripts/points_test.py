@@ -148,7 +148,7 @@ def go_back(lab, pipeline, name, path, copies, rng):
         target.command("rollback", name, point, "--yes", timeout=600)
         judge(target, path, copy, f"rolled back to {point}")
         points = target.command("points", name, "--all")["points"]
-        newest = next(p for p in reversed(points) if p["name"].startswith("before-rollback"))
+        newest = next(p for p in points if p["name"].startswith("before-rollback"))
         target.command("rollback", name, newest["name"], "--yes", timeout=600)
         judge(target, path, copies[-1][1], f"forward to {newest['point']}")
     pipeline.lab.target.stop()

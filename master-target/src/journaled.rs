@@ -8,7 +8,7 @@
 //! one before anything is written. `backlog` bounds the memory.
 //! Units: entry numbers, sequences. Used by the disk's second thread only.
 
-mod back;
+pub(crate) mod back;
 mod leave;
 mod let_go;
 
@@ -36,10 +36,11 @@ use reprotect_engine::store::journal::ladder::Pressure;
 use reprotect_engine::store::journal::points::own_id;
 use reprotect_engine::store::journal::rollback::resume;
 use reprotect_engine::store::journal::view::{At, View};
-use reprotect_engine::store::journal::{DiskLog, DiskShape, Journal, JournalError};
+use reprotect_engine::store::journal::{DiskLog, DiskShape, JournalError};
 use reprotect_engine::store::target::Target;
 use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence, Timestamp};
 
+use self::back::unfinished;
 use crate::backlog::Backlog;
 use crate::disk_store::{NotDone, write_pieces};
 use crate::guard::Guard;
@@ -126,10 +127,13 @@ impl Journaled {
         }
         let scrubbed = retention.scrub().bytes_per_second > 0;
         let mut map = TargetMap::open(journal, id, applier.size_sectors(), scrubbed)?;
-        if is_rolling_back(journal, id) {
+        if let Some(text) = unfinished(journal, id) {
             map.forget_all()?;
+            // Where it cannot be finished the disk is held, so that it can be taken back to another point.
+            if let Err(error) = resume(journal, &mut applier, now) {
+                tracing::error!(disk = %id, %error, "{text}");
+            }
         }
-        resume(journal, &mut applier, now)?;
         let tracked = journal.shape().disks.get(&id).is_some_and(is_tracked);
         if tracked && applier.open_epoch().is_none() {
             // The daemon ended between two undo epochs; nothing is applied outside of one (I1).
@@ -646,11 +650,6 @@ fn is_tracked(shape: &DiskShape) -> bool {
 }
 
 /// Whether a rollback was interrupted.
-fn is_rolling_back(journal: &Journal, disk: DiskId) -> bool {
-    let open = journal.shape().disks.get(&disk).and_then(DiskShape::open_epoch);
-    open.is_some_and(|epoch| epoch.opened.cause == EpochCause::Rollback)
-}
-
 fn part_of(piece: &Piece, keep: SectorRange) -> Write {
     let content = if piece.record.kind() == RecordKind::Data {
         let from = ((keep.start - piece.record.range().start) * SECTOR_BYTES) as usize;

@@ -26,6 +26,7 @@ use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings, Recovered, RunFile, Shape};
 use reprotect_engine::units::{DiskId, Timestamp};
 
+use crate::journaled::back::unfinished;
 use crate::pinned::loss_text;
 use crate::scrub::ScrubSettings;
 
@@ -231,7 +232,8 @@ impl Retention {
         let mut locked = self.lock();
         let Ok(journal) = locked.get() else { return BTreeMap::new() };
         let disks: Vec<DiskId> = journal.shape().disks.keys().copied().collect();
-        disks.iter().filter_map(|disk| Some((*disk, loss_text(journal, *disk)?))).collect()
+        let text = |disk| unfinished(journal, disk).or_else(|| loss_text(journal, disk));
+        disks.iter().filter_map(|disk| Some((*disk, text(*disk)?))).collect()
     }
 
     /// Why nothing is taken in.

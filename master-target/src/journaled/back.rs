@@ -1,15 +1,19 @@
 //! A disk behind the journal that goes back to a point, in place, and is held afterwards.
 //!
-//! Invariants: what waits is applied before, or it would be applied over the point; what the target held stays a point;
-//! nobody writes to a disk that went back until it went forward again. Units: entry numbers. Used by `points` and
-//! `failback`, on the disk's own thread.
+//! Invariants: what waits is applied before, or it would be applied over the point; what the target held is a point before
+//! anything of it is changed; nobody writes to a disk that went back until it went forward again, nor to one that did not
+//! get there; other disks use the journal meanwhile. Units: entry numbers. Used by `points` and `failback`, on the disk's
+//! own thread.
+
+use std::sync::Arc;
 
 use reprotect_engine::format::batch::MarkClass;
 use reprotect_engine::format::manifest::EpochCause;
 use reprotect_engine::net::wall_clock;
-use reprotect_engine::store::journal::JournalError;
-use reprotect_engine::store::journal::rollback::{RolledBack, rollback};
-use reprotect_engine::store::journal::view::At;
+use reprotect_engine::store::journal::rollback::{self, Going, RolledBack};
+use reprotect_engine::store::journal::view::{At, View};
+use reprotect_engine::store::journal::{DiskShape, Journal, JournalError};
+use reprotect_engine::units::DiskId;
 
 use super::Journaled;
 use crate::disk_store::NotDone;
@@ -25,17 +29,36 @@ impl Journaled {
             return Err(JournalError::Failed { path: "the target".into(), why });
         }
         self.retention.commit()?;
-        self.last_mark = None;
-        let position = self.position();
-        let before = self.applier.open_epoch().unwrap_or(0);
-        self.map.forget_all()?;
+        let (position, now, id) = (self.position(), wall_clock(), self.id);
         let mut locked = self.retention.lock();
-        let done = rollback(locked.get()?, &mut self.applier, at, position, wall_clock())?;
+        let journal = locked.get()?;
+        View::check(journal, id, at)?;
+        let begun = unfinished(journal, id).is_some();
         drop(locked);
+        self.last_mark = None;
+        self.map.forget_all()?;
+        // What one that did not get to its end left is no state anybody wants; the one before it is a point already.
+        if let Some(before) = self.applier.open_epoch().filter(|_| !begun) {
+            let number = self.applier.applied().number;
+            let name = format!("before-rollback-{before}");
+            self.keep_point(At::entry(before, number), now, MarkClass::Fuzzy, &name)?;
+        }
+        let mut locked = self.retention.lock();
+        rollback::begin(locked.get()?, &mut self.applier, at, position, now)?;
+        let going = Going::begun(locked.get()?, &mut self.applier)?;
+        drop(locked);
+        let retention = Arc::clone(&self.retention);
+        let done = match going {
+            Some(going) => going.take_back(&mut self.applier, &mut |named| {
+                let mut locked = retention.lock();
+                let journal = locked.get()?;
+                journal.append_applied(id, named, wall_clock())?;
+                journal.commit(wall_clock())
+            })?,
+            None => RolledBack::default(),
+        };
+        rollback::end(self.retention.lock().get()?, &mut self.applier, wall_clock())?;
         self.flushed();
-        let number = self.applier.applied().number;
-        let name = format!("before-rollback-{before}");
-        self.keep_point(At::entry(before, number), wall_clock(), MarkClass::Fuzzy, &name)?;
         self.begin_epoch(EpochCause::Time)?;
         Ok(done)
     }
@@ -43,7 +66,11 @@ impl Journaled {
     /// Why nobody may write: the target was taken back, and the newest state is a point.
     pub(crate) fn held(&self) -> Option<String> {
         let mut locked = self.retention.lock();
-        let shape = locked.get().ok()?.shape().disks.get(&self.id)?;
+        let journal = locked.get().ok()?;
+        if let Some(why) = unfinished(journal, self.id) {
+            return Some(why);
+        }
+        let shape = journal.shape().disks.get(&self.id)?;
         let last = shape.epochs.iter().rev().find(|epoch| epoch.closed.is_some())?.opened;
         if last.cause != EpochCause::Rollback || last.after != self.newest.0 {
             return None;
@@ -58,4 +85,15 @@ impl Journaled {
             last.to_epoch, last.to_number
         ))
     }
+}
+
+/// Why nobody may write to a disk whose rollback goes on or stopped on its way: the target may hold parts of two states.
+pub(crate) fn unfinished(journal: &Journal, disk: DiskId) -> Option<String> {
+    let open = journal.shape().disks.get(&disk).and_then(DiskShape::open_epoch)?.opened;
+    (open.cause == EpochCause::Rollback).then(|| {
+        format!(
+            "a rollback to point {}.{} did not get to its end yet, and the disk is held; if it stopped, the log says why: restart the master target to go on with it, or roll back to another point",
+            open.to_epoch, open.to_number
+        )
+    })
 }

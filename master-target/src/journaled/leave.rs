@@ -18,6 +18,7 @@ use reprotect_engine::store::journal::view::At;
 use reprotect_engine::units::{BLOCK_BYTES, LineageId, Sequence};
 
 use super::Journaled;
+use super::back::unfinished;
 use crate::disk_store::NotDone;
 
 /// What was found in a part of a target.
@@ -49,7 +50,12 @@ impl Journaled {
     pub(crate) fn stands_at(&self, at: At) -> Result<bool, JournalError> {
         let newest = self.applier.applied().number;
         let mut locked = self.retention.lock();
-        let Some(shape) = locked.get()?.shape().disks.get(&self.id) else { return Ok(false) };
+        let journal = locked.get()?;
+        // Of a rollback that did not get to its end the target may hold parts only.
+        if unfinished(journal, self.id).is_some() {
+            return Ok(false);
+        }
+        let Some(shape) = journal.shape().disks.get(&self.id) else { return Ok(false) };
         let back = |cause| cause == EpochCause::Rollback;
         let last = shape.epochs.iter().map(|epoch| epoch.opened).rev().find(|opened| back(opened.cause));
         Ok(match last.filter(|opened| opened.epoch > at.epoch) {

@@ -42,8 +42,9 @@ pub struct RolledBack {
 /// Takes the disk back to a point. Every entry of the log was applied; the undo epoch that goes on is ended first.
 ///
 /// # Errors
-/// When the point is not kept or damaged (nothing has changed then), or something cannot be written: opened anew, the
-/// disk goes on with [`resume`].
+/// When the point is not kept (nothing has changed then); when an image is damaged or something cannot be written: the
+/// target may then hold parts of both states, and the undo epoch stays open. It ends by [`resume`], or by a rollback to
+/// another point.
 pub fn rollback<T: BlockFile>(
     journal: &mut Journal,
     applier: &mut Applier<T>,
@@ -51,11 +52,26 @@ pub fn rollback<T: BlockFile>(
     position: Position,
     now: Timestamp,
 ) -> Result<RolledBack, JournalError> {
+    begin(journal, applier, at, position, now)?;
+    resume(journal, applier, now)
+}
+
+/// Begins one: from here on the disk is going back, whatever happens to its program.
+///
+/// # Errors
+/// When the point is not kept, or the journal cannot be written.
+pub fn begin<T: BlockFile>(
+    journal: &mut Journal,
+    applier: &mut Applier<T>,
+    at: At,
+    position: Position,
+    now: Timestamp,
+) -> Result<(), JournalError> {
     View::open(journal, applier.disk(), at)?; // refused before anything is changed
     journal.commit(now)?;
     applier.close_epoch(journal, now)?;
     applier.begin_epoch(journal, EpochCause::Rollback, position, Some(at), now)?;
-    resume(journal, applier, now)
+    Ok(())
 }
 
 /// Finishes a rollback that was interrupted; does nothing where there is none.
@@ -67,26 +83,30 @@ pub fn resume<T: BlockFile>(
     applier: &mut Applier<T>,
     now: Timestamp,
 ) -> Result<RolledBack, JournalError> {
-    let open = shape(journal, applier.disk())?.open_epoch().map(|epoch| epoch.opened);
-    let Some(epoch) = open.filter(|epoch| epoch.cause == EpochCause::Rollback) else {
-        return Ok(RolledBack::default());
-    };
-    let at = At { epoch: epoch.to_epoch, number: epoch.to_number, records: epoch.to_records };
-    let view = View::open(journal, applier.disk(), at)?;
-    let whole = BlockRange::new(0, applier.size_sectors().div_ceil(BLOCK_SECTORS));
-    let runs = view.open_runs(journal, applier)?;
-    let own = applier.take_active();
-    let differing = view.differing(&runs, applier, whole);
-    applier.put_active(own);
-    let steps = steps(differing?);
-    let mut line = Line { runs: &runs, view: &view, now, done: RolledBack::default() };
-    line.take_back(journal, applier, steps)?;
-    let done = line.done;
+    let Some(going) = Going::begun(journal, applier)? else { return Ok(RolledBack::default()) };
+    let disk = applier.disk();
+    let done = going.take_back(applier, &mut |named| {
+        journal.append_applied(disk, named, now)?;
+        journal.commit(now)
+    })?;
+    end(journal, applier, now)?;
+    Ok(done)
+}
+
+/// Ends one that took everything back.
+///
+/// # Errors
+/// When something cannot be written.
+pub fn end<T: BlockFile>(
+    journal: &mut Journal,
+    applier: &mut Applier<T>,
+    now: Timestamp,
+) -> Result<(), JournalError> {
     let number = applier.applied().number;
     applier.apply(journal, number, &Window::default(), now)?;
     journal.commit(now)?;
     applier.close_epoch(journal, now)?;
-    Ok(done)
+    Ok(())
 }
 
 /// Cuts ranges into steps of [`STEP_BLOCKS`].
@@ -180,29 +200,78 @@ fn cut<'a>(mut buffer: &'a mut [u8], lens: &[usize]) -> Vec<&'a mut [u8]> {
     lens.iter().map(part).collect()
 }
 
+/// What must be durable in the log before a step is written.
+type Name<'a> = dyn FnMut(Applied) -> Result<(), JournalError> + 'a;
+
+/// A rollback that was begun. Others use the journal while it goes on.
+#[derive(Debug)]
+pub struct Going {
+    view: View,
+    runs: Vec<Run>,
+    steps: Vec<Vec<BlockRange>>,
+}
+
+impl Going {
+    /// The one that was begun; `None` where there is none.
+    ///
+    /// # Errors
+    /// When what the point needs of the log is damaged or not kept, or an undo run cannot be opened.
+    pub fn begun<T: BlockFile>(
+        journal: &mut Journal,
+        applier: &mut Applier<T>,
+    ) -> Result<Option<Self>, JournalError> {
+        let open = shape(journal, applier.disk())?.open_epoch().map(|epoch| epoch.opened);
+        let Some(epoch) = open.filter(|epoch| epoch.cause == EpochCause::Rollback) else { return Ok(None) };
+        let at = At { epoch: epoch.to_epoch, number: epoch.to_number, records: epoch.to_records };
+        let view = View::open(journal, applier.disk(), at)?;
+        let whole = BlockRange::new(0, applier.size_sectors().div_ceil(BLOCK_SECTORS));
+        let runs = view.open_runs(journal, applier)?;
+        let own = applier.take_active();
+        let differing = view.differing(&runs, applier, whole);
+        applier.put_active(own);
+        let steps = steps(differing?);
+        Ok(Some(Self { view, runs, steps }))
+    }
+
+    /// Takes everything back. `name` puts into the log, durably, what a step's before-images are named by; it is called
+    /// before the target is written.
+    ///
+    /// # Errors
+    /// When an image is damaged, or something cannot be read or written.
+    pub fn take_back<T: BlockFile>(
+        self,
+        applier: &mut Applier<T>,
+        name: &mut Name<'_>,
+    ) -> Result<RolledBack, JournalError> {
+        let Self { view, runs, steps } = self;
+        let mut line = Line { runs: &runs, view: &view, name, done: RolledBack::default() };
+        line.take_back(applier, steps)?;
+        Ok(line.done)
+    }
+}
+
 /// A step whose before-images are durable, and what the log must name before it is written.
 type Saved = (Step, Option<Applied>);
 
 /// Steps on their way. Three at a time: one is written, of the next another thread saves the before-images, and one is
 /// read; so neither the medium nor the processors wait for one another.
-struct Line<'a> {
+struct Line<'a, 'n> {
     runs: &'a [Run],
     view: &'a View,
-    now: Timestamp,
+    name: &'a mut Name<'n>,
     done: RolledBack,
 }
 
-impl Line<'_> {
+impl Line<'_, '_> {
     fn take_back<T: BlockFile>(
         &mut self,
-        journal: &mut Journal,
         applier: &mut Applier<T>,
         steps: Vec<Vec<BlockRange>>,
     ) -> Result<(), JournalError> {
         let (mut read, mut saved): (Option<Step>, Option<Saved>) = (None, None);
         // Two turns more than steps: until the last one is written.
         for ranges in steps.into_iter().map(Some).chain([None, None]) {
-            let (next, named) = self.turn(journal, applier, ranges, read.as_ref(), saved.take())?;
+            let (next, named) = self.turn(applier, ranges, read.as_ref(), saved.take())?;
             saved = read.map(|step| (step, named));
             read = next;
         }
@@ -213,7 +282,6 @@ impl Line<'_> {
     /// needs images of the run that they are saved in. Answers the next, and what names the images that were saved.
     fn turn<T: BlockFile>(
         &mut self,
-        journal: &mut Journal,
         applier: &mut Applier<T>,
         ranges: Option<Vec<BlockRange>>,
         read: Option<&Step>,
@@ -232,7 +300,7 @@ impl Line<'_> {
             let thread = || thread::Builder::new().name("before-images".to_owned());
             // Where there is no thread to be had, they are saved below.
             let saving = work.and_then(|work| thread().spawn_scoped(scope, move || save(work)).ok());
-            let next = self.write(journal, applier, saved).and_then(|()| {
+            let next = self.write(applier, saved).and_then(|()| {
                 ranges.map(|ranges| Step::read(self.runs, applier, self.view, ranges)).transpose()
             });
             (saving.map_or(Ok(Ok(())), ScopedJoinHandle::join), next)
@@ -252,7 +320,6 @@ impl Line<'_> {
     /// Writes what stood there.
     fn write<T: BlockFile>(
         &mut self,
-        journal: &mut Journal,
         applier: &mut Applier<T>,
         saved: Option<Saved>,
     ) -> Result<(), JournalError> {
@@ -260,8 +327,7 @@ impl Line<'_> {
         self.done.compared_bytes += step.live.len() as u64;
         self.done.written_bytes += step.window.bytes();
         if let Some(named) = named {
-            journal.append_applied(applier.disk(), named, self.now)?;
-            journal.commit(self.now)?;
+            (self.name)(named)?;
         }
         if step.window.bytes() > 0 { applier.write_window(&step.window) } else { Ok(()) }
     }
