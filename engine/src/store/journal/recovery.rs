@@ -42,6 +42,8 @@ pub struct LogEntry {
     pub place: Place,
     /// When its group was closed, by the target's clock.
     pub time: Timestamp,
+    /// It was carried forward: entries with higher numbers may have stood before it, and may be gone.
+    pub carried: bool,
 }
 
 /// What the log says of one disk.
@@ -548,7 +550,8 @@ impl Scanner<'_> {
                 unread.remove(&(head.disk, true));
             }
             EntryKind::Batch | EntryKind::Ordered | EntryKind::Bulk | EntryKind::Mark => {
-                let entry = LogEntry { number: head.number, kind: head.kind, place, time };
+                let (number, kind, carried) = (head.number, head.kind, head.is_carried());
+                let entry = LogEntry { number, kind, place, time, carried };
                 if head.is_carried() {
                     disk.carried(entry);
                 } else if disk.entries.last().is_some_and(|last| last.number >= head.number) {
@@ -604,17 +607,20 @@ impl DiskLog {
         self.entries.retain(|entry| !given_up(entry.number));
         let applied = self.applied.map_or(0, |(applied, _)| applied.number);
         self.on_target = applied.max(known.map_or(0, DiskShape::closed_through));
-        // A segment is released only when all of it is on the target.
-        let first = self.entries.first().map_or(u64::MAX, |entry| entry.number);
+        // A segment is released only when all of it is on the target, or was carried: what was carried and is on the
+        // target may stand before others that were released since.
+        let counts = |entry: &&LogEntry| !(entry.carried && entry.number <= self.on_target);
+        let mut counted = self.entries.iter().filter(counts).peekable();
+        let first = counted.peek().map_or(u64::MAX, |entry| entry.number);
         let mut next = first.min(self.on_target + 1);
-        for entry in &self.entries {
+        for entry in counted {
             if next < entry.number {
                 self.missing.push((next, entry.number));
             }
             next = entry.number + 1;
         }
         // Something was applied that should still be here, or given up.
-        let applied = if self.entries.is_empty() { 0 } else { applied };
+        let applied = if first == u64::MAX { 0 } else { applied };
         let end = applied.max(known.and_then(DiskShape::lost_through).unwrap_or(0)) + 1;
         if next < end {
             self.missing.push((next, end));
