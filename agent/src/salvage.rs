@@ -43,14 +43,21 @@ impl Salvaged {
                 Err(error) => drop(self.reason.get_or_insert_with(|| error.to_string())),
             }
         }
-        let middle = (range.start + range.len() / 2).next_multiple_of(BLOCK_SECTORS);
-        if late || middle >= range.end {
+        let Some(middle) = border_inside(range).filter(|_| !late) else {
             return self.unread.insert(range);
-        }
+        };
         let (first, second) = data.split_at_mut(((middle - range.start) * SECTOR_BYTES) as usize);
         self.read(file, SectorRange::new(range.start, middle), first, limit);
         self.read(file, SectorRange::new(middle, range.end), second, limit);
     }
+}
+
+/// The border between blocks inside `range` that is nearest behind its middle; `None` where all of it lies in one block.
+fn border_inside(range: SectorRange) -> Option<u64> {
+    let first = (range.start / BLOCK_SECTORS + 1) * BLOCK_SECTORS;
+    let last = range.end.saturating_sub(1) / BLOCK_SECTORS * BLOCK_SECTORS;
+    let middle = (range.start + range.len() / 2).next_multiple_of(BLOCK_SECTORS);
+    (first <= last).then(|| middle.clamp(first, last))
 }
 
 /// Whether anything of the disk can be read: the block at `known_good`, its first one, or its last one.
@@ -171,6 +178,30 @@ pub(crate) mod tests {
         let limit = Instant::now() + Duration::from_secs(60);
         let (salvaged, _) = salvage(&mut file, SectorRange::new(3, 100), limit);
         assert_eq!(salvaged.unread.iter().collect::<Vec<_>>(), [SectorRange::new(16, 24)]);
+    }
+
+    #[test]
+    fn ranges_of_any_start_and_length_end_at_the_block_that_fails() {
+        let mut file = Failing::new(disk(), &[]);
+        let limit = Instant::now() + Duration::from_secs(600);
+        for (start, len) in (0..=9).flat_map(|start| (1..=17).map(move |len| (start, len))) {
+            let range = SectorRange::new(start, start + len);
+            for bad in range.start..range.end {
+                *file.bad.lock().unwrap() = [SectorRange::new(bad, bad + 1)].into_iter().collect();
+                let (salvaged, data) = salvage(&mut file, range, limit);
+                let block = bad / BLOCK_SECTORS * BLOCK_SECTORS;
+                let lost = SectorRange::new(block, block + BLOCK_SECTORS).intersect(range);
+                assert_eq!(salvaged.unread.iter().collect::<Vec<_>>(), [lost], "{bad} in {range:?}");
+                for (sector, bytes) in (range.start..).zip(data.chunks(SECTOR_BYTES as usize)) {
+                    let expected =
+                        if lost.start <= sector && sector < lost.end { 0 } else { sector as u8 | 1 };
+                    assert!(
+                        bytes.iter().all(|byte| *byte == expected),
+                        "{sector} of {range:?}, {bad} is bad"
+                    );
+                }
+            }
+        }
     }
 
     #[test]
