@@ -97,7 +97,7 @@ impl Machine {
             let text = state.unread.describe().unwrap_or_default();
             tracing::error!(%disk, path = state.path, "{text}; the rest goes on, and they are tried again");
         }
-        self.store_unread(disk);
+        self.store_unread(disk, false);
         self.tell_unread(disk);
     }
 
@@ -138,13 +138,18 @@ impl Machine {
         }
     }
 
-    /// Everything handed on so far is durable, or something is missing that was not before: the next process is to know.
-    pub(crate) fn store_unread(&mut self, disk: DiskId) {
-        if let Some(state) = self.disks.get_mut(&disk)
-            && let Err(error) = state.unread.store()
-        {
-            tracing::warn!(%disk, %error, "what could not be read is not kept: after a restart the disk is compared");
-            self.following.forget_position(disk);
+    /// Something is missing that was not before, or everything handed on so far `is_durable`: the next process is to know. The
+    /// position goes with the stored set.
+    pub(crate) fn store_unread(&mut self, disk: DiskId, is_durable: bool) {
+        let Some(state) = self.disks.get_mut(&disk) else { return };
+        let unread = &mut state.unread;
+        match if is_durable { unread.store_durable() } else { unread.store_grown() } {
+            Ok(false) => {}
+            Ok(true) => self.following.remember(&self.core, disk, self.holding(disk)),
+            Err(error) => {
+                tracing::warn!(%disk, %error, "what could not be read is not kept: after a restart the disk is compared");
+                self.following.forget_position(disk);
+            }
         }
     }
 }
