@@ -4,6 +4,7 @@
 //! content is handed on; from one to the other, marks of the disk say that it is not whole. A disk of which nothing can be
 //! read is paused instead. Part of `machine`.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use reprotect_engine::checksum::UnitHash;
@@ -103,8 +104,8 @@ impl Machine {
 
     /// These could not be read in a window.
     pub(crate) fn note_window_unread(&mut self, unread: &[(DiskId, SectorRange)]) {
-        for (disk, range) in unread {
-            self.note_unread(*disk, &[*range]);
+        for (disk, ranges) in by_disk(unread) {
+            self.note_unread(disk, &ranges);
         }
     }
 
@@ -151,5 +152,26 @@ impl Machine {
                 self.following.forget_position(disk);
             }
         }
+    }
+}
+
+/// Each disk once, with all its ranges: noting them is a file written and a line in the log.
+fn by_disk(unread: &[(DiskId, SectorRange)]) -> BTreeMap<DiskId, Vec<SectorRange>> {
+    let mut disks: BTreeMap<DiskId, Vec<SectorRange>> = BTreeMap::new();
+    unread.iter().for_each(|(disk, range)| disks.entry(*disk).or_default().push(*range));
+    disks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_window_could_not_read_is_noted_once_for_each_disk() {
+        let (one, other) = (DiskId([1; 16]), DiskId([2; 16]));
+        let range = |start: u64| SectorRange::new(start, start + 8);
+        let unread = [(one, range(8)), (other, range(8)), (one, range(80))];
+        let expected = BTreeMap::from([(one, vec![range(8), range(80)]), (other, vec![range(8)])]);
+        assert_eq!(by_disk(&unread), expected);
     }
 }
