@@ -333,7 +333,7 @@ impl Machine {
             return; // this process knows better
         }
         let unread = self.disks.get(&disk).and_then(|state| state.unread.tag());
-        match unread.and_then(|unread| self.following.positions.load(disk, unread)) {
+        match unread.and_then(|unread| self.following.positions.load(disk, unread, wall_clock())) {
             Some((known, as_of)) => {
                 self.core.recall(disk, known);
                 if let Some(state) = self.disks.get_mut(&disk) {

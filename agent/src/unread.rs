@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use reprotect_engine::checksum::crc32;
 use reprotect_engine::host::output;
+use reprotect_engine::io::durable::read_bounded;
 use reprotect_engine::range_set::RangeSet;
 use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange};
 
@@ -27,6 +28,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 const RANGES_SHOWN: usize = 64;
 /// Ranges that are stored one by one; beyond, neighbours are joined.
 const RANGES_MAX: usize = 4096;
+/// A line holds two numbers of twenty digits at most.
+const FILE_BYTES_MAX: u64 = 42 * RANGES_MAX as u64 + 4;
 
 /// Parts of one disk that could not be read.
 #[derive(Debug)]
@@ -51,9 +54,9 @@ impl Unread {
     /// What a process before this one knew; due at once.
     pub(crate) fn load(folder: &Path, disk: DiskId, now: Instant) -> Self {
         let path = folder.join(format!("unread-{disk}"));
-        let stored = match std::fs::read_to_string(&path) {
-            Ok(text) => parse(&text),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Some(RangeSet::new()),
+        let stored = match read_bounded(&path, FILE_BYTES_MAX) {
+            Ok(bytes) => std::str::from_utf8(&bytes).ok().and_then(parse),
+            Err(error) if error.source.kind() == io::ErrorKind::NotFound => Some(RangeSet::new()),
             Err(_) => None,
         };
         let ranges = stored.clone().unwrap_or_default();
@@ -400,7 +403,8 @@ mod tests {
         assert!(many.iter().all(|range| next.ranges().contains(*range)));
         let path = dir.path().join(format!("unread-{DISK}"));
         let text = std::fs::read_to_string(&path).unwrap();
-        for damaged in [&text[..text.len() / 2], "8 4\nend\n", "x\nend\n", ""] {
+        let large = format!("{}end\n", "8 16\n".repeat(FILE_BYTES_MAX as usize / 5));
+        for damaged in [&text[..text.len() / 2], "8 4\nend\n", "x\nend\n", "", &large] {
             std::fs::write(&path, damaged).unwrap();
             assert!(Unread::load(dir.path(), DISK, now).tag().is_none(), "{damaged:.20}");
         }
