@@ -1,7 +1,8 @@
 //! Reading around what cannot be read: in pieces, and where one fails in halves of halves, down to a block.
 //!
 //! Invariants: what is not read holds nothing of the disk and is named; it is named in whole blocks of the disk, as far as
-//! the range asked for goes; nothing is tried any more once the caller says that it is over, and counts as not read then. Units: sectors, bytes. Called by `reader` and by closing windows.
+//! the range asked for goes; nothing is tried any more once the caller says that it is over, and counts as not read then.
+//! Units: sectors, bytes. Called by `reader` and by closing windows.
 
 use reprotect_engine::io::{BlockFile, ReadAt};
 use reprotect_engine::range_set::RangeSet;
