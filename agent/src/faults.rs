@@ -125,6 +125,14 @@ impl Faults {
         }
     }
 
+    /// Whether it will be read by and by: no reader has it.
+    #[must_use]
+    pub fn holds(&self, job: &ReadJob) -> bool {
+        let later = self.later.iter().map(|(_, job)| job);
+        let waiting = self.broken.iter().flat_map(|broken| broken.waiting.iter().chain([&broken.probe]));
+        later.chain(waiting).any(|held| key(held) == key(job))
+    }
+
     /// Whether the walk waits.
     #[must_use]
     pub const fn is_paused(&self) -> bool {
@@ -158,6 +166,7 @@ mod tests {
         let mut now = begin;
         for pause in QUICK_PAUSES {
             assert_eq!(faults.failed(job.clone(), now), Failure::Again);
+            assert!(faults.holds(&job));
             assert!(faults.due(now + pause / 2).is_empty(), "not before its pause is over");
             now += pause;
             assert_eq!(faults.due(now).iter().map(key).collect::<Vec<_>>(), [key(&job)]);
@@ -175,6 +184,7 @@ mod tests {
         let paused = pause(&mut faults, job(0), begin);
         assert!(faults.is_paused());
         assert!(faults.admit(job(8)).is_none(), "the walk waits");
+        assert!(faults.holds(&job(0)) && faults.holds(&job(8)) && !faults.holds(&job(16)));
         assert_eq!(faults.failed(job(16), paused), Failure::Paused, "one that was under way waits too");
         let mut now = paused;
         for _ in 0..100 {

@@ -31,7 +31,7 @@ use crate::disks::SourceKind;
 use crate::health::Code;
 use crate::machine::Machine;
 use crate::marking::hex;
-use crate::positions::Positions;
+use crate::positions::{Holding, Positions};
 use crate::protected::Activity;
 
 /// Bytes of a disk that may wait to become durable while every write is streamed; beyond, its map has to do.
@@ -245,30 +245,26 @@ impl Following {
     }
 
     /// A point of disks whose writes are streamed is durable.
-    pub(crate) fn handle_point_durable(
-        &self,
-        core: &Agent,
-        disks: impl Iterator<Item = (DiskId, Timestamp)>,
-    ) {
-        for (disk, as_of) in disks.filter(|(disk, _)| self.steps.get(disk) == Some(&Step::Streaming)) {
-            self.remember(core, disk, as_of);
+    pub(crate) fn handle_point_durable(&self, core: &Agent, disks: impl Iterator<Item = (DiskId, Holding)>) {
+        for (disk, holding) in disks.filter(|(disk, _)| self.steps.get(disk) == Some(&Step::Streaming)) {
+            self.remember(core, disk, holding);
             self.order(Order::Durable(disk));
         }
     }
 
     /// Where the stream stands now outlives this process, before anything is forgotten because of it.
-    fn remember(&self, core: &Agent, disk: DiskId, as_of: Timestamp) {
+    pub(crate) fn remember(&self, core: &Agent, disk: DiskId, holding: Holding) {
         if self.is_followed(disk)
             && let Some(known) = core.stream_position(disk)
-            && let Err(error) = self.positions.store(disk, &known, as_of)
+            && let Err(error) = self.positions.store(disk, &known, holding)
         {
             tracing::warn!(%disk, %error, "the position of the stream is not kept: after a restart the disk is compared");
         }
     }
 
     /// A pass ended durably.
-    pub(crate) fn handle_synced(&mut self, core: &Agent, disk: DiskId, as_of: Timestamp) {
-        self.remember(core, disk, as_of);
+    pub(crate) fn handle_synced(&mut self, core: &Agent, disk: DiskId, holding: Holding) {
+        self.remember(core, disk, holding);
         if self.steps.get(&disk) == Some(&Step::Pass) {
             self.order(Order::Durable(disk));
             self.unknown.remove(&disk);
@@ -286,8 +282,8 @@ impl Following {
     }
 
     /// A round ended durably.
-    pub(crate) fn handle_round_durable(&mut self, core: &Agent, disk: DiskId, as_of: Timestamp) {
-        self.remember(core, disk, as_of);
+    pub(crate) fn handle_round_durable(&mut self, core: &Agent, disk: DiskId, holding: Holding) {
+        self.remember(core, disk, holding);
         if self.steps.get(&disk) == Some(&Step::Round) {
             self.order(Order::Durable(disk));
             self.set(disk, if self.streams.contains(&disk) { Step::Streaming } else { Step::Idle });
@@ -336,8 +332,8 @@ impl Machine {
         if self.core.has_stream(disk) {
             return; // this process knows better
         }
-        let complete = self.disks.get(&disk).is_some_and(|state| state.unread.is_known());
-        match self.following.positions.load(disk).filter(|_| complete) {
+        let unread = self.disks.get(&disk).and_then(|state| state.unread.tag());
+        match unread.and_then(|unread| self.following.positions.load(disk, unread, wall_clock())) {
             Some((known, as_of)) => {
                 self.core.recall(disk, known);
                 if let Some(state) = self.disks.get_mut(&disk) {
@@ -347,6 +343,9 @@ impl Machine {
             None => {
                 tracing::info!(%disk, "nothing is known of its stream; it is compared");
                 self.following.unknown.insert(disk);
+                if let Some(state) = self.disks.get_mut(&disk) {
+                    state.unread.distrust();
+                }
             }
         }
     }
@@ -363,15 +362,18 @@ impl Machine {
         }
     }
 
-    /// Everything written to the disk before is durable.
-    pub(crate) fn as_of(&self, disk: DiskId) -> Timestamp {
-        self.disks.get(&disk).map_or(Timestamp::ZERO, |state| state.freshness.durable_as_of())
+    /// What is kept for the next process beside the position of the disk's stream.
+    pub(crate) fn holding(&self, disk: DiskId) -> Holding {
+        let Some(state) = self.disks.get(&disk) else {
+            return Holding { as_of: Timestamp::ZERO, unread: None };
+        };
+        Holding { as_of: state.freshness.durable_as_of(), unread: state.unread.tag() }
     }
 
     /// The disk is open at the target. What was harvested before belongs to the pass only if that reads everything.
     pub(crate) fn handle_opened_followed(&mut self, disk: DiskId, mode: PassMode) {
         self.tell_doubts(disk);
-        self.following.remember(&self.core, disk, self.as_of(disk));
+        self.following.remember(&self.core, disk, self.holding(disk));
         let from_the_start = self.core.pass_progress(disk).is_some_and(|(settled, _)| settled == 0);
         let following = &mut self.following;
         match following.steps.get(&disk) {

@@ -271,14 +271,14 @@ impl Machine {
             }
             AgentEvent::Synced { disk } => self.handle_synced(disk),
             AgentEvent::ScanDone { disk } => {
-                self.store_unread(disk);
+                self.store_unread(disk, true);
                 let pause = self.round_pause(disk);
                 let durable = self.core.position(disk).unwrap_or_default().0;
                 self.with(disk, |state| {
                     state.scan_rounds += 1;
                     state.finish_walk(durable, Instant::now() + pause);
                 });
-                self.following.handle_round_durable(&self.core, disk, self.as_of(disk));
+                self.following.handle_round_durable(&self.core, disk, self.holding(disk));
                 self.handle_round_done(disk);
             }
             AgentEvent::ScanRead { disk } => self.handle_scan_read(disk),
@@ -316,7 +316,7 @@ impl Machine {
             None => tracing::info!(%disk, "the whole disk is on the target"),
             Some(missing) => tracing::error!(%disk, "the disk is on the target, {missing}"),
         }
-        self.store_unread(disk);
+        self.store_unread(disk, true);
         let durable = self.core.position(disk).unwrap_or_default().0;
         self.with(disk, |state| {
             if state.activity != Activity::Stopped {
@@ -324,7 +324,7 @@ impl Machine {
             }
             state.finish_walk(durable, Instant::now() + FIRST_SCAN);
         });
-        self.following.handle_synced(&self.core, disk, self.as_of(disk));
+        self.following.handle_synced(&self.core, disk, self.holding(disk));
     }
 
     fn handle_resync(&mut self, disk: DiskId, cause: PassCause) {

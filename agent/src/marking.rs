@@ -518,13 +518,17 @@ impl Machine {
             // Where nothing is mounted there is no more to be had.
             self.end_app_run(run.quiet.bare || matches!(run.class, MarkClass::Frozen | MarkClass::App));
         }
-        run.disks.iter().for_each(|disk| self.store_unread(*disk));
+        for disk in &run.disks {
+            // What was streamed behind the mark may not be durable.
+            let is_durable = self.core.position(*disk).is_some_and(|(durable, last)| durable == last);
+            self.store_unread(*disk, is_durable);
+        }
         if run.class != MarkClass::Fuzzy {
             for (disk, state) in self.disks.iter_mut().filter(|(disk, _)| run.disks.contains(disk)) {
                 state.freshness.covers(self.core.position(*disk).unwrap_or_default().0, time);
             }
         }
-        let ages: Vec<_> = run.disks.iter().map(|disk| (*disk, self.as_of(*disk))).collect();
+        let ages: Vec<_> = run.disks.iter().map(|disk| (*disk, self.holding(*disk))).collect();
         self.following.handle_point_durable(&self.core, ages.into_iter());
         let pauses = self.round_pauses();
         for (disk, state) in self.disks.iter_mut().filter(|(disk, _)| run.disks.contains(disk)) {

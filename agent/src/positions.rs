@@ -4,14 +4,28 @@
 //! Why: the kernel's maps go on while the agent is away, and hold only what was not durable. A target that lost durable
 //! data meanwhile would be missing blocks that no map knows: its position tells.
 //!
-//! Invariants: written before what it speaks of is forgotten; it need not outlive the machine's going down, for then
+//! Invariants: written before what it speaks of is forgotten, and removed where it cannot be; believed only beside the set of
+//! what could not be read that it was written beside; it need not outlive the machine's going down, for then
 //! everything is compared anyway, so nothing is flushed; a file that cannot be read is none. Called by `following`.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
+use reprotect_engine::io::durable::read_bounded;
 use reprotect_engine::proto::agent::StreamPosition;
 use reprotect_engine::units::{DiskId, Generation, LineageId, Sequence, Timestamp};
+
+/// A line of 105 bytes at most.
+const FILE_BYTES_MAX: u64 = 128;
+
+/// What is kept with the position of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Holding {
+    /// Everything written before is durable; zero where that is not known.
+    pub(crate) as_of: Timestamp,
+    /// Which set of what could not be read is stored; `None` where there is none to be believed.
+    pub(crate) unread: Option<u32>,
+}
 
 /// The folder of the files.
 #[derive(Debug)]
@@ -28,35 +42,63 @@ impl Positions {
         self.folder.join(format!("stream-{disk}"))
     }
 
-    /// What was stored last, and as of when everything was durable; zero where that was not known.
-    pub(crate) fn load(&self, disk: DiskId) -> Option<(StreamPosition, Timestamp)> {
-        let text = std::fs::read_to_string(self.path(disk)).ok()?;
-        let mut words = text.split_whitespace();
+    /// What was stored last beside the set `unread`, and as of when everything was durable; zero where that is not known, or lies
+    /// behind `now`: the clock was set back.
+    pub(crate) fn load(
+        &self,
+        disk: DiskId,
+        unread: u32,
+        now: Timestamp,
+    ) -> Option<(StreamPosition, Timestamp)> {
+        let bytes = read_bounded(&self.path(disk), FILE_BYTES_MAX).ok()?;
+        let mut words = std::str::from_utf8(&bytes).ok()?.split_whitespace();
         let lineage = LineageId(u128::from_str_radix(words.next()?, 16).ok()?.to_be_bytes());
         let generation = Generation(words.next()?.parse().ok()?);
         let durable = Sequence(words.next()?.parse().ok()?);
-        // Files of older agents have no time.
-        let as_of = words.next().map_or(Some(0), |word| word.parse().ok())?;
+        let as_of =
+            Some(Timestamp(words.next()?.parse().ok()?)).filter(|as_of| *as_of <= now).unwrap_or_default();
+        // Files of older agents do not say beside which set they were written: they cannot be believed.
+        let is_beside = u32::from_str_radix(words.next()?, 16).ok()? == unread;
         let position = StreamPosition { lineage, generation, durable };
-        words.next().is_none().then_some((position, Timestamp(as_of)))
+        (is_beside && words.next().is_none()).then_some((position, as_of))
     }
 
-    /// Replaces it.
+    /// Replaces it; where no set is to be believed, neither is a position.
     ///
     /// # Errors
-    /// When the file cannot be written.
-    pub(crate) fn store(&self, disk: DiskId, position: &StreamPosition, as_of: Timestamp) -> io::Result<()> {
+    /// When the file cannot be written; it is removed then, where that can be.
+    pub(crate) fn store(&self, disk: DiskId, position: &StreamPosition, holding: Holding) -> io::Result<()> {
+        let Some(unread) = holding.unread else {
+            self.remove(disk);
+            return Ok(());
+        };
+        self.replace(disk, position, holding.as_of, unread).inspect_err(|_| self.remove(disk))
+    }
+
+    fn replace(
+        &self,
+        disk: DiskId,
+        position: &StreamPosition,
+        as_of: Timestamp,
+        unread: u32,
+    ) -> io::Result<()> {
         let lineage = u128::from_be_bytes(position.lineage.0);
-        let text = format!("{lineage:032x} {} {} {}\n", position.generation.0, position.durable.0, as_of.0);
+        let (generation, durable) = (position.generation.0, position.durable.0);
+        let text = format!("{lineage:032x} {generation} {durable} {} {unread:08x}\n", as_of.0);
         let (path, new) = (self.path(disk), self.folder.join(format!("stream-{disk}.new")));
         std::fs::write(&new, text)?;
         std::fs::rename(new, path)
     }
 
-    /// The disk is not protected any more.
+    /// The disk is not protected any more, or what is stored must not be believed.
     pub(crate) fn remove(&self, disk: DiskId) {
-        // What is not there need not be removed, and what stays is overwritten.
-        let _ = std::fs::remove_file(self.path(disk));
+        let path = self.path(disk);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::error!(%disk, path = %path.display(), %error, "a position that is not to be believed cannot be removed; make the state directory writable, and remove it before the agent starts again");
+            }
+            _ => {}
+        }
     }
 }
 
@@ -68,17 +110,27 @@ mod tests {
     fn a_position_comes_back_as_it_was_and_damage_is_none() {
         let dir = tempfile::tempdir().unwrap();
         let (positions, disk) = (Positions::in_folder(dir.path()), DiskId([7; 16]));
-        assert_eq!(positions.load(disk), None);
+        let now = Timestamp(5);
+        assert_eq!(positions.load(disk, 1, now), None);
         let position =
             StreamPosition { lineage: LineageId([9; 16]), generation: Generation(3), durable: Sequence(77) };
-        positions.store(disk, &position, Timestamp(5)).unwrap();
-        assert_eq!(positions.load(disk), Some((position, Timestamp(5))));
+        let holding = Holding { as_of: Timestamp(5), unread: Some(1) };
+        positions.store(disk, &position, holding).unwrap();
+        assert_eq!(positions.load(disk, 1, now), Some((position, Timestamp(5))));
+        assert_eq!(positions.load(disk, 2, now), None, "beside another set");
+        let known = positions.load(disk, 1, Timestamp(4));
+        assert_eq!(known, Some((position, Timestamp::ZERO)), "the clock was set back");
         let text = std::fs::read_to_string(positions.path(disk)).unwrap();
-        std::fs::write(positions.path(disk), text.trim_end().strip_suffix(" 5").unwrap()).unwrap();
-        assert_eq!(positions.load(disk), Some((position, Timestamp::ZERO)), "of an older agent");
-        std::fs::write(positions.path(disk), "garbage").unwrap();
-        assert_eq!(positions.load(disk), None);
-        positions.remove(disk);
-        assert_eq!(positions.load(disk), None);
+        for damaged in [text.trim_end().strip_suffix(" 00000001").unwrap(), "garbage", "", &text.repeat(9)] {
+            std::fs::write(positions.path(disk), damaged).unwrap();
+            assert_eq!(positions.load(disk, 1, now), None, "{damaged}");
+        }
+        positions.store(disk, &position, holding).unwrap();
+        positions.store(disk, &position, Holding { unread: None, ..holding }).unwrap();
+        assert_eq!(positions.load(disk, 1, now), None, "no set is to be believed");
+        positions.store(disk, &position, holding).unwrap();
+        std::fs::create_dir(dir.path().join(format!("stream-{disk}.new"))).unwrap();
+        positions.store(disk, &position, holding).unwrap_err();
+        assert_eq!(positions.load(disk, 1, now), None, "what cannot be replaced is removed");
     }
 }

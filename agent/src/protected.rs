@@ -5,7 +5,7 @@
 //! is over; a disk that is stopped reads nothing and answers nothing until it is offered again; a paused one keeps its
 //! jobs and goes on by itself. Owned by `machine`, one per disk. Units: sectors, bytes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -67,7 +67,8 @@ pub(crate) struct Protected {
     /// Read by readers before this one.
     read_before: u64,
     pub(crate) kept: HashMap<u64, Kept>,
-    wanted: HashMap<(u64, u64), Sequence>,
+    /// Chunks that are not read yet, and as of which sequence.
+    wanted: BTreeMap<(u64, u64), (ReadJob, Sequence)>,
     pub(crate) faults: Faults,
     pub(crate) unread: Unread,
     /// What was written to lately.
@@ -102,7 +103,7 @@ impl Protected {
             reader: Some(reader),
             read_before: 0,
             kept: HashMap::new(),
-            wanted: HashMap::new(),
+            wanted: BTreeMap::new(),
             faults: Faults::default(),
             unread,
             recent: Recent::default(),
@@ -123,13 +124,18 @@ impl Protected {
         self.reader.is_some() && !self.faults.is_paused()
     }
 
-    /// Reads by another reader from now on: the device was opened anew, perhaps under another name.
+    /// Reads by another reader from now on: the device was opened anew, perhaps under another name. What the one before had
+    /// still to read is read by this one.
     pub(crate) fn replace_reader(&mut self, path: String, reader: DiskReader) {
         self.read_before += self.reader.as_ref().map_or(0, DiskReader::read_bytes);
         self.size_sectors = reader.size_sectors();
         self.unread.cut_off(self.size_sectors);
         self.path = path;
         self.reader = Some(reader);
+        let queued = self.wanted.values().map(|(job, _)| job).filter(|job| !self.faults.holds(job));
+        for job in queued.cloned().collect::<Vec<_>>() {
+            self.read_or_keep(job);
+        }
     }
 
     /// Nothing is read any more until the disk is offered again.
@@ -193,7 +199,11 @@ impl Protected {
 
     /// A chunk is wanted.
     pub(crate) fn want(&mut self, job: ReadJob, as_of: Sequence) {
-        self.wanted.insert((job.epoch, job.chunk.start), as_of);
+        self.wanted.insert((job.epoch, job.chunk.start), (job.clone(), as_of));
+        self.read_or_keep(job);
+    }
+
+    fn read_or_keep(&mut self, job: ReadJob) {
         if let Some(job) = self.faults.admit(job) {
             self.read(job);
         }
@@ -208,7 +218,7 @@ impl Protected {
 
     /// Whether the chunk is still wanted, and as of which sequence; asked once its data are there.
     pub(crate) fn take_wanted(&mut self, job: &ReadJob) -> Option<Sequence> {
-        self.wanted.remove(&(job.epoch, job.chunk.start))
+        self.wanted.remove(&(job.epoch, job.chunk.start)).map(|(_, as_of)| as_of)
     }
 
     /// Whether the chunk is still wanted.
@@ -237,11 +247,58 @@ impl Protected {
 #[cfg(test)]
 mod tests {
     use reprotect_engine::limits::CHUNK_BYTES;
-    use reprotect_engine::units::DiskId;
+    use std::sync::mpsc;
+
+    use reprotect_engine::units::{DiskId, SectorRange};
 
     use super::*;
-    use crate::reader::ReaderSetup;
+    use crate::reader::{FromDisk, ReaderSetup};
     use crate::throttle::Throttle;
+
+    #[test]
+    fn what_a_reader_had_still_to_read_is_read_by_the_one_that_takes_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4 * CHUNK_BYTES).unwrap();
+        let budget = Budget::new(0, 1).unwrap();
+        let reader = |deliver: Box<dyn Fn(FromDisk) + Send>| {
+            DiskReader::start(ReaderSetup {
+                path: file.path().to_owned(),
+                is_device: false,
+                budget: Arc::clone(&budget),
+                throttle: Arc::new(Throttle::new(None)),
+                deliver,
+            })
+            .unwrap()
+        };
+        let job = |number: u64| ReadJob {
+            chunk: SectorRange::new(
+                number * CHUNK_BYTES / SECTOR_BYTES,
+                (number + 1) * CHUNK_BYTES / SECTOR_BYTES,
+            ),
+            epoch: 1,
+            hash: false,
+            pieces: Vec::new(),
+            in_parts: false,
+        };
+        let unread = Unread::load(dir.path(), DiskId([1; 16]), Instant::now());
+        // What this one reads arrives nowhere.
+        let lost = reader(Box::new(drop));
+        let mut disk = Protected::new([1; 16], "disk".to_owned(), Arc::clone(&budget), lost, unread);
+        (0..4).for_each(|number| disk.want(job(number), Sequence(number)));
+        assert_eq!(disk.take_wanted(&job(3)), Some(Sequence(3)), "it was read in time");
+        disk.faults.failed(job(1), Instant::now());
+        let (deliver, news) = mpsc::channel();
+        disk.replace_reader("disk".to_owned(), reader(Box::new(move |item| drop(deliver.send(item)))));
+        disk.read(job(1)); // as when its pause is over
+        for number in [0, 2, 1] {
+            let FromDisk::Read { job: read, .. } = news.recv().unwrap() else { panic!("a size") };
+            assert_eq!(read, job(number));
+            assert_eq!(disk.take_wanted(&read), Some(Sequence(number)));
+        }
+        disk.replace_reader("disk".to_owned(), reader(Box::new(drop)));
+        assert!(news.recv().is_err(), "nothing was read twice");
+    }
 
     #[test]
     fn late_news_of_its_walk_do_not_set_a_stopped_disk_going_again() {

@@ -281,6 +281,9 @@ impl ReaderThread {
             if result.is_err() && job.in_parts {
                 result = self.read_in_parts(&job, buffer.bytes_mut(job.chunk.bytes() as usize));
             }
+            if self.stop.load(Ordering::Relaxed) {
+                return; // what is not read for this reason is not unreadable
+            }
             let read = result.map(|unread| ChunkRead { data: buffer.into_bytes(), time, unread });
             self.deliver(job, read);
         }
@@ -295,8 +298,12 @@ impl ReaderThread {
         for piece in pieces {
             let from = (piece.byte_start() - job.chunk.byte_start()) as usize;
             if let Some(data) = data.get_mut(from..from + piece.bytes() as usize) {
-                salvaged.read(&mut *self.file, *piece, data, limit);
+                let is_over = || self.stop.load(Ordering::Relaxed) || Instant::now() >= limit;
+                salvaged.read(&mut *self.file, *piece, data, &is_over);
             }
+        }
+        if self.stop.load(Ordering::Relaxed) {
+            return Ok(Vec::new()); // nobody is told
         }
         let missing = salvaged.unread.sector_count() * SECTOR_BYTES;
         self.read_bytes.fetch_add(job.bytes() - missing, Ordering::Relaxed);

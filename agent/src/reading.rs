@@ -4,6 +4,7 @@
 //! content is handed on; from one to the other, marks of the disk say that it is not whole. A disk of which nothing can be
 //! read is paused instead. Part of `machine`.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use reprotect_engine::checksum::UnitHash;
@@ -97,14 +98,14 @@ impl Machine {
             let text = state.unread.describe().unwrap_or_default();
             tracing::error!(%disk, path = state.path, "{text}; the rest goes on, and they are tried again");
         }
-        self.store_unread(disk);
+        self.store_unread(disk, false);
         self.tell_unread(disk);
     }
 
     /// These could not be read in a window.
     pub(crate) fn note_window_unread(&mut self, unread: &[(DiskId, SectorRange)]) {
-        for (disk, range) in unread {
-            self.note_unread(*disk, &[*range]);
+        for (disk, ranges) in by_disk(unread) {
+            self.note_unread(disk, &ranges);
         }
     }
 
@@ -138,13 +139,39 @@ impl Machine {
         }
     }
 
-    /// Everything handed on so far is durable, or something is missing that was not before: the next process is to know.
-    pub(crate) fn store_unread(&mut self, disk: DiskId) {
-        if let Some(state) = self.disks.get_mut(&disk)
-            && let Err(error) = state.unread.store()
-        {
-            tracing::warn!(%disk, %error, "what could not be read is not kept: after a restart the disk is compared");
-            self.following.forget_position(disk);
+    /// Something is missing that was not before, or everything handed on so far `is_durable`: the next process is to know. The
+    /// position goes with the stored set.
+    pub(crate) fn store_unread(&mut self, disk: DiskId, is_durable: bool) {
+        let Some(state) = self.disks.get_mut(&disk) else { return };
+        let unread = &mut state.unread;
+        match if is_durable { unread.store_durable() } else { unread.store_grown() } {
+            Ok(false) => {}
+            Ok(true) => self.following.remember(&self.core, disk, self.holding(disk)),
+            Err(error) => {
+                tracing::warn!(%disk, %error, "what could not be read is not kept: after a restart the disk is compared");
+                self.following.forget_position(disk);
+            }
         }
+    }
+}
+
+/// Each disk once, with all its ranges: noting them is a file written and a line in the log.
+fn by_disk(unread: &[(DiskId, SectorRange)]) -> BTreeMap<DiskId, Vec<SectorRange>> {
+    let mut disks: BTreeMap<DiskId, Vec<SectorRange>> = BTreeMap::new();
+    unread.iter().for_each(|(disk, range)| disks.entry(*disk).or_default().push(*range));
+    disks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_window_could_not_read_is_noted_once_for_each_disk() {
+        let (one, other) = (DiskId([1; 16]), DiskId([2; 16]));
+        let range = |start: u64| SectorRange::new(start, start + 8);
+        let unread = [(one, range(8)), (other, range(8)), (one, range(80))];
+        let expected = BTreeMap::from([(one, vec![range(8), range(80)]), (other, vec![range(8)])]);
+        assert_eq!(by_disk(&unread), expected);
     }
 }

@@ -11,12 +11,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use reprotect_engine::io::durable::read_bounded;
 use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange};
 
 /// Sectors of a region.
 const REGION_SECTORS: u64 = (64 << 20) / SECTOR_BYTES;
 /// Regions remembered, the newest: 256 GiB, in a file of some 30 KiB.
 const REGIONS_MAX: usize = 4096;
+/// A line holds a number of twenty digits at most.
+const FILE_BYTES_MAX: u64 = 21 * REGIONS_MAX as u64;
 /// How often the file is written while the disk is written to.
 const STORE_EVERY: Duration = Duration::from_secs(30);
 
@@ -38,7 +41,8 @@ impl Recent {
     /// What a process before this one knew.
     pub(crate) fn load(folder: &Path, disk: DiskId) -> Self {
         let mut recent = Self { path: folder.join(format!("recent-{disk}")), ..Self::default() };
-        let text = std::fs::read_to_string(&recent.path).unwrap_or_default();
+        let bytes = read_bounded(&recent.path, FILE_BYTES_MAX).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
         let known = text.lines().map_while(|line| line.parse().ok()).take(REGIONS_MAX);
         let known: Vec<u64> = known.filter(|region| *region < u64::MAX / REGION_SECTORS).collect();
         for region in known.into_iter().rev() {
@@ -153,5 +157,7 @@ mod tests {
         let path = dir.path().join(format!("recent-{DISK}"));
         std::fs::write(&path, format!("7\n2\n{}\nx\n9\n", u64::MAX)).unwrap();
         assert_eq!(order(&Recent::load(dir.path(), DISK)), [7, 2]);
+        std::fs::write(&path, "7\n".repeat(FILE_BYTES_MAX as usize)).unwrap();
+        assert!(order(&Recent::load(dir.path(), DISK)).is_empty(), "it is not a file of ours");
     }
 }

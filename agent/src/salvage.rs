@@ -1,10 +1,8 @@
-//! Reading around what cannot be read: halves of halves, down to a block.
+//! Reading around what cannot be read: in pieces, and where one fails in halves of halves, down to a block.
 //!
 //! Invariants: what is not read holds nothing of the disk and is named; it is named in whole blocks of the disk, as far as
-//! the range asked for goes; reading takes no longer than its limit and one read more, and what was not tried by then
-//! counts as not read. Units: sectors, bytes. Called by `reader` and by closing windows.
-
-use std::time::Instant;
+//! the range asked for goes; nothing is tried any more once the caller says that it is over, and counts as not read then.
+//! Units: sectors, bytes. Called by `reader` and by closing windows.
 
 use reprotect_engine::io::{BlockFile, ReadAt};
 use reprotect_engine::range_set::RangeSet;
@@ -12,6 +10,9 @@ use reprotect_engine::units::{BLOCK_BYTES, SECTOR_BYTES, SectorRange};
 
 /// Sectors of the smallest piece that is tried by itself.
 const BLOCK_SECTORS: u64 = BLOCK_BYTES / SECTOR_BYTES;
+
+/// Sectors of a piece that is read at once: each is progress, also where a medium takes seconds for one that fails.
+const PIECE_SECTORS: u64 = (64 << 10) / SECTOR_BYTES;
 
 /// What came of reading a range piece by piece.
 #[derive(Debug, Default)]
@@ -23,18 +24,29 @@ pub(crate) struct Salvaged {
 }
 
 impl Salvaged {
-    /// Reads as much of `range` into `data` as can be read until `limit`.
+    /// Reads as much of `range` into `data` as can be read until it `is_over`, which is asked before each read.
     pub(crate) fn read(
         &mut self,
         file: &mut dyn BlockFile,
         range: SectorRange,
-        data: &mut [u8],
-        limit: Instant,
+        mut data: &mut [u8],
+        is_over: &dyn Fn() -> bool,
     ) {
-        if range.is_empty() {
-            return;
+        for piece in range.aligned_pieces(PIECE_SECTORS) {
+            let (first, rest) = data.split_at_mut(piece.bytes() as usize);
+            self.read_piece(file, piece, first, is_over);
+            data = rest;
         }
-        let late = Instant::now() >= limit;
+    }
+
+    fn read_piece(
+        &mut self,
+        file: &mut dyn BlockFile,
+        range: SectorRange,
+        data: &mut [u8],
+        is_over: &dyn Fn() -> bool,
+    ) {
+        let late = is_over();
         if late {
             self.reason.get_or_insert_with(|| "reading takes too long".to_owned());
         } else {
@@ -43,14 +55,21 @@ impl Salvaged {
                 Err(error) => drop(self.reason.get_or_insert_with(|| error.to_string())),
             }
         }
-        let middle = (range.start + range.len() / 2).next_multiple_of(BLOCK_SECTORS);
-        if late || middle >= range.end {
+        let Some(middle) = border_inside(range).filter(|_| !late) else {
             return self.unread.insert(range);
-        }
+        };
         let (first, second) = data.split_at_mut(((middle - range.start) * SECTOR_BYTES) as usize);
-        self.read(file, SectorRange::new(range.start, middle), first, limit);
-        self.read(file, SectorRange::new(middle, range.end), second, limit);
+        self.read_piece(file, SectorRange::new(range.start, middle), first, is_over);
+        self.read_piece(file, SectorRange::new(middle, range.end), second, is_over);
     }
+}
+
+/// The border between blocks inside `range` that is nearest behind its middle; `None` where all of it lies in one block.
+fn border_inside(range: SectorRange) -> Option<u64> {
+    let first = (range.start / BLOCK_SECTORS + 1) * BLOCK_SECTORS;
+    let last = range.end.saturating_sub(1) / BLOCK_SECTORS * BLOCK_SECTORS;
+    let middle = (range.start + range.len() / 2).next_multiple_of(BLOCK_SECTORS);
+    (first <= last).then(|| middle.clamp(first, last))
 }
 
 /// Whether anything of the disk can be read: the block at `known_good`, its first one, or its last one.
@@ -67,11 +86,9 @@ pub(crate) fn is_alive(file: &mut dyn BlockFile, size_sectors: u64, known_good: 
 /// A disk of which parts fail, for tests.
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::sync::{Arc, Mutex};
-    use std::time::Duration;
-
     use reprotect_engine::io::memory::MemoryFile;
     use reprotect_engine::io::{BlockError, BlockOp, ByteRange, WriteAt};
+    use std::sync::{Arc, Mutex};
 
     use super::*;
 
@@ -139,10 +156,10 @@ pub(crate) mod tests {
         disk
     }
 
-    fn salvage(file: &mut Failing, range: SectorRange, limit: Instant) -> (Salvaged, Vec<u8>) {
+    fn salvage(file: &mut Failing, range: SectorRange, is_over: &dyn Fn() -> bool) -> (Salvaged, Vec<u8>) {
         let mut data = vec![0; range.bytes() as usize];
         let mut salvaged = Salvaged::default();
-        salvaged.read(file, range, &mut data, limit);
+        salvaged.read(file, range, &mut data, is_over);
         (salvaged, data)
     }
 
@@ -151,7 +168,7 @@ pub(crate) mod tests {
         let bad = [SectorRange::new(5, 6), SectorRange::new(4096, 4112), SectorRange::new(8194, 8195)];
         let mut file = Failing::new(disk(), &bad);
         let range = SectorRange::new(0, SECTORS);
-        let (salvaged, data) = salvage(&mut file, range, Instant::now() + Duration::from_secs(60));
+        let (salvaged, data) = salvage(&mut file, range, &|| false);
         let unread: Vec<SectorRange> = salvaged.unread.iter().collect();
         let blocks = [SectorRange::new(0, 8), SectorRange::new(4096, 4112), SectorRange::new(8192, SECTORS)];
         assert_eq!(unread, blocks, "whole blocks, and no more of them");
@@ -168,18 +185,50 @@ pub(crate) mod tests {
     #[test]
     fn pieces_begin_and_end_where_blocks_of_the_disk_do_although_the_range_does_not() {
         let mut file = Failing::new(disk(), &[SectorRange::new(17, 18)]);
-        let limit = Instant::now() + Duration::from_secs(60);
-        let (salvaged, _) = salvage(&mut file, SectorRange::new(3, 100), limit);
+        let (salvaged, _) = salvage(&mut file, SectorRange::new(3, 100), &|| false);
         assert_eq!(salvaged.unread.iter().collect::<Vec<_>>(), [SectorRange::new(16, 24)]);
+    }
+
+    #[test]
+    fn ranges_of_any_start_and_length_end_at_the_block_that_fails() {
+        let mut file = Failing::new(disk(), &[]);
+        for (start, len) in (0..=9).flat_map(|start| (1..=17).map(move |len| (start, len))) {
+            let range = SectorRange::new(start, start + len);
+            for bad in range.start..range.end {
+                *file.bad.lock().unwrap() = [SectorRange::new(bad, bad + 1)].into_iter().collect();
+                let (salvaged, data) = salvage(&mut file, range, &|| false);
+                let block = bad / BLOCK_SECTORS * BLOCK_SECTORS;
+                let lost = SectorRange::new(block, block + BLOCK_SECTORS).intersect(range);
+                assert_eq!(salvaged.unread.iter().collect::<Vec<_>>(), [lost], "{bad} in {range:?}");
+                for (sector, bytes) in (range.start..).zip(data.chunks(SECTOR_BYTES as usize)) {
+                    let expected =
+                        if lost.start <= sector && sector < lost.end { 0 } else { sector as u8 | 1 };
+                    assert!(
+                        bytes.iter().all(|byte| *byte == expected),
+                        "{sector} of {range:?}, {bad} is bad"
+                    );
+                }
+            }
+        }
     }
 
     #[test]
     fn what_the_time_does_not_suffice_for_counts_as_not_read() {
         let mut file = Failing::new(disk(), &[]);
         let range = SectorRange::new(8, 4000);
-        let (salvaged, _) = salvage(&mut file, range, Instant::now());
+        let (salvaged, _) = salvage(&mut file, range, &|| true);
         assert_eq!(salvaged.unread.iter().collect::<Vec<_>>(), [range]);
         assert!(file.reads.lock().unwrap().is_empty());
+        // Time for six reads: two pieces, and a third that fails and is split.
+        file.bad.lock().unwrap().insert(SectorRange::new(256, 257));
+        let reads = std::sync::Arc::clone(&file.reads);
+        let (salvaged, data) = salvage(&mut file, range, &|| reads.lock().unwrap().len() >= 6);
+        assert_eq!(salvaged.unread.iter().collect::<Vec<_>>(), [SectorRange::new(256, 4000)]);
+        let there = (256 - range.start) * SECTOR_BYTES;
+        assert!(data[..there as usize].iter().all(|byte| *byte != 0), "what was read is kept");
+        let reads = reads.lock().unwrap();
+        assert_eq!(reads[..3], [(8, 128), (128, 256), (256, 384)].map(|(a, b)| SectorRange::new(a, b)));
+        assert_eq!(reads.len(), 6);
     }
 
     #[test]

@@ -12,7 +12,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use reprotect_engine::checksum::crc32;
 use reprotect_engine::host::output;
+use reprotect_engine::io::durable::read_bounded;
 use reprotect_engine::range_set::RangeSet;
 use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange};
 
@@ -26,14 +28,20 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 const RANGES_SHOWN: usize = 64;
 /// Ranges that are stored one by one; beyond, neighbours are joined.
 const RANGES_MAX: usize = 4096;
+/// A line holds two numbers of twenty digits at most.
+const FILE_BYTES_MAX: u64 = 42 * RANGES_MAX as u64 + 4;
 
 /// Parts of one disk that could not be read.
 #[derive(Debug)]
 pub(crate) struct Unread {
     path: PathBuf,
     ranges: RangeSet,
+    /// What the target may lack if this process is killed: the ranges, and those handed on that are not durable.
+    lacking: RangeSet,
     /// As the file says; `None` where it is damaged or could not be written.
     stored: Option<RangeSet>,
+    /// It is known what processes before this one could not read. If not, the file stays as it is until all was compared.
+    is_complete: bool,
     /// When they are tried again, and the pause after that.
     again: Option<(Instant, Duration)>,
     /// They are tried in the walk that runs.
@@ -46,19 +54,25 @@ impl Unread {
     /// What a process before this one knew; due at once.
     pub(crate) fn load(folder: &Path, disk: DiskId, now: Instant) -> Self {
         let path = folder.join(format!("unread-{disk}"));
-        let stored = match std::fs::read_to_string(&path) {
-            Ok(text) => parse(&text),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Some(RangeSet::new()),
+        let stored = match read_bounded(&path, FILE_BYTES_MAX) {
+            Ok(bytes) => std::str::from_utf8(&bytes).ok().and_then(parse),
+            Err(error) if error.source.kind() == io::ErrorKind::NotFound => Some(RangeSet::new()),
             Err(_) => None,
         };
         let ranges = stored.clone().unwrap_or_default();
         let again = (!ranges.is_empty()).then_some((now, FIRST_PAUSE));
-        Self { path, ranges, stored, again, trying: false, coming: BTreeMap::new() }
+        let (lacking, is_complete) = (ranges.clone(), stored.is_some());
+        Self { path, ranges, lacking, stored, is_complete, again, trying: false, coming: BTreeMap::new() }
     }
 
-    /// Whether a process before this one left word of all it could not read.
-    pub(crate) const fn is_known(&self) -> bool {
-        self.stored.is_some()
+    /// Tells the stored set from others; `None` where the next process must not believe what is stored.
+    pub(crate) fn tag(&self) -> Option<u32> {
+        self.stored.as_ref().filter(|_| self.is_complete).map(|stored| crc32(render(stored).as_bytes()))
+    }
+
+    /// The file is not the one it ought to be: until the disk is compared, nothing that is stored is believed.
+    pub(crate) const fn distrust(&mut self) {
+        self.is_complete = false;
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -76,17 +90,20 @@ impl Unread {
 
     /// The disk ends there.
     pub(crate) fn cut_off(&mut self, size_sectors: u64) {
-        self.ranges.remove(SectorRange::new(size_sectors, u64::MAX));
+        self.arrived(SectorRange::new(size_sectors, u64::MAX));
     }
 
     /// These could not be read; answers whether that was new.
     pub(crate) fn found(&mut self, ranges: &[SectorRange], now: Instant) -> bool {
         let before = self.ranges.sector_count();
         ranges.iter().for_each(|range| self.ranges.insert(*range));
-        if self.again.is_none() && !self.ranges.is_empty() {
-            self.again = Some((now + FIRST_PAUSE, FIRST_PAUSE * 2));
+        let grew = self.ranges.sector_count() > before;
+        if grew {
+            // The others, whose pause may be a long one, are tried along with them.
+            let (at, pause) = self.again.unwrap_or((now + FIRST_PAUSE, FIRST_PAUSE * 2));
+            self.again = Some((at.min(now + FIRST_PAUSE), pause));
         }
-        self.ranges.sector_count() > before
+        grew
     }
 
     /// A chunk of a walk was read, but for `unread`: what it heals waits until it is handed on.
@@ -153,27 +170,44 @@ impl Unread {
         if self.trying { Vec::new() } else { self.ranges.overlap(range).collect() }
     }
 
-    /// Stores them where the file says something else.
+    /// Stores what was found, beside what is stored: what was handed on since is perhaps not durable. Answers whether the
+    /// file changed.
     ///
     /// # Errors
     /// When that cannot be done: the next process must not believe the file.
-    pub(crate) fn store(&mut self) -> io::Result<()> {
-        if self.stored.as_ref() == Some(&self.ranges) {
-            return Ok(());
+    pub(crate) fn store_grown(&mut self) -> io::Result<bool> {
+        self.lacking.extend(&self.ranges);
+        if self.is_complete { self.store() } else { Ok(false) }
+    }
+
+    /// Everything handed on is durable: stores what is missing still. Answers whether the file changed.
+    ///
+    /// # Errors
+    /// As [`Self::store_grown`].
+    pub(crate) fn store_durable(&mut self) -> io::Result<bool> {
+        self.lacking.clone_from(&self.ranges);
+        // Where it was not known, the whole disk was compared since.
+        self.is_complete = true;
+        self.store()
+    }
+
+    fn store(&mut self) -> io::Result<bool> {
+        if self.stored.as_ref() == Some(&self.lacking) {
+            return Ok(false);
         }
         self.stored = None;
-        if self.ranges.is_empty() {
+        if self.lacking.is_empty() {
             match std::fs::remove_file(&self.path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
         } else {
             let new = self.path.with_extension("new");
-            std::fs::write(&new, render(&self.ranges))?;
+            std::fs::write(&new, render(&self.lacking))?;
             std::fs::rename(new, &self.path)?;
         }
-        self.stored = Some(self.ranges.clone());
-        Ok(())
+        self.stored = Some(self.lacking.clone());
+        Ok(true)
     }
 
     /// The disk is not protected any more.
@@ -246,10 +280,10 @@ mod tests {
     fn a_range_stays_until_its_content_is_handed_on_and_the_file_until_that_is_durable() {
         let (dir, now) = (tempfile::tempdir().unwrap(), Instant::now());
         let mut unread = Unread::load(dir.path(), DISK, now);
-        assert!(unread.is_known() && unread.is_empty());
+        assert!(unread.tag().is_some() && unread.is_empty());
         assert!(unread.found(&[range(8, 24), range(80, 88)], now));
         assert!(!unread.found(&[range(8, 16)], now), "known already");
-        unread.store().unwrap();
+        assert!(unread.store_grown().unwrap());
         unread.was_read(4, range(0, 100), &[], &[range(80, 88)]);
         assert_eq!(all(&unread), [range(8, 24), range(80, 88)], "read, and nowhere yet");
         unread.was_sent(3, 0);
@@ -257,15 +291,77 @@ mod tests {
         unread.was_sent(4, 0);
         assert_eq!(all(&unread), [range(80, 88)]);
         assert_eq!(all(&Unread::load(dir.path(), DISK, now)), [range(8, 24), range(80, 88)]);
-        unread.store().unwrap();
+        unread.store_durable().unwrap();
         assert_eq!(all(&Unread::load(dir.path(), DISK, now)), [range(80, 88)]);
         unread.was_read(5, range(80, 100), &[range(80, 84)], &[]);
         unread.end_walk();
         unread.was_sent(5, 80);
         assert_eq!(all(&unread), [range(80, 88)], "its walk was over before it was handed on");
         unread.arrived(range(0, 200));
-        unread.store().unwrap();
+        unread.store_durable().unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_handed_on_and_not_durable_stays_in_the_file_although_more_is_found() {
+        let (dir, now) = (tempfile::tempdir().unwrap(), Instant::now());
+        let next = || all(&Unread::load(dir.path(), DISK, now));
+        let mut unread = Unread::load(dir.path(), DISK, now);
+        unread.found(&[range(8, 24), range(80, 88)], now);
+        unread.store_grown().unwrap();
+        unread.arrived(range(8, 24));
+        unread.found(&[range(80, 88)], now);
+        assert!(!unread.store_grown().unwrap(), "nothing new");
+        assert_eq!(next(), [range(8, 24), range(80, 88)]);
+        unread.found(&[range(400, 408)], now);
+        assert!(unread.store_grown().unwrap());
+        assert_eq!(next(), [range(8, 24), range(80, 88), range(400, 408)]);
+        assert!(unread.store_durable().unwrap());
+        assert_eq!(next(), [range(80, 88), range(400, 408)]);
+    }
+
+    #[test]
+    fn a_set_that_is_not_what_it_ought_to_be_is_not_believed_until_all_was_compared() {
+        let (dir, now) = (tempfile::tempdir().unwrap(), Instant::now());
+        let path = dir.path().join(format!("unread-{DISK}"));
+        std::fs::write(&path, "damaged").unwrap();
+        let mut unread = Unread::load(dir.path(), DISK, now);
+        unread.found(&[range(8, 16)], now);
+        assert!(!unread.store_grown().unwrap());
+        assert_eq!(unread.tag(), None);
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "damaged", "nor by the next process");
+        unread.store_durable().unwrap();
+        let tag = unread.tag().unwrap();
+        let mut next = Unread::load(dir.path(), DISK, now);
+        assert_eq!((next.tag(), all(&next)), (Some(tag), vec![range(8, 16)]));
+        next.found(&[range(80, 88)], now);
+        next.store_grown().unwrap();
+        assert!(next.tag().is_some_and(|other| other != tag));
+        next.distrust();
+        assert_eq!(next.tag(), None);
+        // Where nothing can be written, nothing is believed either.
+        let mut nowhere = Unread::load(&dir.path().join("missing"), DISK, now);
+        assert!(nowhere.tag().is_some());
+        nowhere.found(&[range(8, 16)], now);
+        nowhere.store_grown().unwrap_err();
+        assert_eq!(nowhere.tag(), None);
+    }
+
+    #[test]
+    fn what_is_found_later_is_tried_soon_and_nothing_is_where_the_disk_ends_before_it() {
+        let (dir, begin) = (tempfile::tempdir().unwrap(), Instant::now());
+        let mut unread = Unread::load(dir.path(), DISK, begin);
+        unread.found(&[range(80, 88)], begin);
+        (0..10).for_each(|_| unread.begin_trying(begin));
+        assert!(!unread.is_due(begin + LONGEST_PAUSE / 2));
+        unread.found(&[range(80, 84)], begin);
+        assert!(!unread.is_due(begin + LONGEST_PAUSE / 2), "known already");
+        unread.found(&[range(8, 16)], begin);
+        assert!(!unread.is_due(begin) && unread.is_due(begin + FIRST_PAUSE));
+        unread.cut_off(80);
+        assert!(unread.is_due(begin + FIRST_PAUSE), "one is left");
+        unread.cut_off(8);
+        assert!(unread.is_empty() && !unread.is_due(begin + LONGEST_PAUSE), "nothing is left to try");
     }
 
     #[test]
@@ -287,7 +383,7 @@ mod tests {
         assert_eq!(pause, LONGEST_PAUSE);
         unread.hurry(now);
         assert!(unread.is_due(now));
-        unread.store().unwrap();
+        unread.store_grown().unwrap();
         let mut next = Unread::load(dir.path(), DISK, now);
         assert!(next.is_due(now));
         next.arrived(range(0, 8));
@@ -301,15 +397,16 @@ mod tests {
         let many: Vec<SectorRange> =
             (0..3 * RANGES_MAX as u64).map(|at| range(at * 16, at * 16 + 8)).collect();
         unread.found(&many, now);
-        unread.store().unwrap();
+        unread.store_grown().unwrap();
         let next = Unread::load(dir.path(), DISK, now);
-        assert!(next.is_known() && next.ranges().run_count() <= RANGES_MAX);
+        assert!(next.tag().is_some() && next.ranges().run_count() <= RANGES_MAX);
         assert!(many.iter().all(|range| next.ranges().contains(*range)));
         let path = dir.path().join(format!("unread-{DISK}"));
         let text = std::fs::read_to_string(&path).unwrap();
-        for damaged in [&text[..text.len() / 2], "8 4\nend\n", "x\nend\n", ""] {
+        let large = format!("{}end\n", "8 16\n".repeat(FILE_BYTES_MAX as usize / 5));
+        for damaged in [&text[..text.len() / 2], "8 4\nend\n", "x\nend\n", "", &large] {
             std::fs::write(&path, damaged).unwrap();
-            assert!(!Unread::load(dir.path(), DISK, now).is_known(), "{damaged:.20}");
+            assert!(Unread::load(dir.path(), DISK, now).tag().is_none(), "{damaged:.20}");
         }
     }
 

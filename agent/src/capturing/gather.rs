@@ -100,7 +100,7 @@ fn read_in_parts(file: &mut dyn BlockFile, pieces: &[SectorRange], data: &mut [V
     let limit = Instant::now() + PARTS_LIMIT;
     let mut salvaged = Salvaged::default();
     for (piece, data) in pieces.iter().zip(data) {
-        salvaged.read(file, *piece, data, limit);
+        salvaged.read(file, *piece, data, &|| Instant::now() >= limit);
     }
     salvaged.unread
 }
