@@ -136,6 +136,7 @@ def go_back(lab, pipeline, name, path, copies, rng):
     lab.daemons[AGENT].stop()
     wait_for("the agent is gone", lambda: not (pipeline.target_disk() or {"connected": True})["connected"])
     for number in range(setting("ROLLBACKS", 10, int)):
+        known = {label for label, _ in ways_forward(target, name)}
         point, copy = rng.choice(copies)
         if number % 2:
             # The target is killed while it goes back; the next start finishes that, or nothing had begun.
@@ -147,11 +148,17 @@ def go_back(lab, pipeline, name, path, copies, rng):
             target.start_and_wait()
         target.command("rollback", name, point, "--yes", timeout=600)
         judge(target, path, copy, f"rolled back to {point}")
-        points = target.command("points", name, "--all")["points"]
-        newest = next(p for p in points if p["name"].startswith("before-rollback"))
-        target.command("rollback", name, newest["name"], "--yes", timeout=600)
-        judge(target, path, copies[-1][1], f"forward to {newest['point']}")
+        # One that was killed and finished by the next start left one, too: the first of them is what was there before.
+        label, place = next(way for way in ways_forward(target, name) if way[0] not in known)
+        target.command("rollback", name, label, "--yes", timeout=600)
+        judge(target, path, copies[-1][1], f"forward to {place}")
     pipeline.lab.target.stop()
+
+
+def ways_forward(target, name):
+    """Names and places of the points that rollbacks left, oldest first."""
+    points = target.command("points", name, "--all")["points"]
+    return [(p["name"], p["point"]) for p in reversed(points) if p["name"].startswith("before-rollback")]
 
 
 def attempt(target, *command):
