@@ -3,12 +3,12 @@
 
 SCRIPTS := benches/scripts
 CARGO ?= cargo
-export SIZE_MIB APPLY_MIB EXTENTS GROW SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS ROLLBACKS PERCENT ROUNDS CASES LEVEL POINTS MODE KERNELS CUTS LOAD
+export SIZE_MIB APPLY_MIB EXTENTS EPOCH_MIB GROW GROWTHS SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS ROLLBACKS PERCENT ROUNDS CASES LEVEL POINTS MODE KERNELS CUTS LOAD
 # Python writes no caches beside the scripts.
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test delta-test points-test failback-test export-test capture-test guest-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture bench-rpo sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test delta-test points-test failback-test export-test grow-test capture-test guest-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture bench-rpo sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,7 +52,7 @@ bench-rpo: setup ## age of the durable state under random writes, release build,
 capture-stress: setup ## equality under fire, many runs per mode, as root: [RUNS=50]
 	RUNS=$(or $(RUNS),50) $(SCRIPTS)/capture_stress.sh
 
-bench-journal: setup ## speed and cost of the retention journal, release build: [DIR=target/bench-journal] [PARTS="commit apply"] [SIZE_MIB=2048] [APPLY_MIB=192] [EXTENTS=10000000] [GROW=300000]
+bench-journal: setup ## speed and cost of the retention journal, release build: [DIR=target/bench-journal] [PARTS="commit apply"] [SIZE_MIB=2048] [APPLY_MIB=192] [EXTENTS=10000000] [EPOCH_MIB=6000] [GROW=300000]
 	$(CARGO) build --release -p reprotect-benches --bin bench_journal
 	@"$${CARGO_TARGET_DIR:-target}/release/bench_journal" "$(or $(DIR),target/bench-journal)" $(PARTS)
 
@@ -64,6 +64,9 @@ failback-test: build ## a disk goes home and is taken back, with kills between t
 
 export-test: build ## points exported, and extracted from the folder alone after kills: [SIZE=1G] [POINTS=3] [KILLS=3] [SEED=n]
 	@$(SCRIPTS)/export_test.py
+
+grow-test: build ## a disk that grows under load, with kills of the master target: [SIZE=256M] [GROWTHS=3] [TARGET=flat] [MODE=window|data] [RELAY=1] [SEED=n]
+	@$(SCRIPTS)/grow_test.py
 
 capture-test: build ## a live ext4 with a database, its crash-consistent points judged: [SIZE=1G] [POINTS=20] [FROZEN=5] [MODE=window|data] [RELAY=1] [SEED=n]
 	@$(SCRIPTS)/capture_test.py

@@ -16,7 +16,7 @@ pub struct DiskInfo {
     pub source: String,
     /// Size in bytes.
     pub size_bytes: u64,
-    /// `offered`, `copying`, `comparing`, `scanning`, `synced`, `incomplete` (synced, except what cannot be read), `paused`
+    /// `offered`, `copying`, `comparing`, `scanning`, `synced`, `incomplete` (synced, except what cannot be read), `growing` (its target is to become as large), `paused`
     /// (nothing of it can be read; it is tried again), `stopped` (a person must look) or `disconnected`.
     pub state: String,
     /// Bytes settled by the running walk; the size when none runs.

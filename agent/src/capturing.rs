@@ -46,7 +46,8 @@ const STREAM_EVERY: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 pub(crate) enum Order {
     /// Follow the disk from now on.
-    Follow { disk: DiskId, path: PathBuf, identity: String },
+    /// Of a disk that is read to so many sectors.
+    Follow { disk: DiskId, path: PathBuf, identity: String, size_sectors: u64 },
     /// Follow it no longer.
     Unfollow(DiskId),
     /// Begin a stretch with what changed.
@@ -234,8 +235,8 @@ impl Owner {
 
     fn take(&mut self, order: Order) {
         match order {
-            Order::Follow { disk, path, identity } => {
-                let result = self.follow(disk, &path, &identity).map_err(|error| error.to_string());
+            Order::Follow { disk, path, identity, size_sectors } => {
+                let result = self.follow(disk, &path, &identity, size_sectors);
                 self.tell(CaptureNews::Followed { disk, result });
             }
             Order::Unfollow(disk) => self.unfollow(disk),
@@ -286,22 +287,22 @@ impl Owner {
         disk: DiskId,
         path: &std::path::Path,
         identity: &str,
+        size_sectors: u64,
     ) -> Result<Option<CompareCause>, String> {
         let text = |error: CaptureError| error.to_string();
         let device = BlockDisk::at(path).map_err(text)?;
         let place = (device.number, device.sequence);
         if let Some(known) = self.disks.get(&disk) {
             if known.device == place {
-                return Ok(None);
+                let same = known.whole.end == size_sectors;
+                return if same { Ok(None) } else { self.grow(disk, path, size_sectors).map(|()| None) };
             }
             self.unfollow(disk);
         }
-        let whole = SectorRange::new(0, device.size.0);
-        let (file, backend) =
-            io::open_reporting(path, &io::OpenOptions::reading()).map_err(|error| error.to_string())?;
-        if !backend.is_direct() {
-            return Err(format!("{} can only be read through the page cache", path.display()));
+        if device.size.0 < size_sectors {
+            return Err(shrank(path));
         }
+        let (whole, file) = (SectorRange::new(0, size_sectors), open_direct(path)?);
         let capture = self.capture()?;
         let (slot, continuity) = capture.follow(device, identity).map_err(text)?;
         let cause = match continuity {
@@ -321,6 +322,25 @@ impl Owner {
         };
         self.disks.insert(disk, Followed { slot, file, whole, device: place, stretch: None });
         Ok(cause)
+    }
+
+    /// A followed disk is larger: its maps are, too, with everything behind the old end in them. What was harvested
+    /// and is not durable is live again.
+    fn grow(&mut self, disk: DiskId, path: &std::path::Path, size_sectors: u64) -> Result<(), String> {
+        if self.stream.as_ref().is_some_and(|stream| stream.disks().contains(&disk)) {
+            self.end_stream("a disk grew");
+        }
+        self.end_stretch(disk, false);
+        let (Some(capture), Some(known)) = (&mut self.capture, self.disks.get_mut(&disk)) else {
+            return Err(not_followed(disk).to_string());
+        };
+        let size = capture.check_size(known.slot).map_err(|error| error.to_string())?;
+        if size.0 < size_sectors {
+            return Err(shrank(path));
+        }
+        known.file = open_direct(path)?;
+        known.whole = SectorRange::new(0, size_sectors);
+        Ok(())
     }
 
     fn unfollow(&mut self, disk: DiskId) {
@@ -348,7 +368,13 @@ impl Owner {
         };
         known.stretch = Some(stretch);
         let mut changed = capture.harvest(known.slot, stretch)?;
-        // The last block of a disk may be shorter than the map's.
+        // The last block of a disk may be shorter than the map's. Where the disk has grown once more since it is read to here,
+        // what is behind stays marked until it is read, too.
+        let behind = known.whole.end.next_multiple_of(BLOCK_SECTORS);
+        let late: Vec<SectorRange> = changed.overlap(SectorRange::new(behind, u64::MAX)).collect();
+        for range in late {
+            capture.mark(known.slot, range)?;
+        }
         changed.remove(SectorRange::new(known.whole.end, u64::MAX));
         Ok(changed)
     }
@@ -529,6 +555,20 @@ impl Owner {
         }
         gone.into_iter().for_each(|disk| self.unfollow(disk));
     }
+}
+
+/// Opens a device past the page cache, whose content capture knows nothing of.
+fn open_direct(path: &std::path::Path) -> Result<Box<dyn BlockFile>, String> {
+    let (file, backend) =
+        io::open_reporting(path, &io::OpenOptions::reading()).map_err(|error| error.to_string())?;
+    if backend.is_direct() {
+        return Ok(file);
+    }
+    Err(format!("{} can only be read through the page cache", path.display()))
+}
+
+fn shrank(path: &std::path::Path) -> String {
+    format!("{} became smaller while it was opened; give it its size again", path.display())
 }
 
 fn held(wanted: Option<ToFreeze>) -> HeldFreeze {

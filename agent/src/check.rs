@@ -58,6 +58,12 @@ fn required(settings: &Settings) -> Vec<Finding> {
     findings.extend(local::disks(settings));
     findings.push(local::open_files());
     findings.push(local::memory(settings));
+    known(findings)
+}
+
+/// Every name is one that `run --force` knows.
+fn known(findings: Vec<Finding>) -> Vec<Finding> {
+    debug_assert!(findings.iter().all(|finding| NAMES.contains(&finding.name.as_str())), "{findings:?}");
     findings
 }
 
@@ -76,7 +82,7 @@ pub async fn all(settings: &Settings) -> Vec<Finding> {
     let mut findings = blocking.await.unwrap_or_default();
     findings.extend(upstream::findings(settings).await);
     findings.sort_by_key(|finding| NAMES.iter().position(|name| *name == finding.name));
-    findings
+    known(findings)
 }
 
 #[cfg(test)]

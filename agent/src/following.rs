@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use reprotect_engine::format::batch::{MarkClass, Stretch};
 use reprotect_engine::format::extent::Record;
-use reprotect_engine::format::message::{PassCause, PassMode, SourceId};
+use reprotect_engine::format::message::{PassCause, PassMode};
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::agent::Agent;
 use reprotect_engine::range_set::RangeSet;
@@ -32,7 +32,7 @@ use crate::health::Code;
 use crate::machine::Machine;
 use crate::marking::hex;
 use crate::positions::{Holding, Positions};
-use crate::protected::Activity;
+use crate::protected::{Activity, Protected};
 
 /// Bytes of a disk that may wait to become durable while every write is streamed; beyond, its map has to do.
 const STREAM_BYTES_MAX: u64 = 128 << 20;
@@ -211,9 +211,9 @@ impl Following {
     }
 
     /// The disk at `path` is to be followed.
-    fn ask(&mut self, disk: DiskId, source: &SourceId, path: &str, asked: Step) {
-        let identity = hex(source);
-        self.order(Order::Follow { disk, path: PathBuf::from(path), identity });
+    fn ask(&mut self, disk: DiskId, state: &Protected, asked: Step) {
+        let (path, identity) = (PathBuf::from(&state.path), hex(&state.source));
+        self.order(Order::Follow { disk, path, identity, size_sectors: state.size_sectors });
         self.set(disk, asked);
     }
 
@@ -221,6 +221,14 @@ impl Following {
     fn give_back(&mut self, disk: DiskId) {
         self.order(Order::GiveBack(disk));
         self.set(disk, Step::Idle);
+    }
+
+    /// The disk is to be opened anew, at another size. A pass goes on then, a round does not.
+    pub(crate) fn pause(&mut self, disk: DiskId) {
+        let step = self.steps.get(&disk);
+        if matches!(step, Some(Step::Round | Step::Harvesting { .. } | Step::Opening { .. })) {
+            self.give_back(disk);
+        }
     }
 
     /// The session is over. A pass goes on in the next one, rounds do not.
@@ -310,7 +318,7 @@ impl Machine {
             return following.set(disk, asked);
         }
         // Also where it is followed: another device may stand there now.
-        following.ask(disk, &source, &state.path, asked);
+        following.ask(disk, state, asked);
     }
 
     /// The device of a disk that is open at the target was opened anew, perhaps as another one.
@@ -322,7 +330,7 @@ impl Machine {
         self.following.end_stream();
         self.following.let_go(disk);
         let asked = Step::Asked { size_sectors: state.size_sectors, pass: false };
-        self.following.ask(disk, &state.source, &state.path, asked);
+        self.following.ask(disk, state, asked);
         self.fail_run(&format!("the device of disk {disk} was opened anew"));
     }
 

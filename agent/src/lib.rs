@@ -21,6 +21,7 @@ pub mod faults;
 mod following;
 pub mod freeze;
 mod freshness;
+mod growing;
 pub mod health;
 pub mod hooks;
 pub mod machine;

@@ -61,7 +61,7 @@ pub struct Machine {
     host_name: String,
     pub(crate) plans: Plans,
     plan: Arc<Plan>,
-    sources: Sources,
+    pub(crate) sources: Sources,
     throttle: Arc<Throttle>,
     pub(crate) workers: Workers,
     pub(crate) inputs: Inputs,
@@ -180,7 +180,7 @@ impl Machine {
         &self.status
     }
 
-    fn set_sources(&mut self, sources: Sources) {
+    pub(crate) fn set_sources(&mut self, sources: Sources) {
         self.sources = sources;
         self.core.set_inventory(&self.host_name, inventory(&self.sources));
     }
@@ -265,6 +265,7 @@ impl Machine {
                         state.resume_walk(began);
                     }
                 });
+                self.grow(disk); // where it grew while it was being opened
             }
             AgentEvent::Work { disk, epoch, sink, as_of, action } => {
                 self.handle_work(disk, epoch, sink, as_of, action, compress);
@@ -433,13 +434,17 @@ impl Machine {
     /// Asks the target for a disk that is being read here, unless the two do not fit.
     pub(crate) fn open_at_target(&mut self, disk: DiskId, target_sectors: u64) {
         let Some(state) = self.disks.get_mut(&disk) else { return };
+        if state.size_sectors > target_sectors {
+            state.grows_to = Some(state.size_sectors);
+            return self.grow(disk);
+        }
         if state.size_sectors == target_sectors {
             state.activity = Activity::Offered;
             self.core.set_first(disk, state.recent.newest_first().collect());
             return self.core.open(disk, target_sectors);
         }
         let text = format!(
-            "the disk has {} ({} sectors) and its target {} ({target_sectors} sectors); grow the smaller one, then reload the agent, or protect the disk anew",
+            "the disk has {} ({} sectors) and its target {} ({target_sectors} sectors); a target is never made smaller: give the disk its size again, then reload the agent; or protect it anew, with a new target",
             output::bytes(state.size_bytes()),
             state.size_sectors,
             output::bytes(target_sectors * SECTOR_BYTES),
@@ -497,6 +502,7 @@ impl Machine {
         match (result, purpose) {
             (Ok((reader, path)), Purpose::Offer { size_sectors }) => {
                 self.missing.remove(&disk);
+                self.note_size(source, reader.size_sectors());
                 match self.disks.get_mut(&disk).filter(|state| state.source == source) {
                     Some(state) => state.replace_reader(path, reader),
                     None => {
@@ -570,20 +576,6 @@ impl Machine {
             }
             PassAction::Ask { .. } => {} // the core asks by itself
         }
-    }
-
-    pub(crate) fn handle_resized(&mut self, disk: DiskId, bytes: u64) {
-        // Followed anew, and compared, once source and target fit again.
-        self.following.forget(disk);
-        self.with(disk, |state| {
-            let text = format!(
-                "the disk had {} and has {} ({bytes} bytes) now; make the target (or the disk) fit, then reload the agent; or protect the disk anew",
-                output::bytes(state.size_bytes()),
-                output::bytes(bytes)
-            );
-            tracing::error!(%disk, path = state.path, "stopped: {text}");
-            state.stop(text);
-        });
     }
 
     pub(crate) fn answer_read(

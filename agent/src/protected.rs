@@ -38,6 +38,7 @@ pub(crate) enum Activity {
     Comparing,
     Scanning,
     Synced,
+    Growing,
     Stopped,
     Disconnected,
 }
@@ -50,6 +51,7 @@ impl Activity {
             Self::Comparing => "comparing",
             Self::Scanning => "scanning",
             Self::Synced => "synced",
+            Self::Growing => "growing",
             Self::Stopped => "stopped",
             Self::Disconnected => "disconnected",
         }
@@ -62,6 +64,8 @@ pub(crate) struct Protected {
     pub(crate) source: SourceId,
     pub(crate) path: String,
     pub(crate) size_sectors: u64,
+    /// The source has this size now, and the target is to have it.
+    pub(crate) grows_to: Option<u64>,
     pub(crate) budget: Arc<Budget>,
     reader: Option<DiskReader>,
     /// Read by readers before this one.
@@ -99,6 +103,7 @@ impl Protected {
             source,
             path,
             size_sectors: reader.size_sectors(),
+            grows_to: None,
             budget,
             reader: Some(reader),
             read_before: 0,
@@ -129,6 +134,7 @@ impl Protected {
     pub(crate) fn replace_reader(&mut self, path: String, reader: DiskReader) {
         self.read_before += self.reader.as_ref().map_or(0, DiskReader::read_bytes);
         self.size_sectors = reader.size_sectors();
+        self.grows_to = None;
         self.unread.cut_off(self.size_sectors);
         self.path = path;
         self.reader = Some(reader);
@@ -138,10 +144,21 @@ impl Protected {
         }
     }
 
-    /// Nothing is read any more until the disk is offered again.
-    pub(crate) fn stop(&mut self, problem: String) {
+    /// Nothing is read until the disk is offered again, at its new size.
+    pub(crate) fn begin_growing(&mut self) {
+        self.give_up_reader();
+        self.activity = Activity::Growing;
+    }
+
+    fn give_up_reader(&mut self) {
         self.end_walk();
         self.read_before += self.reader.take().map_or(0, |reader| reader.read_bytes());
+        self.grows_to = None;
+    }
+
+    /// Nothing is read any more until the disk is offered again.
+    pub(crate) fn stop(&mut self, problem: String) {
+        self.give_up_reader();
         self.activity = Activity::Stopped;
         self.problem = Some(problem);
     }
@@ -157,7 +174,7 @@ impl Protected {
 
     /// A walk began: what it reads is not older than now.
     pub(crate) fn begin_walk(&mut self, activity: Activity) {
-        if self.activity == Activity::Stopped {
+        if matches!(self.activity, Activity::Stopped | Activity::Growing) {
             return;
         }
         if activity != Activity::Scanning {
@@ -181,7 +198,7 @@ impl Protected {
 
     /// Everything the walk read is durable, with everything up to `durable`. Word of it may come when the disk was stopped meanwhile: it stays so.
     pub(crate) fn finish_walk(&mut self, durable: Sequence, next_scan: Instant) {
-        if self.activity == Activity::Stopped {
+        if matches!(self.activity, Activity::Stopped | Activity::Growing) {
             return;
         }
         self.activity = Activity::Synced;

@@ -148,7 +148,7 @@ impl Machine {
             Ok(false) => {}
             Ok(true) => self.following.remember(&self.core, disk, self.holding(disk)),
             Err(error) => {
-                tracing::warn!(%disk, %error, "what could not be read is not kept: after a restart the disk is compared");
+                tracing::warn!(%disk, %error, "what could not be read is not kept, so after a restart the disk is compared; make the state directory writable");
                 self.following.forget_position(disk);
             }
         }

@@ -6,10 +6,7 @@
 
 use reprotect_engine::io::{BlockFile, ReadAt};
 use reprotect_engine::range_set::RangeSet;
-use reprotect_engine::units::{BLOCK_BYTES, SECTOR_BYTES, SectorRange};
-
-/// Sectors of the smallest piece that is tried by itself.
-const BLOCK_SECTORS: u64 = BLOCK_BYTES / SECTOR_BYTES;
+use reprotect_engine::units::{BLOCK_SECTORS, SECTOR_BYTES, SectorRange};
 
 /// Sectors of a piece that is read at once: each is progress, also where a medium takes seconds for one that fails.
 const PIECE_SECTORS: u64 = (64 << 10) / SECTOR_BYTES;

@@ -239,14 +239,20 @@ impl Unread {
 /// One line each: start and end in sectors; a last line says that nothing is missing. Too many are joined, nearest first,
 /// for a range too long is only tried for nothing.
 fn render(ranges: &RangeSet) -> String {
-    let mut joined: Vec<SectorRange> = ranges.iter().collect();
-    while joined.len() > RANGES_MAX {
-        let pairs = joined.chunks(2).map(|pair| SectorRange::new(pair[0].start, pair[pair.len() - 1].end));
-        joined = pairs.collect();
-    }
+    let joined = at_most(ranges, RANGES_MAX);
     let mut text: String = joined.iter().map(|range| format!("{} {}\n", range.start, range.end)).collect();
     text.push_str("end\n");
     text
+}
+
+/// The ranges, those with the smallest gaps between them joined until no more than `count` are left.
+fn at_most(ranges: &RangeSet, count: usize) -> RangeSet {
+    let all: Vec<SectorRange> = ranges.iter().collect();
+    let gap = |pair: &[SectorRange]| SectorRange::new(pair[0].end, pair[1].start);
+    let mut gaps: Vec<SectorRange> = all.windows(2).map(gap).collect();
+    gaps.sort_unstable_by_key(|gap| gap.len());
+    gaps.truncate(all.len().saturating_sub(count));
+    all.into_iter().chain(gaps).collect()
 }
 
 fn parse(text: &str) -> Option<RangeSet> {
@@ -401,6 +407,10 @@ mod tests {
         let next = Unread::load(dir.path(), DISK, now);
         assert!(next.tag().is_some() && next.ranges().run_count() <= RANGES_MAX);
         assert!(many.iter().all(|range| next.ranges().contains(*range)));
+        let apart: RangeSet =
+            [range(0, 8), range(16, 24), range(1 << 30, (1 << 30) + 8)].into_iter().collect();
+        let nearest: Vec<SectorRange> = at_most(&apart, 2).iter().collect();
+        assert_eq!(nearest, [range(0, 24), range(1 << 30, (1 << 30) + 8)], "the nearest first");
         let path = dir.path().join(format!("unread-{DISK}"));
         let text = std::fs::read_to_string(&path).unwrap();
         let large = format!("{}end\n", "8 16\n".repeat(FILE_BYTES_MAX as usize / 5));

@@ -134,13 +134,17 @@ fn comes_through(plainest: bool) {
     capture.stop().unwrap();
 }
 
-/// Replays a whole stream; answers whether it was one: where the reader was too slow, records found no place, and that
-/// is known.
-fn replay(file_system: &str) -> bool {
+fn replay(file_system: &str) {
+    let _turn = machine();
+    if !capable() {
+        return;
+    }
     let (dir, seed) = (tempfile::tempdir().unwrap(), seed());
     let device = Loop::new(dir.path(), "disk", 320);
     let mounted = Mounted::new(dir.path(), &device, file_system);
-    let mut capture = capture("replay", dir.path());
+    // All that the load writes finds place, however late the reader comes on a busy machine.
+    let settings = CaptureSettings::new("replay", dir.path().to_owned());
+    let mut capture = Capture::start(&CaptureSettings { ring_bytes: 512 << 20, ..settings }).unwrap();
     let (slot, _) = capture.follow(device.disk(), "x").unwrap();
     capture.prove_data(slot).unwrap();
     // Nothing is in flight yet, so the stream is whole from here.
@@ -168,30 +172,19 @@ fn replay(file_system: &str) -> bool {
     mounted.unmount();
     let drained = take(&capture, &mut copies);
     println!("{file_system}: {records} records, {:?}, {drained:?}", capture.counts(slot));
-    let whole = drained.complete && drained.drops == drops;
-    if whole {
-        assert_same(&device.path, &copies.disks[&slot].1);
-    }
+    assert!(drained.complete && drained.drops == drops, "{drops} before");
+    assert_same(&device.path, &copies.disks[&slot].1);
     capture.stop().unwrap();
-    whole
-}
-
-/// A machine that is busy with other things may drop records once, not each time.
-fn replay_some(file_system: &str) {
-    let _turn = machine();
-    if capable() {
-        assert!((0..3).any(|_| replay(file_system)), "no stream was whole");
-    }
 }
 
 #[test]
 fn a_replay_of_the_whole_stream_of_ext4_is_byte_identical() {
-    replay_some("ext4");
+    replay("ext4");
 }
 
 #[test]
 fn a_replay_of_the_whole_stream_of_xfs_is_byte_identical() {
-    replay_some("xfs");
+    replay("xfs");
 }
 
 fn plan(capture: &mut Capture, slots: &[DiskSlot]) -> WindowPlan {

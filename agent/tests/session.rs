@@ -314,7 +314,7 @@ fn a_reload_takes_over_what_changed_and_a_wrong_file_changes_nothing() {
 }
 
 #[test]
-fn a_disk_that_changes_its_size_is_stopped_and_the_other_goes_on() {
+fn a_disk_that_becomes_smaller_is_stopped_and_the_other_goes_on() {
     run(async {
         let content = noise(4 * MIB, 11);
         let setup = Setup::new(&content);
@@ -331,11 +331,11 @@ fn a_disk_that_changes_its_size_is_stopped_and_the_other_goes_on() {
         let agent = setup.start();
         agent.until_synced(disk).await;
         agent.until_synced(second).await;
-        let grown = std::fs::OpenOptions::new().write(true).open(&setup.image).unwrap();
-        grown.set_len(5 * MIB as u64).unwrap();
+        let image = std::fs::OpenOptions::new().write(true).open(&setup.image).unwrap();
+        image.set_len(3 * MIB as u64).unwrap();
         let info = agent.until_disk("it is stopped", disk, |info| info.state == "stopped").await;
         let problem = info.problem.unwrap();
-        assert!(problem.contains("4.00 MiB") && problem.contains("5.00 MiB"), "{problem}");
+        assert!(problem.contains("4.00 MiB") && problem.contains("3.00 MiB"), "{problem}");
         let rounds = agent.until_disk("a look", second, |_| true).await.scan_rounds;
         agent.until_disk("the other goes on", second, |info| info.scan_rounds > rounds + 1).await;
         // Offered again as it is, the target names both sizes.
@@ -345,7 +345,7 @@ fn a_disk_that_changes_its_size_is_stopped_and_the_other_goes_on() {
                 info.problem.as_ref().is_some_and(|text| text.contains("sectors"))
             })
             .await;
-        grown.set_len(4 * MIB as u64).unwrap();
+        image.set_len(4 * MIB as u64).unwrap();
         agent.reload();
         let rounds = info.scan_rounds;
         agent

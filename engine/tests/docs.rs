@@ -36,7 +36,7 @@ fn tables() -> Vec<(&'static str, Table)> {
         handshake: Hello HelloAck | Role;
         message: AuthHead Welcome InventoryHead InventoryDisk OfferHead OpenDiskHead GrantHead Ack BulkAckHead Credit
             Nack Fenced CompareRequestHead CompareHashesHead PassBegin PassState PassEnd PointDegrade Policy MarkRequest
-            MarkRefused ErrorHead
+            MarkRefused GrowDisk ErrorHead
             | PassMode PassCause NackReason ErrorCode;
         batch: BatchHeader BulkHeader Mark | Stretch MarkClass;
         extent: RecordHeader | RecordKind Codec;
@@ -45,6 +45,7 @@ fn tables() -> Vec<(&'static str, Table)> {
         segment_index: SegmentIndexHead SegmentIndexItem |;
         manifest: Superblock ManifestHeader EditHead SegmentOpened Released DiskAdded DiskRemoved EpochOpened
             EpochClosed RunsMerged EpochsExpired PointKept PointDropped StretchDegraded EntriesLost LossMended
+            ImagesDamaged ImagesSound EntryDamaged EntrySound DiskGrown
             | EditKind EpochCause;
         crc_map: MapHeader MapPageHead |;
         undo: RunHeader |;

@@ -20,13 +20,13 @@ mod enumerate;
 mod journal_lab;
 #[path = "journal_crash/oracle.rs"]
 mod oracle;
+mod seeds;
 #[path = "journal_crash/store.rs"]
 mod store;
 #[path = "journal_crash/workload.rs"]
 mod workload;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use enumerate::{Enumeration, Sum};
 
@@ -50,33 +50,9 @@ fn enumerate(seed: u64, subsets: usize) -> Result<Sum, String> {
     }
 }
 
-/// Enumerates the seeds on two threads.
+/// Enumerates the seeds.
 fn enumerate_all(seeds: &[u64], subsets: usize) -> (Sum, Vec<String>) {
-    let (next, enough) = (AtomicU64::new(0), AtomicBool::new(false));
-    let work = || {
-        let (mut sum, mut failures) = (Sum::default(), Vec::new());
-        while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed) as usize) {
-            match enumerate(*seed, subsets) {
-                Ok(one) => sum.add(&one),
-                Err(failure) => failures.push(failure),
-            }
-            enough.fetch_or(failures.len() >= 3, Ordering::Relaxed);
-            if enough.load(Ordering::Relaxed) {
-                break;
-            }
-        }
-        (sum, failures)
-    };
-    std::thread::scope(|scope| {
-        let workers = [scope.spawn(work), scope.spawn(work)];
-        let (mut sum, mut failures) = (Sum::default(), Vec::new());
-        for worker in workers {
-            let (one, failed) = worker.join().expect("a worker");
-            sum.add(&one);
-            failures.extend(failed);
-        }
-        (sum, failures)
-    })
+    seeds::play_all(seeds.iter().copied(), 3, |seed| enumerate(seed, subsets), Sum::add)
 }
 
 #[test]

@@ -154,7 +154,7 @@ impl Store {
     }
 
     fn view(&mut self, at: At) -> Result<Disk, JournalError> {
-        let view = View::open(&mut self.journal, DISK, at)?;
+        let view = View::open(&self.journal, DISK, at)?;
         let mut disk = vec![0; (SECTORS * SECTOR_BYTES) as usize];
         let runs = view.open_runs(&self.journal, &mut self.applier)?;
         view.read(&runs, &mut self.applier, 0, &mut disk)?;

@@ -315,7 +315,7 @@ impl World {
                     }
                 }
                 SessionEvent::ToDisk(disk, input) => self.hand_over(id, disk, input),
-                SessionEvent::Inventory { .. } | SessionEvent::MarkRefused(_) => {}
+                SessionEvent::Inventory { .. } | SessionEvent::MarkRefused(_) | SessionEvent::Grow(_) => {}
             }
         }
     }

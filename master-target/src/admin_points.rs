@@ -76,7 +76,14 @@ async fn mount(
 ) -> Result<Json<MountAnswer>, Refusal> {
     let places = {
         let (state, request) = (Arc::clone(&state), request.clone());
-        let find = move || points::find(&state.registry, &disks(&state, &request.disk)?, &request.point);
+        let find = move || {
+            points::choose(
+                &state.registry,
+                &disks(&state, &request.disk)?,
+                &request.point,
+                request.accept_damage,
+            )
+        };
         blocking(find).await?.0
     };
     let (mounts, folder) = &state.mounts;
@@ -110,7 +117,9 @@ async fn rollback(
     blocking(move || {
         let _alone = state.registry.changing();
         let disks = disks(&state, &request.disk)?;
-        Ok(RollbackAnswers { disks: points::rollback(&state.registry, &disks, &request.point)? })
+        Ok(RollbackAnswers {
+            disks: points::rollback(&state.registry, &disks, &request.point, request.accept_damage)?,
+        })
     })
     .await
 }

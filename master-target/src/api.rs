@@ -225,6 +225,9 @@ pub struct PointInfo {
     pub pinned: bool,
     /// It promised more once.
     pub degraded: bool,
+    /// What is known to be damaged of that which it is made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damaged: Option<String>,
     /// Its identity; the parts of one machine's point have the same.
     pub id: String,
     /// Why its mark was placed: `pass`, `timer`, `command` or `stop`.
@@ -279,6 +282,9 @@ pub struct MountRequest {
     pub point: String,
     /// On a throw-away overlay.
     pub writable: bool,
+    /// Something of it is known to be damaged, and that is accepted.
+    #[serde(default)]
+    pub accept_damage: bool,
 }
 
 /// The answer to [`MountRequest`]: one for each disk.
@@ -317,6 +323,9 @@ pub struct RollbackRequest {
     pub disk: String,
     /// As in [`MountRequest`].
     pub point: String,
+    /// Something of it is known to be damaged, and that is accepted.
+    #[serde(default)]
+    pub accept_damage: bool,
 }
 
 /// `POST /v1/pin`.
@@ -362,7 +371,7 @@ pub struct DiskTimeline {
 /// A stretch of time, by the source's clock.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct IntervalInfo {
-    /// `any-write`, `point-only`, `degraded` or `lost`.
+    /// `any-write`, `point-only`, `degraded`, `damaged` or `lost`.
     pub offer: String,
     /// From.
     pub from_ms: u64,
@@ -446,6 +455,9 @@ pub struct ExportRequest {
     pub format: String,
     /// The new file, or of a machine a folder; absolute, on the master target.
     pub path: std::path::PathBuf,
+    /// Something of it is known to be damaged, and that is accepted.
+    #[serde(default)]
+    pub accept_damage: bool,
 }
 
 /// A copy that was made.

@@ -88,7 +88,7 @@ impl Authority for SiteAuthority {
             Ok(())
         } else {
             Err(format!(
-                "the source has {size_sectors} sectors, the grant is for {}; the disk was resized: protect it anew",
+                "the source has {size_sectors} sectors, the grant is for {}; the disk was resized: reload the agent",
                 grant.size
             ))
         }

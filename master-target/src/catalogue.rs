@@ -166,6 +166,9 @@ pub struct ProtectedDisk {
     /// The retention journal its writes go through, 32 hexadecimal digits; none where they go straight to the target.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub journal: Option<String>,
+    /// The size it is to have; there only while it grows, or where that was interrupted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grows_to_bytes: Option<u64>,
 }
 
 /// The folder.
@@ -327,6 +330,15 @@ impl Catalogue {
         replace_file(&dir.join("state"), &state.to_bytes(), Access::Private)?;
         replace_file(&dir.join("disk.json"), &serde_json::to_vec_pretty(record)?, Access::Private)?;
         Ok(())
+    }
+
+    /// Records what has changed of a disk, apart from its state.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save_record(&self, record: &ProtectedDisk) -> anyhow::Result<()> {
+        let path = self.root.join("disks").join(&record.disk).join("disk.json");
+        Ok(replace_file(&path, &serde_json::to_vec_pretty(record)?, Access::Private)?)
     }
 
     /// Forgets a disk: its record first, so that what is left after a crash is no disk any more.

@@ -88,7 +88,7 @@ pub enum Command {
     Policy(PolicyArgs),
     /// List the recovery points of a machine or disk, and what is mounted.
     Points(PointsArgs),
-    /// Draw what can be had of a machine or disk: every write, points only, degraded, lost.
+    /// Draw what can be had of a machine or disk: every write, points only, degraded, damaged, lost.
     Timeline(TimelineArgs),
     /// Keep a point until `unpin`, and give it a name.
     Pin(PinArgs),
@@ -388,6 +388,9 @@ pub struct MountArgs {
     /// Let clients write; what they write is thrown away with the mount.
     #[arg(long)]
     pub writable: bool,
+    /// Also a point that is known to be damaged: what is damaged cannot be read.
+    #[arg(long)]
+    pub accept_damage: bool,
 }
 
 /// Arguments of `unmount`.
@@ -415,6 +418,9 @@ pub struct RollbackArgs {
     /// Do not ask.
     #[arg(long)]
     pub yes: bool,
+    /// Also to a point that is known to be damaged: go back as far as it can be read; the disk stays held where it cannot.
+    #[arg(long)]
+    pub accept_damage: bool,
 }
 
 /// Arguments of `status`.

@@ -29,6 +29,7 @@ use reprotect_engine::units::PeerId;
 use tokio::sync::watch;
 
 use crate::admin::{AdminState, LiveSettings, router};
+use crate::again;
 use crate::authority::SiteAuthority;
 use crate::catalogue::Catalogue;
 use crate::config::Settings;
@@ -124,6 +125,10 @@ pub async fn run_reloading(
         listen,
         started: Instant::now(),
     });
+    let mut retention = retention;
+    if let Some((retention, threads)) = &mut retention {
+        threads.push(again::start(&registry, retention).context("no thread for disks that were given up")?);
+    }
     let scrub = match &retention {
         Some((retention, _)) => Scrub::start(&registry, retention)?,
         None => None,

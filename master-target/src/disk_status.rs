@@ -159,6 +159,12 @@ impl DiskStatus {
         }
         snapshot.mode = state.mode;
         snapshot.pass = state.pass;
+        if snapshot.size_sectors != state.size_sectors {
+            snapshot.size_sectors = state.size_sectors;
+            if state.mode == PassMode::Done {
+                snapshot.settled_sectors = state.size_sectors; // its new part comes with the next round
+            }
+        }
     }
 
     pub(crate) fn notice(&self, notice: &DiskNotice) {

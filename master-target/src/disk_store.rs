@@ -11,6 +11,7 @@
 //! no point yet passes the journal by. Units: bytes, sectors, entry numbers. Used by `disk_writer`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use reprotect_engine::error::{Answer as _, Severity};
@@ -23,6 +24,7 @@ use reprotect_engine::io::durable::{Access, replace_file};
 use reprotect_engine::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 use reprotect_engine::proto::target_disk::Piece;
 use reprotect_engine::range_set::RangeSet;
+use reprotect_engine::store::files::Files;
 use reprotect_engine::store::journal::JournalError;
 use reprotect_engine::store::target::Target;
 use reprotect_engine::units::{SECTOR_BYTES, SectorRange, Sequence};
@@ -35,6 +37,14 @@ pub(crate) enum NotDone {
     /// A medium is full: it may be tried again.
     Full(String),
     /// Something broke: the disk stops.
+    Failed(String),
+}
+
+/// Why a target did not grow.
+pub(crate) enum NotGrown {
+    /// It has its old size, and goes on with that.
+    Refused(String),
+    /// It cannot be used any more: the disk stops.
     Failed(String),
 }
 
@@ -60,7 +70,7 @@ impl From<JournalError> for NotDone {
 /// Where a disk's writes go.
 pub enum DiskStore {
     /// To the target.
-    Direct(Direct),
+    Direct(Box<Direct>),
     /// Through the journal.
     Journaled(Box<Journaled>),
 }
@@ -69,7 +79,7 @@ impl DiskStore {
     /// Straight to the target, with the state in a file.
     #[must_use]
     pub fn direct(target: Target, guard: Guard, state_path: PathBuf) -> Self {
-        Self::Direct(Direct { target, guard, unguarded: false, state_path })
+        Self::Direct(Box::new(Direct { target, guard, unguarded: false, state_path }))
     }
 
     /// A batch was accepted; its write follows.
@@ -142,6 +152,14 @@ impl DiskStore {
         Ok(true)
     }
 
+    /// Makes the target larger. Nothing waits to be written, and nobody has the disk open.
+    pub(crate) fn grow(&mut self, opener: &Arc<dyn Files>, size_bytes: u64) -> Result<(), NotGrown> {
+        match self {
+            Self::Direct(store) => store.grow(opener, size_bytes),
+            Self::Journaled(store) => store.grow(opener, size_bytes),
+        }
+    }
+
     /// Leaves the target as any reader expects it.
     pub(crate) fn close(self) -> Result<(), String> {
         let target = match self {
@@ -170,6 +188,13 @@ impl Direct {
         Ok(write_pieces(&mut self.target, pieces)?)
     }
 
+    fn grow(&mut self, opener: &Arc<dyn Files>, size_bytes: u64) -> Result<(), NotGrown> {
+        if !self.unguarded {
+            self.guard.check().map_err(NotGrown::Failed)?;
+        }
+        grow_target(&mut self.target, &mut self.guard, opener, size_bytes)
+    }
+
     fn checkpoint(&mut self, state: &DiskState) -> Result<(), NotDone> {
         // A sparse target may want space for its tables before it flushes; that may be tried again, a flush may not.
         self.target.flush()?;
@@ -184,6 +209,21 @@ impl Direct {
             }
         })
     }
+}
+
+/// Makes an open target larger, and watches its files from then on.
+pub(crate) fn grow_target(
+    target: &mut Target,
+    guard: &mut Guard,
+    opener: &Arc<dyn Files>,
+    size_bytes: u64,
+) -> Result<(), NotGrown> {
+    let grown = target.grow(opener, size_bytes).map_err(|error| error.to_string());
+    if target.is_closed() {
+        return grown.map_err(NotGrown::Failed);
+    }
+    *guard = Guard::new(&**opener, &target.facts().path, target.facts().kind);
+    grown.map_err(NotGrown::Refused)
 }
 
 /// Writes pieces to a target, in their order where they overlap.

@@ -25,6 +25,7 @@ use reprotect_engine::limits::{BATCH_PLAIN_BYTES_MAX, UNWRITTEN_BYTES_MAX};
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::proto::target_disk::{SessionId, TargetDisk};
+use reprotect_engine::store::files::Files;
 use reprotect_engine::units::{BLOCK_BYTES, Generation};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
@@ -66,10 +67,20 @@ pub enum WorkerMessage {
     Ask(Ask),
     /// Nobody may write any more, and why; answered when a new generation is durable.
     Fence(String, sync_mpsc::SyncSender<Result<Generation, String>>),
+    /// The target is to become larger.
+    Grow(GrowOrder),
     /// The disk is no longer protected: its sessions are told, then as [`Self::Stop`].
     Retire,
     /// Flush, record, close the target and end.
     Stop,
+}
+
+/// A target that is to become larger.
+pub struct GrowOrder {
+    pub(crate) opener: Arc<dyn Files>,
+    pub(crate) size_bytes: u64,
+    /// Answered when it is, or when it goes on as it was, or stopped.
+    pub(crate) answer: sync_mpsc::SyncSender<Result<(), String>>,
 }
 
 /// A checked frame on its way to the writer.
@@ -79,6 +90,7 @@ pub(crate) enum Opened {
     Bulk(SessionId, BulkHeader, Vec<Record>, Bytes),
     Ask(Ask),
     Fence(String, sync_mpsc::SyncSender<Result<Generation, String>>),
+    Grow(GrowOrder),
     /// Nobody can tell what it was, or it was bulk, which has no sequence to ask for: the session ends.
     Damaged(SessionId, String),
     /// A delta batch whose head is sound and whose payload is not, with its credit cost.
@@ -145,6 +157,17 @@ impl DiskInputs {
         answered.recv().map_err(|_| DiskGone)?.map_err(|why| anyhow::anyhow!("{why}"))
     }
 
+    /// Takes the disk away from whoever has it open and makes its target larger. Blocks until that is done, or refused.
+    ///
+    /// # Errors
+    /// [`DiskGone`], or why it has its old size, or stopped.
+    pub fn grow(&self, opener: Arc<dyn Files>, size_bytes: u64) -> anyhow::Result<()> {
+        let (answer, answered) = sync_mpsc::sync_channel(1);
+        let order = GrowOrder { opener, size_bytes, answer };
+        self.sender.blocking_send(WorkerMessage::Grow(order)).map_err(|_| DiskGone)?;
+        answered.recv().map_err(|_| DiskGone)?.map_err(|why| anyhow::anyhow!("{why}"))
+    }
+
     /// Tells the disk that a session ended.
     pub async fn lost(&self, session: SessionId) {
         // A disk that is gone needs not know.
@@ -198,6 +221,7 @@ impl DiskWorker {
             stopping: Arc::clone(&stopping),
             fenced: setup.fenced,
             fencing: Vec::new(),
+            growing: None,
             waiting: false,
             sessions: Vec::new(),
             chunk: Vec::new(),
@@ -318,6 +342,7 @@ impl Opener {
             WorkerMessage::Lost(session) => Opened::Lost(session),
             WorkerMessage::Ask(ask) => Opened::Ask(ask),
             WorkerMessage::Fence(reason, answer) => Opened::Fence(reason, answer),
+            WorkerMessage::Grow(order) => Opened::Grow(order),
             WorkerMessage::Retire => Opened::Retire,
             WorkerMessage::Stop => Opened::Stop,
         }

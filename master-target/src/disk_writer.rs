@@ -23,11 +23,11 @@ use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::proto::pass::hash_spans;
 use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::proto::target_disk::{DiskAction, DiskNotice, Piece, SessionId, TargetDisk};
-use reprotect_engine::units::{DiskId, Generation};
+use reprotect_engine::units::{DiskId, Generation, SECTOR_BYTES};
 
 use crate::disk_status::DiskStatus;
-use crate::disk_store::{DiskStore, NotDone, byte_range};
-use crate::disk_worker::{Opened, Replies};
+use crate::disk_store::{DiskStore, NotDone, NotGrown, byte_range};
+use crate::disk_worker::{GrowOrder, Opened, Replies};
 
 /// How often a full medium is tried again, and a stop noticed meanwhile.
 const FULL_RETRY: Duration = Duration::from_millis(500);
@@ -46,6 +46,8 @@ pub(crate) struct Writer {
     pub(crate) fenced: Option<String>,
     /// Who waits for the fence to be durable.
     pub(crate) fencing: Vec<sync_mpsc::SyncSender<Result<Generation, String>>>,
+    /// The target is to become larger, once everything that was accepted is durable.
+    pub(crate) growing: Option<GrowOrder>,
     /// The medium is full.
     pub(crate) waiting: bool,
     pub(crate) sessions: Vec<(SessionId, Replies)>,
@@ -69,6 +71,7 @@ impl Writer {
             self.disk.handle_timeout(mono_clock());
             self.execute(inputs);
             self.answer_fences();
+            self.grow(inputs);
             // What is there already joins the window before it is applied.
             ready = inputs.try_recv().ok();
             if ready.is_none() {
@@ -98,6 +101,10 @@ impl Writer {
                 self.disk.handle_fence(now, &reason);
                 self.fenced = Some(reason);
                 self.fencing.push(answer);
+            }
+            Opened::Grow(order) => {
+                self.disk.handle_growing(now);
+                self.growing = Some(order);
             }
             Opened::Damaged(session, reason) => self.end_session(session, &reason),
             Opened::DamagedDelta(session, generation, cost) => {
@@ -151,6 +158,30 @@ impl Writer {
             let generation = self.disk.state().generation;
             self.fencing.drain(..).for_each(|answer| drop(answer.send(Ok(generation))));
         }
+    }
+
+    /// The target grows when everything that was accepted is durable. Who asked may have given up.
+    fn grow(&mut self, inputs: &sync_mpsc::Receiver<Opened>) {
+        let failed = self.disk.phase() == TargetDiskPhase::Failed;
+        let Some(order) = self.growing.take_if(|_| failed || self.disk.is_settled()) else { return };
+        let stands = failed.then(|| "the disk is stopped; see `status`".to_owned());
+        if let Some(why) = stands.or_else(|| self.fenced.clone()).or_else(|| self.store.held()) {
+            return drop(order.answer.send(Err(why)));
+        }
+        let grown = match self.store.grow(&order.opener, order.size_bytes) {
+            Ok(()) => {
+                self.disk.handle_grown(mono_clock(), order.size_bytes / SECTOR_BYTES);
+                self.execute(inputs);
+                Ok(())
+            }
+            Err(NotGrown::Refused(why)) => Err(why),
+            Err(NotGrown::Failed(why)) => {
+                self.fail(&why);
+                self.execute(inputs);
+                Err(why)
+            }
+        };
+        drop(order.answer.send(grown));
     }
 
     /// A batch failed its checks: the transport guards its bytes, so a memory or a program at the other end is broken.
@@ -239,6 +270,10 @@ impl Writer {
             self.status.set_problem(Some(text.clone()));
             self.disk.handle_full(&text);
             self.waiting = true;
+        }
+        if let Some(order) = self.growing.take() {
+            // Who waits for it keeps others from changing the set of disks.
+            drop(order.answer.send(Err(text.clone())));
         }
         self.flush_replies();
         self.status.update(&self.disk);

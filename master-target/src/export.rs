@@ -17,7 +17,7 @@ use reprotect_engine::io::ByteRange;
 use reprotect_engine::store::export::{ExportFormat, export};
 use reprotect_engine::store::journal::JournalError;
 use reprotect_engine::store::journal::view::{At, View};
-use reprotect_engine::units::{BLOCK_BYTES, DiskId, SECTOR_BYTES};
+use reprotect_engine::units::{BLOCK_BYTES, DiskId};
 
 use crate::api::{
     DamagedRange, ExportAnswer, ExportRequest, ExportedInfo, VerifiedPoint, VerifyAnswer, VerifyRequest,
@@ -67,7 +67,7 @@ pub fn copy_point(registry: &Registry, request: &ExportRequest) -> anyhow::Resul
     let records = registry.protected_disks(&request.what)?;
     let disks = ids(&records)?;
     // Every disk's point is looked up before the first byte is copied.
-    let places = points::find(registry, &disks, &request.point)?;
+    let places = points::choose(registry, &disks, &request.point, request.accept_damage)?;
     let place =
         |record: &ProtectedDisk| places.iter().find(|(disk, _)| disk.to_string() == record.disk).copied();
     if let ([record], Some(place)) = (records.as_slice(), records.first().and_then(place)) {
@@ -142,11 +142,12 @@ impl OpenPoint {
 }
 
 fn open_point(registry: &Registry, disk: DiskId, at: At) -> anyhow::Result<OpenPoint> {
-    let (inputs, sectors) =
-        registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
-    let hold = registry.retention().context(NO_JOURNAL)?.hold(disk, at);
-    let view = Arc::new(on_disk(&inputs, move |store| store.view(at))?);
-    Ok(OpenPoint { at, inputs, view, size_bytes: sectors * SECTOR_BYTES, _hold: hold })
+    let (inputs, _) = registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
+    let retention = registry.retention().context(NO_JOURNAL)?;
+    let hold = retention.hold(disk, at);
+    let view = Arc::new(retention.view(disk, at)?);
+    let size_bytes = view.size_bytes();
+    Ok(OpenPoint { at, inputs, view, size_bytes, _hold: hold })
 }
 
 /// Reads points of a disk to the last block. Blocks.

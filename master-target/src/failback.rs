@@ -17,6 +17,7 @@ use anyhow::{Context as _, anyhow, bail};
 use reprotect_engine::format::batch::MarkCause;
 use reprotect_engine::format::message::{MarkRequest, PassMode};
 use reprotect_engine::proto::state::TargetDiskPhase;
+use reprotect_engine::store::journal::view::At;
 use reprotect_engine::units::{DiskId, PeerId};
 use serde::{Deserialize, Serialize};
 
@@ -50,6 +51,9 @@ pub struct FailbackRequest {
     pub machine: String,
     /// The point; none for the newest.
     pub point: Option<String>,
+    /// The point is known to be damaged, and that is accepted.
+    #[serde(default)]
+    pub accept_damage: bool,
     /// What is read again.
     pub verify: VerifyPolicy,
     /// The source cannot be asked for its last changes.
@@ -212,7 +216,7 @@ fn decide(
     } else {
         known_point(registry, &disks, request)?
     };
-    let places = points::find(registry, &disks, &text)?;
+    let places = places_of(registry, &disks, &text, request)?;
     let listed = points::list(registry, &disks, true)?;
     let info = listed.iter().find(|info| {
         places.iter().all(|(disk, at)| {
@@ -240,6 +244,16 @@ fn decide(
         source_away: request.source_already_off,
         disks: places.iter().map(disk).collect(),
     })
+}
+
+/// Where a point is. One that the operator named may be damaged; the last mark is the newest state, and needs no images.
+fn places_of(
+    registry: &Registry,
+    disks: &[DiskId],
+    text: &str,
+    request: &FailbackRequest,
+) -> anyhow::Result<Vec<(DiskId, At)>> {
+    points::choose(registry, disks, text, request.accept_damage || request.point.is_none())
 }
 
 /// What is promised of a state that is no mark.
@@ -273,7 +287,7 @@ fn known_point(registry: &Registry, disks: &[DiskId], request: &FailbackRequest)
         return Ok(point.clone());
     }
     let all = points::list(registry, disks, true)?;
-    let of_all = |info: &&PointInfo| info.complete && !info.degraded;
+    let of_all = |info: &&PointInfo| info.complete && !info.degraded && info.damaged.is_none();
     let of_source = |info: &&PointInfo| of_all(info) && !info.targets_own;
     let consistent = all.iter().filter(of_source).find(|info| info.class != "fuzzy");
     let newest = consistent.or_else(|| all.iter().find(of_source));
@@ -362,7 +376,8 @@ fn plan(
         None if asked => None,
         _ => Some(known_point(registry, &disks, request)?),
     };
-    let places = text.as_deref().map_or(Ok(Vec::new()), |text| points::find(registry, &disks, text))?;
+    let place = |text| places_of(registry, &disks, text, request);
+    let places = text.as_deref().map_or(Ok(Vec::new()), place)?;
     let listed = points::list(registry, &disks, true)?;
     let info = text.as_ref().and_then(|_| {
         listed.iter().find(|info| {

@@ -109,8 +109,18 @@ impl Room {
     /// How full it is, when `reserve_bytes` are to stay free; of a small room a twentieth at most.
     #[must_use]
     pub fn pressure(&self, reserve_bytes: u64) -> Pressure {
-        let reserve = reserve_bytes.min(self.total_bytes / 20);
-        Pressure::of(self.total_bytes.saturating_sub(self.free_bytes), self.total_bytes, reserve)
+        let used = self.total_bytes.saturating_sub(self.free_bytes);
+        Pressure::of(used, self.total_bytes, self.reserve(reserve_bytes))
+    }
+
+    /// Bytes that may be used when `reserve_bytes` are to stay free.
+    #[must_use]
+    pub fn usable_bytes(&self, reserve_bytes: u64) -> u64 {
+        self.free_bytes.saturating_sub(self.reserve(reserve_bytes))
+    }
+
+    fn reserve(&self, reserve_bytes: u64) -> u64 {
+        reserve_bytes.min(self.total_bytes / 20)
     }
 }
 
@@ -122,11 +132,14 @@ pub fn tidy_log(retention: &Retention) -> Result<(), JournalError> {
     let (ladder, pressure) = (retention.ladder(), retention.pressure());
     let now = wall_clock();
     let old = now.0.saturating_sub(nanos(log_kept(&ladder, pressure)));
+    // What is read of the log for a mount stays: on a drive that is nearly full the mount fails before replication does.
+    let held = retention.oldest_held().filter(|_| pressure < Pressure::Least);
     loop {
         let mut locked = retention.lock();
         let journal = locked.get()?;
         let Some(number) = journal.releasable().first().copied() else { break };
-        if journal.newest_in(number).is_some_and(|newest| newest.0 > old) {
+        let is_read = held.is_some_and(|held| held <= number);
+        if is_read || journal.newest_in(number).is_some_and(|newest| newest.0 > old) {
             break;
         }
         journal.release(number, now)?;

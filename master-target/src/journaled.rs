@@ -9,6 +9,7 @@
 //! Units: entry numbers, sequences. Used by the disk's second thread only.
 
 pub(crate) mod back;
+mod grow;
 mod leave;
 mod let_go;
 
@@ -34,19 +35,21 @@ use reprotect_engine::store::journal::applier::{Applier, Position};
 use reprotect_engine::store::journal::entry::{Content, Write, bulk_prefix};
 use reprotect_engine::store::journal::ladder::Pressure;
 use reprotect_engine::store::journal::points::own_id;
-use reprotect_engine::store::journal::rollback::resume;
+use reprotect_engine::store::journal::rot::{Found, reach};
+use reprotect_engine::store::journal::undo::Hole;
 use reprotect_engine::store::journal::view::{At, View};
-use reprotect_engine::store::journal::{DiskLog, DiskShape, JournalError};
+use reprotect_engine::store::journal::{DiskLog, DiskShape, Journal, JournalError};
 use reprotect_engine::store::target::Target;
 use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence, Timestamp};
 
-use self::back::unfinished;
+use self::back::{go_on_back, unfinished};
 use crate::backlog::Backlog;
 use crate::disk_store::{NotDone, write_pieces};
 use crate::guard::Guard;
 use crate::lost::take_up;
 use crate::redo::{applied_sequence, found, keep_last_point, kept_point, newest_marks, window_from_log};
 use crate::retention::Retention;
+use crate::rot::note_error;
 use crate::target_map::TargetMap;
 
 /// Parts of a stream whose points are to be degraded and wait for a full medium.
@@ -121,19 +124,26 @@ impl Journaled {
         take_up(journal, &mut state, log, &target.repair().dropped)?;
         target.flush()?;
         let applied = log.and_then(|log| log.applied).map(|(applied, _)| applied);
+        let target_sectors = target.size_bytes() / SECTOR_BYTES;
         let (mut applier, holes) = Applier::open(journal, id, target, applied)?;
-        for hole in holes {
-            tracing::error!(disk = %id, ?hole, "the undo run is damaged; older points lack these blocks");
+        if target_sectors > applier.size_sectors() {
+            // The daemon ended between the growth of the target and the note of it.
+            applier.grow(journal, target_sectors, now)?;
         }
+        state.size_sectors = applier.size_sectors();
+        note_holes(journal, id, &holes)?;
         let scrubbed = retention.scrub().bytes_per_second > 0;
         let mut map = TargetMap::open(journal, id, applier.size_sectors(), scrubbed)?;
         if let Some(text) = unfinished(journal, id) {
             map.forget_all()?;
+            drop(locked);
             // Where it cannot be finished the disk is held, so that it can be taken back to another point.
-            if let Err(error) = resume(journal, &mut applier, now) {
+            if let Err(error) = go_on_back(retention, &mut applier) {
                 tracing::error!(disk = %id, %error, "{text}");
             }
+            locked = retention.lock();
         }
+        let journal = locked.get()?;
         let tracked = journal.shape().disks.get(&id).is_some_and(is_tracked);
         if tracked && applier.open_epoch().is_none() {
             // The daemon ended between two undo epochs; nothing is applied outside of one (I1).
@@ -602,12 +612,9 @@ impl Journaled {
         journal.edit(&[Edit::PointKept(point)], wall_clock())
     }
 
-    /// The disk as it was at a point.
-    ///
-    /// # Errors
-    /// When it is not kept any more or damaged.
-    pub fn view(&mut self, at: At) -> Result<View, JournalError> {
-        View::open(self.retention.lock().get()?, self.id, at)
+    /// What an error of reading these bytes of a point says to be damaged is recorded.
+    fn noted<T>(&self, read: Result<T, JournalError>, bytes: (u64, u64)) -> Result<T, JournalError> {
+        read.inspect_err(|error| note_error(&self.retention, self.id, error, bytes))
     }
 
     /// Reads a view.
@@ -615,8 +622,11 @@ impl Journaled {
     /// # Errors
     /// When it is damaged, or the target cannot be read.
     pub fn read_view(&mut self, view: &View, offset: u64, out: &mut [u8]) -> Result<(), JournalError> {
-        let runs = view.open_runs(self.retention.lock().get()?, &mut self.applier)?;
-        view.read(&runs, &mut self.applier, offset, out)
+        let bytes = (offset, offset + out.len() as u64);
+        let opened = view.open_runs(self.retention.lock().get()?, &mut self.applier);
+        let runs = self.noted(opened, bytes)?;
+        let read = view.read(&runs, &mut self.applier, offset, out);
+        self.noted(read, bytes)
     }
 
     /// The parts of a view that may hold something.
@@ -628,7 +638,9 @@ impl Journaled {
         view: &View,
         range: reprotect_engine::io::ByteRange,
     ) -> Result<Vec<reprotect_engine::io::ByteRange>, JournalError> {
-        let runs = view.open_runs(self.retention.lock().get()?, &mut self.applier)?;
+        let bytes = (range.start, range.end);
+        let opened = view.open_runs(self.retention.lock().get()?, &mut self.applier);
+        let runs = self.noted(opened, bytes)?;
         view.allocated(&runs, &mut self.applier, range)
     }
 
@@ -642,6 +654,17 @@ impl Journaled {
         }
         self.map.check(self.applier.target(), range)
     }
+}
+
+/// What is damaged in the run of the epoch that goes on, found when it was opened.
+fn note_holes(journal: &mut Journal, id: DiskId, holes: &[Hole]) -> Result<(), JournalError> {
+    for hole in holes {
+        tracing::error!(disk = %id, ?hole, "the undo run is damaged; older points lack these blocks");
+    }
+    let found = Found::of_holes(holes);
+    let Some(place) = journal.open_run_place(id)?.filter(|_| !found.is_empty()) else { return Ok(()) };
+    let reached = reach(&**journal.files(), &journal.older_runs(&place)?, found);
+    journal.note_run(&place, &reached, false, wall_clock()).map(|_| ())
 }
 
 /// Whether before-images of a disk are kept.

@@ -6,6 +6,7 @@
 
 pub mod admin;
 mod admin_points;
+mod again;
 pub mod api;
 pub mod authority;
 mod backlog;
@@ -38,6 +39,7 @@ pub mod registry;
 pub mod retention;
 mod retention_checks;
 pub mod retention_policy;
+mod rot;
 pub mod scrub;
 pub mod session;
 mod target_map;

@@ -19,7 +19,7 @@ use reprotect_engine::net::nbd::tls::{TlsConfig, server_config};
 use reprotect_engine::net::nbd::{Export, ExportBy, Server, Settings};
 use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::overlay::{Overlay, OverlayState};
-use reprotect_engine::units::{DiskId, SECTOR_BYTES};
+use reprotect_engine::units::DiskId;
 
 use crate::api::MountInfo;
 use crate::config::MountsConfig;
@@ -237,11 +237,11 @@ fn prepare(
     (disk, at): (DiskId, At),
     writable: bool,
 ) -> anyhow::Result<Prepared> {
-    let hold = registry.retention().context(NO_JOURNAL)?.hold(disk, at);
-    let (inputs, sectors) =
-        registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
-    let size_bytes = sectors * SECTOR_BYTES;
-    let view = Arc::new(on_disk(&inputs, move |store| store.view(at))?);
+    let retention = registry.retention().context(NO_JOURNAL)?;
+    let hold = retention.hold(disk, at);
+    let (inputs, _) = registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
+    let view = Arc::new(retention.view(disk, at)?);
+    let size_bytes = view.size_bytes();
     let mut random = [0_u8; 4];
     getrandom::fill(&mut random).map_err(|error| anyhow!("the system has no randomness: {error}"))?;
     let id = format!("{:08x}", u32::from_le_bytes(random));

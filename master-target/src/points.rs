@@ -3,8 +3,9 @@
 //! A point of a disk is called `EPOCH.NUMBER`; the parts of a machine's point share an identity, of which the first
 //! digits are enough, and a name where somebody gave one. What lies between marks is found by time or sequence.
 //!
-//! Invariants: a fuzzy point is listed only when asked for and never chosen by `newest` or a time; a machine's point is
-//! one that all its disks have. Units: entry numbers, sequences, times by the source's clock. Called by `admin`.
+//! Invariants: a fuzzy point is listed only when asked for and never chosen by `newest` or a time; one that is known to be
+//! damaged is listed as that, never chosen so, and handed out only to who accepts it; a machine's point is one that all
+//! its disks have. Units: entry numbers, sequences, times by the source's clock. Called by `admin`.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -24,6 +25,7 @@ use crate::catalogue::ProtectedDisk;
 use crate::disk_worker::DiskInputs;
 use crate::journaled::Journaled;
 use crate::registry::Registry;
+use crate::rot::note_entry;
 
 pub(crate) const NO_JOURNAL: &str =
     "this master target keeps newest states only; set `retention.path` in its configuration, then restart";
@@ -47,8 +49,23 @@ pub(crate) fn of_disk(registry: &Registry, disk: DiskId) -> anyhow::Result<Vec<P
         if !journal.shape().disks.contains_key(&disk) {
             bail!(NOT_YET);
         }
-        Ok(points::points(journal, disk)?)
+        reading(journal, disk, |journal| points::points(journal, disk))
     })
+}
+
+/// Reads of the log what points need; an entry that turns out to be damaged is recorded, and the others are read.
+fn reading<T>(
+    journal: &mut Journal,
+    disk: DiskId,
+    read: impl Fn(&mut Journal) -> Result<T, JournalError>,
+) -> anyhow::Result<T> {
+    loop {
+        match read(journal) {
+            // Each turn knows one more, and there are not more than undo epochs.
+            Err(error) if note_entry(journal, disk, &error)? => {}
+            read => return Ok(read?),
+        }
+    }
 }
 
 /// A point of one or several disks.
@@ -65,6 +82,7 @@ fn common(registry: &Registry, disks: &[DiskId]) -> anyhow::Result<Vec<Common>> 
         for point in of_disk(registry, *disk)? {
             let known = by_id.entry(point.id).or_insert_with(|| Common { point, parts: Vec::new() });
             known.point.degraded |= point.degraded;
+            known.point.damaged = known.point.damaged.or(point.damaged);
             known.point.pinned |= point.pinned;
             known.parts.push((*disk, point.at));
         }
@@ -106,6 +124,7 @@ fn info(common: &Common, disks: usize) -> PointInfo {
         source_time_ms: point.source_time.0 / 1_000_000,
         pinned: point.pinned,
         degraded: point.degraded,
+        damaged: point.damaged.map(|rot| rot.to_string()),
         id: hex(&point.id),
         cause: cause.to_owned(),
         kept: point.kept,
@@ -184,14 +203,18 @@ pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result
     match Asked::parse(text)? {
         Asked::Time(time) => {
             let at = |disk: &DiskId| {
-                with_journal(registry, |journal| Ok((*disk, points::at_time(journal, *disk, time)?.at)))
+                with_journal(registry, |journal| {
+                    let found = reading(journal, *disk, |journal| points::at_time(journal, *disk, time))?;
+                    Ok((*disk, found.at))
+                })
             };
             disks.iter().map(at).collect()
         }
         Asked::Sequence(sequence) => {
             let [disk] = disks else { bail!("a sequence is of one disk; write MACHINE:DISK") };
             with_journal(registry, |journal| {
-                Ok(vec![(*disk, points::at_sequence(journal, *disk, sequence)?.at)])
+                let found = reading(journal, *disk, |journal| points::at_sequence(journal, *disk, sequence))?;
+                Ok(vec![(*disk, found.at)])
             })
         }
         Asked::Place(at) => {
@@ -203,7 +226,7 @@ pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result
             let all = common(registry, disks)?;
             let fits = |common: &&Common| {
                 common.parts.len() == disks.len()
-                    && common.point.is_consistent()
+                    && common.point.is_sound()
                     && class.is_none_or(|class| class == common.point.class)
             };
             let newest = all.iter().rev().find(fits);
@@ -211,6 +234,32 @@ pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result
         }
         Asked::Label(label) => by_label(registry, disks, &label),
     }
+}
+
+/// As [`find`], for who wants to have the point: one that is known to be damaged is refused unless that is `accepted`.
+///
+/// # Errors
+/// As for [`find`]; and what is damaged of the point.
+pub fn choose(
+    registry: &Registry,
+    disks: &[DiskId],
+    text: &str,
+    accepted: bool,
+) -> anyhow::Result<Vec<(DiskId, At)>> {
+    let places = find(registry, disks, text)?;
+    if !accepted {
+        with_journal(registry, |journal| {
+            for (disk, at) in &places {
+                if let Some(rot) = journal.shape().disks.get(disk).and_then(|known| known.rot(*at)) {
+                    bail!(
+                        "point {at} of disk {disk} is damaged ({rot}); choose another one that `points` lists, restore the file from a copy of the retention folder, or write --accept-damage for what can be read of it"
+                    );
+                }
+            }
+            Ok(())
+        })?;
+    }
+    Ok(places)
 }
 
 fn by_label(registry: &Registry, disks: &[DiskId], label: &str) -> anyhow::Result<Vec<(DiskId, At)>> {
@@ -243,6 +292,10 @@ fn by_label(registry: &Registry, disks: &[DiskId], label: &str) -> anyhow::Resul
 fn nothing_newest(all: &[Common]) -> anyhow::Error {
     match all.last() {
         None => anyhow!("there is no point yet; wait for the next mark"),
+        Some(newest) if newest.point.damaged.is_some() => anyhow!(
+            "there is no consistent point that is whole; of the newest, {}, something is damaged (`points --all` says what): restore the file, wait for the next mark, or name the point",
+            info(newest, newest.parts.len()).point
+        ),
         Some(newest) => anyhow!(
             "there is no consistent point; the newest of any kind is {} (`points --all` lists them): make one with the agent's `mark --freeze`, or name a fuzzy one",
             info(newest, newest.parts.len()).point
@@ -291,7 +344,9 @@ pub fn timeline(registry: &Registry, disks: &[ProtectedDisk]) -> anyhow::Result<
     let of = |record: &ProtectedDisk| {
         let disk = DiskId::parse(&record.disk)?;
         let points = list(registry, &[disk], false)?;
-        let intervals = with_journal(registry, |journal| Ok(points::timeline(journal, disk)?))?;
+        let intervals = with_journal(registry, |journal| {
+            reading(journal, disk, |journal| points::timeline(journal, disk))
+        })?;
         let intervals = intervals
             .iter()
             .map(|interval| IntervalInfo {
@@ -299,6 +354,7 @@ pub fn timeline(registry: &Registry, disks: &[ProtectedDisk]) -> anyhow::Result<
                     Offer::AnyWrite => "any-write",
                     Offer::PointsOnly => "point-only",
                     Offer::Degraded => "degraded",
+                    Offer::Damaged => "damaged",
                     Offer::Lost => "lost",
                 }
                 .to_owned(),
@@ -324,8 +380,13 @@ pub(crate) fn on_disk<T: Send + 'static>(
 ///
 /// # Errors
 /// When the point is not kept, or a disk stands; disks before it have gone back by then, which the text says.
-pub fn rollback(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result<Vec<RollbackAnswer>> {
-    let places = find(registry, disks, text)?;
+pub fn rollback(
+    registry: &Registry,
+    disks: &[DiskId],
+    text: &str,
+    accept_damage: bool,
+) -> anyhow::Result<Vec<RollbackAnswer>> {
+    let places = choose(registry, disks, text, accept_damage)?;
     if disks.iter().any(|disk| registry.is_connected(*disk)) {
         bail!(
             "its agent is connected and would write on over the point; stop the agent or `unprotect` the disk first, then roll back"

@@ -220,6 +220,7 @@ fn begin(
         existing: planned.existing,
         device: if is_device { device::identity(&planned.path) } else { None },
         journal: None,
+        grows_to_bytes: None,
     };
     registry.add_disk(record, target, state)?;
     tracing::info!(%disk, machine = machine.host_name, source = source.name, path = %planned.path.display(), "protected");

@@ -5,10 +5,13 @@
 //! Called by `session` (per connection), `protect` and `admin`.
 
 mod failing_back;
+mod growing;
+mod taken_again;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow};
@@ -63,6 +66,8 @@ pub enum News {
     Policy(Policy),
     /// A point of the machine is wanted.
     MarkRequest(MarkRequest),
+    /// A disk cannot grow, and why.
+    NotGrown(DiskId, String),
 }
 
 /// A live session.
@@ -98,7 +103,7 @@ pub struct DiskView {
     pub problem: Option<String>,
     /// How far its failback is, and the generation it was fenced with.
     pub failback: Option<(FailbackStep, Generation)>,
-    /// What of it is lost and was not made up for by a compare yet.
+    /// What the journal knows to be wrong with it: see [`Retention::losses`].
     pub loss: Option<String>,
 }
 
@@ -126,6 +131,8 @@ pub struct Registry {
     changes: Mutex<()>,
     /// Points of disks that are released.
     held: Mutex<Vec<Hold>>,
+    /// No disk is opened any more.
+    stopping: AtomicBool,
     inner: Mutex<Inner>,
 }
 
@@ -157,7 +164,9 @@ impl Registry {
         let (retention, recovered) = retention.unzip();
         let recovered = Mutex::new(recovered.map(|found| found.disks).unwrap_or_default());
         let (changes, held, inner) = (Mutex::default(), Mutex::default(), Mutex::default());
-        let registry = Self { catalogue, opener, limits, retention, recovered, changes, held, inner };
+        let stopping = AtomicBool::new(false);
+        let registry =
+            Self { catalogue, opener, limits, retention, recovered, changes, held, stopping, inner };
         for machine in registry.catalogue.machines()? {
             if let Some(agent) = peer(&machine.agent) {
                 registry.lock().machines.insert(agent, machine);
@@ -184,6 +193,7 @@ impl Registry {
             return;
         }
         let started = state.and_then(|state| {
+            self.settle_growth(&mut record)?;
             self.adopt(&mut record, &state)?;
             let target = self.open_existing(&record)?;
             let uuid = target.facts().uuid;
@@ -244,6 +254,8 @@ impl Registry {
         let store = match &self.retention {
             None => {
                 let state_path = self.catalogue.state_path(state.disk);
+                // It may have grown since: the next checkpoint records that.
+                state.size_sectors = state.size_sectors.max(record.size_bytes / SECTOR_BYTES);
                 if begin_repair(&mut state, &target.repair().dropped) {
                     // Before the target is written or closed: both put the tables in order, and the loss shows no more.
                     replace_file(&state_path, &state.to_bytes(), Access::Private)?;
@@ -547,6 +559,9 @@ impl Registry {
 
     /// Flushes and closes every target. Blocks.
     pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+        // Whoever opens a disk now is done first.
+        drop(self.changing());
         let disks = std::mem::take(&mut self.lock().disks);
         for worker in disks.into_values().filter_map(|known| known.worker) {
             worker.stop();

@@ -22,12 +22,14 @@ use reprotect_engine::store::crc_map::map_path;
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::journal::applier::run_path;
 use reprotect_engine::store::journal::ladder::{Ladder, Pressure};
-use reprotect_engine::store::journal::view::At;
+use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings, Recovered, RunFile, Shape};
 use reprotect_engine::units::{DiskId, Timestamp};
 
+use crate::housekeeping::Room;
 use crate::journaled::back::unfinished;
 use crate::pinned::loss_text;
+use crate::rot::note_error;
 use crate::scrub::ScrubSettings;
 
 /// After this pause the last group is proven durable by an empty one.
@@ -177,6 +179,18 @@ impl Retention {
         self.settings.reserve_bytes
     }
 
+    /// Bytes of the drive that may be used now; `None` where the system does not say.
+    ///
+    /// # Errors
+    /// When the drive cannot be asked.
+    pub(crate) fn usable_bytes(&self) -> Result<Option<u64>, JournalError> {
+        let files = Arc::clone(self.lock().get()?.files());
+        let Some(free_bytes) = files.free_bytes(&self.folder.join("any"))? else { return Ok(None) };
+        let occupied = Room::of(&self.folder).map_or(0, |room| room.total_bytes - room.free_bytes);
+        let room = Room { free_bytes, total_bytes: free_bytes.saturating_add(occupied) };
+        Ok(Some(room.usable_bytes(self.settings.reserve_bytes)))
+    }
+
     /// How long what is kept.
     #[must_use]
     pub fn ladder(&self) -> Ladder {
@@ -226,7 +240,8 @@ impl Retention {
         unpoisoned(&self.asked).remove(&disk);
     }
 
-    /// What is lost of disks and was not made up for by a compare yet, for people.
+    /// What the journal knows to be wrong with disks, for people: a rollback that did not get to its end yet, or what is
+    /// lost and was not made up for by a compare.
     #[must_use]
     pub fn losses(&self) -> BTreeMap<DiskId, String> {
         let mut locked = self.lock();
@@ -241,7 +256,8 @@ impl Retention {
         format!("the retention drive at {} is full", self.folder.display())
     }
 
-    /// Holds a point while somebody reads it: its runs are neither merged away nor forgotten.
+    /// Holds a point while somebody reads it: its runs are neither merged away nor forgotten, and what it needs of the log
+    /// stays there, unless the drive is nearly full.
     pub fn hold(self: &Arc<Self>, disk: DiskId, at: At) -> Hold {
         let mut held = unpoisoned(&self.held);
         let id = held.last_key_value().map_or(1, |(newest, _)| newest + 1);
@@ -253,6 +269,23 @@ impl Retention {
     /// The points of a disk that are read now.
     pub(crate) fn held(&self, disk: DiskId) -> Vec<At> {
         unpoisoned(&self.held).values().filter(|(of, _)| *of == disk).map(|(_, at)| *at).collect()
+    }
+
+    /// A point of a disk, opened. What is read of the log for that is read without the lock. Blocks.
+    ///
+    /// # Errors
+    /// When it is not kept any more or damaged.
+    pub fn view(&self, disk: DiskId, at: At) -> Result<View, JournalError> {
+        let plan = View::plan(self.lock().get()?, disk, at)?;
+        plan.open().inspect_err(|error| note_error(self, disk, error, (0, 0)))
+    }
+
+    /// The oldest segment of the log that points need which are read now.
+    pub(crate) fn oldest_held(&self) -> Option<u64> {
+        let held: Vec<(DiskId, At)> = unpoisoned(&self.held).values().copied().collect();
+        let mut locked = self.lock();
+        let journal = locked.get().ok()?;
+        held.iter().filter_map(|(disk, at)| View::oldest_segment(journal, *disk, *at)).min()
     }
 
     /// The journal, for short changes and reads.

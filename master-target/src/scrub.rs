@@ -3,7 +3,7 @@
 //! A round reads every sealed undo run, every applied entry of the redo log, and every target, which it compares with
 //! its CRC map. Rot is found before it is needed, and a write to a target by somebody else is named with its range.
 //!
-//! Invariants: nothing is written but the CRC maps; reads stay under the byte budget, and under a quarter of it while
+//! Invariants: nothing is written but the CRC maps, and what is damaged into the journal's manifest; reads stay under the byte budget, and under a quarter of it while
 //! the disks have work; a finding stands in `status` until a round no longer finds it; what was merged, expired or
 //! released meanwhile is no finding. Units: bytes. Started by `daemon`, on a thread of its own.
 
@@ -17,12 +17,17 @@ use anyhow::Context as _;
 use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::message::PassMode;
 use reprotect_engine::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
+use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::files::{FileFacts, Files, FilesError};
-use reprotect_engine::store::journal::scrub::{RunPlace, check_entry, check_run};
-use reprotect_engine::units::{BLOCK_BYTES, DiskId, SECTOR_BYTES};
+use reprotect_engine::store::journal::JournalError;
+use reprotect_engine::store::journal::rot::Found;
+use reprotect_engine::store::journal::scrub::{RunPlace, check_entry, check_run, unreadable};
+use reprotect_engine::store::journal::undo::{BlockRange, UndoError};
+use reprotect_engine::units::{BLOCK_BYTES, BLOCK_SECTORS, DiskId, SECTOR_BYTES};
 
 use crate::registry::{Registry, fs_opener};
 use crate::retention::Retention;
+use crate::rot;
 
 /// Bytes of a target that are read in one go, on the disk's own thread.
 const PIECE_BYTES: u64 = 256 << 10;
@@ -188,9 +193,19 @@ impl Round {
         let places = self.retention.lock().get()?.run_places()?;
         for place in places {
             match check_run(&*self.files, &place) {
-                Ok((holes, bytes)) => {
-                    self.read(place.disk, bytes);
-                    for hole in holes {
+                Ok(check) => {
+                    self.read(place.disk, check.bytes);
+                    rot::note_run(&self.retention, &place, check.found(), true)?;
+                    let lost: u64 = check.lost.iter().map(|blocks| blocks.len()).sum();
+                    if lost > 0 {
+                        let what = format!(
+                            "undo run {} lacks {} bytes of older points: they were damaged before runs were made one; choose other points",
+                            place.path.display(),
+                            lost * BLOCK_BYTES
+                        );
+                        self.find_run(&place, what)?;
+                    }
+                    for hole in check.holes {
                         let lost: u64 = hole.lost.iter().map(|blocks| blocks.len()).sum();
                         let what = format!(
                             "undo run {} is damaged at byte {} ({}): {} bytes of older points are lost; restore the file, or choose newer points",
@@ -204,11 +219,31 @@ impl Round {
                 }
                 Err(error) => {
                     self.budget.take(0)?;
+                    self.unreadable_run(&place, &error)?;
                     self.find_run(&place, error.to_string())?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// A run that cannot be read to its end: what is left of it is found out image by image.
+    fn unreadable_run(&self, place: &RunPlace, error: &JournalError) -> anyhow::Result<()> {
+        if !is_damage(error) {
+            return Ok(());
+        }
+        let blocks = match unreadable(&*self.files, place) {
+            Ok(blocks) => blocks,
+            Err(_) => {
+                let shape = self.retention.shape();
+                let sectors = shape.disks.get(&place.disk).map_or(0, |shape| shape.added.size_sectors);
+                vec![BlockRange::new(0, sectors.div_ceil(BLOCK_SECTORS))]
+            }
+        };
+        self.budget.take(0)?; // what a stop interrupts is no damage
+        let cause = error.to_string();
+        let found = blocks.into_iter().map(|blocks| Found { blocks, cause: cause.clone() }).collect();
+        Ok(rot::note_run(&self.retention, place, found, true)?)
     }
 
     fn find_run(&mut self, place: &RunPlace, what: String) -> anyhow::Result<()> {
@@ -240,6 +275,7 @@ impl Round {
                 }
             };
             self.read(place.disk, place.place.bytes);
+            self.retention.lock().get()?.note_entry(&place, wrong.as_deref(), wall_clock())?;
             if let Some(wrong) = wrong
                 && self.retention.lock().get()?.has_segment(segment)
             {
@@ -357,6 +393,12 @@ impl Round {
         }
         tracing::debug!(bytes, seconds = begun.elapsed().as_secs(), "a scrub round ended");
     }
+}
+
+/// Whether an error of reading says something about what was to be read, and not about us.
+const fn is_damage(error: &JournalError) -> bool {
+    matches!(error, JournalError::Undo(error) if !matches!(error, UndoError::Memory(_) | UndoError::Compress(_)))
+        || matches!(error, JournalError::Files(_) | JournalError::Block(_))
 }
 
 /// Files that are read no faster than the budget allows, and never written.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use reprotect_engine::error::Answer;
 use reprotect_engine::format::handshake::Role;
-use reprotect_engine::format::message::{ErrorCode, Message};
+use reprotect_engine::format::message::{ErrorCode, GrowDisk, Message};
 use reprotect_engine::net::endpoint::{CloseCode, PeerConnection};
 use reprotect_engine::net::lanes::{self, Arrival, LaneReader, LaneWriter};
 use reprotect_engine::net::revocations::Revocations;
@@ -135,6 +135,9 @@ impl Session {
                     News::Offer(offer) => self.offer(&offer),
                     News::Policy(policy) => self.core.send_policy(policy),
                     News::MarkRequest(request) => self.core.request_mark(request),
+                    News::NotGrown(disk, why) => {
+                        self.core.send_reply(Message::error(disk, ErrorCode::Size, &why), 0);
+                    }
                 },
                 Some(message) = from_disks.recv() => {
                     if let Message::Error(head, text) = &message
@@ -191,6 +194,7 @@ impl Session {
                 SessionEvent::Inventory { host_name, disks } => self.take_inventory(host_name, disks).await,
                 SessionEvent::ToDisk(disk, input) => self.route(disk, input).await,
                 SessionEvent::MarkRefused(refused) => self.registry.mark_refused(&refused),
+                SessionEvent::Grow(asked) => self.grow(asked),
             }
         }
     }
@@ -207,6 +211,13 @@ impl Session {
         if let Ok(Err(error)) = saved {
             tracing::error!(%agent, "the inventory could not be recorded: {error:#}");
         }
+    }
+
+    /// Off this task: what waits of the disk is applied first, and the others go on meanwhile.
+    fn grow(&self, asked: GrowDisk) {
+        let Some(agent) = self.core.agent() else { return };
+        let (registry, session) = (Arc::clone(&self.registry), self.id);
+        tokio::task::spawn_blocking(move || registry.handle_grow(session, agent, &asked));
     }
 
     async fn route(&mut self, disk: DiskId, input: DiskInput) {

@@ -24,9 +24,10 @@ fn script(name: &str, settings: &[(&str, &str)]) {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
     let mut command = Command::new("python3");
     command.arg(repository.join("benches/scripts").join(name)).stdin(Stdio::null());
-    for setting in
-        ["SIZE", "FILL", "TARGET", "TARGETS", "RELAY", "KEEP", "SEED", "KILLS", "PERCENT", "LEVEL", "POINTS"]
-    {
+    for setting in [
+        "SIZE", "FILL", "TARGET", "TARGETS", "RELAY", "KEEP", "SEED", "KILLS", "PERCENT", "LEVEL", "POINTS",
+        "GROWTHS", "MODE",
+    ] {
         command.env_remove(setting);
     }
     let done = command
@@ -70,6 +71,11 @@ fn recovery_points_are_the_disk_as_it_was_and_the_way_back_to_it() {
 #[test]
 fn what_an_existing_disk_held_can_be_had_back_and_a_rollback_holds_it() {
     script("as_found_test.py", &[("SIZE", "256M")]);
+}
+
+#[test]
+fn a_disk_that_grows_under_load_keeps_its_points_whenever_the_target_is_killed() {
+    script("grow_test.py", &[("SIZE", "64M"), ("GROWTHS", "2"), ("TARGET", "2gb-sparse")]);
 }
 
 #[test]

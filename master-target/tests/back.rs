@@ -13,11 +13,14 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::message::ErrorCode;
+use reprotect_engine::io::BlockFile;
 use reprotect_engine::limits::DELTA_RECORD_BYTES_MAX;
+use reprotect_engine::store::files::{FileFacts, Files, FilesError};
 use reprotect_engine::store::journal::points::{self, Point};
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::target::TargetKind;
 use reprotect_engine::units::{Generation, SectorRange};
+use reprotect_master_target::registry::fs_opener;
 use support::*;
 
 const SIZE: u64 = 48 << 20;
@@ -104,6 +107,42 @@ impl Disk {
     }
 }
 
+/// A drive that says how much is free on it.
+struct Crowded(Arc<dyn Files>, Arc<AtomicI64>);
+
+impl Files for Crowded {
+    fn facts(&self, path: &Path) -> Result<Option<FileFacts>, FilesError> {
+        self.0.facts(path)
+    }
+    fn neighbours(&self, path: &Path) -> Result<Vec<String>, FilesError> {
+        self.0.neighbours(path)
+    }
+    fn free_bytes(&self, _: &Path) -> Result<Option<u64>, FilesError> {
+        Ok(Some(self.1.load(Ordering::SeqCst) as u64))
+    }
+    fn read_head(&self, path: &Path, bytes_max: usize) -> Result<Vec<u8>, FilesError> {
+        self.0.read_head(path, bytes_max)
+    }
+    fn open(&self, path: &Path, writable: bool) -> Result<Box<dyn BlockFile>, FilesError> {
+        self.0.open(path, writable)
+    }
+    fn create(&self, path: &Path, size_bytes: u64) -> Result<(), FilesError> {
+        self.0.create(path, size_bytes)
+    }
+    fn resize(&self, path: &Path, size_bytes: u64) -> Result<(), FilesError> {
+        self.0.resize(path, size_bytes)
+    }
+    fn replace(&self, path: &Path, content: &[u8]) -> Result<(), FilesError> {
+        self.0.replace(path, content)
+    }
+    fn remove(&self, path: &Path) -> Result<(), FilesError> {
+        self.0.remove(path)
+    }
+    fn set_aside(&self, path: &Path, suffix: &str) -> Result<PathBuf, FilesError> {
+        self.0.set_aside(path, suffix)
+    }
+}
+
 /// The undo run below a folder that holds most.
 fn fullest_run(folder: &Path) -> PathBuf {
     let mut folders = vec![folder.to_owned()];
@@ -136,6 +175,7 @@ fn a_rollback_that_meets_damage_holds_the_disk_until_it_stands_at_another_point(
     file.sync_all().unwrap();
     disk.bench.restart();
 
+    assert!(disk.points().iter().all(|point| point.damaged.is_none()), "nobody knows yet");
     assert!(disk.go(one).is_err(), "an image is damaged");
     assert!(!disk.stands(1) && !disk.stands(2), "the first steps were written");
     assert!(disk.refusal().contains("did not get to its end"));
@@ -145,12 +185,48 @@ fn a_rollback_that_meets_damage_holds_the_disk_until_it_stands_at_another_point(
 
     disk.bench.restart();
     assert!(disk.refusal().contains("did not get to its end"), "a restart cannot finish it either");
+    let damaged = |at: At| disk.points().iter().find(|point| point.at == at).unwrap().damaged;
+    let rot = damaged(one).expect("whoever meets damage records it");
+    assert!(rot.bytes > 0 && rot.bytes <= 1 << 16, "{rot}");
+    assert_eq!(damaged(two), None, "what does not need the image is whole");
     assert_eq!(disk.point("before-rollback").number, two.number, "the way forward is a point");
     disk.go(two).unwrap();
     assert!(disk.stands(2));
     disk.bench.restart();
     assert!(disk.stands(2));
     disk.bench.opened();
+    disk.bench.stop();
+}
+
+#[test]
+fn reading_a_point_records_what_is_damaged_of_it_exactly_and_once() {
+    let mut disk = Disk::new();
+    let (one, two) = (disk.point("one"), disk.point("two"));
+    let run = fullest_run(&disk.retention);
+    let file = std::fs::File::options().read(true).write(true).open(&run).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, CHANGED / 2).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], CHANGED / 2).unwrap();
+    let read = |disk: &Disk, at: At| {
+        let retention = Arc::clone(disk.bench.retention());
+        disk.bench.ask(move |store| {
+            let view = retention.view(DISK, at)?;
+            let mut piece = vec![0; 1 << 20];
+            let offsets = (0..SIZE).step_by(piece.len());
+            offsets.map(|offset| store.read_view(&view, offset, &mut piece)).fold(Ok(()), Result::and)
+        })
+    };
+    for _ in 0..2 {
+        assert!(read(&disk, one).is_err());
+        read(&disk, two).unwrap();
+        let known = disk.bench.journal(|journal| journal.shape().disks[&DISK].damaged.clone());
+        let [known] = known.as_slice() else { panic!("{known:?}") };
+        assert!((1..=16).contains(&(known.end - known.start)), "{known:?}");
+        for point in disk.points() {
+            assert_eq!(point.damaged.is_some(), point.at < two, "{}", point.at);
+        }
+        disk.bench.restart();
+    }
     disk.bench.stop();
 }
 
@@ -174,5 +250,40 @@ fn a_rollback_is_finished_by_the_next_start_wherever_it_ended_and_the_way_forwar
     assert!(stopped >= 4, "it stopped on its way {stopped} times");
     disk.bench.restart();
     disk.bench.opened();
+    disk.bench.stop();
+}
+
+#[test]
+fn a_rollback_that_may_not_fit_is_refused_before_anything_is_changed() {
+    let (mut disk, free) = (Disk::new(), Arc::new(AtomicI64::new(0)));
+    disk.bench.retention_files = Arc::new(Crowded(fs_opener(), Arc::clone(&free)));
+    disk.bench.restart();
+    let (one, two) = (disk.point("one"), disk.point("two"));
+    let known = disk.points();
+    let shape = disk.bench.retention().shape();
+    let needed = CHANGED + CHANGED / 16;
+    for bytes in [0, 1 << 20, CHANGED as i64] {
+        free.store(bytes, Ordering::SeqCst);
+        let refused = disk.go(one).unwrap_err();
+        let said = format!("{} blocks", CHANGED / 4096);
+        assert!(
+            refused.contains(&said) && refused.contains(&format!("and {bytes} may be used")),
+            "{refused}"
+        );
+        assert!(refused.contains("free some space") && refused.contains("nothing was changed"), "{refused}");
+        assert!(disk.stands(2));
+        assert_eq!(disk.points(), known);
+        assert_eq!(disk.bench.retention().shape(), shape, "no epoch was ended or begun");
+    }
+    disk.bench.opened(); // nobody is refused
+    // What takes little needs little, and where there is room it goes.
+    free.store(1 << 20, Ordering::SeqCst);
+    disk.go(two).unwrap();
+    assert!(disk.stands(2));
+    free.store(needed as i64, Ordering::SeqCst);
+    disk.go(one).unwrap();
+    assert!(disk.stands(1));
+    let largest = fullest_run(&disk.retention).metadata().unwrap().blocks() * 512;
+    assert!(largest <= needed, "{largest} bytes were needed, {needed} are said to be enough");
     disk.bench.stop();
 }

@@ -90,12 +90,7 @@ fn what_is_said_of_points_later_stays_after_a_restart_and_concerns_no_others() {
     agent.mark(&bench, 1, 1);
     agent.until_marked(&bench, 1);
     // Both marks applied at once would make the second the first point.
-    for _ in 0..6000 {
-        if !bench.journal(|journal| journal.shape().disks[&DISK].points.is_empty()) {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(10));
-    }
+    until_a_point(&bench);
     let second = change(&mut agent, &bench, 2);
     agent.mark(&bench, 2, 2);
     agent.until_marked(&bench, 2);

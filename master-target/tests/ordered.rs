@@ -217,7 +217,8 @@ impl Site {
     }
 
     fn mount(&self, point: &str, writable: bool) -> MountInfo {
-        let request = MountRequest { disk: self.id.clone(), point: point.to_owned(), writable };
+        let request =
+            MountRequest { disk: self.id.clone(), point: point.to_owned(), writable, accept_damage: false };
         let mounted = self.daemon.client.post_json::<_, MountAnswer>("/v1/mount", &request);
         self.runtime.block_on(mounted).unwrap().mounts.swap_remove(0)
     }

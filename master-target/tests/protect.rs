@@ -140,7 +140,8 @@ fn new_disks_are_made_once_all_together_and_remembered() {
     let state = Catalogue::open(&site.dir.path().join("state")).unwrap();
     let restarted = Registry::open(state, FlowLimits::default()).unwrap();
     let views = restarted.disks();
-    assert!(views.len() == 2 && views.iter().all(|view| view.problem.is_none()));
+    let problems: Vec<_> = views.iter().map(|view| &view.problem).collect();
+    assert!(problems.iter().all(|problem| problem.is_none()) && views.len() == 2, "{problems:?}");
     assert_eq!(restarted.machine("web1").unwrap().disks.len(), 2);
     restarted.stop();
 }

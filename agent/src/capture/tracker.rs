@@ -428,9 +428,7 @@ impl Capture {
     /// # Errors
     /// [`CaptureError::Unsupported`] when it shrank.
     pub fn check_size(&mut self, slot: DiskSlot) -> Result<SectorCount, CaptureError> {
-        let (kernel, place) = (&mut self.kernel, &self.place);
-        let tracked =
-            self.disks.iter_mut().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))?;
+        let tracked = self.tracked_mut(slot)?;
         let (old, new) = (tracked.disk.size, tracked.disk.current_size()?);
         if new < old {
             return Err(CaptureError::Unsupported {
@@ -439,7 +437,15 @@ impl Capture {
             });
         }
         if new > old {
+            // The new live map is in force before it has what the old ones had: a process that is killed in between leaves
+            // a disk without an anchor, which the next one compares.
+            let anchor = tracked.anchor.take();
+            self.store_session()?;
+            let (kernel, place) = (&mut self.kernel, &self.place);
+            let tracked =
+                self.disks.iter_mut().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))?;
             tracked.grow(place, new, |live| kernel.set_dirty(slot.0, live.map()))?;
+            tracked.anchor = anchor;
             tracing::info!(disk = %tracked.disk.name, from = old.0, to = new.0, "the disk grew");
             self.store_session()?;
         }

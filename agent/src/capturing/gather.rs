@@ -2,7 +2,8 @@
 //!
 //! Invariants: the blocks that were read come first, later reads of a block behind earlier ones, then the records in
 //! their order: so each disk's batches, one after another, make it what it was when the window closed, except what could
-//! not be read, which is told; memory is bounded by [`WINDOW_BYTES_MAX`], beyond which the window fails. Units: sectors, bytes. Called by `capturing` only.
+//! not be read, which is told; memory is bounded by [`WINDOW_BYTES_MAX`], beyond which the window fails. Units: sectors,
+//! bytes. Called by `capturing` only.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -129,6 +130,15 @@ pub(super) const fn is_discard(record: &Record<'_>) -> bool {
     matches!(record.kind, Some(Kind::Discard | Kind::SecureErase))
 }
 
+/// Why there is no moment while a disk is larger than it is read to.
+pub(super) const OUTGROWN: &str =
+    "it was written behind its end as it is known: it grew, and is consistent again when its target did, too";
+
+/// Whether something was written behind the end of the disk as it is known. Changes of the last block end there at most.
+pub(super) const fn is_outgrown(record: &Record<'_>, whole: SectorRange) -> bool {
+    record.range.end > whole.end && !record.range.is_empty()
+}
+
 /// A record of the ring as changes of the stream.
 pub(super) fn changes_of(record: &Record<'_>, whole: SectorRange) -> Vec<Change> {
     let range = record.range.intersect(whole);
@@ -187,6 +197,9 @@ impl WindowSink for Gatherer<'_> {
     fn record(&mut self, record: &Record<'_>) -> Result<(), CaptureError> {
         self.count(record.data.len() as u64)?;
         let Some((disk, _, whole)) = disk_at(&mut self.files, record.slot) else { return Ok(()) };
+        if is_outgrown(record, whole) {
+            return Err(CaptureError::Unsupported { disk: disk.to_string(), reason: OUTGROWN.to_owned() });
+        }
         let changes = changes_of(record, whole);
         if is_discard(record) {
             self.discarded.push((record.slot, record.range.intersect(whole)));

@@ -15,7 +15,7 @@ use reprotect_engine::range_set::RangeSet;
 use reprotect_engine::units::{DiskId, SectorRange, Timestamp};
 
 use super::Batch;
-use super::gather::{changes_of, is_discard, split};
+use super::gather::{OUTGROWN, changes_of, is_discard, is_outgrown, split};
 use crate::capture::{Capture, CaptureError, DiskCounts, DiskSlot};
 
 /// How long a record may wait for others.
@@ -31,6 +31,8 @@ struct Streamed {
     whole: SectorRange,
     before: DiskCounts,
     changes: Vec<Change>,
+    /// It was written behind the end that is known.
+    outgrown: bool,
     /// What the device makes of these is its own affair: they are to be read when the stream is over.
     discarded: RangeSet,
 }
@@ -76,7 +78,17 @@ impl Stream {
     ) -> Self {
         let disks = disks
             .map(|(disk, slot, whole, before)| {
-                (disk, Streamed { slot, whole, before, changes: Vec::new(), discarded: RangeSet::new() })
+                (
+                    disk,
+                    Streamed {
+                        slot,
+                        whole,
+                        before,
+                        changes: Vec::new(),
+                        outgrown: false,
+                        discarded: RangeSet::new(),
+                    },
+                )
             })
             .collect();
         let mut stream = Self { disks, drops, bytes: 0, oldest: None, told: Instant::now() };
@@ -141,6 +153,7 @@ impl Stream {
         let drained = capture.drain::<CaptureError>(until, |record| {
             if let Some(disk) = disks.values_mut().find(|disk| disk.slot == record.slot) {
                 bytes += record.data.len() as u64;
+                disk.outgrown |= is_outgrown(&record, disk.whole);
                 disk.changes.extend(changes_of(&record, disk.whole));
                 if is_discard(&record) {
                     disk.discarded.insert(record.range.intersect(disk.whole));
@@ -161,6 +174,9 @@ impl Stream {
             return Err(Broken::Doubtful(format!("the ring overflowed: {drops} writes were not recorded")));
         }
         for disk in self.disks.values() {
+            if disk.outgrown {
+                return Err(Broken::Doubtful(OUTGROWN.to_owned()));
+            }
             if let Some(doubt) = capture.doubt(disk.slot, &disk.before) {
                 return Err(Broken::Doubtful(doubt.to_string()));
             }

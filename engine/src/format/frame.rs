@@ -68,6 +68,8 @@ wire_enum! {
         MarkRequest = 25,
         /// It cannot be had, and why.
         MarkRefused = 26,
+        /// The source disk is larger than the target: it is to grow.
+        GrowDisk = 27,
     }
 }
 

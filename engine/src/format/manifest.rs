@@ -12,6 +12,7 @@
 
 use super::FormatError;
 use super::batch::{MarkCause, MarkClass};
+use super::message::check_size;
 use super::segment::JournalId;
 use super::wire::{Text, wire, wire_enum};
 use crate::checksum::crc32;
@@ -111,6 +112,16 @@ wire_enum! {
         EntriesLost = 17,
         /// A disk was compared with its source since entries of it were lost; the body is [`LossMended`].
         LossMended = 18,
+        /// Before-images of a run cannot be read; the body is [`ImagesDamaged`].
+        ImagesDamaged = 19,
+        /// Before-images of a run can be read again; the body is [`ImagesSound`].
+        ImagesSound = 20,
+        /// An applied entry of the redo log cannot be read; the body is [`EntryDamaged`].
+        EntryDamaged = 21,
+        /// An applied entry of the redo log can be read again; the body is [`EntrySound`].
+        EntrySound = 22,
+        /// A disk is larger; the body is [`DiskGrown`].
+        DiskGrown = 23,
     }
 }
 
@@ -364,6 +375,90 @@ wire! {
     }
 }
 
+wire! {
+    /// Body of [`EditKind::ImagesDamaged`]. Goes with the run.
+    pub struct ImagesDamaged / ImagesDamagedWire = 192 {
+        /// The disk.
+        disk: DiskId,
+        /// The oldest epoch of the run …
+        first: u64,
+        /// … and the newest.
+        last: u64,
+        /// The first block whose image is damaged …
+        start: u64,
+        /// … and one past the last.
+        end: u64,
+        /// Points that are made from the runs from this epoch on need these images; older ones have older images of the
+        /// blocks.
+        since: u64,
+        /// When that was found.
+        time: Timestamp,
+        /// What was found.
+        cause: Text<120>,
+        ; reserved: [u8; 8],
+    }
+}
+
+wire! {
+    /// Body of [`EditKind::ImagesSound`].
+    pub struct ImagesSound / ImagesSoundWire = 64 {
+        /// The disk.
+        disk: DiskId,
+        /// The oldest epoch of the run …
+        first: u64,
+        /// … and the newest.
+        last: u64,
+        /// The first block whose image can be read …
+        start: u64,
+        /// … and one past the last.
+        end: u64,
+        ; reserved: [u8; 16],
+    }
+}
+
+wire! {
+    /// Body of [`EditKind::EntryDamaged`]. Goes with the segment.
+    pub struct EntryDamaged / EntryDamagedWire = 176 {
+        /// The disk.
+        disk: DiskId,
+        /// The entry.
+        number: u64,
+        /// The segment it stands in.
+        segment: u64,
+        /// When that was found.
+        time: Timestamp,
+        /// What was found.
+        cause: Text<120>,
+        ; reserved: [u8; 16],
+    }
+}
+
+wire! {
+    /// Body of [`EditKind::EntrySound`].
+    pub struct EntrySound / EntrySoundWire = 32 {
+        /// The disk.
+        disk: DiskId,
+        /// The entry.
+        number: u64,
+        ; reserved: [u8; 8],
+    }
+}
+
+wire! {
+    /// Body of [`EditKind::DiskGrown`].
+    pub struct DiskGrown / DiskGrownWire = 64 {
+        /// The disk.
+        disk: DiskId,
+        /// Its size in sectors from here on.
+        size_sectors: u64,
+        /// The last entry of the disk while it had its old size: points up to there have that.
+        after: u64,
+        /// When.
+        time: Timestamp,
+        ; reserved: [u8; 24],
+    }
+}
+
 /// One change of the journal's shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Edit {
@@ -395,6 +490,16 @@ pub enum Edit {
     EntriesLost(EntriesLost),
     /// See [`EditKind::LossMended`].
     LossMended(LossMended),
+    /// See [`EditKind::ImagesDamaged`].
+    ImagesDamaged(ImagesDamaged),
+    /// See [`EditKind::ImagesSound`].
+    ImagesSound(ImagesSound),
+    /// See [`EditKind::EntryDamaged`].
+    EntryDamaged(EntryDamaged),
+    /// See [`EditKind::EntrySound`].
+    EntrySound(EntrySound),
+    /// See [`EditKind::DiskGrown`].
+    DiskGrown(DiskGrown),
 }
 
 /// A block-sized structure: magic, checksum over what follows it, and no feature this program does not know.
@@ -498,6 +603,11 @@ impl Edit {
             Self::StretchDegraded(_) => EditKind::StretchDegraded,
             Self::EntriesLost(_) => EditKind::EntriesLost,
             Self::LossMended(_) => EditKind::LossMended,
+            Self::ImagesDamaged(_) => EditKind::ImagesDamaged,
+            Self::ImagesSound(_) => EditKind::ImagesSound,
+            Self::EntryDamaged(_) => EditKind::EntryDamaged,
+            Self::EntrySound(_) => EditKind::EntrySound,
+            Self::DiskGrown(_) => EditKind::DiskGrown,
         }
     }
 
@@ -516,6 +626,11 @@ impl Edit {
             Self::StretchDegraded(body) => body.to_bytes().to_vec(),
             Self::EntriesLost(body) => body.to_bytes().to_vec(),
             Self::LossMended(body) => body.to_bytes().to_vec(),
+            Self::ImagesDamaged(body) => body.to_bytes().to_vec(),
+            Self::ImagesSound(body) => body.to_bytes().to_vec(),
+            Self::EntryDamaged(body) => body.to_bytes().to_vec(),
+            Self::EntrySound(body) => body.to_bytes().to_vec(),
+            Self::DiskGrown(body) => body.to_bytes().to_vec(),
         }
     }
 
@@ -569,6 +684,15 @@ impl Edit {
             EditKind::StretchDegraded => Self::StretchDegraded(StretchDegraded::read_exact(body)?),
             EditKind::EntriesLost => Self::EntriesLost(EntriesLost::read_exact(body)?),
             EditKind::LossMended => Self::LossMended(LossMended::read_exact(body)?),
+            EditKind::ImagesDamaged => Self::ImagesDamaged(ImagesDamaged::read_exact(body)?),
+            EditKind::ImagesSound => Self::ImagesSound(ImagesSound::read_exact(body)?),
+            EditKind::EntryDamaged => Self::EntryDamaged(EntryDamaged::read_exact(body)?),
+            EditKind::EntrySound => Self::EntrySound(EntrySound::read_exact(body)?),
+            EditKind::DiskGrown => {
+                let grown = DiskGrown::read_exact(body)?;
+                check_size("DiskGrown", grown.size_sectors)?;
+                Self::DiskGrown(grown)
+            }
         })
     }
 }

@@ -392,6 +392,19 @@ wire! {
     }
 }
 
+wire! {
+    /// The source disk is larger than its target, which is to grow; answered by OFFER with the new size, or by ERROR.
+    pub struct GrowDisk / GrowDiskWire = 48 {
+        /// The disk.
+        disk: DiskId,
+        /// Of the newest offer or grant.
+        generation: Generation,
+        /// Its size at the source now.
+        size_sectors: u64,
+        ; reserved: [u8; 16],
+    }
+}
+
 wire_enum! {
     /// What went wrong at the other end; the catalogue is in the operations document.
     pub enum ErrorCode: u16 {
@@ -471,6 +484,7 @@ pub enum Message {
     PointDegrade(PointDegrade),
     MarkRequest(MarkRequest),
     MarkRefused(MarkRefused),
+    GrowDisk(GrowDisk),
     Error(ErrorHead, String),
 }
 
@@ -542,6 +556,7 @@ impl Message {
             Self::PointDegrade(m) => put(&mut out, FrameKind::PointDegrade, &m.to_bytes()),
             Self::MarkRequest(m) => put(&mut out, FrameKind::MarkRequest, &m.to_bytes()),
             Self::MarkRefused(m) => put(&mut out, FrameKind::MarkRefused, &m.to_bytes()),
+            Self::GrowDisk(m) => put(&mut out, FrameKind::GrowDisk, &m.to_bytes()),
             Self::Error(m, text) => {
                 put(&mut out, FrameKind::Error, &m.to_bytes());
                 put(&mut out, FrameKind::Error, text.as_bytes())
@@ -599,6 +614,11 @@ impl Message {
             FrameKind::PointDegrade => Self::PointDegrade(take_point_degrade(body)?),
             FrameKind::MarkRequest => Self::MarkRequest(MarkRequest::read_exact(body)?),
             FrameKind::MarkRefused => Self::MarkRefused(MarkRefused::read_exact(body)?),
+            FrameKind::GrowDisk => {
+                let grow = GrowDisk::read_exact(body)?;
+                check_size("GrowDisk", grow.size_sectors)?;
+                Self::GrowDisk(grow)
+            }
             FrameKind::Error => {
                 let (head, rest) = ErrorHead::read_prefix(body)?;
                 let text = take_blob_of(rest, head.text_bytes.into(), usize::from(u16::MAX), "Error")?;

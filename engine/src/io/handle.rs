@@ -13,6 +13,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
@@ -318,9 +319,24 @@ fn is_read_only(device: &File) -> io::Result<bool> {
     Ok(flag != 0)
 }
 
+/// How often a lock is tried, and the pause between two tries.
+const LOCK_TRIES: u32 = 25;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
 /// Locks the whole file for this open file description: for writing against everyone, for reading against writers.
-/// The kind of lock hypervisors and image tools take, so they see ours and we see theirs.
+/// The kind of lock hypervisors and image tools take, so they see ours and we see theirs. What was closed a moment ago may
+/// live on a little: in the kernel, until a ring has let go of it, or in a child that was forked and did not run yet.
 fn lock_file(file: &File, write: bool) -> io::Result<()> {
+    for _ in 1..LOCK_TRIES {
+        match try_lock_file(file, write) {
+            Err(error) if error.kind() == ErrorKind::ResourceBusy => std::thread::sleep(LOCK_PAUSE),
+            answer => return answer,
+        }
+    }
+    try_lock_file(file, write)
+}
+
+fn try_lock_file(file: &File, write: bool) -> io::Result<()> {
     // SAFETY: `flock` is plain data for which all zeros is a value.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = if write { libc::F_WRLCK } else { libc::F_RDLCK } as libc::c_short;

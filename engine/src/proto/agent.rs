@@ -10,6 +10,8 @@
 //! the walk that wanted them and are ignored when it is over.
 //! Units: sectors, sequences, bytes of credit cost. Called by `agent/src/session.rs` and by the simulator.
 
+mod growing;
+
 use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
@@ -226,7 +228,7 @@ impl Agent {
 
     fn stop_disk(&mut self, disk: DiskId, code: ErrorCode, text: String) {
         let Some(state) = self.disks.get_mut(&disk) else { return };
-        if matches!(state.phase, AgentDiskPhase::Open | AgentDiskPhase::Opening) {
+        if matches!(state.phase, AgentDiskPhase::Open | AgentDiskPhase::Opening | AgentDiskPhase::Growing) {
             state.phase.become_state(AgentDiskPhase::Stopped);
             state.end_walk();
             self.events.push_back(AgentEvent::Stopped { disk, code, text });
@@ -259,7 +261,7 @@ impl Agent {
         }
         let epochs_used = self.epochs_used;
         let disk = self.disks.entry(head.disk).or_insert_with(|| AgentDisk::new(head, epochs_used));
-        if !matches!(disk.phase, AgentDiskPhase::Closed | AgentDiskPhase::Stopped) {
+        if !matches!(disk.phase, AgentDiskPhase::Closed | AgentDiskPhase::Stopped | AgentDiskPhase::Growing) {
             return Ok(()); // offered twice: the first stands
         }
         disk.phase.become_state(AgentDiskPhase::Offered);

@@ -21,8 +21,8 @@ use crate::format::batch::Mark;
 use crate::format::frame::FrameKind;
 use crate::format::handshake::{HELLO_MAGIC, Hello, HelloAck, Role};
 use crate::format::message::{
-    CompareRequestHead, ErrorCode, InventoryDisk, MarkRefused, MarkRequest, Message, OfferHead, OpenDiskHead,
-    PassBegin, PassEnd, PointDegrade, Policy, SourceId, Welcome,
+    CompareRequestHead, ErrorCode, GrowDisk, InventoryDisk, MarkRefused, MarkRequest, Message, OfferHead,
+    OpenDiskHead, PassBegin, PassEnd, PointDegrade, Policy, SourceId, Welcome,
 };
 use crate::limits::HANDSHAKE_NANOS_MAX;
 use crate::units::{DiskId, Generation, MonoTime, PeerId};
@@ -78,6 +78,8 @@ pub enum SessionEvent {
     ToDisk(DiskId, DiskInput),
     /// A point that was asked for cannot be had.
     MarkRefused(MarkRefused),
+    /// A disk that was offered is to grow: answer with [`TargetSession::offer`] or an ERROR of it.
+    Grow(GrowDisk),
 }
 
 /// One session at the master target.
@@ -203,6 +205,14 @@ impl TargetSession {
             Message::PointDegrade(degrade) => self.route(degrade.disk, DiskInput::PointDegrade(degrade)),
             Message::MarkRefused(refused) => {
                 self.events.push_back(SessionEvent::MarkRefused(refused));
+                Ok(())
+            }
+            Message::GrowDisk(grow) if self.offered.contains_key(&grow.disk) => {
+                self.events.push_back(SessionEvent::Grow(grow));
+                Ok(())
+            }
+            Message::GrowDisk(grow) => {
+                self.refuse(grow.disk, ErrorCode::UnknownDisk, "this disk is not offered to this agent");
                 Ok(())
             }
             Message::Error(head, text) => Err(ProtoError::Peer { code: head.code, text }),

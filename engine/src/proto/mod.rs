@@ -201,5 +201,6 @@ const fn frame_name(kind: FrameKind) -> &'static str {
         FrameKind::PointDegrade => "POINT_DEGRADE",
         FrameKind::MarkRequest => "MARK_REQUEST",
         FrameKind::MarkRefused => "MARK_REFUSED",
+        FrameKind::GrowDisk => "GROW_DISK",
     }
 }

@@ -3,9 +3,9 @@
 //! A chunk goes `reading → (comparing → refining →) sending → sent`. A bulk pass repairs the target until all of the
 //! disk is settled durably; a scan round does the same through the delta stream and forgets itself at its mark.
 //!
-//! Invariants: at most [`CHUNKS_OPEN_MAX`] chunks hold data at the agent; what cannot be read is never sent; a chunk is settled only when the target
-//! says its sectors are durable (bulk) or its records were given sequences (scan); a reconnect begins again with what
-//! is not settled. Units: sectors; a unit is 64 KiB, a fine unit 4 KiB, counted from the chunk's first sector.
+//! Invariants: at most [`CHUNKS_OPEN_MAX`] chunks hold data at the agent; what cannot be read is never sent; a chunk is
+//! settled only when the target says its sectors are durable (bulk) or its records were given sequences (scan); a
+//! reconnect begins again with what is not settled. Units: sectors; a unit is 64 KiB, a fine unit 4 KiB, counted from the chunk's first sector.
 //! Driven by [`super::agent`]; the data themselves stay with the agent's reader.
 
 use std::collections::{BTreeMap, VecDeque};

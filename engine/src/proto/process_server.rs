@@ -276,6 +276,7 @@ impl RelaySession {
             | FrameKind::PassEnd
             | FrameKind::PointDegrade
             | FrameKind::MarkRefused
+            | FrameKind::GrowDisk
             | FrameKind::Error => {
                 // The target decodes the others; here their kind and length are enough.
                 if kind == FrameKind::OpenDisk

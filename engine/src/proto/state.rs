@@ -56,11 +56,13 @@ state_table! {
     /// A disk at the agent.
     pub enum AgentDiskPhase {
         /// Offered by the target, not opened.
-        Offered => [Opening, Closed],
+        Offered => [Opening, Growing, Closed],
         /// OPEN_DISK is on its way.
         Opening => [Open, Closed, Stopped],
         /// Data may flow; opened anew where the stream must be given up.
-        Open => [Opening, Closed, Stopped],
+        Open => [Opening, Growing, Closed, Stopped],
+        /// The source is larger than the target, which is to grow: it is offered anew, or refused.
+        Growing => [Offered, Closed, Stopped],
         /// The session is gone; what was not durable waits.
         Closed => [Offered],
         /// Fenced or refused: stays so until offered again.

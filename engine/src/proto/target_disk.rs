@@ -12,7 +12,9 @@
 //! the disk (I6); bulk never overwrites what delta wrote since the pass began.
 //! Units: sectors, sequences, credit cost in bytes. Called by `master-target/src/disk_worker.rs` and the simulator.
 
+mod answers;
 mod fence;
+mod grow;
 
 use std::collections::VecDeque;
 
@@ -23,11 +25,10 @@ use crate::format::batch::{BatchHeader, BulkHeader, CHAIN_START, Chain, Mark, cr
 use crate::format::disk_state::DiskState;
 use crate::format::extent::Record;
 use crate::format::message::{
-    Ack, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead, Message,
-    Nack, NackReason, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade,
-    SourceId,
+    CompareHashesHead, CompareRequestHead, ErrorCode, Message, NackReason, OpenDiskHead, PassBegin,
+    PassCause, PassEnd, PassMode, PointDegrade, SourceId,
 };
-use crate::limits::{CHUNKS_OPEN_MAX, RANGES_PER_MESSAGE_MAX};
+use crate::limits::CHUNKS_OPEN_MAX;
 use crate::range_set::RangeSet;
 use crate::units::{DiskId, Generation, LineageId, MonoTime, PeerId, SectorRange, Sequence};
 
@@ -266,7 +267,7 @@ impl TargetDisk {
         }
         if open.size_sectors != self.state.size_sectors {
             let text = format!(
-                "the source has {} sectors, the target {}; grow the smaller one or protect the disk anew",
+                "the source has {} sectors, the target {}; reload the agent, or protect the disk anew",
                 open.size_sectors, self.state.size_sectors
             );
             return self.refuse(session, ErrorCode::Size, &text);
@@ -547,51 +548,6 @@ impl TargetDisk {
         self.checkpoint_if_due(now, false);
     }
 
-    fn acknowledge(&mut self, session: SessionId, done: &Checkpoint) {
-        if !done.settled.is_empty() {
-            let ranges: Vec<SectorRange> = done.settled.iter().collect();
-            for part in ranges.chunks(RANGES_PER_MESSAGE_MAX) {
-                let head = BulkAckHead {
-                    disk: self.state.disk,
-                    generation: self.state.generation,
-                    pass: done.pass,
-                    range_count: part.len() as u32,
-                };
-                self.reply(session, Message::BulkAck(head, part.to_vec()));
-            }
-        }
-        self.ack(session);
-        let current = done.pass == self.state.pass; // one that began since is announced when it is durable
-        if current && (done.ends_pass || done.announces_pass) {
-            self.reply(session, Message::PassState(self.pass_state()));
-        }
-        self.announce_credit();
-    }
-
-    fn grant(&mut self, session: SessionId) {
-        self.opening = None;
-        self.session = Some(session);
-        self.phase.become_state(TargetDiskPhase::Open);
-        self.window = Window::new(self.limits);
-        let mut settled = self.state.settled.clone();
-        settled.truncate_to_longest(RANGES_PER_MESSAGE_MAX);
-        let ranges: Vec<SectorRange> = settled.iter().collect();
-        let head = GrantHead {
-            disk: self.state.disk,
-            generation: self.state.generation,
-            lineage: self.state.lineage,
-            durable: self.durable,
-            chain: self.state.chain,
-            pass: self.state.pass,
-            mode: self.state.mode,
-            range_count: ranges.len() as u32,
-            grant_bytes: 0,
-        };
-        self.reply(session, Message::Grant(head, ranges, bytes::Bytes::new()));
-        self.notices.push_back(DiskNotice::Opened(self.state.generation));
-        self.announce_credit();
-    }
-
     /// The driver could not write or flush: the disk stops (I6).
     pub fn handle_failed(&mut self, reason: &str) {
         if self.phase == TargetDiskPhase::Failed {
@@ -705,84 +661,6 @@ impl TargetDisk {
             announces_pass: std::mem::take(&mut self.pass_announce),
         });
         self.actions.push_back(DiskAction::Checkpoint { state: Box::new(self.state.clone()) });
-    }
-
-    /// A batch that came with credit and will not be written.
-    fn window_dropped(&mut self, cost: u64) {
-        self.window.dropped(cost);
-        self.announce_credit();
-    }
-
-    fn window_written(&mut self, cost: u64) {
-        self.window.wrote(cost);
-        self.announce_credit();
-    }
-
-    fn announce_credit(&mut self) {
-        let Some(session) = self.session else { return };
-        if let Some(limit) = self.window.announce() {
-            let credit = Credit { disk: self.state.disk, generation: self.state.generation, limit };
-            self.reply(session, Message::Credit(credit));
-        }
-    }
-
-    fn ack(&mut self, session: SessionId) {
-        let ack = Ack {
-            disk: self.state.disk,
-            generation: self.state.generation,
-            received: self.received,
-            durable: self.durable,
-            applied: self.applied.unwrap_or(self.durable),
-            marked: self.durable_marked,
-            mark: self.durable_mark,
-        };
-        self.reply(session, Message::Ack(ack));
-    }
-
-    fn nack(&mut self, session: SessionId, reason: NackReason) {
-        let nack = Nack {
-            disk: self.state.disk,
-            generation: self.state.generation,
-            resume_from: self.received.next(),
-            reason,
-        };
-        self.reply(session, Message::Nack(nack));
-    }
-
-    /// Refuses a frame of a session that may not write. One that is just opening the disk sent it under its last grant:
-    /// it gets its new one instead of words that it could take for the end.
-    fn fence(&mut self, session: SessionId) {
-        if self.opening != Some(session) {
-            self.reply(session, Message::Fenced(self.fenced()));
-        }
-    }
-
-    const fn fenced(&self) -> Fenced {
-        Fenced { disk: self.state.disk, generation: self.state.generation }
-    }
-
-    const fn pass_state(&self) -> PassState {
-        PassState {
-            disk: self.state.disk,
-            generation: self.state.generation,
-            pass: self.state.pass,
-            mode: self.state.mode,
-        }
-    }
-
-    fn refuse(&mut self, session: SessionId, code: ErrorCode, text: &str) {
-        self.reply(session, Message::error(self.state.disk, code, text));
-    }
-
-    /// Refuses and takes the disk away from a session that broke a rule; it must open the disk again.
-    fn expel(&mut self, session: SessionId, code: ErrorCode, text: &str) {
-        self.refuse(session, code, text);
-        self.session = None;
-        self.phase.become_state(TargetDiskPhase::Closed);
-    }
-
-    fn reply(&mut self, session: SessionId, message: Message) {
-        self.replies.push_back(DiskAction::Reply { session, message });
     }
 
     /// The chain digest of everything accepted.

@@ -192,7 +192,8 @@ impl World {
         while let Some(event) = self.target.sessions.get_mut(&id).and_then(|s| s.core.poll_event()) {
             match event {
                 SessionEvent::Ready { agent, .. } => self.offer_all(id, agent),
-                SessionEvent::Inventory { .. } | SessionEvent::MarkRefused(_) => {}
+                // Disks here have one size for ever, and nobody asks for a point.
+                SessionEvent::Inventory { .. } | SessionEvent::MarkRefused(_) | SessionEvent::Grow(_) => {}
                 SessionEvent::ToDisk(disk, input) => self.disk_gets(id, disk, input),
             }
         }

@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use crate::format::vmdk::descriptor::{AdapterType, DiskUuid};
-use crate::io::{BlockError, BlockFile, ByteRange, ReadAt, WriteAt};
+use crate::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 use crate::limits::DISK_BYTES_MAX;
 pub use crate::store::files::Files;
 use crate::store::vmdk::open::check_vmdk;
 pub use crate::store::vmdk::{CreateSpec, Repair, TargetError, VmdkKind};
-use crate::store::vmdk::{TargetFile, create_vmdk, open_vmdk};
+use crate::store::vmdk::{TargetFile, create_vmdk, grow_vmdk, open_vmdk};
 use crate::units::SECTOR_BYTES;
 
 /// What kind of thing a target is.
@@ -113,6 +113,7 @@ pub struct Target {
     file: Box<dyn TargetFile>,
     facts: TargetFacts,
     repair: Repair,
+    closed: bool,
 }
 
 impl Target {
@@ -126,6 +127,27 @@ impl Target {
     #[must_use]
     pub const fn repair(&self) -> &Repair {
         &self.repair
+    }
+
+    /// Closes it, makes it larger and opens it again, at the size that it has then.
+    ///
+    /// # Errors
+    /// As for [`grow_target`]: it is open at its old size then. Where it could not be closed in order or opened again,
+    /// [`Self::is_closed`] says so, and nothing can be read or written any more.
+    pub fn grow(&mut self, opener: &Arc<dyn Files>, size_bytes: u64) -> Result<(), TargetError> {
+        let spec = TargetSpec { path: self.facts.path.clone(), kind: self.facts.kind };
+        let closed = ClosedFile { name: spec.path.display().to_string(), size_bytes: self.facts.size_bytes };
+        self.closed = true;
+        std::mem::replace(&mut self.file, Box::new(closed)).close()?;
+        let grown = grow_target(opener, &spec, size_bytes);
+        *self = open_target(opener, &spec, &Expectation { writable: true, ..Expectation::default() })?;
+        if self.facts.size_bytes == size_bytes { Ok(()) } else { grown }
+    }
+
+    /// Whether a growth left it closed.
+    #[must_use]
+    pub const fn is_closed(&self) -> bool {
+        self.closed
     }
 
     /// Makes everything durable and leaves the files as any reader expects them.
@@ -225,6 +247,37 @@ pub fn detect_target(opener: &Arc<dyn Files>, path: &Path) -> Result<TargetSpec,
     Ok(TargetSpec { path: path.into(), kind })
 }
 
+/// Makes a closed target larger; durable when this returns. Of a device it only sees that this was done.
+///
+/// # Errors
+/// [`TargetError::CannotGrow`] and others, with the remedy; the target then has its old size, or the new one.
+pub fn grow_target(opener: &Arc<dyn Files>, spec: &TargetSpec, size_bytes: u64) -> Result<(), TargetError> {
+    if spec.kind.vmdk().is_some() {
+        return grow_vmdk(opener, &spec.path, size_bytes);
+    }
+    let got = target_bytes(opener, spec)?;
+    if got == size_bytes {
+        return Ok(());
+    }
+    Err(TargetError::CannotGrow {
+        path: spec.path.clone(),
+        what: format!("the device has {got} bytes, the source {size_bytes}"),
+        remedy: "give the disk that is attached here exactly the size of the source, have it rescanned (echo 1 > /sys/block/sdX/device/rescan), then reload the agent",
+    })
+}
+
+/// The size of a target that need not be open.
+///
+/// # Errors
+/// When it cannot be examined.
+pub fn target_bytes(opener: &Arc<dyn Files>, spec: &TargetSpec) -> Result<u64, TargetError> {
+    if spec.kind.vmdk().is_some() {
+        return Ok(check_vmdk(&**opener, &spec.path)?.descriptor.sectors() * SECTOR_BYTES);
+    }
+    let missing = || TargetError::MissingFile { path: spec.path.clone(), by: spec.path.clone() };
+    Ok(opener.facts(&spec.path)?.ok_or_else(missing)?.size_bytes)
+}
+
 fn check_size(path: &Path, got: u64, expected: Option<u64>) -> Result<(), TargetError> {
     match expected {
         Some(expected) if expected != got => {
@@ -265,7 +318,7 @@ fn open_disk(
         cid: Some(opened.descriptor.cid()),
         fresh: false,
     };
-    Ok(Target { file: opened.file, facts, repair: opened.repair })
+    Ok(Target { file: opened.file, facts, repair: opened.repair, closed: false })
 }
 
 fn open_device(opener: &Arc<dyn Files>, path: &Path, expect: &Expectation) -> Result<Target, TargetError> {
@@ -292,7 +345,48 @@ fn open_device(opener: &Arc<dyn Files>, path: &Path, expect: &Expectation) -> Re
         cid: None,
         fresh: false,
     };
-    Ok(Target { file, facts, repair: Repair::default() })
+    Ok(Target { file, facts, repair: Repair::default(), closed: false })
+}
+
+/// In the place of a target that was closed to grow and could not be opened again.
+#[derive(Debug)]
+struct ClosedFile {
+    name: String,
+    size_bytes: u64,
+}
+
+impl ClosedFile {
+    fn refuse(&self, op: BlockOp) -> BlockError {
+        let source = std::io::Error::other("it was closed to grow and could not be opened again");
+        BlockError { name: self.name.clone(), op, offset: 0, len: 0, source }
+    }
+}
+
+impl BlockFile for ClosedFile {
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+    fn read(&mut self, _reads: &mut [ReadAt<'_>]) -> Result<(), BlockError> {
+        Err(self.refuse(BlockOp::Read))
+    }
+    fn write(&mut self, _writes: &[WriteAt<'_>]) -> Result<(), BlockError> {
+        Err(self.refuse(BlockOp::Write))
+    }
+    fn zero(&mut self, _range: ByteRange) -> Result<(), BlockError> {
+        Err(self.refuse(BlockOp::Zero))
+    }
+    fn flush(&mut self) -> Result<(), BlockError> {
+        Err(self.refuse(BlockOp::Flush))
+    }
+    fn allocated(&mut self, _range: ByteRange) -> Result<Vec<ByteRange>, BlockError> {
+        Err(self.refuse(BlockOp::Map))
+    }
+}
+
+impl TargetFile for ClosedFile {
+    fn close(self: Box<Self>) -> Result<(), TargetError> {
+        Err(self.refuse(BlockOp::Flush).into())
+    }
 }
 
 /// An attached device: nothing between the target and the medium.

@@ -13,7 +13,7 @@ use reprotect_engine::store::journal::entry::entry_writes;
 use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::window::Window;
 use reprotect_engine::store::journal::{Journal, JournalError, LogEntry};
-use reprotect_engine::units::{DiskId, Generation, LineageId, SECTOR_BYTES, Sequence, Timestamp};
+use reprotect_engine::units::{DiskId, Generation, LineageId, Sequence, Timestamp};
 
 pub(crate) const NOW: Timestamp = Timestamp(1);
 pub(crate) const POSITION: Position =
@@ -68,7 +68,7 @@ pub(crate) fn view(
 ) -> Result<Vec<u8>, JournalError> {
     let view = View::open(journal, applier.disk(), at)?;
     let runs = view.open_runs(journal, applier)?;
-    let mut bytes = vec![0; (applier.size_sectors() * SECTOR_BYTES) as usize];
+    let mut bytes = vec![0; view.size_bytes() as usize];
     view.read(&runs, applier, 0, &mut bytes)?;
     Ok(bytes)
 }

@@ -22,7 +22,6 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use reprotect_engine::store::files::memory::{Event, MemoryFiles};
 
@@ -31,6 +30,7 @@ use super::machine::Journal;
 use super::manifest::Kind;
 use super::records::{At, BLOCKS, Body, Entry, Record, SECTORS};
 use super::rng::Rng;
+use super::seeds::play_all;
 use super::source::Source;
 use super::store::{Store, bytes_of_disk};
 
@@ -370,32 +370,9 @@ fn play(seed: u64, long: bool) -> Result<Sum, String> {
     }
 }
 
-/// Plays the seeds on two threads.
+/// Plays the seeds.
 fn play_seeds(seeds: Range<u64>, long: bool) -> (Sum, Vec<String>) {
-    let next = AtomicU64::new(seeds.start);
-    let work = || {
-        let (mut sum, mut failures) = (Sum::default(), Vec::new());
-        loop {
-            let seed = next.fetch_add(1, Ordering::Relaxed);
-            if seed >= seeds.end || !failures.is_empty() {
-                return (sum, failures);
-            }
-            match play(seed, long) {
-                Ok(one) => sum.add(&one),
-                Err(failure) => failures.push(failure),
-            }
-        }
-    };
-    std::thread::scope(|scope| {
-        let workers = [scope.spawn(work), scope.spawn(work)];
-        let (mut sum, mut failures) = (Sum::default(), Vec::new());
-        for worker in workers {
-            let (one, failed) = worker.join().expect("a worker");
-            sum.add(&one);
-            failures.extend(failed);
-        }
-        (sum, failures)
-    })
+    play_all(seeds, 1, |seed| play(seed, long), Sum::add)
 }
 
 #[test]

@@ -29,6 +29,8 @@ mod report;
 mod retention;
 mod rng;
 mod rollback;
+#[path = "../seeds/mod.rs"]
+mod seeds;
 mod source;
 #[cfg(feature = "sim")]
 mod store;
@@ -36,7 +38,6 @@ mod undo;
 mod view;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use mutations::{RULES, Rule};
 use play::{Report, play};
@@ -52,33 +53,9 @@ fn broken_rule() -> Option<Rule> {
     Some(rule.unwrap_or_else(|| panic!("no rule {name}")).0)
 }
 
-/// Plays the seeds on two threads. Answers the sum of those that passed, and up to ten failures.
+/// Plays the seeds. Answers the sum of those that passed, and what failed.
 fn play_all(seeds: u64) -> (Report, Vec<String>) {
-    let (next, enough) = (AtomicU64::new(0), AtomicBool::new(false));
-    let work = || {
-        let (mut sum, mut failures) = (Report::default(), Vec::new());
-        loop {
-            let seed = next.fetch_add(1, Ordering::Relaxed);
-            if seed >= seeds || enough.load(Ordering::Relaxed) {
-                return (sum, failures);
-            }
-            match play(seed, None, false) {
-                Ok(report) => sum.add(&report),
-                Err(failure) => failures.push(failure),
-            }
-            enough.fetch_or(failures.len() >= 5, Ordering::Relaxed);
-        }
-    };
-    std::thread::scope(|scope| {
-        let workers = [scope.spawn(work), scope.spawn(work)];
-        let (mut sum, mut failures) = (Report::default(), Vec::new());
-        for worker in workers {
-            let (report, failed) = worker.join().expect("a worker");
-            sum.add(&report);
-            failures.extend(failed);
-        }
-        (sum, failures)
-    })
+    seeds::play_all(0..seeds, 5, |seed| play(seed, None, false), Report::add)
 }
 
 #[test]

@@ -7,8 +7,8 @@ use reprotect_engine::format::batch::{
 };
 use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::message::{
-    Ack, CompareHashesHead, Credit, Fenced, Message, Nack, NackReason, OfferHead, PassCause, PassMode,
-    PassState, Welcome,
+    Ack, CompareHashesHead, Credit, ErrorCode, Fenced, GrowDisk, Message, Nack, NackReason, OfferHead,
+    PassCause, PassMode, PassState, Welcome,
 };
 use reprotect_engine::limits::{DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX, MARKS_PENDING_MAX};
 use reprotect_engine::proto::Lane;
@@ -553,4 +553,60 @@ fn late_answers_to_a_disk_that_was_forgotten_are_not_taken_for_its_successors() 
     assert!(epoch(&source) > before);
     // A bug of the reader if it were the new walk's: no such number of hashes was asked for.
     source.agent.handle_read(DISK, before, range(0, 128), Some(Vec::new())).unwrap();
+}
+
+#[test]
+fn a_disk_that_grows_sends_nothing_until_it_is_open_at_its_new_size_and_then_goes_on() {
+    let mut source = Source::new();
+    source.open(2, (0, CHAIN_START), 1, PassMode::Done);
+    assert_eq!(source.submit(1), Sequence(1));
+    source.pump();
+    source.sent.clear();
+    assert!(source.agent.ask_to_grow(DISK, 2 * SECTORS));
+    assert!(!source.agent.ask_to_grow(DISK, 2 * SECTORS), "it was asked");
+    assert_eq!(source.submit(2), Sequence(2));
+    source.pump();
+    let [(_, FrameKind::GrowDisk, body)] = source.sent.as_slice() else { panic!("{:?}", source.kinds()) };
+    let asked = GrowDisk { disk: DISK, generation: Generation(2), size_sectors: 2 * SECTORS };
+    assert_eq!(Message::decode(FrameKind::GrowDisk, body), Ok(Message::GrowDisk(asked)));
+    // What the target said of the old generation meanwhile changes nothing.
+    source.ack(2, 1, 0);
+    source.gets(&Message::Fenced(Fenced { disk: DISK, generation: Generation(2) }));
+    assert!(!source.agent.begin_scan(DISK) && source.agent.stream_position(DISK).is_some());
+    source.sent.clear();
+    let head = OfferHead {
+        disk: DISK,
+        source: [9; 16],
+        size_sectors: 2 * SECTORS,
+        generation: Generation(2),
+        grant_bytes: 0,
+    };
+    source.gets(&Message::Offer(head, Bytes::new()));
+    source.agent.open(DISK, 2 * SECTORS);
+    source.pump();
+    assert_eq!(source.kinds(), [FrameKind::OpenDisk]);
+    source.grant(3, (0, CHAIN_START), 1, PassMode::Done);
+    source.gets(&Message::Credit(Credit { disk: DISK, generation: Generation(3), limit: 1 << 30 }));
+    assert_eq!(source.batches(), [(1, 3), (2, 3)], "what was not durable, and what came since");
+    let compares = |event: &AgentEvent| matches!(event, AgentEvent::Resync { .. });
+    assert!(!source.events.iter().any(compares), "{:?}", source.events);
+    source.ack(3, 2, 0);
+    assert!(source.agent.begin_scan(DISK));
+    source.pump();
+    let asked = source.sent.iter().filter(|(_, kind, _)| *kind == FrameKind::CompareRequest);
+    assert_eq!(asked.count() as u64, 2 * SECTORS * 512 / (64 << 10), "the round goes over the new part");
+}
+
+#[test]
+fn a_target_that_cannot_grow_stops_the_disk_with_its_reason() {
+    let mut source = Source::new();
+    source.open(2, (0, CHAIN_START), 1, PassMode::Done);
+    assert!(source.agent.ask_to_grow(DISK, 2 * SECTORS));
+    source.gets(&Message::error(DISK, ErrorCode::Size, "the device is too small"));
+    let stopped = |event: &AgentEvent| matches!(event, AgentEvent::Stopped { text, .. } if text == "the device is too small");
+    assert!(source.events.iter().any(stopped), "{:?}", source.events);
+    assert!(!source.agent.ask_to_grow(DISK, 2 * SECTORS), "until it is offered again");
+    source.agent.handle_disconnected();
+    source.open(3, (0, CHAIN_START), 1, PassMode::Done);
+    assert!(source.agent.ask_to_grow(DISK, 3 * SECTORS));
 }

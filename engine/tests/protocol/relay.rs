@@ -7,7 +7,7 @@ use reprotect_engine::format::batch::{
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::frame::{Frame, FrameKind};
 use reprotect_engine::format::handshake::Hello;
-use reprotect_engine::format::message::{Credit, Message, OpenDiskHead, PassMode};
+use reprotect_engine::format::message::{Credit, GrowDisk, Message, OpenDiskHead, PassMode};
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::proto::process_server::{RelayAction, RelaySession, Side};
 use reprotect_engine::units::{DiskId, Generation, PeerId, Sequence, Timestamp};
@@ -201,4 +201,32 @@ fn a_retired_disk_gives_back_its_place_and_what_is_under_way_for_it_is_dropped()
         relay.handle_frame(Side::Agent, FrameKind::OpenDisk, open.body()).unwrap();
         relay.retire(disk);
     }
+}
+
+#[test]
+fn that_a_disk_grows_is_passed_on_and_its_new_part_is_let_through_when_it_is_open() {
+    let mut relay = relay(8 << 20);
+    let grow = GrowDisk { disk: DISK, generation: Generation(1), size_sectors: 2 * SECTORS };
+    let frame = Message::GrowDisk(grow).encode();
+    relay.handle_frame(Side::Agent, FrameKind::GrowDisk, frame.body()).unwrap();
+    let actions = drain(&mut relay);
+    let [RelayAction::Forward { to: Side::Target, outgoing, .. }] = actions.as_slice() else {
+        panic!("{actions:?}")
+    };
+    assert_eq!((outgoing.frame.kind(), outgoing.frame.body()), (frame.kind(), frame.body()));
+    let open = OpenDiskHead {
+        disk: DISK,
+        size_sectors: 2 * SECTORS,
+        generation: Generation(1),
+        lineage: LINEAGE,
+        durable: Sequence::ZERO,
+        grant_bytes: 0,
+    };
+    let open = Message::OpenDisk(open, Bytes::new()).encode();
+    relay.handle_frame(Side::Agent, FrameKind::OpenDisk, open.body()).unwrap();
+    relay_grant(&mut relay, 2);
+    let records = vec![data(2 * SECTORS - 8, 2 * SECTORS, 7)];
+    let header = Target::new(PassMode::Done).header(Generation(2), 1, &records);
+    let batch = encode_batch(&header, &records);
+    relay.handle_frame(Side::Agent, FrameKind::Batch, batch.body()).unwrap();
 }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::handshake::{Hello, Role};
-use reprotect_engine::format::message::{Auth, Fenced, Message, OpenDiskHead, Welcome};
+use reprotect_engine::format::message::{Auth, Fenced, GrowDisk, Message, OpenDiskHead, Welcome};
 use reprotect_engine::proto::{Authority, Prover};
 use reprotect_engine::units::{DiskId, Generation, PeerId, Sequence};
 
@@ -118,4 +118,16 @@ fn an_open_that_comes_too_late_is_offered_again_and_other_fences_are_not() {
     open(&mut session, Names.issue(DISK, SECTORS, Generation(4), AGENT));
     session.send_reply(fenced(6), SECTORS);
     assert_eq!(kinds(&mut session), [FrameKind::Fenced, FrameKind::Offer]);
+}
+
+#[test]
+fn only_a_disk_that_was_offered_can_be_asked_to_grow() {
+    let mut session = ready();
+    let grow = |disk| GrowDisk { disk, generation: Generation(4), size_sectors: 2 * SECTORS };
+    gets(&mut session, &Message::GrowDisk(grow(DISK)));
+    assert_eq!(session.poll_event(), Some(SessionEvent::Grow(grow(DISK))));
+    gets(&mut session, &Message::GrowDisk(grow(DiskId([0x66; 16]))));
+    assert_eq!(session.poll_event(), None);
+    let refused = session.poll_transmit().unwrap().frame;
+    assert_eq!(refused.kind(), FrameKind::Error);
 }

@@ -507,3 +507,43 @@ fn requests_for_hashes_are_bounded() {
     assert!(out.hashes < 1000, "{}", out.hashes);
     assert_eq!(out.said(|m| matches!(m, Message::Error(head, _) if head.code == ErrorCode::Limit)), 1);
 }
+
+#[test]
+fn a_disk_that_grows_takes_nothing_until_it_is_opened_at_its_new_size() {
+    let mut target = Target::new(PassMode::Done);
+    let before = target.open(S1);
+    target.delta(S1, before, vec![data(0, 8, 1)]);
+    target.td.handle_growing(T0);
+    assert!(!target.td.is_settled());
+    let out = target.settle();
+    assert!(target.td.is_settled() && out.writes.len() == 1, "what was accepted is executed: {out:?}");
+    assert_eq!(target.td.durable(), Sequence(1));
+    target.td.handle_grown(T0, 2 * SECTORS);
+    let out = target.settle();
+    let recorded = out.checkpoints.last().map(|state| (state.size_sectors, state.sequence));
+    assert_eq!(recorded, Some((2 * SECTORS, Sequence(1))));
+    // Under way from before: refused, and nothing of it is written.
+    let records = vec![data(8, 16, 2)];
+    let header = target.header(before, 2, &records);
+    target.td.handle_batch(T0, S1, &header, records);
+    let out = target.settle();
+    assert!(out.writes.is_empty() && out.acks().is_empty(), "{out:?}");
+    target.ask_open(S1, before);
+    let refused =
+        |message: &Message| matches!(message, Message::Error(head, _) if head.code == ErrorCode::Size);
+    assert_eq!(target.settle().said(refused), 1, "at its old size");
+    let head = OpenDiskHead {
+        disk: DISK,
+        size_sectors: 2 * SECTORS,
+        generation: before,
+        lineage: LINEAGE,
+        durable: Sequence(1),
+        grant_bytes: 0,
+    };
+    target.td.handle_open(T0, S1, &head);
+    assert_eq!(target.settle().said(|message| matches!(message, Message::Grant(..))), 1);
+    let after = target.td.state().generation;
+    assert!(after > before);
+    target.delta(S1, after, vec![data(2 * SECTORS - 8, 2 * SECTORS, 3)]);
+    assert_eq!(target.settle().writes.len(), 1, "behind the old end");
+}

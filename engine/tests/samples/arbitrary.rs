@@ -10,7 +10,7 @@ use reprotect_engine::format::batch::{Mark, MarkCause, MarkClass};
 use reprotect_engine::format::extent::{Codec, Record};
 use reprotect_engine::format::message::{
     Ack, Auth, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead,
-    InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason, OfferHead,
+    GrowDisk, InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason, OfferHead,
     OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade, Policy, Welcome,
 };
 use reprotect_engine::format::wire::Text;
@@ -210,8 +210,11 @@ pub(crate) fn passes() -> impl Strategy<Value = Message> {
     );
     let refused = (id(), "[a-zA-Z0-9 ]{0,200}")
         .prop_map(|(point, reason)| Message::MarkRefused(MarkRefused { point, reason: Text::new(&reason) }));
+    let grow = (key(), 0..=DISK_SECTORS_MAX).prop_map(|((disk, generation), size_sectors)| {
+        Message::GrowDisk(GrowDisk { disk, generation, size_sectors })
+    });
     let welcome = any::<u32>().prop_map(|offers| Message::Welcome(Welcome { offers }));
-    prop_oneof![request, hashes, begin, state, end, policy, degrade, wanted, refused, error, welcome]
+    prop_oneof![request, hashes, begin, state, end, policy, degrade, wanted, refused, grow, error, welcome]
 }
 
 pub(crate) fn message() -> impl Strategy<Value = Message> {

@@ -3,9 +3,10 @@
 use reprotect_engine::checksum::crc32;
 use reprotect_engine::format::batch::{MarkCause, MarkClass};
 use reprotect_engine::format::manifest::{
-    DiskAdded, DiskRemoved, Edit, EntriesLost, EpochCause, EpochClosed, EpochOpened, EpochsExpired,
-    LossMended, MANIFEST_MAGIC, ManifestHeader, PointDropped, PointKept, Released, RunsMerged,
-    SUPERBLOCK_MAGIC, SegmentOpened, StretchDegraded, Superblock,
+    DiskAdded, DiskGrown, DiskRemoved, Edit, EntriesLost, EntryDamaged, EntrySound, EpochCause, EpochClosed,
+    EpochOpened, EpochsExpired, ImagesDamaged, ImagesSound, LossMended, MANIFEST_MAGIC, ManifestHeader,
+    PointDropped, PointKept, Released, RunsMerged, SUPERBLOCK_MAGIC, SegmentOpened, StretchDegraded,
+    Superblock,
 };
 use reprotect_engine::format::segment::{
     Applied, EntryHead, EntryKind, GROUP_MAGIC, GroupHeader, SEGMENT_MAGIC, SegmentHeader,
@@ -107,6 +108,26 @@ pub(crate) fn edits() -> Vec<Edit> {
             cause: Text::new("the redo log is damaged"),
         }),
         Edit::LossMended(LossMended { disk: DISK, number: 50 }),
+        Edit::ImagesDamaged(ImagesDamaged {
+            disk: DISK,
+            first: 4,
+            last: 5,
+            start: 16,
+            end: 32,
+            since: 3,
+            time: TIME,
+            cause: Text::new("checksum"),
+        }),
+        Edit::ImagesSound(ImagesSound { disk: DISK, first: 4, last: 5, start: 20, end: 21 }),
+        Edit::EntryDamaged(EntryDamaged {
+            disk: DISK,
+            number: 41,
+            segment: 3,
+            time: TIME,
+            cause: Text::new("checksum"),
+        }),
+        Edit::EntrySound(EntrySound { disk: DISK, number: 41 }),
+        Edit::DiskGrown(DiskGrown { disk: DISK, size_sectors: 1 << 22, after: 50, time: TIME }),
     ]
 }
 

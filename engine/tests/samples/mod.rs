@@ -13,7 +13,7 @@ use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::handshake::{HELLO_MAGIC, Hello, HelloAck, Role};
 use reprotect_engine::format::message::{
     Ack, Auth, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead,
-    InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason, OfferHead,
+    GrowDisk, InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason, OfferHead,
     OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade, Policy, Welcome,
 };
 use reprotect_engine::format::wire::Text;
@@ -186,6 +186,7 @@ fn disk_messages() -> Vec<(&'static str, Message)> {
             "MARK_REFUSED",
             Message::MarkRefused(MarkRefused { point: [0x57; 16], reason: Text::new("sdb is paused") }),
         ),
+        ("GROW_DISK", Message::GrowDisk(GrowDisk { disk, generation, size_sectors: 1 << 22 })),
         ("ERROR", Message::error(disk, ErrorCode::Size, "the source has 8 sectors, the target 16")),
     ]
 }

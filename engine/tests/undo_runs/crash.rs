@@ -190,7 +190,10 @@ fn a_crash_while_sealing_leaves_a_run_that_can_be_reopened_or_is_sealed() {
             let flushed = trace[..events].iter().any(|event| matches!(event, Event::Flush(_)));
             if flushed || events == trace.len() {
                 let mut sealed = SealedRun::open(&medium, path, &identity(5)).unwrap();
-                assert!(sealed.damage().is_empty() || events < trace.len());
+                // Not cut to its length it has no trailer where one is looked for; when everything was done it has.
+                let cut = trace[..events].iter().any(|event| matches!(event, Event::Resize(..)));
+                assert!(cut || !sealed.damage().is_empty());
+                assert!(events < trace.len() || sealed.damage().is_empty());
                 assert_holds(&mut sealed, &model);
             }
             let (mut run, holes) = ActiveRun::reopen(&medium, path, &identity(5), certain, MAX).unwrap();

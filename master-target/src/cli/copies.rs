@@ -42,6 +42,9 @@ pub struct ExportArgs {
     /// The new file on the master target; of a machine, a folder for one file per disk.
     #[arg(short, long, value_name = "PATH")]
     pub output: PathBuf,
+    /// Also a point that is known to be damaged: the copy ends where it cannot be read.
+    #[arg(long)]
+    pub accept_damage: bool,
 }
 
 /// Arguments of `verify`.

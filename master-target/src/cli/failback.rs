@@ -31,6 +31,9 @@ pub struct FailbackArgs {
     /// The point to go home with, as for `mount` [default: a last mark, made now].
     #[arg(long, value_name = "POINT")]
     pub point: Option<String>,
+    /// Also with a point that is known to be damaged: it ends where the point cannot be read.
+    #[arg(long, requires = "point")]
+    pub accept_damage: bool,
     /// How much of the targets is read again before they are released.
     #[arg(long, value_enum, default_value_t)]
     pub verify: VerifyArg,

@@ -31,6 +31,7 @@ pub async fn export(context: &Context, args: &ExportArgs) -> anyhow::Result<()> 
         point: args.point.clone(),
         format: format.unwrap_or_default(),
         path: std::path::absolute(&args.output)?,
+        accept_damage: args.accept_damage,
     };
     let answer: ExportAnswer = daemon(context).post_json("/v1/export", &request).await?;
     context.output.result(&answer, || {

@@ -22,6 +22,7 @@ pub async fn failback(context: &Context, args: &FailbackArgs) -> anyhow::Result<
     let request = FailbackRequest {
         machine: args.machine.clone(),
         point: args.point.clone(),
+        accept_damage: args.accept_damage,
         verify: match args.verify {
             VerifyArg::Whole => VerifyPolicy::Whole,
             VerifyArg::Sample => VerifyPolicy::Sample,

@@ -36,6 +36,11 @@ fn render(answer: &PointsAnswer) -> String {
     }
     let nothing = "no consistent point yet (--all lists fuzzy ones, too)\n";
     let mut text = if table.is_empty() { nothing.to_owned() } else { table.render() };
+    for point in &answer.points {
+        if let Some(damaged) = &point.damaged {
+            text.push_str(&format!("{} is damaged: {damaged}\n", point.point));
+        }
+    }
     for mount in &answer.mounts {
         text.push_str(&format!(
             "mounted {}: point {} of {} at {}\n",
@@ -48,8 +53,9 @@ fn render(answer: &PointsAnswer) -> String {
 fn class(point: &PointInfo) -> String {
     let pinned = if point.pinned { ", pinned" } else { "" };
     let degraded = if point.degraded { ", degraded" } else { "" };
+    let damaged = if point.damaged.is_some() { ", damaged" } else { "" };
     let part = if point.complete { "" } else { ", not on all disks" };
-    format!("{}{pinned}{degraded}{part}", point.class)
+    format!("{}{pinned}{degraded}{damaged}{part}", point.class)
 }
 
 fn time(point: &PointInfo) -> String {
@@ -62,8 +68,12 @@ fn time(point: &PointInfo) -> String {
 /// # Errors
 /// What the daemon refuses.
 pub async fn mount(context: &Context, args: &MountArgs) -> anyhow::Result<()> {
-    let request =
-        MountRequest { disk: args.disk.clone(), point: args.point.clone(), writable: args.writable };
+    let request = MountRequest {
+        disk: args.disk.clone(),
+        point: args.point.clone(),
+        writable: args.writable,
+        accept_damage: args.accept_damage,
+    };
     let answer: MountAnswer = context.daemon().post_json("/v1/mount", &request).await?;
     for mount in &answer.mounts {
         context.output.note(&format!("point {} of {} is mounted as {}", mount.point, mount.disk, mount.id));
@@ -126,7 +136,11 @@ pub async fn rollback(context: &Context, args: &RollbackArgs) -> anyhow::Result<
         args.disk, args.point
     );
     ask::confirm(args.yes, &question)?;
-    let request = RollbackRequest { disk: args.disk.clone(), point: args.point.clone() };
+    let request = RollbackRequest {
+        disk: args.disk.clone(),
+        point: args.point.clone(),
+        accept_damage: args.accept_damage,
+    };
     let answer: RollbackAnswers = context.daemon().post_json("/v1/rollback", &request).await?;
     let line = |disk: &RollbackAnswer| {
         format!(

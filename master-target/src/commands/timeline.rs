@@ -6,7 +6,7 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use super::Context;
-use crate::api::{DiskTimeline, PointsRequest, TimelineAnswer};
+use crate::api::{DiskTimeline, PointInfo, PointsRequest, TimelineAnswer};
 use crate::cli::TimelineArgs;
 
 /// Columns of the drawing.
@@ -36,7 +36,7 @@ fn draw(answer: &TimelineAnswer) -> String {
     }
     let (left, right) = (time(from), time(to));
     lines.push(format!("{left}{right:>width$}", width = WIDTH.saturating_sub(left.len())));
-    lines.push("█ every write   | point   · points only   ▒ degraded   × lost".to_owned());
+    lines.push("█ every write   | point   · points only   ▒ degraded   ! damaged   × lost".to_owned());
     lines.join("\n")
 }
 
@@ -57,7 +57,8 @@ fn bar(disk: &DiskTimeline, from: u64, to: u64) -> String {
         let (rank, sign) = match interval.offer.as_str() {
             "any-write" => (1, '█'),
             "point-only" => (2, '·'),
-            "degraded" => (4, '▒'),
+            "degraded" => (3, '▒'),
+            "damaged" => (4, '!'),
             _ => (5, '×'),
         };
         let (first, mut last) = (column(interval.from_ms), column(interval.to_ms));
@@ -71,11 +72,16 @@ fn bar(disk: &DiskTimeline, from: u64, to: u64) -> String {
         let mut any_write = disk.intervals.iter().filter(|interval| interval.offer == "any-write");
         any_write.any(|interval| interval.from_ms <= ms && ms <= interval.to_ms)
     };
-    for point in disk.points.iter().filter(|point| !point.degraded && !inside(point.source_time_ms)) {
+    for point in disk.points.iter().filter(|point| is_whole(point) && !inside(point.source_time_ms)) {
         let at = column(point.source_time_ms);
         put(at, at, 6, '|');
     }
     cells.into_iter().map(|(_, sign)| sign).collect()
+}
+
+/// Whether a point is what its mark said.
+const fn is_whole(point: &PointInfo) -> bool {
+    !point.degraded && point.damaged.is_none()
 }
 
 fn time(ms: u64) -> String {
@@ -85,7 +91,7 @@ fn time(ms: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{IntervalInfo, PointInfo};
+    use crate::api::IntervalInfo;
 
     fn interval(offer: &str, from_ms: u64, to_ms: u64) -> IntervalInfo {
         IntervalInfo { offer: offer.to_owned(), from_ms, to_ms }
@@ -99,6 +105,7 @@ mod tests {
             source_time_ms,
             pinned: false,
             degraded: false,
+            damaged: None,
             id: String::new(),
             cause: "timer".to_owned(),
             kept: true,
@@ -126,7 +133,7 @@ mod tests {
 sda (d)
 |·········|···················|×××××××××▒▒▒▒▒▒▒▒▒▒██████████████████████
 1970-01-01T00:00:00Z                                1970-01-01T00:00:07Z
-█ every write   | point   · points only   ▒ degraded   × lost";
+█ every write   | point   · points only   ▒ degraded   ! damaged   × lost";
         assert_eq!(drawn, expected);
     }
 

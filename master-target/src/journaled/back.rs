@@ -1,6 +1,6 @@
 //! A disk behind the journal that goes back to a point, in place, and is held afterwards.
 //!
-//! Invariants: what waits is applied before, or it would be applied over the point; what the target held is a point before
+//! Invariants: what waits is applied before, or it would be applied over the point; nothing is begun that may not fit; what the target held is a point before
 //! anything of it is changed; nobody writes to a disk that went back until it went forward again, nor to one that did not
 //! get there; other disks use the journal meanwhile. Units: entry numbers. Used by `points` and `failback`, on the disk's
 //! own thread.
@@ -10,19 +10,24 @@ use std::sync::Arc;
 use reprotect_engine::format::batch::MarkClass;
 use reprotect_engine::format::manifest::EpochCause;
 use reprotect_engine::net::wall_clock;
+use reprotect_engine::store::journal::applier::Applier;
 use reprotect_engine::store::journal::rollback::{self, Going, RolledBack};
+use reprotect_engine::store::journal::undo::{BlockRange, images_bytes_max};
 use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::{DiskShape, Journal, JournalError};
-use reprotect_engine::units::DiskId;
+use reprotect_engine::store::target::Target;
+use reprotect_engine::units::{BLOCK_SECTORS, DiskId};
 
 use super::Journaled;
 use crate::disk_store::NotDone;
+use crate::retention::Retention;
 
 impl Journaled {
     /// Takes the target back to a point; what it held stays a point.
     ///
     /// # Errors
-    /// When the point is not kept, or something cannot be written.
+    /// When the point is not kept, or there is no room for what it would overwrite (nothing has changed then); when
+    /// something cannot be written.
     pub fn rollback(&mut self, at: At) -> Result<RolledBack, JournalError> {
         // What waits comes first, or it would be applied over the point.
         if let Err(NotDone::Full(why) | NotDone::Failed(why)) = self.apply_all() {
@@ -32,9 +37,12 @@ impl Journaled {
         let (position, now, id) = (self.position(), wall_clock(), self.id);
         let mut locked = self.retention.lock();
         let journal = locked.get()?;
-        View::check(journal, id, at)?;
+        let plan = View::plan(journal, id, at)?;
         let begun = unfinished(journal, id).is_some();
         drop(locked);
+        // What cannot be read is refused before anything is changed.
+        let view = self.noted(plan.open(), (0, 0))?;
+        self.has_room_to_go_back(&view)?;
         self.last_mark = None;
         self.map.forget_all()?;
         // What one that did not get to its end left is no state anybody wants; the one before it is a point already.
@@ -43,24 +51,28 @@ impl Journaled {
             let name = format!("before-rollback-{before}");
             self.keep_point(At::entry(before, number), now, MarkClass::Fuzzy, &name)?;
         }
-        let mut locked = self.retention.lock();
-        rollback::begin(locked.get()?, &mut self.applier, at, position, now)?;
-        let going = Going::begun(locked.get()?, &mut self.applier)?;
-        drop(locked);
-        let retention = Arc::clone(&self.retention);
-        let done = match going {
-            Some(going) => going.take_back(&mut self.applier, &mut |named| {
-                let mut locked = retention.lock();
-                let journal = locked.get()?;
-                journal.append_applied(id, named, wall_clock())?;
-                journal.commit(wall_clock())
-            })?,
-            None => RolledBack::default(),
-        };
-        rollback::end(self.retention.lock().get()?, &mut self.applier, wall_clock())?;
+        rollback::begin(self.retention.lock().get()?, &mut self.applier, at, position, now)?;
+        let went = take_back(&self.retention, &mut self.applier, view);
+        let done = self.noted(went, (0, 0))?;
         self.flushed();
         self.begin_epoch(EpochCause::Time)?;
         Ok(done)
+    }
+
+    /// What a rollback overwrites is kept, and it must not end on its way for want of room: the worst case must fit.
+    fn has_room_to_go_back(&mut self, view: &View) -> Result<(), JournalError> {
+        let opened = view.open_runs(self.retention.lock().get()?, &mut self.applier);
+        let runs = self.noted(opened, (0, 0))?;
+        let whole = BlockRange::new(0, self.applier.size_sectors().div_ceil(BLOCK_SECTORS));
+        let differing = view.differing(&runs, &mut self.applier, whole)?;
+        let blocks = differing.iter().map(|range| range.end - range.start).sum();
+        let Some(free) = self.retention.usable_bytes()? else { return Ok(()) };
+        let (needed, path) = (images_bytes_max(blocks), self.retention.folder().to_owned());
+        if needed <= free {
+            Ok(())
+        } else {
+            Err(JournalError::NoRoom { disk: self.id, path, blocks, needed, free })
+        }
     }
 
     /// Why nobody may write: the target was taken back, and the newest state is a point.
@@ -85,6 +97,42 @@ impl Journaled {
             last.to_epoch, last.to_number
         ))
     }
+}
+
+/// Goes on with a rollback that was begun and stopped; there is one.
+///
+/// # Errors
+/// When the point is not kept any more, or something is damaged or cannot be written.
+pub(super) fn go_on_back(
+    retention: &Arc<Retention>,
+    applier: &mut Applier<Target>,
+) -> Result<RolledBack, JournalError> {
+    let at = rollback::goes_to(retention.lock().get()?, applier.disk())?;
+    let Some(at) = at else { return Ok(RolledBack::default()) };
+    let _hold = retention.hold(applier.disk(), at);
+    let view = retention.view(applier.disk(), at)?;
+    take_back(retention, applier, view)
+}
+
+/// Takes everything back and ends the rollback; the journal is locked for each commit only.
+fn take_back(
+    retention: &Retention,
+    applier: &mut Applier<Target>,
+    view: View,
+) -> Result<RolledBack, JournalError> {
+    let id = applier.disk();
+    let going = Going::begun(retention.lock().get()?, applier, Some(view))?;
+    let done = match going {
+        Some(going) => going.take_back(applier, &mut |named| {
+            let mut locked = retention.lock();
+            let journal = locked.get()?;
+            journal.append_applied(id, named, wall_clock())?;
+            journal.commit(wall_clock())
+        })?,
+        None => RolledBack::default(),
+    };
+    rollback::end(retention.lock().get()?, applier, wall_clock())?;
+    Ok(done)
 }
 
 /// Why nobody may write to a disk whose rollback goes on or stopped on its way: the target may hold parts of two states.

@@ -80,6 +80,8 @@ pub(crate) struct Bench {
     folder: Option<PathBuf>,
     journal: Option<(Arc<Retention>, std::thread::JoinHandle<()>)>,
     settings: RetentionSettings,
+    /// The drive of the retention folder.
+    pub(crate) retention_files: Arc<dyn Files>,
 }
 
 impl Bench {
@@ -173,7 +175,20 @@ impl Bench {
     ) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let (worker, sessions, journal, settings) = (None, 0, None, retention_settings());
-        Self { runtime, opener, spec, state_path, size_bytes, worker, sessions, folder, journal, settings }
+        let retention_files = fs_opener();
+        Self {
+            runtime,
+            opener,
+            spec,
+            state_path,
+            size_bytes,
+            worker,
+            sessions,
+            folder,
+            journal,
+            settings,
+            retention_files,
+        }
     }
 
     /// Starts again after [`Self::stop`].
@@ -212,7 +227,8 @@ impl Bench {
         guard: Guard,
         state: DiskState,
     ) -> (DiskStore, DiskState) {
-        let (retention, found) = Retention::open(fs_opener(), folder, self.settings.clone()).unwrap();
+        let (retention, found) =
+            Retention::open(Arc::clone(&self.retention_files), folder, self.settings.clone()).unwrap();
         let committer = retention.start().unwrap();
         let log = found.disks.get(&DISK);
         let newest = log.and_then(|log| newest_state(retention.lock().get().unwrap(), log).unwrap());
@@ -266,10 +282,10 @@ impl Bench {
 
     /// The disk as it was at a point.
     pub(crate) fn point_bytes(&self, at: At) -> Vec<u8> {
-        let size = self.size_bytes as usize;
+        let retention = Arc::clone(self.retention());
         self.ask(move |store| {
-            let view = store.view(at).unwrap();
-            let mut bytes = vec![0; size];
+            let view = retention.view(DISK, at).unwrap();
+            let mut bytes = vec![0; view.size_bytes() as usize];
             store.read_view(&view, 0, &mut bytes).unwrap();
             bytes
         })
@@ -481,6 +497,17 @@ impl Agent {
             _ => None,
         })
     }
+}
+
+/// Waits until the disk has a point.
+pub(crate) fn until_a_point(bench: &Bench) {
+    for _ in 0..6000 {
+        if !bench.journal(|journal| journal.shape().disks[&DISK].points.is_empty()) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    panic!("a minute, and no point");
 }
 
 /// What the source writes: a block of this byte at this place.

@@ -14,7 +14,7 @@ use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::{Codec, Record, RecordKind};
 use reprotect_engine::format::handshake;
 use reprotect_engine::format::message::{
-    Auth, ErrorCode, InventoryDisk, Message, PassMode, PointDegrade, Policy, SourceId,
+    Auth, ErrorCode, GrowDisk, InventoryDisk, Message, PassMode, PointDegrade, Policy, SourceId,
 };
 use reprotect_engine::net::endpoint::{Accepted, PeerConnection, Server, TransportSettings, bind_server};
 use reprotect_engine::net::identity::{Identity, Purpose, Role};
@@ -67,6 +67,8 @@ struct World {
     offers: Vec<DiskId>,
     /// Nothing is executed: no write, so no credit.
     stalled: bool,
+    /// Why no disk can grow, if none can.
+    refuses_growth: Option<String>,
     /// So many delta batches from now on are found damaged.
     damaged: u32,
 }
@@ -283,6 +285,11 @@ impl FakeTarget {
         }
     }
 
+    /// No disk grows from now on, for this reason; or each does.
+    pub fn refuse_growth(&self, why: Option<&str>) {
+        self.world().refuses_growth = why.map(str::to_owned);
+    }
+
     pub fn stall(&self, stalled: bool) {
         self.world().stalled = stalled;
     }
@@ -389,7 +396,24 @@ impl World {
             SessionEvent::Inventory { disks, .. } => self.inventories.push(disks),
             SessionEvent::ToDisk(id, input) => self.input(session.id(), id, input),
             SessionEvent::MarkRefused(_) => {} // nothing is asked for here
+            SessionEvent::Grow(asked) => self.grow(session, &asked),
         }
+    }
+
+    /// A disk whose growth is refused has its reason in `refuses_growth`.
+    fn grow(&mut self, session: &mut TargetSession, asked: &GrowDisk) {
+        if let Some(why) = &self.refuses_growth {
+            return session.send_reply(Message::error(asked.disk, ErrorCode::Size, why), 0);
+        }
+        let Some(disk) = self.disks.get_mut(&asked.disk) else { return };
+        disk.core.handle_growing(mono_clock());
+        self.turn();
+        let Some(disk) = self.disks.get_mut(&asked.disk) else { return };
+        assert!(disk.core.is_settled() && disk.core.state().generation == asked.generation);
+        disk.bytes.resize(asked.size_sectors as usize * 512, 0);
+        disk.core.handle_grown(mono_clock(), asked.size_sectors);
+        let state = disk.core.state();
+        session.offer(asked.disk, state.source, state.size_sectors, state.generation);
     }
 
     fn input(&mut self, session: SessionId, id: DiskId, input: DiskInput) {

@@ -1,9 +1,9 @@
 //! How fast is the retention journal, and what does it cost? Figures of the store itself, on real files, without a network.
 //!
 //! `bench_journal FOLDER [PART …]` measures in FOLDER (which it creates and removes) and prints a table; the last line is
-//! the same as JSON. Parts: `commit apply amplification mount grow`. Environment: `SIZE_MIB` (disk of the apply part,
+//! the same as JSON. Parts: `commit apply amplification mount inside grow`. Environment: `SIZE_MIB` (disk of the apply part,
 //! 2048), `APPLY_MIB` (writes of the apply part, 192), `GROW` (records of the grow part, 300000), `EXTENTS` (of the
-//! mount part, 10000000). Run by `make bench-journal` as a release build. Units stand in the names.
+//! mount part, 10000000), `EPOCH_MIB` (of the inside part, 6000). Run by `make bench-journal` as a release build. Units stand in the names.
 #![expect(clippy::expect_used, reason = "a benchmark stops where it cannot measure")]
 
 mod amplification;
@@ -11,6 +11,7 @@ mod apply;
 mod commit;
 mod counting;
 mod grow;
+mod inside;
 mod mount;
 mod world;
 
@@ -68,17 +69,18 @@ fn setting(name: &str, default: u64) -> u64 {
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let Some(folder) = arguments.next().map(PathBuf::from) else {
-        eprintln!("usage: bench_journal FOLDER [commit|apply|amplification|mount|grow …]");
+        eprintln!("usage: bench_journal FOLDER [commit|apply|amplification|mount|inside|grow …]");
         return ExitCode::from(2);
     };
     let wanted: Vec<String> = arguments.collect();
     let mut report = Report::default();
     type Part = fn(&std::path::Path, &mut Report);
-    let parts: [(&str, Part); 5] = [
+    let parts: [(&str, Part); 6] = [
         ("commit", commit::run),
         ("apply", apply::run),
         ("amplification", amplification::run),
         ("mount", mount::run),
+        ("inside", inside::run),
         ("grow", grow::run),
     ];
     for (name, part) in parts {

@@ -43,12 +43,12 @@ pub(crate) fn run(folder: &Path, report: &mut Report) {
     let begun = Instant::now();
     let settings = JournalSettings { segment_bytes: SEGMENT_BYTES };
     let opener: Arc<dyn Files> = Arc::new(files.clone());
-    let (mut journal, _) = Journal::open(opener, &retention, settings, NOW).expect("it opens");
+    let (journal, _) = Journal::open(opener, &retention, settings, NOW).expect("it opens");
     report.note("opening the journal (the program's start), s", begun.elapsed().as_secs_f64());
     let file = files.open(&target, true).expect("the target");
     let (mut applier, _) = Applier::open(&journal, disk_id(0), file, None).expect("an applier");
     let begun = Instant::now();
-    let view = View::open(&mut journal, disk_id(0), At::entry(1, MARKS_OF_EPOCH)).expect("a view");
+    let view = View::open(&journal, disk_id(0), At::entry(1, MARKS_OF_EPOCH)).expect("a view");
     let runs = view.open_runs(&journal, &mut applier).expect("its runs");
     let mut block = vec![0; BLOCK];
     view.read(&runs, &mut applier, 12345 * BLOCK as u64, &mut block).expect("a block");

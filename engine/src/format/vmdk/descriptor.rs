@@ -394,6 +394,28 @@ impl Descriptor {
         found.map(|(_, value)| value)
     }
 
+    /// Puts other extents in the place of the lines that are there, and the cylinders that go with them.
+    ///
+    /// # Errors
+    /// When an extent cannot be written in a line.
+    pub fn set_extents(&mut self, extents: &[Extent]) -> Result<(), DescriptorError> {
+        let lines = extents.iter().map(extent_line).collect::<Result<Vec<_>, _>>()?;
+        let is_extent = |line: &String| matches!(parse_extent(0, line), Ok(Some(_)));
+        let at = self.lines.iter().position(is_extent).unwrap_or(self.lines.len());
+        self.lines.retain(|line| !is_extent(line));
+        self.lines.splice(at..at, lines);
+        self.extents = extents.to_vec();
+        let geometry = |key| self.get(key).and_then(|value| value.parse::<u64>().ok());
+        let (heads, track) = (geometry("ddb.geometry.heads"), geometry("ddb.geometry.sectors"));
+        if let Some(of_cylinder) = heads.zip(track).and_then(|(heads, track)| heads.checked_mul(track))
+            && of_cylinder > 0
+        {
+            let cylinders = (self.sectors() / of_cylinder).max(1);
+            self.replace("ddb.geometry.cylinders", &cylinders.to_string());
+        }
+        Ok(())
+    }
+
     /// Puts `value` where the value of `key` stands, keeping quotes and blanks; nothing when the key is absent.
     fn replace(&mut self, key: &str, value: &str) {
         let Some((at, old)) = self.find(key) else { return };

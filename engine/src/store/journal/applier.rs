@@ -28,11 +28,11 @@ use super::undo::{ActiveRun, FRAMES_START, Hole, RunHeader, RunIdentity, SealedR
 use super::view::At;
 use super::window::Window;
 use super::{DiskShape, Journal};
-use crate::format::manifest::{Edit, EpochCause, EpochClosed, EpochOpened, PointKept};
+use crate::format::manifest::{DiskGrown, Edit, EpochCause, EpochClosed, EpochOpened, PointKept};
 use crate::format::segment::Applied;
 use crate::io::{BlockFile, ByteRange, WriteAt};
 use crate::store::files::FilesError;
-use crate::units::{DiskId, Generation, LineageId, Sequence, Timestamp};
+use crate::units::{DiskId, Generation, LineageId, SECTOR_BYTES, Sequence, Timestamp};
 
 /// Bytes written to the target in one call.
 const WRITE_BYTES: usize = 8 << 20;
@@ -124,7 +124,7 @@ impl<T: BlockFile> Applier<T> {
         reopen: OpenRun,
     ) -> Result<(Self, Vec<Hole>), JournalError> {
         let shape = shape(journal, disk)?;
-        let size_sectors = shape.added.size_sectors;
+        let size_sectors = shape.size_sectors();
         let mut applied = applied.unwrap_or(Applied { number: 0, epoch: 0, undo_bytes: 0 });
         // An undo epoch is closed only when all of it is applied, whatever became of the entry that said so.
         applied.number = applied.number.max(shape.closed_through());
@@ -165,6 +165,33 @@ impl<T: BlockFile> Applier<T> {
     #[must_use]
     pub fn open_epoch(&self) -> Option<u64> {
         self.active.as_ref().map(|run| run.header().undo_epoch)
+    }
+
+    /// The target is larger, and the undo epoch that went on before was ended: from here on the disk has that size.
+    ///
+    /// # Errors
+    /// When the target is not as large, an undo epoch goes on, or the manifest cannot be written.
+    pub fn grow(
+        &mut self,
+        journal: &mut Journal,
+        size_sectors: u64,
+        now: Timestamp,
+    ) -> Result<(), JournalError> {
+        // Looked at here: a manifest that refuses an edit is not written to any more.
+        let why = if self.target.size_bytes() != size_sectors * SECTOR_BYTES {
+            Some(format!("the target has {} bytes, not {size_sectors} sectors", self.target.size_bytes()))
+        } else if size_sectors <= self.size_sectors || self.active.is_some() {
+            Some(format!("the disk has {} sectors, or its undo epoch goes on", self.size_sectors))
+        } else {
+            None
+        };
+        if let Some(why) = why {
+            return Err(JournalError::Failed { path: journal.folder().into(), why });
+        }
+        let (disk, after) = (self.disk, self.applied.number);
+        journal.edit(&[Edit::DiskGrown(DiskGrown { disk, size_sectors, after, time: now })], now)?;
+        self.size_sectors = size_sectors;
+        Ok(())
     }
 
     /// Begins an undo epoch: from here on, what is overwritten is saved first.
@@ -498,7 +525,7 @@ pub(super) fn identity(journal: &Journal, disk: DiskId, run: &Run) -> Result<Run
     let epoch = |number| shape.epochs.iter().find(|epoch: &&Epoch| epoch.opened.epoch == number);
     match epoch(run.first) {
         Some(first) => {
-            let mut identity = run_header(journal, &first.opened, shape.added.size_sectors).identity();
+            let mut identity = run_header(journal, &first.opened, shape.size_sectors()).identity();
             identity.undo_epoch_last = run.last;
             Ok(identity)
         }

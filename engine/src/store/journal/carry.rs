@@ -12,7 +12,10 @@ use std::collections::BTreeSet;
 
 use super::log::{NewEntry, Room};
 use super::recovery::LogEntry;
-use super::{DiskShape, Journal, JournalError};
+use super::rollback::goes_to;
+use super::view::View;
+use super::{DiskLog, DiskShape, Journal, JournalError};
+use crate::format::disk_state::DiskState;
 use crate::format::manifest::{Edit, EntriesLost};
 use crate::format::wire::Text;
 use crate::units::{DiskId, Timestamp};
@@ -30,12 +33,15 @@ impl Journal {
         (!disks.is_empty()).then_some((oldest, disks))
     }
 
-    /// The oldest segment that a disk needs: for what is not on its target, or for points inside its undo epoch.
+    /// The oldest segment that a disk needs: for what is not on its target, for points inside its undo epoch, or for the
+    /// point that it is going back to.
     pub(super) fn oldest_needed(&self, disk: DiskId) -> Option<u64> {
         let open = self.shape().disks.get(&disk).and_then(DiskShape::open_epoch);
         let needed = open.map_or(u64::MAX, |epoch| epoch.opened.after);
         let applied = self.disks.get(&disk).map_or(0, |numbers| numbers.applied_durable);
-        self.behind(disk, applied.min(needed)).iter().map(|entry| entry.place.segment).min()
+        let going_to = goes_to(self, disk).ok().flatten();
+        let back = going_to.and_then(|at| View::oldest_segment(self, disk, at));
+        self.behind(disk, applied.min(needed)).iter().map(|entry| entry.place.segment).chain(back).min()
     }
 
     /// The entries of a disk behind a number.
@@ -70,17 +76,24 @@ impl Journal {
     }
 
     /// Carries what stands in a segment and on no target to the head of the log: then it may be released, and only points
-    /// inside undo epochs that go on are lost with it. The segment is not the one that is written.
+    /// inside undo epochs that go on are lost with it. The segment is not the one that is written. Of a disk of which
+    /// something there cannot be read nothing is carried; these are answered, each with the reason: they are to be given
+    /// up before the segment is released.
     ///
     /// # Errors
-    /// When the medium is full, or an entry cannot be read; nothing is lost by that.
-    pub fn carry(&mut self, segment: u64, now: Timestamp) -> Result<(), JournalError> {
+    /// When the medium is full, or fails between two reads; nothing is lost by that.
+    pub fn carry(&mut self, segment: u64, now: Timestamp) -> Result<Vec<(DiskId, String)>, JournalError> {
         self.commit(now)?;
         let disks: Vec<DiskId> = self.disks.keys().copied().collect();
-        let mut carried = Vec::new();
+        let (mut carried, mut unreadable) = (Vec::new(), Vec::new());
         for disk in disks {
             let inside = |entry: &&LogEntry| entry.place.segment == segment;
             let waiting: Vec<LogEntry> = self.waiting(disk).iter().filter(inside).copied().collect();
+            // All or none: who tries again must not fill the log with copies of the first of them.
+            if let Some(error) = waiting.iter().find_map(|entry| self.read(entry.place).err()) {
+                unreadable.push((disk, error.to_string()));
+                continue;
+            }
             for entry in waiting {
                 let (head, body) = self.read(entry.place)?;
                 let body: &[&[u8]] = &[&body];
@@ -100,7 +113,7 @@ impl Journal {
             let newest = self.segments.entry(place.segment).or_default().entry(disk).or_default();
             *newest = (*newest).max(number);
         }
-        Ok(())
+        Ok(unreadable)
     }
 
     /// Gives up what waits for the target of a disk: durably lost from here on, up to the compare after the disk's next
@@ -125,6 +138,40 @@ impl Journal {
             entries.retain(|entry| entry.number < first);
         }
         Ok(Some((first, last)))
+    }
+
+    /// Disks whose waiting entries were given up, and of which nothing is taken since.
+    #[must_use]
+    pub const fn given_up(&self) -> &BTreeSet<DiskId> {
+        &self.given_up
+    }
+
+    /// Entries of a disk that were given up are taken again from here on. Answers what a start would find of it. Nobody has the
+    /// disk open; who opens it next has it compared.
+    ///
+    /// # Errors
+    /// When the log cannot be written, or holds no state that this program can read.
+    pub fn take_again(&mut self, disk: DiskId, now: Timestamp) -> Result<DiskLog, JournalError> {
+        self.commit(now)?;
+        let numbers = self.disks.get(&disk).cloned().unwrap_or_default();
+        let remedy = "the disk is compared with its source";
+        let state = match &numbers.state {
+            Some((body, place)) => {
+                let refused = JournalError::format(&self.folder, place.offset, remedy);
+                Some((DiskState::decode(body).map_err(refused)?, *place))
+            }
+            None => None,
+        };
+        let entries = self.entries.get(&disk).cloned().unwrap_or_default();
+        let known = self.shape().disks.get(&disk);
+        let log = DiskLog::of(state, numbers.applied_entry, entries, known);
+        self.given_up.remove(&disk);
+        Ok(log)
+    }
+
+    /// A disk that was to be taken again could not be opened: as before.
+    pub fn refuse_again(&mut self, disk: DiskId) {
+        self.given_up.insert(disk);
     }
 
     /// Whether entries of a disk are taken.

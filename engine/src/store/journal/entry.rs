@@ -23,26 +23,38 @@ pub enum Content {
     Zeros,
 }
 
+/// What can be cut at sectors.
+pub trait Cut {
+    /// The part of it from byte `from` on, `bytes` long.
+    #[must_use]
+    fn cut(&self, from: usize, bytes: usize) -> Self;
+}
+
+impl Cut for Content {
+    fn cut(&self, from: usize, bytes: usize) -> Self {
+        match self {
+            Self::Data(data) => Self::Data(data.slice(from..from + bytes)),
+            Self::Zeros => Self::Zeros,
+        }
+    }
+}
+
 /// A run of sectors and what is written there.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Write {
+pub struct Write<C = Content> {
     /// Where.
     pub range: SectorRange,
     /// What.
-    pub content: Content,
+    pub content: C,
 }
 
-impl Write {
+impl<C: Cut> Write<C> {
     /// The part of it inside `range`, which must overlap it.
     #[must_use]
     pub fn part(&self, range: SectorRange) -> Self {
         let range = self.range.intersect(range);
         let from = ((range.start - self.range.start) * SECTOR_BYTES) as usize;
-        let content = match &self.content {
-            Content::Data(data) => Content::Data(data.slice(from..from + range.bytes() as usize)),
-            Content::Zeros => Content::Zeros,
-        };
-        Self { range, content }
+        Self { range, content: self.content.cut(from, range.bytes() as usize) }
     }
 }
 
@@ -64,19 +76,34 @@ pub fn entry_writes(
     body: Bytes,
     decompressor: &mut Decompressor,
 ) -> Result<Vec<Write>, FormatError> {
+    let (keep, records) = entry_records(kind, body)?;
+    let writes = opened(records, decompressor)?;
+    let Some(keep) = keep else { return Ok(writes) };
+    Ok(writes.iter().flat_map(|write| kept(write.range, &keep).map(|range| write.part(range))).collect())
+}
+
+/// The records of an entry, in their order, they are the end of its body; and the ranges a bulk entry may write. A mark
+/// has none.
+///
+/// # Errors
+/// When the body is not what its kind says.
+pub(super) fn entry_records(
+    kind: EntryKind,
+    body: Bytes,
+) -> Result<(Option<Vec<SectorRange>>, Vec<Record>), FormatError> {
     match kind {
-        EntryKind::Batch | EntryKind::Ordered => opened(decode_batch(body)?.1, decompressor),
+        EntryKind::Batch | EntryKind::Ordered => Ok((None, decode_batch(body)?.1)),
         EntryKind::Bulk => {
             let (keep, body) = take_prefix(body)?;
-            let writes = opened(decode_bulk(body)?.1, decompressor)?;
-            Ok(writes.iter().flat_map(|write| kept(write, &keep)).collect())
+            Ok((Some(keep), decode_bulk(body)?.1))
         }
-        EntryKind::Mark | EntryKind::State | EntryKind::Applied => Ok(Vec::new()),
+        EntryKind::Mark | EntryKind::State | EntryKind::Applied => Ok((None, Vec::new())),
     }
 }
 
-fn kept<'a>(write: &'a Write, keep: &'a [SectorRange]) -> impl Iterator<Item = Write> + 'a {
-    keep.iter().filter(|range| !range.intersect(write.range).is_empty()).map(|range| write.part(*range))
+/// The parts of a record's range that may be written.
+pub(super) fn kept(range: SectorRange, keep: &[SectorRange]) -> impl Iterator<Item = SectorRange> {
+    keep.iter().map(move |kept| kept.intersect(range)).filter(|part| !part.is_empty())
 }
 
 fn take_prefix(mut body: Bytes) -> Result<(Vec<SectorRange>, Bytes), FormatError> {

@@ -67,6 +67,22 @@ pub enum JournalError {
         /// What does not fit.
         what: String,
     },
+    /// A rollback would not fit.
+    #[error(
+        "disk {disk} can differ from the point in {blocks} blocks of 4 KiB; to keep what they hold now, up to {needed} bytes are needed at {}, and {free} may be used there: free some space or shorten the retention, then try again, or choose a newer point; nothing was changed", path.display()
+    )]
+    NoRoom {
+        /// The disk.
+        disk: DiskId,
+        /// The folder.
+        path: PathBuf,
+        /// Blocks that may be overwritten.
+        blocks: u64,
+        /// Bytes that their images take at most.
+        needed: u64,
+        /// Bytes that may be used.
+        free: u64,
+    },
     /// A write or flush failed before.
     #[error("{} has failed before ({why}): repair the medium, then restart", path.display())]
     Failed {
@@ -77,7 +93,7 @@ pub enum JournalError {
     },
     /// What waited for a target was given up, because the retention drive was short.
     #[error(
-        "what waited for the target of disk {disk} was given up, for the retention drive was full: repair the target, then restart; the disk is compared with its source"
+        "what waited for the target of disk {disk} is lost, for the retention drive was full or could not be read: repair what is in the way; the disk is then opened again by itself, and compared with its source"
     )]
     GivenUp {
         /// The disk.

@@ -10,10 +10,11 @@
 //! | `carry` | what keeps the log from being given back: carried forward, or given up |
 //! | `capture` | before-images of a window: read, and saved beside the reading |
 //! | `view` | a disk as it was at a point |
+//! | `redo_index` | what entries of the log wrote, read as it is asked for |
 //! | `points` | what can be had of a disk: marks, times, sequences |
 //! | `ladder`, `thin` | which points stay, and their undo runs made one |
 //! | `offline`, `verify` | a folder that nobody has open: read, and judged |
-//! | `scrub` | what lies still, read again |
+//! | `scrub`, `rot` | what lies still, read again; and what is known to be damaged |
 //! | `rollback` | a disk goes back to a point, and forward again |
 //! | `entry`, `window` | what an entry writes; many of them coalesced |
 //! | `undo` | the first before-images of one undo epoch |
@@ -35,7 +36,9 @@ pub mod manifest;
 pub mod offline;
 pub mod points;
 pub mod recovery;
+mod redo_index;
 pub mod rollback;
+pub mod rot;
 pub mod scrub;
 pub mod shape;
 pub mod thin;
@@ -99,7 +102,7 @@ pub struct Journal {
 }
 
 /// How far a disk is.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct DiskNumbers {
     /// Number of its newest entry.
     newest: u64,
@@ -107,10 +110,10 @@ struct DiskNumbers {
     applied: u64,
     /// The newest APPLIED that is durable.
     applied_durable: u64,
-    /// Where its newest state lies.
-    state_place: Option<Place>,
-    /// Where the newest APPLIED lies.
-    applied_place: Option<Place>,
+    /// Its newest state as it stands in the log, and where: what is written again needs not be read.
+    state: Option<(Vec<u8>, Place)>,
+    /// The newest APPLIED, and where it lies.
+    applied_entry: Option<(Applied, Place)>,
 }
 
 /// What opening a journal found.
@@ -373,22 +376,15 @@ impl Journal {
     /// As for [`Self::append`]; it may use the segment that is kept back.
     pub fn append_state(&mut self, state: &DiskState, now: Timestamp) -> Result<(), JournalError> {
         self.is_taken(state.disk)?;
-        self.put_state(state, now)
+        self.put_state(state.disk, state.to_bytes(), now)
     }
 
-    fn put_state(&mut self, state: &DiskState, now: Timestamp) -> Result<(), JournalError> {
-        let body = state.to_bytes();
-        let entry = NewEntry {
-            kind: EntryKind::State,
-            disk: state.disk,
-            number: 0,
-            body: &[&body],
-            room: Room::Control,
-            carried: false,
-        };
+    fn put_state(&mut self, disk: DiskId, body: Vec<u8>, now: Timestamp) -> Result<(), JournalError> {
+        let (kind, room) = (EntryKind::State, Room::Control);
+        let entry = NewEntry { kind, disk, number: 0, body: &[&body], room, carried: false };
         let place = self.log.append(&mut self.manifest, now, &entry)?;
-        self.segments.entry(place.segment).or_default().entry(state.disk).or_default();
-        self.disks.entry(state.disk).or_default().state_place = Some(place);
+        self.segments.entry(place.segment).or_default().entry(disk).or_default();
+        self.disks.entry(disk).or_default().state = Some((body, place));
         Ok(())
     }
 
@@ -414,7 +410,7 @@ impl Journal {
         self.segments.entry(place.segment).or_default().entry(disk).or_default();
         let numbers = self.disks.entry(disk).or_default();
         numbers.applied = applied.number;
-        numbers.applied_place = Some(place);
+        numbers.applied_entry = Some((applied, place));
         Ok(())
     }
 
@@ -513,42 +509,25 @@ impl Journal {
     /// written again first, so that there always is one in the log.
     ///
     /// # Errors
-    /// When log or manifest cannot be written, or what must be kept cannot be read.
+    /// When log or manifest cannot be written.
     pub fn release(&mut self, number: u64, now: Timestamp) -> Result<(), JournalError> {
         // What replaces an older STATE or APPLIED must be durable before the older one is given up.
         self.commit(now)?;
-        let kept: Vec<Place> = self
-            .disks
-            .values()
-            .flat_map(|disk| [disk.state_place, disk.applied_place])
-            .flatten()
-            .filter(|place| place.segment == number)
-            .collect();
-        for place in &kept {
-            let (head, body) = self.read(*place)?;
-            match head.kind {
-                EntryKind::State => {
-                    let path = self.folder.clone();
-                    let remedy = "the disk is compared with its source";
-                    let state = DiskState::decode(&body).map_err(JournalError::format(
-                        &path,
-                        place.offset,
-                        remedy,
-                    ))?;
-                    self.put_state(&state, now)?;
-                }
-                _ => {
-                    let remedy = "the disk is compared with its source";
-                    let applied = Applied::read_exact(&body).map_err(JournalError::format(
-                        &self.folder,
-                        place.offset,
-                        remedy,
-                    ))?;
-                    self.put_applied(head.disk, applied, now)?;
-                }
+        let inside = |place: Place| place.segment == number;
+        let mut kept = false;
+        let disks: Vec<(DiskId, DiskNumbers)> =
+            self.disks.iter().map(|(disk, numbers)| (*disk, numbers.clone())).collect();
+        for (disk, numbers) in disks {
+            if let Some((state, _)) = numbers.state.filter(|(_, place)| inside(*place)) {
+                self.put_state(disk, state, now)?;
+                kept = true;
+            }
+            if let Some((applied, _)) = numbers.applied_entry.filter(|(_, place)| inside(*place)) {
+                self.put_applied(disk, applied, now)?;
+                kept = true;
             }
         }
-        if !kept.is_empty() {
+        if kept {
             self.commit(now)?;
         }
         self.log.release(&mut self.manifest, now, number)?;
@@ -585,8 +564,8 @@ impl DiskNumbers {
             newest: log.newest(),
             applied,
             applied_durable: applied,
-            state_place: log.state.as_ref().map(|(_, place)| *place),
-            applied_place: log.applied.map(|(_, place)| place),
+            state: log.state.as_ref().map(|(state, place)| (state.to_bytes(), *place)),
+            applied_entry: log.applied,
         }
     }
 }

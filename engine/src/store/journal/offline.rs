@@ -181,7 +181,7 @@ impl Offline {
         let nothing = Applied { number: 0, epoch: 0, undo_bytes: 0 };
         let log = self.found.disks.get(&disk);
         let applied = log.and_then(|log| log.applied).map_or(nothing, |(applied, _)| applied);
-        inspect(&self.journal, &epoch.opened, shape.added.size_sectors, &applied)
+        inspect(&self.journal, &epoch.opened, shape.size_sectors(), &applied)
     }
 
     /// A disk with its target, which may be behind the log.
@@ -264,7 +264,7 @@ const TO_READ: &str = "a point is read, never written";
 
 impl<T: BlockFile> BlockFile for PointFile<'_, T> {
     fn size_bytes(&self) -> u64 {
-        self.disk.size_bytes()
+        self.view.size_bytes()
     }
 
     fn read(&mut self, reads: &mut [ReadAt<'_>]) -> Result<(), BlockError> {

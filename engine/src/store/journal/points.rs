@@ -4,14 +4,15 @@
 //! the redo log holds every entry of the epoch. An entry of an ORDERED stretch is a state of the disk if what came
 //! before it was one: a mark that is not fuzzy, or another such entry.
 //!
-//! Invariants: a fuzzy mark is listed and never chosen by time, sequence or as the newest; a state that is offered can
-//! be had now. Times are the source's, labels and not order: a look-up by time answers the newest state that says it
+//! Invariants: a fuzzy mark, and one that is known to be damaged, is listed and never chosen by time, sequence or as the
+//! newest; a state that is offered can be had now. Times are the source's, labels and not order: a look-up by time answers the newest state that says it
 //! is not younger. Units: entry numbers, sequences, times. Called by commands and the offline tools.
 
 use super::Journal;
 use super::applier::shape;
 use super::error::JournalError;
 use super::recovery::LogEntry;
+use super::rot::Rot;
 use super::shape::{DiskShape, Epoch};
 use super::view::{At, View};
 use crate::format::batch::{BatchHeader, Mark, MarkCause, MarkClass};
@@ -43,6 +44,8 @@ pub struct Point {
     pub degraded: bool,
     /// It outlives the redo log.
     pub kept: bool,
+    /// What is damaged of that which it is made from.
+    pub damaged: Option<Rot>,
 }
 
 impl Point {
@@ -50,6 +53,12 @@ impl Point {
     #[must_use]
     pub fn is_consistent(&self) -> bool {
         self.class != MarkClass::Fuzzy && !self.degraded && !self.is_targets_own()
+    }
+
+    /// Whether it is a state the source was in, and is whole as far as is known.
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        self.is_consistent() && self.damaged.is_none()
     }
 
     /// Whether the target itself kept it (`as-found`, `before-rollback-N`): no mark of the source stands there.
@@ -70,6 +79,7 @@ impl Point {
             pinned: point.pinned,
             degraded: point.degraded,
             kept: true,
+            damaged: None,
         }
     }
 
@@ -85,6 +95,7 @@ impl Point {
             pinned: false,
             degraded: false,
             kept: false,
+            damaged: None,
         }
     }
 }
@@ -123,9 +134,16 @@ pub fn all_points(journal: &mut Journal, disk: DiskId) -> Result<Vec<Point>, Jou
         if points.iter().any(|point| point.at == at) {
             continue;
         }
-        let mark = journal.mark(disk, &entry)?;
+        let mark = match journal.mark(disk, &entry) {
+            // Nobody knows any more what a damaged mark said.
+            Err(_) if known.rot(at).is_some() => continue,
+            mark => mark?,
+        };
         let degraded = known.is_degraded_mark(&mark, entry.number);
         points.push(Point { degraded, ..Point::mark(disk, at, &mark) });
+    }
+    for point in &mut points {
+        point.damaged = known.rot(point.at);
     }
     points.sort_by_key(|point| point.at);
     Ok(points)
@@ -170,6 +188,7 @@ pub fn ordered_runs(journal: &mut Journal, disk: DiskId) -> Result<Vec<OrderedRu
             is_state |= begins_with_state(&known, entry.number - 1);
         }
         match entry.kind {
+            _ if known.rot(At::entry(epoch.opened.epoch, entry.number)).is_some() => is_state = false,
             EntryKind::Mark => {
                 let mark = journal.mark(disk, &entry)?;
                 is_state = mark.is_state() && !known.is_degraded_mark(&mark, entry.number);
@@ -208,7 +227,7 @@ pub struct Found {
 /// When there is none, saying which is the oldest; or when the log cannot be read.
 pub fn at_time(journal: &mut Journal, disk: DiskId, time: Timestamp) -> Result<Found, JournalError> {
     let marks = points(journal, disk)?;
-    let states = marks.iter().filter(|point| point.is_consistent());
+    let states = marks.iter().filter(|point| point.is_sound());
     let mut best = states.clone().rfind(|point| point.source_time <= time).map(|point| Found {
         at: point.at,
         source_time: point.source_time,
@@ -257,7 +276,7 @@ pub fn at_sequence(journal: &mut Journal, disk: DiskId, sequence: Sequence) -> R
         return Ok(Found { at, source_time: header.source_time, sequence });
     }
     let marks = points(journal, disk)?;
-    let mark = marks.iter().rfind(|point| point.sequence == sequence && point.is_consistent());
+    let mark = marks.iter().rfind(|point| point.sequence == sequence && point.is_sound());
     mark.map(|point| Found { at: point.at, source_time: point.source_time, sequence })
         .ok_or(JournalError::NoState { disk, oldest: None })
 }
@@ -271,6 +290,8 @@ pub enum Offer {
     PointsOnly,
     /// Marks that promise less than they did.
     Degraded,
+    /// Marks of which something cannot be read any more.
+    Damaged,
     /// Entries of the log are lost.
     Lost,
 }
@@ -295,10 +316,11 @@ pub fn timeline(journal: &mut Journal, disk: DiskId) -> Result<Vec<Interval>, Jo
     let mut intervals: Vec<Interval> = Vec::new();
     for pair in marks.windows(2) {
         let [from, to] = pair else { continue };
-        let offer = match (to.degraded, is_whole(journal, disk, from.at, to.at)) {
-            (_, false) => Offer::Lost,
-            (true, _) => Offer::Degraded,
-            _ => Offer::PointsOnly,
+        let offer = match is_whole(journal, disk, from.at, to.at) {
+            false => Offer::Lost,
+            true if to.damaged.is_some() => Offer::Damaged,
+            true if to.degraded => Offer::Degraded,
+            true => Offer::PointsOnly,
         };
         put(&mut intervals, Interval { offer, from: from.source_time, to: to.source_time });
     }
@@ -357,6 +379,9 @@ fn of_kind(journal: &Journal, disk: DiskId, kind: EntryKind) -> Vec<LogEntry> {
 /// Whether the disk as it was behind an entry can be had; `first` is the oldest entry of the log.
 fn can_be_had(known: &DiskShape, epoch: &Epoch, number: u64, first: u64) -> bool {
     let Some(from) = known.runs_from(epoch.opened.epoch, number) else { return false };
+    if known.rot(At::entry(epoch.opened.epoch, number)).is_some() {
+        return false;
+    }
     // Inside an epoch every entry of it is needed.
     let at_border = from > epoch.opened.epoch || number == epoch.opened.after;
     !known.is_merged_across(from) && (at_border || epoch.opened.after + 1 >= first)

@@ -575,6 +575,18 @@ fn is_unwritten(file: &mut dyn BlockFile, segment: &SegmentOpened, at: u64) -> R
 }
 
 impl DiskLog {
+    /// What the log says of a disk, as far as it is known without reading it.
+    pub(super) fn of(
+        state: Option<(DiskState, Place)>,
+        applied: Option<(Applied, Place)>,
+        entries: Vec<LogEntry>,
+        known: Option<&DiskShape>,
+    ) -> Self {
+        let mut log = Self { state, applied, entries, ..Self::default() };
+        log.find_missing(known);
+        log
+    }
+
     /// The number of the newest entry, or what was applied or lost before the log began.
     #[must_use]
     pub fn newest(&self) -> u64 {

@@ -24,7 +24,7 @@ use crate::format::manifest::EpochCause;
 use crate::format::segment::Applied;
 use crate::io::buffer::PoolBuf;
 use crate::io::{BlockFile, ReadAt};
-use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, SECTOR_BYTES, SectorRange, Timestamp};
+use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, DiskId, SECTOR_BYTES, SectorRange, Timestamp};
 
 /// Blocks compared, saved and written in one go, with one pair of flushes and one commit of the log: bounds the memory, to
 /// that of three steps, each with what stands there and what stood there.
@@ -52,11 +52,23 @@ pub fn rollback<T: BlockFile>(
     position: Position,
     now: Timestamp,
 ) -> Result<RolledBack, JournalError> {
+    let view = View::open(journal, applier.disk(), at)?; // refused before anything is changed
     begin(journal, applier, at, position, now)?;
-    resume(journal, applier, now)
+    finish(journal, applier, Some(view), now)
 }
 
-/// Begins one: from here on the disk is going back, whatever happens to its program.
+/// Where a disk is going back to, when a rollback was begun and has not ended.
+///
+/// # Errors
+/// When the disk is not in the journal.
+pub fn goes_to(journal: &Journal, disk: DiskId) -> Result<Option<At>, JournalError> {
+    let open = shape(journal, disk)?.open_epoch().map(|epoch| epoch.opened);
+    let epoch = open.filter(|epoch| epoch.cause == EpochCause::Rollback);
+    Ok(epoch.map(|epoch| At { epoch: epoch.to_epoch, number: epoch.to_number, records: epoch.to_records }))
+}
+
+/// Begins one: from here on the disk is going back, whatever happens to its program. The caller opened the point before, so
+/// that what cannot be had is refused before anything is changed.
 ///
 /// # Errors
 /// When the point is not kept, or the journal cannot be written.
@@ -67,7 +79,7 @@ pub fn begin<T: BlockFile>(
     position: Position,
     now: Timestamp,
 ) -> Result<(), JournalError> {
-    View::open(journal, applier.disk(), at)?; // refused before anything is changed
+    View::check(journal, applier.disk(), at)?;
     journal.commit(now)?;
     applier.close_epoch(journal, now)?;
     applier.begin_epoch(journal, EpochCause::Rollback, position, Some(at), now)?;
@@ -83,7 +95,16 @@ pub fn resume<T: BlockFile>(
     applier: &mut Applier<T>,
     now: Timestamp,
 ) -> Result<RolledBack, JournalError> {
-    let Some(going) = Going::begun(journal, applier)? else { return Ok(RolledBack::default()) };
+    finish(journal, applier, None, now)
+}
+
+fn finish<T: BlockFile>(
+    journal: &mut Journal,
+    applier: &mut Applier<T>,
+    view: Option<View>,
+    now: Timestamp,
+) -> Result<RolledBack, JournalError> {
+    let Some(going) = Going::begun(journal, applier, view)? else { return Ok(RolledBack::default()) };
     let disk = applier.disk();
     let done = going.take_back(applier, &mut |named| {
         journal.append_applied(disk, named, now)?;
@@ -158,7 +179,12 @@ impl Step {
             .map(|(blocks, data)| ReadAt { offset: blocks.start * BLOCK_BYTES, data })
             .collect();
         applier.target().read(&mut reads)?;
-        for (blocks, out) in ranges.iter().zip(cut(&mut then, &lens)) {
+        let parts = ranges.iter().copied().zip(cut(&mut then, &lens));
+        // The disk may end inside its last block.
+        let (mut whole, rest): (Vec<_>, Vec<_>) =
+            parts.partition(|(blocks, out)| out.len() as u64 == blocks.len() * BLOCK_BYTES);
+        view.read_parts(runs, applier, &mut whole)?;
+        for (blocks, out) in rest {
             view.read(runs, applier, blocks.start * BLOCK_BYTES, out)?;
         }
         for run in runs {
@@ -212,18 +238,22 @@ pub struct Going {
 }
 
 impl Going {
-    /// The one that was begun; `None` where there is none.
+    /// The one that was begun; `None` where there is none. `view`: of where it goes to, where somebody opened it before.
     ///
     /// # Errors
     /// When what the point needs of the log is damaged or not kept, or an undo run cannot be opened.
     pub fn begun<T: BlockFile>(
-        journal: &mut Journal,
+        journal: &Journal,
         applier: &mut Applier<T>,
+        view: Option<View>,
     ) -> Result<Option<Self>, JournalError> {
-        let open = shape(journal, applier.disk())?.open_epoch().map(|epoch| epoch.opened);
-        let Some(epoch) = open.filter(|epoch| epoch.cause == EpochCause::Rollback) else { return Ok(None) };
-        let at = At { epoch: epoch.to_epoch, number: epoch.to_number, records: epoch.to_records };
-        let view = View::open(journal, applier.disk(), at)?;
+        let Some(at) = goes_to(journal, applier.disk())? else { return Ok(None) };
+        let plan = View::plan(journal, applier.disk(), at)?;
+        // Meanwhile the point may be the end of its epoch, which ended.
+        let view = match view {
+            Some(view) if !plan.is_at_border() => view,
+            _ => plan.open()?,
+        };
         let whole = BlockRange::new(0, applier.size_sectors().div_ceil(BLOCK_SECTORS));
         let runs = view.open_runs(journal, applier)?;
         let own = applier.take_active();

@@ -10,18 +10,18 @@ use std::path::PathBuf;
 
 use bytes::Bytes;
 
-use super::applier::{identity, run_path};
 use super::entry::entry_writes;
 use super::error::JournalError;
 use super::log::{Place, segment_path};
-use super::undo::{Hole, RunIdentity, SealedRun};
-use super::{Journal, Run};
+use super::rot::Found;
+use super::undo::{BlockRange, Hole, Place as ImagePlace, RunIdentity, SealedRun, UndoError};
+use super::{Journal, LogEntry, Run};
 use crate::compress::Decompressor;
 use crate::format::FormatError;
 use crate::format::segment::EntryHead;
 use crate::io::{BlockFile, ReadAt};
 use crate::store::files::Files;
-use crate::units::DiskId;
+use crate::units::{BLOCK_BYTES, BlockIndex, DiskId};
 
 /// A sealed undo run to be read.
 #[derive(Clone, Debug)]
@@ -32,7 +32,7 @@ pub struct RunPlace {
     pub run: Run,
     /// Its file.
     pub path: PathBuf,
-    identity: RunIdentity,
+    pub(super) identity: RunIdentity,
 }
 
 /// An entry to be read.
@@ -57,8 +57,7 @@ impl Journal {
         let mut places = Vec::new();
         for (disk, shape) in &self.shape().disks {
             for run in &shape.runs {
-                let (path, identity) = (run_path(self, *disk, run.file), identity(self, *disk, run)?);
-                places.push(RunPlace { disk: *disk, run: *run, path, identity });
+                places.push(self.run_place(*disk, *run)?);
             }
         }
         Ok(places)
@@ -68,9 +67,8 @@ impl Journal {
     #[must_use]
     pub fn entry_places(&self) -> Vec<EntryPlace> {
         let mut places = Vec::new();
-        for (disk, entries) in &self.entries {
-            let applied = self.disks.get(disk).map_or(0, |numbers| numbers.applied_durable);
-            for entry in entries.iter().filter(|entry| entry.number <= applied) {
+        for disk in self.entries.keys() {
+            for entry in self.applied(*disk) {
                 let Some(segment) = self.shape().segments.get(&entry.place.segment) else { continue };
                 let path = segment_path(self.folder(), segment.slot);
                 places.push(EntryPlace { disk: *disk, number: entry.number, path, place: entry.place });
@@ -78,6 +76,13 @@ impl Journal {
         }
         places.sort_by_key(|entry| entry.place);
         places
+    }
+
+    /// The entries of a disk that are applied and therefore durable.
+    pub(super) fn applied(&self, disk: DiskId) -> &[LogEntry] {
+        let applied = self.disks.get(&disk).map_or(0, |numbers| numbers.applied_durable);
+        let entries = self.entries.get(&disk).map_or(&[][..], Vec::as_slice);
+        entries.get(..entries.partition_point(|entry| entry.number <= applied)).unwrap_or_default()
     }
 
     /// Whether a run still is part of the journal.
@@ -93,14 +98,76 @@ impl Journal {
     }
 }
 
-/// Reads a whole run; answers what is damaged, and its bytes.
+/// What reading a run found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunCheck {
+    /// What is damaged in the file.
+    pub holes: Vec<Hole>,
+    /// Blocks that the run itself says are lost: they were damaged in runs that it was merged from.
+    pub lost: Vec<BlockRange>,
+    /// Length of the file.
+    pub bytes: u64,
+}
+
+impl RunCheck {
+    /// Blocks whose images cannot be had, and why.
+    #[must_use]
+    pub fn found(&self) -> Vec<Found> {
+        let lost = self.lost.iter().map(|blocks| Found {
+            blocks: *blocks,
+            cause: "damaged when undo runs were made one".to_owned(),
+        });
+        Found::of_holes(&self.holes).into_iter().chain(lost).collect()
+    }
+}
+
+/// Reads a whole run.
 ///
 /// # Errors
 /// When it cannot be read.
-pub fn check_run(files: &dyn Files, place: &RunPlace) -> Result<(Vec<Hole>, u64), JournalError> {
+pub fn check_run(files: &dyn Files, place: &RunPlace) -> Result<RunCheck, JournalError> {
     let mut run = SealedRun::open(files, &place.path, &place.identity)?;
     let bytes = run.len_bytes();
-    Ok((run.verify()?, bytes))
+    let holes = run.verify()?;
+    let whole = run.header().disk_blocks();
+    let lost = run.lookup(whole)?.into_iter().filter(|found| found.place == ImagePlace::Lost);
+    Ok(RunCheck { holes, lost: lost.map(|found| found.blocks).collect(), bytes })
+}
+
+/// The blocks of a run whose images cannot be read, where the medium fails: what else is in it is read.
+///
+/// # Errors
+/// When not even its index can be read.
+pub fn unreadable(files: &dyn Files, place: &RunPlace) -> Result<Vec<BlockRange>, JournalError> {
+    const STEP_BLOCKS: u64 = 16;
+    let mut run = SealedRun::open(files, &place.path, &place.identity)?;
+    let whole = run.header().disk_blocks();
+    let mut plain = vec![0; (STEP_BLOCKS * BLOCK_BYTES) as usize];
+    let mut lost: Vec<BlockRange> = Vec::new();
+    for found in run.lookup(whole)? {
+        let mut at = found.blocks.start;
+        while at < found.blocks.end {
+            let end = found.blocks.end.min((at / STEP_BLOCKS + 1) * STEP_BLOCKS);
+            let out = plain.get_mut(..((end - at) * BLOCK_BYTES) as usize).unwrap_or_default();
+            let bad = match found.place {
+                ImagePlace::Lost => true,
+                ImagePlace::Stored(_) => match run.read(BlockIndex(at), out) {
+                    Ok(()) => false,
+                    Err(UndoError::Damaged { .. } | UndoError::Lost { .. } | UndoError::Block(_)) => true,
+                    Err(error) => return Err(error.into()),
+                },
+                _ => false,
+            };
+            if bad {
+                match lost.last_mut().filter(|last| last.end == at) {
+                    Some(last) => last.end = end,
+                    None => lost.push(BlockRange::new(at, end)),
+                }
+            }
+            at = end;
+        }
+    }
+    Ok(lost)
 }
 
 /// Reads an entry from the file of its segment: head, body, every fragment. The inner error is damage.

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::format::batch::Mark;
 use crate::format::manifest::{
-    DiskAdded, Edit, EntriesLost, EpochClosed, EpochOpened, EpochsExpired, LossMended, PointKept, RunsMerged,
-    SegmentOpened, StretchDegraded,
+    DiskAdded, DiskGrown, Edit, EntriesLost, EntryDamaged, EpochClosed, EpochOpened, EpochsExpired,
+    ImagesDamaged, LossMended, PointKept, RunsMerged, SegmentOpened, StretchDegraded,
 };
 use crate::units::{DiskId, LineageId, Sequence};
 
@@ -70,9 +70,28 @@ pub struct DiskShape {
     pub degraded: Vec<StretchDegraded>,
     /// Entries that were durable and are lost, as they were found.
     pub lost: Vec<Loss>,
+    /// Before-images that cannot be read, as they were found.
+    pub damaged: Vec<ImagesDamaged>,
+    /// Applied entries that cannot be read, ascending.
+    pub damaged_entries: Vec<EntryDamaged>,
+    /// How it grew, oldest first.
+    pub grown: Vec<DiskGrown>,
 }
 
 impl DiskShape {
+    /// Its size now, in sectors.
+    #[must_use]
+    pub fn size_sectors(&self) -> u64 {
+        self.grown.last().map_or(self.added.size_sectors, |grown| grown.size_sectors)
+    }
+
+    /// Its size behind an entry, in sectors.
+    #[must_use]
+    pub fn size_at(&self, number: u64) -> u64 {
+        let before = self.grown.iter().rev().find(|grown| grown.after < number);
+        before.map_or(self.added.size_sectors, |grown| grown.size_sectors)
+    }
+
     /// The epoch that goes on.
     #[must_use]
     pub fn open_epoch(&self) -> Option<&Epoch> {
@@ -176,10 +195,7 @@ impl Shape {
     pub fn apply(&mut self, edit: &Edit) -> Result<(), String> {
         match edit {
             Edit::SegmentOpened(opened) => self.open_segment(opened),
-            Edit::SegmentReleased(released) => match self.segments.remove(&released.number) {
-                Some(_) => Ok(()),
-                None => Err(format!("segment {} is released and was not in use", released.number)),
-            },
+            Edit::SegmentReleased(released) => self.release_segment(released.number),
             Edit::DiskAdded(added) => self.add_disk(added),
             Edit::DiskRemoved(removed) => match self.disks.remove(&removed.disk) {
                 Some(_) => Ok(()),
@@ -214,6 +230,23 @@ impl Shape {
                 open.for_each(|loss| loss.mended = Some(mended.number));
                 Ok(())
             }
+            Edit::ImagesDamaged(damaged) => self.disk(damaged.disk)?.note_damaged(damaged),
+            Edit::ImagesSound(sound) => self.disk(sound.disk)?.note_sound(sound),
+            Edit::EntryDamaged(damaged) => {
+                if !self.segments.contains_key(&damaged.segment) {
+                    return Err(format!(
+                        "an entry is damaged in segment {}, which is not in use",
+                        damaged.segment
+                    ));
+                }
+                self.disk(damaged.disk)?.note_entry_damaged(damaged);
+                Ok(())
+            }
+            Edit::EntrySound(sound) => {
+                self.disk(sound.disk)?.damaged_entries.retain(|known| known.number != sound.number);
+                Ok(())
+            }
+            Edit::DiskGrown(grown) => self.disk(grown.disk)?.grow(grown),
             Edit::PointDropped(dropped) => {
                 let disk = self.disk(dropped.disk)?;
                 let known = disk.points.remove(&dropped.point);
@@ -225,6 +258,16 @@ impl Shape {
 
     fn disk(&mut self, disk: DiskId) -> Result<&mut DiskShape, String> {
         self.disks.get_mut(&disk).ok_or_else(|| format!("disk {disk} is not in the journal"))
+    }
+
+    fn release_segment(&mut self, number: u64) -> Result<(), String> {
+        if self.segments.remove(&number).is_none() {
+            return Err(format!("segment {number} is released and was not in use"));
+        }
+        for disk in self.disks.values_mut() {
+            disk.damaged_entries.retain(|entry| entry.segment != number);
+        }
+        Ok(())
     }
 
     fn open_segment(&mut self, opened: &SegmentOpened) -> Result<(), String> {
@@ -251,6 +294,9 @@ impl Shape {
             points: BTreeMap::new(),
             degraded: Vec::new(),
             lost: Vec::new(),
+            damaged: Vec::new(),
+            damaged_entries: Vec::new(),
+            grown: Vec::new(),
         };
         self.disks.insert(added.disk, shape);
         Ok(())
@@ -290,6 +336,8 @@ impl DiskShape {
         if closed.run_bytes > 0 {
             let file = RunFile::Epoch(closed.epoch);
             self.runs.push(Run { first: closed.epoch, last: closed.epoch, file, bytes: closed.run_bytes });
+        } else {
+            self.damaged.retain(|damaged| damaged.first != closed.epoch);
         }
         Ok(())
     }
@@ -310,6 +358,7 @@ impl DiskShape {
         self.runs.retain(|run| !inside(run));
         let file = RunFile::Merged(merged.run);
         self.runs.insert(at, Run { first: merged.first, last: merged.last, file, bytes: merged.run_bytes });
+        self.merge_damaged(merged);
         self.fold();
         Ok(())
     }
@@ -326,11 +375,28 @@ impl DiskShape {
         Ok(())
     }
 
+    fn grow(&mut self, grown: &DiskGrown) -> Result<(), String> {
+        let (size, after) = (self.size_sectors(), self.grown.last().map_or(0, |grown| grown.after));
+        // Images of a run lie within the size that its disk had when it was begun.
+        if let Some(epoch) = self.open_epoch() {
+            return Err(format!("the disk grows while epoch {} goes on", epoch.opened.epoch));
+        }
+        if grown.size_sectors <= size || grown.after < after {
+            let DiskGrown { size_sectors, after: at, .. } = grown;
+            return Err(format!(
+                "the disk grows to {size_sectors} sectors at entry {at} from {size} at {after}"
+            ));
+        }
+        self.grown.push(*grown);
+        Ok(())
+    }
+
     fn expire(&mut self, expired: &EpochsExpired) -> Result<(), String> {
         if self.runs.iter().any(|run| run.first <= expired.through && run.last > expired.through) {
             return Err(format!("epochs through {} expire inside a merged run", expired.through));
         }
         self.runs.retain(|run| run.last > expired.through);
+        self.damaged.retain(|damaged| damaged.last > expired.through);
         self.epochs.retain(|epoch| epoch.opened.epoch > expired.through || epoch.closed.is_none());
         self.expired = self.expired.max(expired.through);
         // What no point of a remaining epoch can lie in is not asked for again.
@@ -350,6 +416,8 @@ impl DiskShape {
         if self.expired > 0 {
             edits.push(Edit::EpochsExpired(EpochsExpired { disk, through: self.expired }));
         }
+        // Before the epochs, of which the last may go on: a disk grows between two.
+        edits.extend(self.grown.iter().map(|grown| Edit::DiskGrown(*grown)));
         for epoch in &self.epochs {
             edits.push(Edit::EpochOpened(epoch.opened));
             edits.extend(epoch.closed.map(Edit::EpochClosed));
@@ -368,5 +436,7 @@ impl DiskShape {
             edits.push(Edit::EntriesLost(*entries));
             edits.extend(mended.map(|number| Edit::LossMended(LossMended { disk, number })));
         }
+        edits.extend(self.damaged.iter().map(|damaged| Edit::ImagesDamaged(*damaged)));
+        edits.extend(self.damaged_entries.iter().map(|damaged| Edit::EntryDamaged(*damaged)));
     }
 }

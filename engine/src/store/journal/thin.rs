@@ -8,6 +8,7 @@
 
 use super::applier::{identity, run_path};
 use super::error::{JournalError, random_u64};
+use super::rot::{Found, reach};
 use super::shape::{DiskShape, Run, RunFile};
 use super::undo::{SealedRun, merge, merged_header};
 use super::{Journal, applier};
@@ -134,6 +135,13 @@ impl Merge {
         if !unchanged {
             self.files.remove(path)?;
             return Ok(None);
+        }
+        // What was met while they were read is lost in the merged one, and known before the two are gone.
+        for (run, sealed) in [self.older, self.newer].iter().zip(&self.runs) {
+            let found = Found::of_holes(sealed.damage());
+            let place = journal.run_place(self.disk, *run)?;
+            let reached = reach(&*self.files, &journal.older_runs(&place)?, found);
+            journal.note_run(&place, &reached, false, now)?;
         }
         let (disk, epochs) = (self.disk, (self.older.first, self.newer.last));
         let merged = RunsMerged { disk, first: epochs.0, last: epochs.1, run: self.number, run_bytes };

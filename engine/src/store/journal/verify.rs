@@ -362,7 +362,7 @@ impl Offline {
                 finding(hole.file.start, hole.reason.to_string(), hole.lost, points, remedy)
             })),
             Err(error) => {
-                let blocks = shape.map_or(0, |shape| shape.added.size_sectors.div_ceil(BLOCK_SECTORS));
+                let blocks = shape.map_or(0, |shape| shape.size_sectors().div_ceil(BLOCK_SECTORS));
                 let lost = vec![BlockRange::new(0, blocks)];
                 verdict.findings.push(finding(0, error.to_string(), lost, older, RUN_REMEDY));
             }

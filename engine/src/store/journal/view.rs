@@ -1,5 +1,8 @@
 //! A disk as it was at a point.
 //!
+//! A disk that grew since has the size it had then. What lies behind that on the target belongs to no such point; a
+//! rollback, which never makes a target smaller, takes it back to what stood there before the first write.
+//!
 //! A block's content at a point is its image in the earliest undo run from the point's first epoch on; where no run has
 //! it, the block was not overwritten since and stands on the target. Over that come the redo entries of the point's
 //! own epoch up to the point, where the point lies inside an epoch and not at its end.
@@ -12,17 +15,12 @@
 use std::fmt;
 use std::str::FromStr;
 
-use bytes::Bytes;
-
 use super::applier::{Applier, shape};
-use super::entry::{Content, entry_writes};
 use super::error::JournalError;
 use super::recovery::LogEntry;
+use super::redo_index::{Part, RedoIndex, Wanted, entries_between};
 use super::undo::BlockRange;
-use super::window::Window;
-use super::{Journal, Run};
-use crate::compress::Decompressor;
-use crate::format::manifest::EpochCause;
+use super::{Journal, Run, rollback};
 use crate::io::{BlockFile, ByteRange, ReadAt};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, BlockIndex, DiskId, SECTOR_BYTES, SectorRange};
 
@@ -68,31 +66,73 @@ impl FromStr for At {
     }
 }
 
+/// What a view is made of, before the log is read.
+#[derive(Debug)]
+pub struct Plan {
+    disk: DiskId,
+    from_epoch: u64,
+    over: Option<Wanted>,
+    size_sectors: u64,
+}
+
+impl Plan {
+    /// Reads what there is to be read of the log before the first block can be answered: for a point inside an undo epoch,
+    /// what the epoch's entries up to it wrote. Nothing of the journal is needed any more, so others commit meanwhile.
+    ///
+    /// # Errors
+    /// When an entry is damaged, or was given up meanwhile.
+    pub fn open(self) -> Result<View, JournalError> {
+        let Self { disk, from_epoch, over, size_sectors } = self;
+        Ok(View { disk, from_epoch, over: over.map(Wanted::index).transpose()?, size_sectors })
+    }
+
+    /// Whether nothing of the log is read for it.
+    pub(super) const fn is_at_border(&self) -> bool {
+        self.over.is_none()
+    }
+}
+
 /// A disk as it was.
 #[derive(Debug)]
 pub struct View {
     disk: DiskId,
     /// Undo runs from this epoch on count.
     from_epoch: u64,
-    /// Redo entries of the epoch, up to the point.
-    over: Window,
+    /// What redo entries wrote, of the epoch up to the point.
+    over: Option<RedoIndex>,
+    /// The size the disk had.
+    size_sectors: u64,
 }
 
 impl View {
-    /// The disk as it was at a point.
+    /// The disk as it was at a point, to be opened.
     ///
     /// # Errors
-    /// When the point is not in the journal any more (it says what is), or an entry it needs is damaged.
-    pub fn open(journal: &mut Journal, disk: DiskId, at: At) -> Result<Self, JournalError> {
-        let mut over = Window::default();
-        let from_epoch = match base(journal, disk, at)? {
-            Base::Border(from) => from,
+    /// When the point is not in the journal any more (it says what is).
+    pub fn plan(journal: &Journal, disk: DiskId, at: At) -> Result<Plan, JournalError> {
+        let (from_epoch, over) = match base(journal, disk, at)? {
+            Base::Border(from) => (from, None),
             Base::Inside(after) => {
-                redo(journal, disk, after, (at.number, at.records), &mut over)?;
-                at.epoch
+                let wanted = Wanted::of(journal, disk, after, (at.number, at.records));
+                (at.epoch, Some(wanted.map_err(|number| not_kept(disk, number))?))
             }
         };
-        Ok(Self { disk, from_epoch, over })
+        let size_sectors = shape(journal, disk)?.size_at(at.number + u64::from(at.records > 0));
+        Ok(Plan { disk, from_epoch, over, size_sectors })
+    }
+
+    /// The disk as it was at a point, by who has the journal to itself.
+    ///
+    /// # Errors
+    /// As for [`Self::plan`] and [`Plan::open`].
+    pub fn open(journal: &Journal, disk: DiskId, at: At) -> Result<Self, JournalError> {
+        Self::plan(journal, disk, at)?.open()
+    }
+
+    /// The size the disk had; the target may have grown since.
+    #[must_use]
+    pub const fn size_bytes(&self) -> u64 {
+        self.size_sectors * SECTOR_BYTES
     }
 
     /// Whether a point can be had, as far as that is known without reading any data.
@@ -100,11 +140,20 @@ impl View {
     /// # Errors
     /// Why it cannot.
     pub fn check(journal: &Journal, disk: DiskId, at: At) -> Result<(), JournalError> {
-        let Base::Inside(after) = base(journal, disk, at)? else { return Ok(()) };
+        Self::needed(journal, disk, at).map(drop)
+    }
+
+    /// The oldest segment of the redo log that a point needs; `None` where it needs none.
+    #[must_use]
+    pub fn oldest_segment(journal: &Journal, disk: DiskId, at: At) -> Option<u64> {
+        let needed = Self::needed(journal, disk, at).ok()?;
+        needed.iter().map(|entry| entry.place.segment).min()
+    }
+
+    fn needed(journal: &Journal, disk: DiskId, at: At) -> Result<&[LogEntry], JournalError> {
+        let Base::Inside(after) = base(journal, disk, at)? else { return Ok(&[]) };
         let number = at.number + u64::from(at.records > 0);
-        let wanted = |entry: &&LogEntry| entry.number > after && entry.number <= number;
-        let found = journal.entries(disk).iter().filter(wanted).count() as u64;
-        if found == number - after { Ok(()) } else { Err(not_kept(disk, number)) }
+        entries_between(journal, disk, after, number).map_err(|number| not_kept(disk, number))
     }
 
     /// The disk as it would be if everything in the log were applied: what stands on the target, which has all entries
@@ -113,19 +162,22 @@ impl View {
     ///
     /// # Errors
     /// When an entry behind `applied` is not there or damaged.
-    pub fn newest(journal: &mut Journal, disk: DiskId, applied: u64) -> Result<Self, JournalError> {
-        let open = shape(journal, disk)?.open_epoch().map(|epoch| epoch.opened);
-        let mut view = match open.filter(|epoch| epoch.cause == EpochCause::Rollback) {
-            Some(epoch) => Self::open(
-                journal,
-                disk,
-                At { epoch: epoch.to_epoch, number: epoch.to_number, records: epoch.to_records },
-            )?,
-            None => Self { disk, from_epoch: u64::MAX, over: Window::default() },
+    pub fn newest(journal: &Journal, disk: DiskId, applied: u64) -> Result<Self, JournalError> {
+        let plan = match rollback::goes_to(journal, disk)? {
+            Some(at) => Self::plan(journal, disk, at)?,
+            None => {
+                let size_sectors = shape(journal, disk)?.size_sectors();
+                Plan { disk, from_epoch: u64::MAX, over: None, size_sectors }
+            }
         };
         let number = journal.entries(disk).last().map_or(applied, |entry| entry.number.max(applied));
-        redo(journal, disk, applied, (number, 0), &mut view.over)?;
-        Ok(view)
+        let waiting = Wanted::of(journal, disk, applied, (number, 0));
+        let waiting = waiting.map_err(|number| not_kept(disk, number))?;
+        let over = match plan.over {
+            Some(over) => over.and(waiting),
+            None => waiting,
+        };
+        Plan { over: Some(over), ..plan }.open()
     }
 
     /// The sealed runs that count now, opened. More are added as undo epochs end, so a reader asks each time.
@@ -166,16 +218,33 @@ impl View {
         let first = offset / BLOCK_BYTES;
         let blocks = BlockRange::new(first, end.div_ceil(BLOCK_BYTES));
         if offset.is_multiple_of(BLOCK_BYTES) && end.is_multiple_of(BLOCK_BYTES) {
-            return self.read_blocks(runs, applier, blocks, out);
+            return self.read_parts(runs, applier, &mut [(blocks, out)]);
         }
         let mut plain = vec![0; ((blocks.end - blocks.start) * BLOCK_BYTES) as usize];
-        self.read_blocks(runs, applier, blocks, &mut plain)?;
+        self.read_parts(runs, applier, &mut [(blocks, &mut plain)])?;
         let from = (offset - first * BLOCK_BYTES) as usize;
         out.copy_from_slice(plain.get(from..from + out.len()).unwrap_or_default());
         Ok(())
     }
 
-    fn read_blocks<T: BlockFile>(
+    /// As [`Self::read`] of whole blocks, in many places: what the log has of them is read in its order.
+    ///
+    /// # Errors
+    /// As for [`Self::read`].
+    pub(super) fn read_parts<T: BlockFile>(
+        &self,
+        runs: &[Run],
+        applier: &mut Applier<T>,
+        parts: &mut [Part<'_>],
+    ) -> Result<(), JournalError> {
+        for (blocks, plain) in parts.iter_mut() {
+            self.read_images(runs, applier, *blocks, plain)?;
+        }
+        self.over.as_ref().map_or(Ok(()), |over| over.lay_over(parts))
+    }
+
+    /// Blocks as they were when the point's undo epoch began.
+    fn read_images<T: BlockFile>(
         &self,
         runs: &[Run],
         applier: &mut Applier<T>,
@@ -205,7 +274,6 @@ impl View {
         for part in missing {
             self.read_newest(applier, blocks, part, plain)?;
         }
-        self.put_redo(blocks, plain);
         Ok(())
     }
 
@@ -244,19 +312,6 @@ impl View {
         Ok(())
     }
 
-    /// Lays the redo entries over what was read.
-    fn put_redo(&self, blocks: BlockRange, plain: &mut [u8]) {
-        let range = SectorRange::new(blocks.start * BLOCK_SECTORS, blocks.end * BLOCK_SECTORS);
-        for write in self.over.overlap(range) {
-            let from = ((write.range.start - range.start) * SECTOR_BYTES) as usize;
-            let Some(place) = plain.get_mut(from..from + write.range.bytes() as usize) else { continue };
-            match &write.content {
-                Content::Data(data) => place.copy_from_slice(data),
-                Content::Zeros => place.fill(0),
-            }
-        }
-    }
-
     /// Blocks of `within` that may differ from the live target: what any run from the point on holds, and the redo
     /// entries.
     ///
@@ -276,10 +331,10 @@ impl View {
             ranges.extend(run.lookup(within).iter().map(|found| found.blocks));
         }
         let sectors = SectorRange::new(within.start * BLOCK_SECTORS, within.end * BLOCK_SECTORS);
-        let over = self.over.overlap(sectors).map(|write| {
-            BlockRange::new(write.range.start / BLOCK_SECTORS, write.range.end.div_ceil(BLOCK_SECTORS))
-        });
-        ranges.extend(over);
+        let over = self.over.iter().flat_map(|over| over.ranges(sectors));
+        ranges.extend(
+            over.map(|range| BlockRange::new(range.start / BLOCK_SECTORS, range.end.div_ceil(BLOCK_SECTORS))),
+        );
         ranges.sort_unstable_by_key(|range| range.start);
         Ok(joined(ranges))
     }
@@ -362,40 +417,4 @@ fn base(journal: &Journal, disk: DiskId, at: At) -> Result<Base, JournalError> {
 fn not_kept(disk: DiskId, number: u64) -> JournalError {
     let what = format!("entry {number} of the redo log is not kept; choose the end of an undo epoch");
     JournalError::Gone { disk, what }
-}
-
-/// Lays the writes of the entries behind `after` up to `number`, and of so many records of the next, read from the redo
-/// log, over what is there.
-fn redo(
-    journal: &mut Journal,
-    disk: DiskId,
-    after: u64,
-    (whole, records): (u64, u32),
-    over: &mut Window,
-) -> Result<(), JournalError> {
-    let number = whole + u64::from(records > 0);
-    let mut decompressor =
-        Decompressor::new().map_err(|error| JournalError::Zstd { reason: error.to_string() })?;
-    let wanted: Vec<LogEntry> = journal
-        .entries(disk)
-        .iter()
-        .filter(|entry| entry.number > after && entry.number <= number)
-        .copied()
-        .collect();
-    let mut next = after + 1;
-    for entry in wanted {
-        if entry.number != next {
-            break;
-        }
-        let (head, body) = journal.read(entry.place)?;
-        let writes = entry_writes(head.kind, Bytes::from(body), &mut decompressor)
-            .map_err(JournalError::format(journal.folder(), entry.place.offset, "choose another point"))?;
-        // A batch has one write for each of its records, in their order.
-        let counts = if entry.number > whole { records as usize } else { usize::MAX };
-        for write in writes.into_iter().take(counts) {
-            over.put(write);
-        }
-        next += 1;
-    }
-    if next <= number { Err(not_kept(disk, next)) } else { Ok(()) }
 }

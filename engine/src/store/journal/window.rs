@@ -5,20 +5,26 @@
 
 use std::collections::BTreeMap;
 
-use super::entry::Write;
+use super::entry::{Content, Cut, Write};
 use crate::units::{BLOCK_SECTORS, SectorRange};
 
-/// Coalesced writes.
-#[derive(Debug, Default)]
-pub struct Window {
+/// Coalesced writes, of bytes or of what tells where they are.
+#[derive(Debug)]
+pub struct Window<C = Content> {
     /// By first sector.
-    runs: BTreeMap<u64, Write>,
+    runs: BTreeMap<u64, Write<C>>,
     bytes: u64,
 }
 
-impl Window {
+impl<C> Default for Window<C> {
+    fn default() -> Self {
+        Self { runs: BTreeMap::new(), bytes: 0 }
+    }
+}
+
+impl<C: Cut> Window<C> {
     /// Puts a write over what is there.
-    pub fn put(&mut self, write: Write) {
+    pub fn put(&mut self, write: Write<C>) {
         if write.range.is_empty() {
             return;
         }
@@ -69,12 +75,12 @@ impl Window {
     }
 
     /// The runs, ascending.
-    pub fn runs(&self) -> impl Iterator<Item = &Write> {
+    pub fn runs(&self) -> impl Iterator<Item = &Write<C>> {
         self.runs.values()
     }
 
     /// The parts of the runs inside `range`, ascending.
-    pub fn overlap(&self, range: SectorRange) -> impl Iterator<Item = Write> + '_ {
+    pub fn overlap(&self, range: SectorRange) -> impl Iterator<Item = Write<C>> + '_ {
         let before = self.runs.range(..range.start).next_back().map(|(_, run)| run);
         before
             .into_iter()
@@ -108,7 +114,6 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::journal::entry::Content;
     use crate::units::SECTOR_BYTES;
     use proptest::prelude::*;
 

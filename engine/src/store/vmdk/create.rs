@@ -187,7 +187,7 @@ fn describe(path: &Path, spec: &CreateSpec, extents: &[Extent]) -> Result<Descri
 }
 
 /// File names of the extents of a kind, as VMware gives them.
-fn extent_names(kind: VmdkKind, stem: &str) -> impl Iterator<Item = String> {
+pub(super) fn extent_names(kind: VmdkKind, stem: &str) -> impl Iterator<Item = String> {
     let stem = stem.to_owned();
     (1..).map(move |number| match kind {
         VmdkKind::MonolithicFlat | VmdkKind::Vmfs => format!("{stem}-flat.vmdk"),
@@ -225,7 +225,7 @@ fn sparse_sectors_max(sectors: u64) -> u64 {
     header.overhead + header.grain_count() * header.grain_sectors
 }
 
-fn make_sparse(
+pub(super) fn make_sparse(
     opener: &dyn Files,
     file: &Path,
     sectors: u64,

@@ -91,6 +91,16 @@ pub enum TargetError {
         /// The name as written.
         file: String,
     },
+    /// A disk that cannot have the size that is wanted.
+    #[error("{} cannot grow: {what}; {remedy}", path.display())]
+    CannotGrow {
+        /// The target.
+        path: PathBuf,
+        /// What is in the way.
+        what: String,
+        /// What to do.
+        remedy: &'static str,
+    },
     /// A kind of disk that cannot be a target.
     #[error("{} is {what}, which cannot be a target: {remedy}", path.display())]
     Unsupported {

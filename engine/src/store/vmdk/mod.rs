@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `open` | descriptor → checks → an opened disk |
 //! | `create` | a new disk of one of five kinds |
+//! | `grow` | a disk becomes larger |
 //! | `flat` | plain extents |
 //! | `sparse` | grains: planning of writes, the crash-safe order |
 //! | `stream` | a compressed copy for transport, written front to back |
@@ -17,6 +18,7 @@
 pub mod create;
 pub mod error;
 mod flat;
+mod grow;
 mod keeper;
 mod layout;
 pub mod open;
@@ -27,6 +29,7 @@ mod tables;
 pub use create::{CreateSpec, create_vmdk};
 pub use error::TargetError;
 pub use flat::FlatVmdk;
+pub use grow::grow_vmdk;
 #[cfg(feature = "io")]
 pub(in crate::store) use keeper::random_cid;
 pub use open::{OpenedVmdk, open_vmdk};

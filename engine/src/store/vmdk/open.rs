@@ -44,7 +44,7 @@ pub struct CheckedVmdk {
     pub kind: VmdkKind,
     /// The descriptor.
     pub descriptor: Descriptor,
-    home: Home,
+    pub(super) home: Home,
 }
 
 /// Opens a VMDK by its descriptor (or the single file of a monolithic sparse one).
@@ -380,7 +380,9 @@ impl Open<'_> {
                 remedy: "convert the disk, for instance with qemu-img convert -O vmdk",
             });
         }
-        if header.capacity != extent.sectors {
+        // One file of several may have been grown for a descriptor that was not replaced: nothing is behind its old end.
+        let split = self.descriptor.create_type() == &CreateType::TwoGbMaxExtentSparse;
+        if header.capacity < extent.sectors || header.capacity > extent.sectors && !split {
             let what =
                 format!("its header says {} sectors, the descriptor {}", header.capacity, extent.sectors);
             return Err(TargetError::Damaged { path, what });

@@ -181,11 +181,21 @@ impl Tables {
 
     /// Sectors the file has when every grain is stored; beyond [`FILE_SECTORS_MAX`] it cannot grow.
     pub(super) fn file_sectors_max(&self) -> u64 {
-        let stored = self.stored().count() as u64;
+        let stored = self.stored_count();
         let missing = self.primary.iter().filter(|at| **at == 0).count() as u64
             + self.redundant.iter().filter(|at| **at == 0).count() as u64;
         let growth = (self.grain_count - stored.min(self.grain_count) + missing) * self.grain_sectors;
         (self.append + growth).min(FILE_SECTORS_MAX)
+    }
+
+    /// Where the tables stand: the entries of the directory, and of its redundant copy.
+    pub(super) fn directories(&self) -> (&[u32], Option<&[u32]>) {
+        (&self.primary, self.is_redundant().then_some(&self.redundant))
+    }
+
+    /// How many grains are stored.
+    pub(super) fn stored_count(&self) -> u64 {
+        self.stored().count() as u64
     }
 
     /// What a grain is.

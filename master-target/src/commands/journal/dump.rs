@@ -102,6 +102,11 @@ const fn disk_of(edit: &Edit) -> Option<DiskId> {
         Edit::StretchDegraded(body) => Some(body.disk),
         Edit::EntriesLost(body) => Some(body.disk),
         Edit::LossMended(body) => Some(body.disk),
+        Edit::ImagesDamaged(body) => Some(body.disk),
+        Edit::ImagesSound(body) => Some(body.disk),
+        Edit::EntryDamaged(body) => Some(body.disk),
+        Edit::EntrySound(body) => Some(body.disk),
+        Edit::DiskGrown(body) => Some(body.disk),
     }
 }
 

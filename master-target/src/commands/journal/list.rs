@@ -49,6 +49,8 @@ struct PointLine {
     source_time_ms: u64,
     pinned: bool,
     degraded: bool,
+    /// What cannot be read of it, as far as the master target knows.
+    damaged: Option<String>,
     /// Why it cannot be had; none where it can.
     refused: Option<String>,
 }
@@ -81,7 +83,7 @@ fn disk_line(offline: &mut Offline, disk: DiskId) -> anyhow::Result<DiskLine> {
     let epoch = shape.and_then(|shape| shape.epoch_of(applied));
     let target_at = epoch.map(|epoch| At::entry(epoch.opened.epoch, applied).to_string());
     let (machine, size_sectors, runs) = match shape {
-        Some(shape) => (shape.added.machine, shape.added.size_sectors, shape.runs.as_slice()),
+        Some(shape) => (shape.added.machine, shape.size_sectors(), shape.runs.as_slice()),
         None => ([0; 16], 0, &[][..]),
     };
     Ok(DiskLine {
@@ -106,6 +108,7 @@ fn point_line(listed: &Listed) -> PointLine {
         source_time_ms: point.source_time.0 / 1_000_000,
         pinned: point.pinned,
         degraded: point.degraded,
+        damaged: point.damaged.map(|rot| rot.to_string()),
         refused: listed.refused.clone(),
     }
 }
@@ -139,6 +142,7 @@ fn render(listing: &Listing) -> String {
             let mut marks: Vec<&str> = Vec::new();
             marks.extend(point.pinned.then_some("pinned"));
             marks.extend(point.degraded.then_some("degraded"));
+            marks.extend(point.damaged.is_some().then_some("damaged"));
             marks.extend(point.refused.is_some().then_some("cannot be had"));
             table.row([
                 point.point.clone(),

@@ -19,6 +19,6 @@ mod write;
 pub use self::error::{Hole, UndoError};
 pub use self::index::RunIndex;
 pub use self::merge::{merge, merged_header};
-pub use self::run::{ActiveRun, Image, ImageData, run_bytes_max};
+pub use self::run::{ActiveRun, Image, ImageData, images_bytes_max, run_bytes_max};
 pub use self::sealed::{Found, Place, SealedRun};
 pub use crate::format::undo::{BlockRange, FRAMES_START, RunHeader, RunIdentity};

@@ -418,6 +418,16 @@ pub(super) fn write_header(file: &mut dyn BlockFile, header: &RunHeader) -> Resu
     Ok(())
 }
 
+/// The longest a run can become in which so many blocks are saved in long pieces, as by a rollback: each a raw frame of its
+/// own, and groups that are at least a quarter full.
+#[must_use]
+pub fn images_bytes_max(blocks: u64) -> u64 {
+    let padding = blocks.div_ceil(64).saturating_mul(UNDO_ALIGN_BYTES);
+    let end = FRAMES_START.saturating_add(frames_bytes_max(blocks, 0)).saturating_add(padding);
+    let frames_end = end.min(RUN_BYTES_MAX).next_multiple_of(UNDO_ALIGN_BYTES);
+    IndexPlaces { frames_end, frames: blocks }.file_bytes()
+}
+
 /// The longest an undo run of a disk can become: every block a raw frame of its own. A file of this length is a hole
 /// where it is not written; where the file system does not allow it, a smaller one does.
 #[must_use]

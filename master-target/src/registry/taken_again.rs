@@ -1,0 +1,168 @@
+//! The registry's part of a disk whose waiting entries were given up: it is opened again as a start would open it, and
+//! compared with its source.
+//!
+//! Invariants: its old threads have ended before its target is opened; one that cannot be opened stays given up, and says
+//! why; nothing is opened any more once the registry stops; a disk that is failed back is left alone. Called by `again`.
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+
+use anyhow::Context as _;
+use reprotect_engine::net::wall_clock;
+use reprotect_engine::units::DiskId;
+
+use super::Registry;
+use crate::catalogue::peer;
+use crate::points::NO_JOURNAL;
+
+impl Registry {
+    /// Opens a disk again that was given up; answers whether it is open. Blocks.
+    ///
+    /// # Errors
+    /// When the journal cannot be written.
+    pub fn take_again(&self, disk: DiskId) -> anyhow::Result<bool> {
+        let _alone = self.changing();
+        if self.stopping.load(Ordering::Acquire) || self.failback_step(disk).is_some() {
+            return Ok(false);
+        }
+        let retention = self.retention.as_ref().context(NO_JOURNAL)?;
+        let known = self.lock().disks.get_mut(&disk).map(|known| (known.record.clone(), known.worker.take()));
+        let Some((record, worker)) = known else { return Ok(false) };
+        if let Some(worker) = worker {
+            worker.stop();
+        }
+        let agent = peer(&record.agent);
+        let log = retention.lock().get()?.take_again(disk, wall_clock())?;
+        self.recovered.lock().unwrap_or_else(PoisonError::into_inner).insert(disk, log);
+        self.start_known(record, self.catalogue.disk_state(disk));
+        let is_open = self.lock().disks.get(&disk).is_some_and(|known| known.worker.is_some());
+        if !is_open {
+            retention.lock().get()?.refuse_again(disk);
+            return Ok(false);
+        }
+        tracing::warn!(%disk, "taken again after what waited for its target was lost; it is compared with its source");
+        if let Some(agent) = agent {
+            self.offer_again(agent);
+        }
+        Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use reprotect_engine::format::disk_state::DiskState;
+    use reprotect_engine::format::message::PassMode;
+    use reprotect_engine::format::segment::EntryKind;
+    use reprotect_engine::proto::credit::FlowLimits;
+    use reprotect_engine::proto::target_disk::TargetDisk;
+    use reprotect_engine::store::journal::ladder::{Ladder, Pressure};
+    use reprotect_engine::store::target::{CreateOptions, TargetKind, TargetSpec, create_target};
+    use reprotect_engine::units::{LineageId, PeerId};
+
+    use super::*;
+    use crate::again::take_again;
+    use crate::catalogue::{Catalogue, ProtectedDisk};
+    use crate::registry::fs_opener;
+    use crate::retention::{Retention, RetentionSettings};
+    use crate::scrub::ScrubSettings;
+
+    const DISK: DiskId = DiskId([1; 16]);
+    const SIZE: u64 = 8 << 20;
+
+    fn settings() -> RetentionSettings {
+        let hour = Duration::from_secs(3600);
+        let ladder =
+            Ladder { any_write: hour, every_epoch: hour, rungs: Vec::new(), keep: hour, guaranteed: hour };
+        let scrub = ScrubSettings { bytes_per_second: 0, pause: hour };
+        RetentionSettings { undo_epoch: hour, ladder, segment_bytes: 1 << 20, reserve_bytes: 0, scrub }
+    }
+
+    /// A registry with a synced disk behind a journal.
+    fn lab(dir: &Path) -> (Arc<Registry>, Arc<Retention>, std::thread::JoinHandle<()>) {
+        let (retention, found) = Retention::open(fs_opener(), &dir.join("journal"), settings()).unwrap();
+        let committer = retention.start().unwrap();
+        std::fs::create_dir(dir.join("state")).unwrap();
+        let catalogue = Catalogue::open(&dir.join("state")).unwrap();
+        let journal = Some((Arc::clone(&retention), found));
+        let registry = Registry::open_with(catalogue, FlowLimits::default(), fs_opener(), journal).unwrap();
+        let spec = TargetSpec { path: dir.join("disk.vmdk"), kind: TargetKind::MonolithicFlat };
+        let target =
+            create_target(&fs_opener(), &spec, SIZE, &BTreeSet::new(), &CreateOptions::default()).unwrap();
+        let (agent, lineage) = (PeerId([2; 16]), LineageId([4; 16]));
+        let state = TargetDisk::new_state(DISK, agent, [3; 16], SIZE / 512, lineage, PassMode::Done);
+        let record = ProtectedDisk {
+            disk: DISK.to_string(),
+            agent: agent.to_string(),
+            source: "03".repeat(16),
+            source_name: "sda".to_owned(),
+            path: spec.path,
+            kind: spec.kind.to_string(),
+            size_bytes: SIZE,
+            grows_to_bytes: None,
+            existing: false,
+            device: None,
+            journal: None,
+        };
+        registry.add_disk(record, target, state).unwrap();
+        (Arc::new(registry), retention, committer)
+    }
+
+    fn mode(registry: &Registry) -> Option<PassMode> {
+        registry.disks().remove(0).status.map(|status| status.snapshot().mode)
+    }
+
+    fn state(retention: &Retention) -> DiskState {
+        let mut locked = retention.lock();
+        let journal = locked.get().unwrap();
+        let log = journal.take_again(DISK, wall_clock()).unwrap();
+        log.state.unwrap().0
+    }
+
+    #[test]
+    fn a_disk_that_was_given_up_is_taken_again_when_the_pressure_is_gone_and_compared() {
+        let dir = tempfile::tempdir().unwrap();
+        let (registry, retention, committer) = lab(dir.path());
+        assert_eq!(mode(&registry), Some(PassMode::Done));
+        {
+            let mut locked = retention.lock();
+            let journal = locked.get().unwrap();
+            for number in 1..=3 {
+                let added = journal.append(DISK, EntryKind::Batch, &[b"what waits"], wall_clock()).unwrap();
+                assert_eq!(added.0, number);
+            }
+            assert_eq!(journal.give_up(DISK, "a full drive", wall_clock()).unwrap(), Some((1, 3)));
+        }
+        retention.set_pressure(Pressure::Least);
+        assert!(take_again(&registry, &retention).is_empty(), "the drive is still short");
+        assert!(retention.lock().get().unwrap().given_up().contains(&DISK));
+        assert_eq!(mode(&registry), Some(PassMode::Done));
+
+        // A target that is not there yet: the disk stays given up, and its problem says why.
+        retention.set_pressure(Pressure::ShortLog);
+        let (there, away) = (dir.path().join("disk.vmdk"), dir.path().join("away.vmdk"));
+        std::fs::rename(&there, &away).unwrap();
+        assert_eq!(take_again(&registry, &retention), [(DISK, false)]);
+        assert!(registry.disks()[0].problem.as_deref().unwrap().contains("disk.vmdk"));
+        let refused = retention.lock().get().unwrap().append(DISK, EntryKind::Batch, &[b"x"], wall_clock());
+        assert!(refused.is_err());
+
+        std::fs::rename(&away, &there).unwrap();
+        assert_eq!(take_again(&registry, &retention), [(DISK, true)]);
+        assert_eq!(mode(&registry), Some(PassMode::Compare), "nobody knows what the lost entries wrote");
+        assert_eq!(registry.disks()[0].problem, None);
+        assert!(take_again(&registry, &retention).is_empty());
+        let (number, _) =
+            retention.lock().get().unwrap().append(DISK, EntryKind::Batch, &[b"x"], wall_clock()).unwrap();
+        assert_eq!(number, 4, "numbers go on behind what was lost");
+        let known = state(&retention);
+        assert!(known.settled.is_empty() && known.mode == PassMode::Compare, "durably");
+        registry.stop();
+        assert!(!registry.take_again(DISK).unwrap(), "nothing is opened any more");
+        retention.close(vec![committer]);
+    }
+}
