@@ -271,20 +271,21 @@ fn whoever_is_killed_the_session_ends_and_the_next_one_resumes() {
         let content = noise(48 * MIB, 17);
         let disk = target.protect(agent.id, content.len());
         agent.add_disk(disk, content.clone());
-        let received = |target: &FakeTarget| target.seen().len();
+        let newest_session = |target: &FakeTarget| target.seen().iter().map(|seen| seen.session.0).max();
 
         // The agent dies in the middle.
         let mut link = agent.connect(server.address).await;
-        let ended = patiently("some records", agent.go(&mut link, |_| received(&target) >= 4)).await;
+        let ended = patiently("some records", agent.go(&mut link, |_| target.seen().len() >= 4)).await;
         assert!(matches!(ended, Ended::Done), "{ended:?}");
         link.cut();
         agent.core.handle_disconnected();
         server.until("the agent's session is over", |status| status.sessions.is_empty()).await;
 
         // The target dies in the middle: the agent is told who, and what to do.
-        let before = received(&target);
+        // What is still on its way of the session before does not tell that this one has begun.
+        let before = newest_session(&target);
         let mut link = agent.connect(server.address).await;
-        let ended = patiently("some more", agent.go(&mut link, |_| received(&target) > before)).await;
+        let ended = patiently("some more", agent.go(&mut link, |_| newest_session(&target) > before)).await;
         assert!(matches!(ended, Ended::Done), "{ended:?}");
         let (ended, ()) =
             patiently("the end", async { tokio::join!(agent.go(&mut link, |_| false), target.kill()) }).await;
@@ -301,9 +302,9 @@ fn whoever_is_killed_the_session_ends_and_the_next_one_resumes() {
         target.restart().await;
 
         // The relay is restarted in the middle.
-        let before = received(&target);
+        let before = newest_session(&target);
         let mut link = agent.connect(server.address).await;
-        let done = |agent: &mut FakeAgent| received(&target) > before || agent.is_synced();
+        let done = |agent: &mut FakeAgent| newest_session(&target) > before || agent.is_synced();
         let ended = patiently("some more", agent.go(&mut link, done)).await;
         assert!(matches!(ended, Ended::Done), "{ended:?}");
         if !agent.is_synced() {

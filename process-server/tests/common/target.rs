@@ -35,6 +35,8 @@ use super::{Site, wait_for};
 /// What arrived, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
+    /// In which session it came; later ones are greater.
+    pub session: SessionId,
     pub disk: DiskId,
     /// Sequence of a delta record, `None` for bulk.
     pub sequence: Option<u64>,
@@ -428,13 +430,13 @@ impl World {
                     return disk.core.handle_damaged(session, header.generation, credit_cost(&records));
                 }
                 for (number, record) in records.iter().enumerate() {
-                    self.seen.push(see(id, Some(header.first_sequence.0 + number as u64), record));
+                    self.seen.push(see(session, id, Some(header.first_sequence.0 + number as u64), record));
                 }
                 disk.core.handle_batch(now, session, &header, records);
             }
             DiskInput::Bulk(body) => {
                 let (header, records) = decode_bulk(body).unwrap();
-                self.seen.extend(records.iter().map(|record| see(id, None, record)));
+                self.seen.extend(records.iter().map(|record| see(session, id, None, record)));
                 disk.core.handle_bulk(now, session, &header, records);
             }
             DiskInput::PointDegrade(degrade) => {
@@ -492,8 +494,9 @@ impl World {
     }
 }
 
-fn see(disk: DiskId, sequence: Option<u64>, record: &Record) -> Seen {
+fn see(session: SessionId, disk: DiskId, sequence: Option<u64>, record: &Record) -> Seen {
     Seen {
+        session,
         disk,
         sequence,
         range: record.range(),
