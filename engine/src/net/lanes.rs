@@ -7,6 +7,7 @@
 //! without a copy. Units: frames. Called by the three programs' session tasks.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use quinn::{Connection, ReadExactError, RecvStream, SendStream};
@@ -22,6 +23,8 @@ use crate::proto::{Lane, Outgoing};
 const CONTROL_FRAMES_MAX: usize = 64;
 /// Data frames (up to 8 MiB each) read and not yet handled, per connection.
 const DATA_FRAMES_MAX: usize = 4;
+/// How long the connection's own reason is waited for after the peer finished the control lane.
+const REASON_WAIT: Duration = Duration::from_secs(1);
 
 /// Why lanes came to an end.
 #[derive(Debug, thiserror::Error)]
@@ -73,9 +76,10 @@ impl LaneReader {
         let arrival = tokio::select! {
             biased;
             arrival = self.control.recv() => arrival,
-            arrival = self.data.recv() => arrival,
+            // No data lane is left when the connection is over: why it is, the control lane's reader tells.
+            Some(arrival) = self.data.recv() => Some(arrival),
         };
-        arrival.unwrap_or_else(|| Arrival::Over(LaneError::Ended("all streams are closed".into())))
+        arrival.unwrap_or_else(|| Arrival::Over(LaneError::Ended("it was over before".into())))
     }
 }
 
@@ -118,7 +122,7 @@ fn join<T: Send + 'static>(
 ) -> (LaneReader, LaneWriter<T>, mpsc::UnboundedReceiver<T>) {
     let (control_in, control) = mpsc::channel(CONTROL_FRAMES_MAX);
     let (data_in, data) = mpsc::channel(DATA_FRAMES_MAX);
-    tokio::spawn(read_lane(recv, control_in));
+    tokio::spawn(read_control(connection.clone(), recv, control_in));
     tokio::spawn(accept_data_lanes(connection.clone(), data_in));
     let (written, handed_over) = mpsc::unbounded_channel();
     let control_out = spawn_writer(connection.clone(), send, 2, written.clone());
@@ -145,6 +149,18 @@ async fn accept_data_lanes(connection: Connection, data: mpsc::Sender<Arrival>) 
     while let Ok(recv) = connection.accept_uni().await {
         tokio::spawn(read_lane(recv, data.clone()));
     }
+}
+
+/// Reads the control lane. Its end is the session's: a peer that leaves finishes it and then closes the connection,
+/// with a reason that may be a packet later.
+async fn read_control(connection: Connection, recv: RecvStream, arrivals: mpsc::Sender<Arrival>) {
+    read_lane(recv, arrivals.clone()).await;
+    let reason = match tokio::time::timeout(REASON_WAIT, connection.closed()).await {
+        Ok(closed) => LaneError::ended(&closed),
+        Err(_) => LaneError::Ended("the peer finished the control lane and gave no reason".into()),
+    };
+    // A reader that is gone, or was told by the lane's own error, needs no other reason.
+    let _ = arrivals.send(Arrival::Over(reason)).await;
 }
 
 async fn read_lane(mut recv: RecvStream, arrivals: mpsc::Sender<Arrival>) {
