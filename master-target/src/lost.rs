@@ -102,6 +102,9 @@ fn compare_again(state: &mut DiskState, dropped: &RangeSet) -> bool {
 }
 
 #[cfg(test)]
+mod power_loss;
+
+#[cfg(test)]
 mod tests {
     use reprotect_engine::format::message::PassMode;
     use reprotect_engine::proto::target_disk::TargetDisk;
