@@ -38,6 +38,8 @@ pub(crate) enum NotDone {
     Full(String),
     /// Something broke: the disk stops.
     Failed(String),
+    /// What waited for the target was given up: the disk stops until it is taken again, which needs no restart.
+    GivenUp(String),
 }
 
 /// Why a target did not grow.
@@ -61,6 +63,7 @@ impl From<BlockError> for NotDone {
 impl From<JournalError> for NotDone {
     fn from(error: JournalError) -> Self {
         match error.severity() {
+            _ if matches!(error, JournalError::GivenUp { .. }) => Self::GivenUp(error.to_string()),
             Severity::Retry => Self::Full(error.to_string()),
             _ => Self::Failed(error.to_string()),
         }
@@ -258,4 +261,21 @@ const fn sectors(range: ByteRange) -> SectorRange {
 
 pub(crate) const fn byte_range(range: SectorRange) -> ByteRange {
     ByteRange { start: range.byte_start(), end: range.byte_start() + range.bytes() }
+}
+
+#[cfg(test)]
+mod tests {
+    use reprotect_engine::units::DiskId;
+
+    use super::*;
+
+    #[test]
+    fn a_disk_whose_waiting_writes_were_given_up_is_not_told_to_wait_for_a_restart() {
+        let disk = DiskId([7; 16]);
+        let NotDone::GivenUp(text) = NotDone::from(JournalError::GivenUp { disk }) else {
+            panic!("a disk that is opened again by itself counts as broken for good");
+        };
+        assert!(text.contains(&disk.to_string()) && text.contains("opened again by itself"), "{text}");
+        assert!(!text.contains("restart"), "{text}");
+    }
 }

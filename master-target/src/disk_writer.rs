@@ -209,6 +209,7 @@ impl Writer {
                 DiskAction::Hash { session, request, units } => match self.hash(&request, &units) {
                     Ok(hashes) => self.disk.handle_hashed(session, &request, hashes),
                     Err(NotDone::Full(text) | NotDone::Failed(text)) => self.fail(&text),
+                    Err(NotDone::GivenUp(text)) => self.stop(&text),
                 },
                 DiskAction::Checkpoint { state } => self.checkpoint(&state, Some(inputs)),
                 DiskAction::Reply { session, message } => {
@@ -255,6 +256,10 @@ impl Writer {
                 }
                 Err(NotDone::Failed(text)) => {
                     self.fail(&text);
+                    return false;
+                }
+                Err(NotDone::GivenUp(text)) => {
+                    self.stop(&text);
                     return false;
                 }
             }
@@ -324,6 +329,7 @@ impl Writer {
                     }
                 }
                 Err(NotDone::Failed(text)) => return self.fail(&text),
+                Err(NotDone::GivenUp(text)) => return self.stop(&text),
             }
         }
     }
@@ -373,15 +379,22 @@ impl Writer {
                     }
                 }
                 Err(NotDone::Failed(text)) => return self.fail(&text),
+                Err(NotDone::GivenUp(text)) => return self.stop(&text),
             }
         }
     }
 
     fn fail(&mut self, reason: &str) {
-        let text = format!("{reason}; nothing more is written to this disk; repair the medium, then restart");
+        self.stop(&format!(
+            "{reason}; nothing more is written to this disk; repair the medium, then restart"
+        ));
+    }
+
+    /// Nothing more is written to this disk; `text` says why and what is to be done.
+    fn stop(&mut self, text: &str) {
         tracing::error!(disk = %self.id, "{text}");
-        self.status.set_problem(Some(text.clone()));
-        self.disk.handle_failed(&text);
+        self.status.set_problem(Some(text.to_owned()));
+        self.disk.handle_failed(text);
         self.flush_replies();
     }
 

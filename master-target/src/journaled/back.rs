@@ -30,7 +30,7 @@ impl Journaled {
     /// something cannot be written.
     pub fn rollback(&mut self, at: At) -> Result<RolledBack, JournalError> {
         // What waits comes first, or it would be applied over the point.
-        if let Err(NotDone::Full(why) | NotDone::Failed(why)) = self.apply_all() {
+        if let Err(NotDone::Full(why) | NotDone::Failed(why) | NotDone::GivenUp(why)) = self.apply_all() {
             return Err(JournalError::Failed { path: "the target".into(), why });
         }
         self.retention.commit()?;

@@ -40,7 +40,7 @@ impl Journaled {
     pub(crate) fn drain(&mut self) -> Result<(), JournalError> {
         match self.apply_all() {
             Ok(()) => self.retention.commit(),
-            Err(NotDone::Full(why) | NotDone::Failed(why)) => {
+            Err(NotDone::Full(why) | NotDone::Failed(why) | NotDone::GivenUp(why)) => {
                 Err(JournalError::Failed { path: "the target".into(), why })
             }
         }
