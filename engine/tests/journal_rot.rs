@@ -16,6 +16,7 @@ use reprotect_engine::format::batch::{MarkClass, Stretch};
 use reprotect_engine::format::manifest::{Edit, EpochsExpired, PointDropped};
 use reprotect_engine::format::undo::FRAMES_START;
 use reprotect_engine::io::ReadAt;
+use reprotect_engine::store::journal::offline::Offline;
 use reprotect_engine::store::journal::points::{self, Offer};
 use reprotect_engine::store::journal::rot::reach;
 use reprotect_engine::store::journal::scrub::{EntryPlace, check_entry, check_run, unreadable};
@@ -105,6 +106,30 @@ fn filled(seed: u64) -> (Store, Vec<At>) {
         ends.push(store.end(MarkClass::Crash, ""));
     }
     (store, ends)
+}
+
+/// `journal list` and the reading of a point agree, whichever run is not there.
+#[test]
+fn a_list_without_the_daemon_names_the_points_that_a_missing_run_takes() {
+    let (mut named, mut sound) = (0, 0);
+    for seed in 0..20 {
+        let (mut store, _) = filled(seed);
+        let places = store.journal.run_places().unwrap();
+        let gone = &places[store.random(places.len() as u64) as usize];
+        store.files.opener().remove(&gone.path).unwrap();
+        let mut offline = Offline::open(store.files.opener(), Path::new(FOLDER)).unwrap();
+        for listed in offline.points(DISK).unwrap() {
+            let read = store.view(listed.point.at);
+            assert_eq!(read.is_err(), listed.refused.is_some(), "{}: {:?}", listed.point.at, listed.refused);
+            let Some(why) = listed.refused else {
+                sound += 1;
+                continue;
+            };
+            assert!(why.contains(gone.path.file_name().unwrap().to_str().unwrap()), "{why}");
+            named += 1;
+        }
+    }
+    assert!(named > 20 && sound > 20, "{named} named, {sound} sound");
 }
 
 #[test]

@@ -13,9 +13,10 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use reprotect_engine::format::manifest::DiskAdded;
 use reprotect_engine::format::segment::{Applied, EntryKind};
+use reprotect_engine::store::files::Files;
 use reprotect_engine::store::files::memory::MemoryFiles;
 use reprotect_engine::store::journal::offline::Offline;
-use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings, Recovered};
+use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings, Recovered, examine};
 use reprotect_engine::units::{DiskId, Timestamp};
 
 const FOLDER: &str = "/retention";
@@ -322,6 +323,81 @@ fn files_of_nobody_are_moved_aside_and_kept() {
     let (_, found) = open(&files).unwrap();
     assert_eq!(found.set_aside, [Path::new("/retention/manifest-00000099.aside")]);
     assert_eq!(files.bytes("/retention/manifest-00000099.aside"), b"left by a crash");
+}
+
+/// A file that only has the name of a segment is neither written over nor removed.
+#[test]
+fn a_file_of_somebody_else_under_a_segments_name_is_moved_aside_and_kept() {
+    let files = sample();
+    let thesis = b"not a segment at all".repeat(400);
+    files.put("/retention/redo-000099", &thesis);
+    let (mut journal, found) = open(&files).unwrap();
+    assert_eq!(found.set_aside, [Path::new("/retention/redo-000099.aside")]);
+    for number in 15..60 {
+        journal.append(disk(1), EntryKind::Batch, &[&body(1, number)], NOW).unwrap();
+        journal.commit(NOW).unwrap();
+    }
+    assert_eq!(files.bytes("/retention/redo-000099.aside"), thesis);
+}
+
+/// Without its superblock a journal is not nothing: nobody makes a new one in its place, and put back it opens.
+#[test]
+fn a_journal_that_lost_its_superblock_is_refused_and_left_alone() {
+    let files = sample();
+    let path = Path::new("/retention/superblock");
+    let whole = files.bytes(path);
+    let names = |files: &MemoryFiles| files.opener().neighbours(path).unwrap().len();
+    for (what, left) in [("gone", None), ("empty", Some(Vec::new())), ("zeros", Some(vec![0; whole.len()]))] {
+        let damaged = files.snapshot();
+        damaged.opener().remove(path).unwrap();
+        if let Some(left) = &left {
+            damaged.put(path, left);
+        }
+        let before = names(&damaged);
+        let said = open(&damaged).err().unwrap();
+        assert!(matches!(said, JournalError::NoSuperblock { .. }), "{what}: {said}");
+        assert!(said.to_string().contains("put `superblock` back"), "{said}");
+        let made = Journal::create(damaged.opener(), Path::new(FOLDER), SETTINGS, NOW).err().unwrap();
+        assert!(matches!(made, JournalError::NoSuperblock { .. }), "{what}: {made}");
+        let read = Offline::open(damaged.opener(), Path::new(FOLDER)).err().unwrap();
+        assert!(matches!(read, JournalError::NoSuperblock { .. }), "{what}: {read}");
+        let examined = examine(&(damaged.opener() as Arc<dyn Files>), Path::new(FOLDER)).err().unwrap();
+        assert!(matches!(examined, JournalError::NoSuperblock { .. }), "{what}: {examined}");
+        assert_eq!(names(&damaged), before, "{what}: something was moved");
+        damaged.put(path, &whole);
+        let (_, found) = open(&damaged).unwrap();
+        assert!(found.set_aside.is_empty(), "{what}");
+    }
+}
+
+/// The making of the first journal, cut off anywhere, leaves one that opens or a folder that takes a new one.
+#[test]
+fn a_first_start_that_is_cut_off_anywhere_can_be_repeated() {
+    let empty = MemoryFiles::default();
+    let files = empty.snapshot();
+    drop(Journal::create(files.opener(), Path::new(FOLDER), SETTINGS, NOW).unwrap());
+    let trace = files.trace();
+    let (mut opened, mut made) = (0, 0);
+    for events in 0..=trace.len() {
+        for seed in 0..16_u64 {
+            let mut state = seed * 977 + events as u64 + 1;
+            let lands = || {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                seed == 0 || state >> 62 != 0
+            };
+            let left = empty.crashed(&trace, events, lands);
+            match open(&left) {
+                Ok(_) => opened += 1,
+                Err(JournalError::NoJournal { .. }) => {
+                    drop(Journal::create(left.opener(), Path::new(FOLDER), SETTINGS, NOW).unwrap());
+                    open(&left).unwrap();
+                    made += 1;
+                }
+                Err(error) => panic!("after {events} of {} events, seed {seed}: {error}", trace.len()),
+            }
+        }
+    }
+    assert!(opened > 0 && made > 0, "{opened} opened, {made} made anew");
 }
 
 #[test]

@@ -404,6 +404,9 @@ pub struct RetentionAnswer {
     pub folder: String,
     /// What is kept how long, as it is now.
     pub ladder: RetentionRequest,
+    /// What of it has no effect, because nothing is kept so long.
+    #[serde(default)]
+    pub without_effect: Vec<String>,
     /// Whether a command changed it from what the configuration says.
     pub changed: bool,
     /// Bytes that the journal occupies or may.

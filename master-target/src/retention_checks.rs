@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use reprotect_engine::host::output::bytes;
 use reprotect_engine::host::preflight::Finding;
 use reprotect_engine::store::journal::ladder::Pressure;
-use reprotect_engine::store::journal::{Occupant, occupant};
+use reprotect_engine::store::journal::{JournalError, Occupant, examine, occupant};
 
 use crate::catalogue::Catalogue;
 use crate::checks::{Medium, medium, nearest, try_writing};
@@ -91,7 +91,7 @@ fn content(folder: &Path) -> Finding {
     if !folder.exists() {
         return Finding::pass(name, "there is nothing yet; the first start makes a journal");
     }
-    match occupant(&*fs_opener(), folder) {
+    match examined(folder) {
         Ok(Occupant::Journal) => Finding::pass(name, "it holds a journal"),
         Ok(Occupant::Nothing) => Finding::pass(name, "it is empty; the first start makes a journal"),
         Ok(Occupant::Foreign(found)) => Finding::fail(
@@ -99,8 +99,18 @@ fn content(folder: &Path) -> Finding {
             format!("{} holds no journal and is not empty ({found})", folder.display()),
             "name an empty folder, or the one with the journal",
         ),
-        Err(error) => Finding::fail(name, error.to_string(), "correct its owner and mode"),
+        Err(error @ JournalError::Files(_)) => {
+            Finding::fail(name, error.to_string(), "correct its owner and mode, and put back what is missing")
+        }
+        Err(error) => Finding::fail(name, error.to_string(), "no start is possible before"),
     }
+}
+
+/// A daemon that has it open may be changing it between two reads.
+fn examined(folder: &Path) -> Result<Occupant, JournalError> {
+    let files = fs_opener();
+    let found = examine(&files, folder);
+    (0..2).fold(found, |found, _| found.or_else(|_| examine(&files, folder)))
 }
 
 fn capacity(folder: &Path, chosen: &RetentionSettings) -> Finding {
@@ -179,6 +189,8 @@ mod tests {
     use std::time::Duration;
 
     use reprotect_engine::store::journal::ladder::Ladder;
+    use reprotect_engine::store::journal::{Journal, JournalSettings};
+    use reprotect_engine::units::Timestamp;
 
     use super::*;
     use reprotect_engine::host::preflight::Verdict;
@@ -201,8 +213,33 @@ mod tests {
         let check = content(dir.path());
         assert_eq!(check.verdict, Verdict::Fail);
         assert!(check.reason.contains("holiday.jpg"), "{}", check.reason);
-        std::fs::write(dir.path().join("superblock"), b"x").unwrap();
+    }
+
+    #[test]
+    fn a_journal_that_would_not_open_is_refused_with_what_the_start_would_say() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = JournalSettings { segment_bytes: 64 << 10 };
+        drop(Journal::create(fs_opener(), dir.path(), layout, Timestamp(1)).unwrap());
         assert_eq!(content(dir.path()).verdict, Verdict::Pass);
+        let said = |what: &str, file: &str, bytes: Option<&[u8]>| {
+            let path = dir.path().join(file);
+            let whole = std::fs::read(&path).unwrap();
+            match bytes {
+                Some(bytes) => std::fs::write(&path, bytes).unwrap(),
+                None => std::fs::remove_file(&path).unwrap(),
+            }
+            let check = content(dir.path());
+            assert_eq!(check.verdict, Verdict::Fail, "{what}");
+            assert!(check.reason.contains(file), "{what}: {}", check.reason);
+            std::fs::write(&path, whole).unwrap();
+            assert_eq!(content(dir.path()).verdict, Verdict::Pass, "{what}: put back");
+        };
+        for bytes in [None, Some(&b""[..]), Some(&[0; 8192]), Some(&b"x"[..])] {
+            said("the superblock", "superblock", bytes);
+        }
+        for bytes in [None, Some(&b""[..]), Some(&[0xff; 8192])] {
+            said("the manifest", "manifest-00000001", bytes);
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use anyhow::{Context as _, anyhow, bail};
 use reprotect_engine::host::values::DurationText;
 use reprotect_engine::io::durable::{Access, read_bounded, replace_file};
 use reprotect_engine::net::wall_clock;
-use reprotect_engine::store::journal::ladder::Ladder;
+use reprotect_engine::store::journal::ladder::{Ladder, Rung};
 use reprotect_engine::store::journal::{DiskShape, Journal};
 use reprotect_engine::units::Timestamp;
 
@@ -126,6 +126,7 @@ pub fn show(registry: &Registry, policy: &RetentionPolicy) -> anyhow::Result<Ret
     Ok(RetentionAnswer {
         folder: retention.folder().display().to_string(),
         ladder: as_text(&ladder),
+        without_effect: without_effect(&ladder),
         changed: policy.changes()? != RetentionRequest::default(),
         total_bytes: room.total_bytes,
         free_bytes: room.free_bytes,
@@ -138,11 +139,23 @@ pub fn show(registry: &Registry, policy: &RetentionPolicy) -> anyhow::Result<Ret
     })
 }
 
+fn text(duration: Duration) -> String {
+    DurationText(duration).to_string()
+}
+
+fn rung(rung: &Rung) -> String {
+    format!("{} until {}", text(rung.every), text(rung.until))
+}
+
+/// What of a ladder reaches beyond what is kept at all.
+fn without_effect(ladder: &Ladder) -> Vec<String> {
+    let shares = [("every write", ladder.any_write), ("every undo epoch", ladder.every_epoch)];
+    let beyond = shares.into_iter().filter(|(_, length)| *length > ladder.keep);
+    let rungs = ladder.beyond_keep().map(rung);
+    beyond.map(|(what, length)| format!("{what} for {}", text(length))).chain(rungs).collect()
+}
+
 fn as_text(ladder: &Ladder) -> RetentionRequest {
-    let text = |duration: Duration| DurationText(duration).to_string();
-    let rung = |rung: &reprotect_engine::store::journal::ladder::Rung| {
-        format!("{} until {}", text(rung.every), text(rung.until))
-    };
     RetentionRequest {
         any_write: Some(text(ladder.any_write)),
         every_epoch: Some(text(ladder.every_epoch)),
@@ -234,6 +247,19 @@ mod tests {
         ] {
             assert!(changed(&ladder(), &wrong).is_err(), "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn what_reaches_beyond_what_is_kept_is_said() {
+        assert_eq!(without_effect(&ladder()), Vec::<String>::new());
+        let texts = ["1h until 24h", "4h until 7d", "1d until 30d"].map(str::to_owned);
+        let mut chosen = Ladder { rungs: rungs(&texts).unwrap(), ..ladder() };
+        assert_eq!(without_effect(&chosen), ["4h until 7d", "1d until 30d"]);
+        chosen.keep = 48 * HOUR;
+        assert_eq!(without_effect(&chosen), ["1d until 30d"]);
+        chosen.keep = HOUR;
+        let both = ["every write for 2h", "every undo epoch for 4h"].map(str::to_owned);
+        assert_eq!(without_effect(&chosen), [&both[..], &texts[..]].concat());
     }
 
     #[test]

@@ -39,16 +39,24 @@ pub(super) fn reach(answer: &RetentionAnswer) -> String {
 
 fn render(answer: &RetentionAnswer) -> String {
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
-    let (ladder, reach) = (&answer.ladder, reach(answer));
+    let (ladder, reach, keep) = (&answer.ladder, reach(answer), text(&answer.ladder.keep));
+    let mut rungs = ladder.rungs.clone().unwrap_or_default();
+    rungs.retain(|rung| !answer.without_effect.contains(rung));
+    let without_effect = match answer.without_effect.is_empty() {
+        true => String::new(),
+        false => format!(
+            "without effect, because nothing is kept beyond {keep}: {}; `retention --keep` changes that\n",
+            answer.without_effect.join(", ")
+        ),
+    };
     format!(
-        "every write for {}, every undo epoch for {}, then {}; nothing unpinned beyond {}{}\n\
+        "every write for {}, every undo epoch for {}{}; nothing unpinned beyond {keep}{}\n{without_effect}\
          on a full drive the last {} go last\n\
          {}: {} of {} free, redo log {}, undo runs {}; {}\n\
          last hour: {} of redo log, {} of undo runs; {reach}",
         text(&ladder.any_write),
         text(&ladder.every_epoch),
-        ladder.rungs.clone().unwrap_or_default().join(", then "),
-        text(&ladder.keep),
+        rungs.iter().map(|rung| format!(", then one each {rung}")).collect::<String>(),
         if answer.changed {
             " (changed by command; `retention --reset` goes back to the configuration)"
         } else {

@@ -96,8 +96,10 @@ impl Files for FsFiles {
 
     fn free_bytes(&self, path: &Path) -> Result<Option<u64>, FilesError> {
         let directory = directory(path);
-        let facts = rustix::fs::statvfs(directory)
-            .map_err(|errno| FilesError::system("measure the free space of", directory, errno.into()))?;
+        let facts = rustix::fs::statvfs(directory).map_err(|errno| match errno {
+            rustix::io::Errno::NOENT => FilesError::NoFolder { path: directory.into() },
+            _ => FilesError::system("measure the free space of", directory, errno.into()),
+        })?;
         Ok(Some(facts.f_bavail.saturating_mul(facts.f_frsize)))
     }
 

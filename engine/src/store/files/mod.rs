@@ -42,6 +42,12 @@ pub enum FilesError {
         /// The file.
         path: PathBuf,
     },
+    /// The folder that something is to be made in is not there.
+    #[error("the folder {} does not exist: make it, or name another", path.display())]
+    NoFolder {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The operating system refused something.
     #[error("cannot {doing} {}: {source}", path.display())]
     System {

@@ -17,10 +17,20 @@ use crate::units::{DiskId, Timestamp};
 #[non_exhaustive]
 pub enum JournalError {
     /// The folder holds no journal.
-    #[error("{} holds no journal: name the retention folder, or an empty one to make a new journal", path.display())]
+    #[error("{} holds no journal: name the folder that `retention.path` of the master target names", path.display())]
     NoJournal {
         /// The folder.
         path: PathBuf,
+    },
+    /// The superblock of a journal that was in use is gone.
+    #[error(
+        "{} has no `superblock`, or an empty one, and {found} of a journal lies there: put `superblock` back from a copy of the folder, or have a new journal in another folder; nothing was changed", path.display()
+    )]
+    NoSuperblock {
+        /// The folder.
+        path: PathBuf,
+        /// What shows that there was one.
+        found: String,
     },
     /// The folder holds something else.
     #[error("{} is not empty and holds no journal ({found}): choose an empty folder", path.display())]
@@ -158,7 +168,7 @@ impl JournalError {
     }
 
     pub(super) fn damaged(path: &Path, what: impl Into<String>) -> Self {
-        let remedy = "keep the folder as it is and run `journal verify` on it";
+        let remedy = "keep the folder as it is and put the file back from a copy of it; without a copy have a new journal in another folder, and every disk is compared with its source";
         Self::Damaged { path: path.into(), what: what.into(), remedy }
     }
 }

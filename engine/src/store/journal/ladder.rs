@@ -44,6 +44,20 @@ pub struct Ladder {
     pub guaranteed: Duration,
 }
 
+impl Ladder {
+    /// The rungs, each with the age at which it begins, where the first begins at `first`.
+    fn begins(&self, first: Duration) -> impl DoubleEndedIterator<Item = (&Rung, Duration)> + ExactSizeIterator {
+        let ends = self.rungs.iter().map(|rung| rung.until);
+        let begins: Vec<Duration> = std::iter::once(first).chain(ends).take(self.rungs.len()).collect();
+        self.rungs.iter().zip(begins)
+    }
+
+    /// The rungs that begin where nothing is kept any more.
+    pub fn beyond_keep(&self) -> impl Iterator<Item = &Rung> {
+        self.begins(self.every_epoch).filter(|(_, begin)| *begin >= self.keep).map(|(rung, _)| rung)
+    }
+}
+
 /// How full the drive is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Pressure {
@@ -158,10 +172,7 @@ pub fn dropped(
 /// The rung and slot a point stands in, if all of the slot is old enough for that rung.
 fn slot(point: &Candidate, ladder: &Ladder, pressure: Pressure, now: Timestamp) -> Option<(usize, u64)> {
     let first = if pressure >= Pressure::ThinEarly { ladder.any_write } else { ladder.every_epoch };
-    let begins = std::iter::once(first).chain(ladder.rungs.iter().map(|rung| rung.until));
-    let rungs: Vec<(usize, &Rung, Duration)> =
-        ladder.rungs.iter().zip(begins).enumerate().map(|(at, (rung, begin))| (at, rung, begin)).collect();
-    rungs.into_iter().rev().find_map(|(at, rung, begin)| {
+    ladder.begins(first).enumerate().rev().find_map(|(at, (rung, begin))| {
         let every = nanos(rung.every).max(1);
         let slot = point.time.0 / every;
         let end = (slot + 1).saturating_mul(every);

@@ -59,11 +59,12 @@ pub(super) fn number_of_name(name: &str) -> Option<u64> {
 /// What the superblock says, read without changing anything.
 ///
 /// # Errors
-/// [`JournalError::NoJournal`] when there is none; else when no copy is valid or a newer version wrote it.
+/// [`JournalError::NoJournal`] when there is none, [`JournalError::NoSuperblock`] when there was one; else when no copy is
+/// valid or a newer version wrote it.
 pub(super) fn read_superblock(files: &dyn Files, folder: &Path) -> Result<Superblock, JournalError> {
     let path = folder.join(SUPERBLOCK_NAME);
     if files.facts(&path)?.is_none() {
-        return Err(JournalError::NoJournal { path: folder.into() });
+        return Err(without_superblock(files, folder)?);
     }
     let bytes = files.read_head(&path, (SUPERBLOCK_COPIES * BLOCK_BYTES) as usize)?;
     let mut newest: Option<Superblock> = None;
@@ -90,11 +91,31 @@ pub(super) fn read_superblock(files: &dyn Files, folder: &Path) -> Result<Superb
     match (newest, refused) {
         (Some(superblock), _) if !newer => Ok(superblock),
         (_, Some(error)) => {
-            Err(JournalError::format(&path, 0, "use the program that wrote it, or restore the folder")(error))
+            let remedy = if newer {
+                "use the program that wrote it"
+            } else {
+                "no copy in it is whole: put it back from a copy of the folder; nothing was changed"
+            };
+            Err(JournalError::format(&path, 0, remedy)(error))
         }
-        // Its making was interrupted before the first copy was there.
-        (_, None) => Err(JournalError::NoJournal { path: folder.into() }),
+        (_, None) => Err(without_superblock(files, folder)?),
     }
+}
+
+/// What a folder is that has no superblock: one that never had a journal, or one that lost it. The making of a journal that
+/// was interrupted before the first copy was there leaves the first manifest, and that without an edit.
+fn without_superblock(files: &dyn Files, folder: &Path) -> Result<JournalError, JournalError> {
+    for found in files.neighbours(&folder.join(SUPERBLOCK_NAME))? {
+        if found == SUPERBLOCK_NAME || !super::is_ours(&found) {
+            continue;
+        }
+        let head = files.read_head(&folder.join(&found), 2 * BLOCK_BYTES as usize)?;
+        let edits = head.get(BLOCK_BYTES as usize..).unwrap_or_default();
+        if number_of_name(&found) != Some(1) || edits.iter().any(|byte| *byte != 0) {
+            return Ok(JournalError::NoSuperblock { path: folder.into(), found });
+        }
+    }
+    Ok(JournalError::NoJournal { path: folder.into() })
 }
 
 /// What reading a manifest found.
@@ -349,7 +370,7 @@ impl Manifest {
         // Opened for writing first: that is the lock against a second program.
         let path = folder.join(SUPERBLOCK_NAME);
         if files.facts(&path)?.is_none() {
-            return Err(JournalError::NoJournal { path: folder.into() });
+            return Err(without_superblock(&*files, folder)?);
         }
         let superblock_file = files.open(&path, true)?;
         let superblock = read_superblock(&*files, folder)?;

@@ -60,7 +60,7 @@ pub use shape::{DiskShape, Epoch, Loss, Run, RunFile, Shape};
 use crate::format::batch::Mark;
 use crate::format::disk_state::DiskState;
 use crate::format::manifest::{DiskAdded, DiskRemoved, Edit, ManifestHeader};
-use crate::format::segment::{Applied, EntryHead, EntryKind, JournalId};
+use crate::format::segment::{Applied, EntryHead, EntryKind, JournalId, SEGMENT_MAGIC, SegmentHeader};
 use crate::format::undo::RUN_MAGIC;
 use crate::limits::{SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MIN};
 use crate::store::crc_map::{MAP_PREFIX, map_name};
@@ -149,12 +149,14 @@ impl Journal {
         settings: JournalSettings,
         now: Timestamp,
     ) -> Result<Self, JournalError> {
-        // A superblock that cannot be read is a journal, too: it is repaired or taken away, never written over.
-        if !matches!(manifest::read_superblock(&*files, folder), Err(JournalError::NoJournal { .. })) {
-            return Err(crate::store::files::FilesError::Exists {
-                path: folder.join(manifest::SUPERBLOCK_NAME),
+        // A superblock that cannot be read or is gone was a journal's, too: it is put back, never written over.
+        match manifest::read_superblock(&*files, folder) {
+            Err(JournalError::NoJournal { .. }) => {}
+            Err(error @ JournalError::NoSuperblock { .. }) => return Err(error),
+            _ => {
+                let path = folder.join(manifest::SUPERBLOCK_NAME);
+                return Err(crate::store::files::FilesError::Exists { path }.into());
             }
-            .into());
         }
         if let Occupant::Foreign(found) = occupant(&*files, folder)? {
             return Err(JournalError::NotEmpty { path: folder.into(), found });
@@ -599,6 +601,18 @@ pub fn occupant(files: &dyn Files, folder: &Path) -> Result<Occupant, JournalErr
     Ok(foreign.map_or(Occupant::Nothing, Occupant::Foreign))
 }
 
+/// Reads superblock and manifest, as an opening would, and changes nothing.
+///
+/// # Errors
+/// What an opening would say of them; while somebody else has the journal open, perhaps of a change under way.
+pub fn examine(files: &Arc<dyn Files>, folder: &Path) -> Result<Occupant, JournalError> {
+    match Manifest::open_to_read(Arc::clone(files), folder) {
+        Ok(_) => Ok(Occupant::Journal),
+        Err(JournalError::NoJournal { .. }) => occupant(&**files, folder),
+        Err(error) => Err(error),
+    }
+}
+
 /// Whether a file's name is one that a journal gives.
 fn is_ours(name: &str) -> bool {
     name == manifest::SUPERBLOCK_NAME
@@ -632,6 +646,14 @@ fn is_leftover(files: &dyn Files, path: &Path, manifest: &Manifest) -> Result<bo
     Ok(once_named && (ours || head.iter().all(|byte| *byte == 0)))
 }
 
+/// Whether a file is a segment that this journal used, or made and did not use yet: its head is this journal's or zeros.
+fn is_free_segment(files: &dyn Files, path: &Path, manifest: &Manifest) -> Result<bool, JournalError> {
+    let head = files.read_head(path, SegmentHeader::BYTES)?;
+    let ours = SegmentHeader::read_prefix(&head)
+        .is_ok_and(|(header, _)| header.magic == SEGMENT_MAGIC && header.journal == manifest.journal());
+    Ok(ours || head.iter().all(|byte| *byte == 0))
+}
+
 /// Sorts the files of the folder: segment files by number; and names of ours that belong to nothing.
 fn sort_files(
     files: &dyn Files,
@@ -648,7 +670,12 @@ fn sort_files(
     }
     for name in files.neighbours(&folder.join(manifest::SUPERBLOCK_NAME))? {
         if let Some(slot) = log::segment_slot(&name) {
-            slots.push(slot);
+            let used = manifest.shape().segments.values().any(|segment| segment.slot == slot);
+            if used || is_free_segment(files, &folder.join(&name), manifest)? {
+                slots.push(slot);
+            } else {
+                strangers.push(folder.join(&name));
+            }
         } else if is_ours(&name) && !known.contains(&name) {
             strangers.push(folder.join(&name));
         }

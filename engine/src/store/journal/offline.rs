@@ -148,14 +148,23 @@ impl Offline {
         (log.newest().max(log.on_target), log.on_target)
     }
 
-    /// The points of a disk, oldest first: those that are kept, and the marks in the log.
+    /// The points of a disk, oldest first: those that are kept, and the marks in the log. What is not there of that which
+    /// one needs is said; single images are not read: `verify` does that.
     ///
     /// # Errors
     /// When the disk is not in the journal, or a mark cannot be read.
     pub fn points(&mut self, disk: DiskId) -> Result<Vec<Listed>, JournalError> {
         let found = all_points(&mut self.journal, disk)?;
+        let runs = &shape(&self.journal, disk)?.runs;
+        let broken: Vec<(Run, String)> = runs
+            .iter()
+            .filter_map(|run| Some((*run, self.run(disk, *run).err()?.to_string())))
+            .collect();
         let listed = |point: Point| {
-            let refused = View::check(&self.journal, disk, point.at).err().map(|error| error.to_string());
+            let refused = match View::plan(&self.journal, disk, point.at) {
+                Ok(plan) => broken.iter().find(|(run, _)| plan.needs(run)).map(|(_, why)| why.clone()),
+                Err(error) => Some(error.to_string()),
+            };
             Listed { point, refused }
         };
         Ok(found.into_iter().map(listed).collect())

@@ -86,6 +86,11 @@ impl Plan {
         Ok(View { disk, from_epoch, over: over.map(Wanted::index).transpose()?, size_sectors })
     }
 
+    /// Whether images of a sealed run count for it.
+    pub(super) const fn needs(&self, run: &Run) -> bool {
+        run.first >= self.from_epoch
+    }
+
     /// Whether nothing of the log is read for it.
     pub(super) const fn is_at_border(&self) -> bool {
         self.over.is_none()

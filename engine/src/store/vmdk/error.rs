@@ -65,6 +65,12 @@ pub enum TargetError {
         /// The file.
         path: PathBuf,
     },
+    /// The folder that a new target is to be made in is not there.
+    #[error("the folder {} does not exist: make it, or name another", path.display())]
+    NoFolder {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A file of the disk is not there.
     #[error("{} is missing (named by {}): put the file back or correct the descriptor", path.display(), by.display())]
     MissingFile {
@@ -184,6 +190,7 @@ impl From<FilesError> for TargetError {
             FilesError::InUse { path, sign } => Self::InUse { path, sign },
             FilesError::Exists { path } => Self::Exists { path },
             FilesError::Missing { path } => Self::MissingFile { by: path.clone(), path },
+            FilesError::NoFolder { path } => Self::NoFolder { path },
             FilesError::System { doing, path, source } => Self::System { doing, path, source },
             FilesError::Block(error) => Self::Block(error),
         }
