@@ -252,6 +252,8 @@ static __always_inline void replace_stale(struct control *ctl, struct flights *m
     __u32 remaining = old->remaining >> 9, slot = old->slot & (DISKS_MAX - 1);
     mark(slot, old->sector, old->bytes);
     struct tally *theirs = my_tally(slot);
+    if (!remaining)
+        return; /* it was done and credited, and could only not be taken away */
     if (old->generation >= *(volatile __u64 *)&ctl->reaped_below) {
         mine->credited[old->generation & (GENERATION_SLOTS - 1)]++;
         if (theirs) {
@@ -366,12 +368,16 @@ static __always_inline void bio_done(struct walk *walk, __u64 bio, __u64 private
         tally->failed++;
         mark(flight->slot, flight->sector, flight->bytes);
     }
-    __u32 before = __sync_fetch_and_sub(&flight->remaining, bytes);
+    /* Most bios are done in one piece; of one that is done in several, no piece is all that is left but the last. */
+    __u32 before = *(volatile __u32 *)&flight->remaining;
+    if (before != bytes)
+        before = __sync_fetch_and_sub(&flight->remaining, bytes);
     if (before > bytes)
         return;
     if (before < bytes)
         tally->orphans++; /* more was completed than submitted: one of the two was something else */
-    bpf_map_delete_elem(&inflight, &key);
+    if (bpf_map_delete_elem(&inflight, &key))
+        flight->remaining = 0;
     mine->done[generation & (GENERATION_SLOTS - 1)]++;
 }
 
@@ -498,7 +504,8 @@ int on_bio(__u64 *ctx)
     __u64 generation = flight->generation;
     tally->ended[kind]++;
     tally->ended_sectors[kind] += flight->bytes >> 9;
-    bpf_map_delete_elem(&inflight, &key);
+    if (bpf_map_delete_elem(&inflight, &key))
+        flight->remaining = 0;
     mine->ended[generation & (GENERATION_SLOTS - 1)]++;
     return 0;
 }

@@ -100,7 +100,7 @@ struct record {
     __u64 sector;
     __u64 mode_word;
     __u64 drops; /* of the machine, before this record */
-    __u64 time_ns; /* CLOCK_BOOTTIME */
+    __u64 unused; /* 0 */
     __u32 bytes;
     __u32 data_bytes;
     __u16 slot;

@@ -27,13 +27,35 @@ static __always_inline __u64 address_of(struct control *ctl, __u64 page)
     return page * ((1ULL << PAGE_SHIFT) / bpf_core_type_size(struct page)) + ctl->address_base;
 }
 
+/* A piece of a bio's memory. */
+struct vec {
+    __u64 page;
+    __u32 length;
+    __u32 offset;
+};
+
+/* In one go where the kernel's own structure is laid out like ours, as it has been in every kernel so far. */
+static __always_inline struct vec read_vec(struct bio_vec *from)
+{
+    struct vec vec = {0};
+    if (bpf_core_type_size(struct bio_vec) == sizeof(vec) && bpf_core_field_offset(from->bv_page) == 0 &&
+        bpf_core_field_offset(from->bv_len) == 8 && bpf_core_field_offset(from->bv_offset) == 12) {
+        bpf_probe_read_kernel(&vec, sizeof(vec), from);
+        return vec;
+    }
+    vec.page = (__u64)PROBE(from->bv_page);
+    vec.length = PROBE(from->bv_len);
+    vec.offset = PROBE(from->bv_offset);
+    return vec;
+}
+
 static __always_inline void fill_head(struct record *head, struct control *ctl, struct flight *flight, __u64 word,
                                       __u8 flags)
 {
     head->sector = flight->sector;
     head->mode_word = word;
     head->drops = *(volatile __u64 *)&ctl->drops;
-    head->time_ns = bpf_ktime_get_boot_ns();
+    head->unused = 0;
     head->bytes = flight->bytes;
     head->data_bytes = 0;
     head->slot = flight->slot;
@@ -76,9 +98,9 @@ struct {
 
 static __always_inline void take_vec(struct control *ctl, struct copying *copy)
 {
-    struct bio_vec *vec = (struct bio_vec *)copy->vec;
-    copy->from = address_of(ctl, (__u64)PROBE(vec->bv_page)) + PROBE(vec->bv_offset);
-    copy->length = PROBE(vec->bv_len);
+    struct vec vec = read_vec((struct bio_vec *)copy->vec);
+    copy->from = address_of(ctl, vec.page) + vec.offset;
+    copy->length = vec.length;
 }
 
 /* How much the next slice takes. */
@@ -250,12 +272,12 @@ static __always_inline void record(struct control *ctl, struct tally *tally, str
         return;
     }
     /* A number, not a pointer that the verifier follows: older ones let nobody reckon with those. */
-    struct bio_vec *vec = PROBE(bio->bi_io_vec);
+    struct bio_vec *place = PROBE(bio->bi_io_vec);
     __u32 at = GET(bio->bi_iter.bi_idx), done = GET(bio->bi_iter.bi_bvec_done);
-    vec = (struct bio_vec *)((__u64)vec + (__u64)at * bpf_core_type_size(struct bio_vec));
-    __u32 length = PROBE(vec->bv_len) - done;
-    if (flight->bytes <= SMALL_BYTES && flight->bytes <= length) {
-        __u64 from = address_of(ctl, (__u64)PROBE(vec->bv_page)) + PROBE(vec->bv_offset) + done;
+    place = (struct bio_vec *)((__u64)place + (__u64)at * bpf_core_type_size(struct bio_vec));
+    struct vec vec = read_vec(place);
+    if (flight->bytes <= SMALL_BYTES && flight->bytes <= vec.length - done) {
+        __u64 from = address_of(ctl, vec.page) + vec.offset + done;
         struct small_record *small = bpf_ringbuf_reserve(&ring, sizeof(*small), 0);
         if (!small) {
             lose(ctl, tally, flags);
@@ -280,12 +302,13 @@ static __always_inline void record(struct control *ctl, struct tally *tally, str
     struct copying *copy = bpf_map_lookup_elem(&copying, &zero);
     if (!copy)
         return;
-    copy->vec = (__u64)vec;
+    copy->vec = (__u64)place;
     copy->done = done;
     copy->at = 0;
     copy->left = flight->bytes;
     copy->failed = 0;
-    take_vec(ctl, copy);
+    copy->from = address_of(ctl, vec.page) + vec.offset;
+    copy->length = vec.length;
     if (WITH_DYNPTR)
         record_large(ctl, tally, copy, flight, word, flags);
     else

@@ -116,6 +116,9 @@ pub struct StatusInfo {
     /// Closing windows that found no moment, since the start.
     #[serde(default)]
     pub windows_failed: u64,
+    /// Events for which the kernel did not run a capture program, since the start.
+    #[serde(default)]
+    pub events_skipped: u64,
     /// What to look at, the worst first.
     #[serde(default)]
     pub health: Vec<HealthEvent>,

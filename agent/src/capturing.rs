@@ -39,6 +39,8 @@ const NICER: i32 = -10;
 const CHECK_EVERY: Duration = Duration::from_secs(30);
 /// How long a check waits for a moment without writes in flight.
 const CHECK_PATIENCE: Duration = Duration::from_millis(50);
+/// How long a machine that cannot capture is taken at its word.
+const REFUSED_FOR: Duration = Duration::from_secs(300);
 /// How often the ring is read while every write is streamed: 64 MiB hold that long at 12 GB/s.
 const STREAM_EVERY: Duration = Duration::from_millis(5);
 
@@ -112,6 +114,8 @@ pub(crate) enum CaptureNews {
     Streamed { batches: Vec<Batch>, as_of: Timestamp },
     /// The stream is over: what it did not hand out is in the maps.
     StreamEnded { disks: Vec<DiskId>, why: String },
+    /// The kernel did not run a program for so many events, of any disk.
+    Skipped { events: u64 },
     /// Everything the kernel wrote until now was seen.
     Accounted { disk: DiskId, as_of: Timestamp },
     /// Its account cannot be had any more, and so its changes cannot be trusted: it is followed no longer.
@@ -134,7 +138,7 @@ impl Drop for Farewell {
     }
 }
 
-/// The thread's handle; dropping it ends capture in order.
+/// The thread's handle; dropping it leaves capture to the next process.
 #[derive(Debug)]
 pub(crate) struct Capturing {
     orders: Option<mpsc::Sender<Order>>,
@@ -170,7 +174,7 @@ impl Capturing {
         }
     }
 
-    /// Ends capture: the maps are saved. Blocks until that is done.
+    /// Ends the thread; the programs go on. Blocks until that is done.
     pub(crate) fn end(&mut self) {
         self.orders = None;
         if let Some(thread) = self.thread.take()
@@ -201,8 +205,8 @@ struct Followed {
 struct Owner {
     settings: CaptureSettings,
     capture: Option<Capture>,
-    /// Why there is no capture on this machine.
-    refused: Option<String>,
+    /// Why there is no capture on this machine, and since when that is known.
+    refused: Option<(String, Instant)>,
     disks: BTreeMap<DiskId, Followed>,
     stream: Option<Stream>,
     news: async_mpsc::UnboundedSender<CaptureNews>,
@@ -226,10 +230,11 @@ impl Owner {
                 checked = Instant::now();
             }
         }
+        // An upgrade is a stop and a start: what is written in between must be known, so the programs go on.
         if let Some(capture) = self.capture.take()
-            && let Err(error) = capture.stop()
+            && let Err(error) = capture.leave()
         {
-            tracing::warn!(%error, "capture could not be ended in order; its disks are compared at the next start");
+            tracing::warn!(%error, "capture could not be left in order; its disks may be compared at the next start");
         }
     }
 
@@ -266,15 +271,19 @@ impl Owner {
 
     /// The capture of this machine, begun where it was not yet.
     fn capture(&mut self) -> Result<&mut Capture, String> {
-        if let Some(why) = &self.refused {
+        if let Some((why, _)) = self.refused.as_ref().filter(|(_, since)| since.elapsed() < REFUSED_FOR) {
             return Err(why.clone());
+        }
+        // Programs or maps that somebody took away are made anew once no disk is followed by the old ones.
+        if self.disks.is_empty() && self.capture.as_ref().is_some_and(|capture| !capture.is_whole()) {
+            self.capture = None;
         }
         if self.capture.is_none() {
             match Capture::start(&self.settings) {
-                Ok(capture) => self.capture = Some(capture),
+                Ok(capture) => (self.capture, self.refused) = (Some(capture), None),
                 Err(error) => {
                     let why = error.to_string();
-                    self.refused = Some(why.clone());
+                    self.refused = Some((why.clone(), Instant::now()));
                     return Err(why);
                 }
             }
@@ -334,10 +343,13 @@ impl Owner {
         let (Some(capture), Some(known)) = (&mut self.capture, self.disks.get_mut(&disk)) else {
             return Err(not_followed(disk).to_string());
         };
-        let size = capture.check_size(known.slot).map_err(|error| error.to_string())?;
+        let text = |error: CaptureError| error.to_string();
+        let size = capture.check_size(known.slot).map_err(text)?;
         if size.0 < size_sectors {
             return Err(shrank(path));
         }
+        // The maps may have had this size before: what was written there meanwhile nobody has read.
+        capture.mark(known.slot, SectorRange::new(known.whole.end, size.0)).map_err(text)?;
         known.file = open_direct(path)?;
         known.whole = SectorRange::new(0, size_sectors);
         Ok(())
@@ -515,12 +527,19 @@ impl Owner {
     fn check_all(&mut self) {
         let Some(capture) = &mut self.capture else { return };
         let mut news = Vec::new();
+        // Pins that are gone are told by the disks' own checks.
+        let events = capture.newly_skipped().unwrap_or(0);
+        if events > 0 {
+            news.push(CaptureNews::Skipped { events });
+        }
         for (disk, known) in &self.disks {
             let as_of = wall_clock();
             let checked = capture.check(known.slot, CHECK_PATIENCE);
             let missed = |why: String| CaptureNews::Unaccounted { disk: *disk, why };
             match checked {
                 Ok(check) => match check.verdict {
+                    // The next check has to find it clean, too.
+                    Verdict::Clean { .. } if events > 0 => {}
                     Verdict::Clean { .. } => news.push(CaptureNews::Accounted { disk: *disk, as_of }),
                     Verdict::Undecided => {}
                     Verdict::Short { sectors } => {
@@ -586,4 +605,40 @@ fn not_streamed(reason: &str) -> CaptureError {
 
 fn names(disks: &[DiskId]) -> String {
     disks.iter().map(DiskId::to_string).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[path = "../../tests/capture_lab/mod.rs"]
+    mod capture_lab;
+
+    const DISK: DiskId = DiskId([3; 16]);
+    const MIB_SECTORS: u64 = 2048;
+
+    /// The device is larger than the disk is read to yet: it grew since it was opened.
+    #[test]
+    fn what_a_disk_grew_by_is_all_found_also_where_its_map_had_that_size_before() {
+        let _turn = capture_lab::machine();
+        if !capture_lab::capable() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let device = capture_lab::Loop::new(dir.path(), "disk", 16);
+        let (news, _told) = async_mpsc::unbounded_channel();
+        let settings = CaptureSettings::new("outgrown", dir.path().to_owned());
+        let mut owner =
+            Owner { settings, capture: None, refused: None, disks: BTreeMap::new(), stream: None, news };
+        let mut follow =
+            |mib: u64, owner: &mut Owner| owner.follow(DISK, &device.path, "x", mib * MIB_SECTORS).unwrap();
+        assert_eq!(follow(8, &mut owner), Some(CompareCause::FirstTime));
+        assert_eq!(owner.harvest(DISK).unwrap().sector_count(), 8 * MIB_SECTORS);
+        owner.end_stretch(DISK, true);
+        assert_eq!(owner.harvest(DISK).unwrap().sector_count(), 0);
+        assert_eq!(follow(16, &mut owner), None);
+        let found: Vec<SectorRange> = owner.harvest(DISK).unwrap().iter().collect();
+        assert_eq!(found, [SectorRange::new(8 * MIB_SECTORS, 16 * MIB_SECTORS)]);
+        owner.capture.unwrap().stop().unwrap();
+    }
 }

@@ -3,17 +3,18 @@
 //! ```text
 //! Asked ─▶ Opening ─▶ Idle ─▶ Harvesting ─▶ Round ─▶ Idle        (a round of changes, its mark durable)
 //!   │          └────▶ Pass ─▶ Idle    └───▶ Pass                 (the whole disk is read, by copy or compare)
-//!   └▶ Refused (scanned from here on)                   Round ─▶ Streaming ─▶ Idle   (every write is known meanwhile)
+//!   └▶ Refused ─▶ Asked (scanned meanwhile)             Round ─▶ Streaming ─▶ Idle   (every write is known meanwhile)
 //! ```
 //! `Step::may_become` is the table; a disk that is offered again is asked for again from any step.
 //! Invariants: a disk is followed before anything of it is read; what is harvested before a pass is forgotten only when
 //! the pass is durable, and what is harvested for a round only when the round's mark is; whatever goes wrong, the
-//! stretch is given back before anybody can call it durable; a disk that cannot be followed is scanned, and says why.
+//! stretch is given back before anybody can call it durable; a disk that cannot be followed is scanned, says why, and is
+//! asked for again before a later round.
 //! Units: sectors. Part of `machine`; works by `capturing`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use reprotect_engine::format::batch::{MarkClass, Stretch};
 use reprotect_engine::format::extent::Record;
@@ -36,6 +37,8 @@ use crate::protected::{Activity, Protected};
 
 /// Bytes of a disk that may wait to become durable while every write is streamed; beyond, its map has to do.
 const STREAM_BYTES_MAX: u64 = 128 << 20;
+/// How long a disk that could not be followed is scanned before it is asked for again.
+const REFUSED_FOR: Duration = Duration::from_secs(15);
 
 /// What is done with a disk's changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,8 +49,8 @@ enum Step {
         /// A pass is under way that has what was harvested before it.
         pass: bool,
     },
-    /// It cannot be followed, and why.
-    Refused { why: String },
+    /// It cannot be followed, why, and since when that is known.
+    Refused { why: String, since: Instant },
     /// Its changes so far are harvested before it is opened at the target.
     Opening { size_sectors: u64 },
     /// Changes gather.
@@ -63,10 +66,14 @@ enum Step {
 }
 
 impl Step {
+    fn refused(why: String) -> Self {
+        Self::Refused { why, since: Instant::now() }
+    }
+
     /// Whether `next` may follow; anything may be asked for again, refused, or given back.
     const fn may_become(&self, next: &Self) -> bool {
         match (self, next) {
-            (Self::Refused { .. }, Self::Refused { .. }) => true,
+            (Self::Refused { .. }, Self::Asked { .. } | Self::Refused { .. }) => true,
             (Self::Refused { .. }, _) => false,
             (_, Self::Asked { .. } | Self::Refused { .. } | Self::Idle) => true,
             (Self::Asked { .. }, Self::Opening { .. }) => true,
@@ -101,6 +108,10 @@ pub(crate) struct Following {
     pub(crate) windows_failed: u64,
     /// Why the last one did not, if it did not.
     pub(crate) window_problem: Option<String>,
+    /// Events for which a program was not run, since the start.
+    pub(crate) events_skipped: u64,
+    /// Why disks could not be followed when they were last asked for.
+    refused: BTreeMap<DiskId, String>,
 }
 
 impl Following {
@@ -133,6 +144,8 @@ impl Following {
             missed: BTreeMap::new(),
             windows_failed: 0,
             window_problem: None,
+            events_skipped: 0,
+            refused: BTreeMap::new(),
         }
     }
 
@@ -155,7 +168,7 @@ impl Following {
     /// How changes of a disk are found, for people.
     pub(crate) fn describe(&self, disk: DiskId) -> String {
         match self.steps.get(&disk) {
-            Some(Step::Refused { why }) => format!("scan ({why})"),
+            Some(Step::Refused { why, .. }) => format!("scan ({why})"),
             Some(Step::Asked { .. }) | None => CaptureMode::Scan.to_string(),
             Some(_) => self.mode.to_string(),
         }
@@ -163,7 +176,7 @@ impl Following {
 
     /// What an operator should know of how its changes are found.
     pub(crate) fn trouble(&self, disk: DiskId) -> Option<(Code, String)> {
-        if let Some(Step::Refused { why }) = self.steps.get(&disk) {
+        if let Some(Step::Refused { why, .. }) = self.steps.get(&disk) {
             return Some((Code::CaptureFellBack, why.clone()));
         }
         self.missed.get(&disk).map(|why| (Code::CaptureMissed, why.clone()))
@@ -396,6 +409,7 @@ impl Machine {
 
     /// Begins a round over a disk, by what is known to have changed or by reading all of it; answers whether it began.
     pub(crate) fn begin_round(&mut self, disk: DiskId, to_mark: bool) -> bool {
+        self.ask_again(disk);
         let following = &mut self.following;
         let begun = match following.steps.get(&disk) {
             None | Some(Step::Asked { .. } | Step::Refused { .. }) if to_mark => {
@@ -413,6 +427,19 @@ impl Machine {
             state.begin_walk(Activity::Scanning);
         }
         begun
+    }
+
+    /// A disk that could not be followed a while ago is asked for again: what was in the way may be mended.
+    fn ask_again(&mut self, disk: DiskId) {
+        let Some(state) = self.disks.get(&disk) else { return };
+        let long_ago =
+            |step: &Step| matches!(step, Step::Refused { since, .. } if since.elapsed() >= REFUSED_FOR);
+        let is_device = self.source_kind(state.source) == Some(SourceKind::BlockDevice);
+        let following = &mut self.following;
+        if is_device && following.thread.is_some() && following.steps.get(&disk).is_some_and(long_ago) {
+            let asked = Step::Asked { size_sectors: state.size_sectors, pass: false };
+            following.ask(disk, state, asked);
+        }
     }
 
     /// A step on the ladder.
@@ -440,11 +467,18 @@ impl Machine {
                     self.following.accounted.insert(disk, (last, as_of));
                 }
             }
+            CaptureNews::Skipped { events } => {
+                tracing::warn!(
+                    events,
+                    "the kernel did not run a capture program for some events; each disk's account tells whether a write was among them"
+                );
+                self.following.events_skipped += events;
+            }
             CaptureNews::Unaccounted { disk, why } => self.handle_unaccounted(disk, &why),
             CaptureNews::Unfollowed { disk, why } => {
                 self.handle_unaccounted(disk, &why);
                 self.step(disk, "scan", &why);
-                self.following.set(disk, Step::Refused { why });
+                self.following.set(disk, Step::refused(why));
                 self.fail_run(&format!("disk {disk} cannot be followed any more"));
             }
             CaptureNews::Gone => self.handle_thread_gone(),
@@ -458,12 +492,19 @@ impl Machine {
         let cause = match result {
             Ok(cause) => cause,
             Err(why) => {
-                tracing::warn!(%disk, "the disk is scanned, because it cannot be followed: {why}");
-                self.step(disk, "scan", &why);
-                self.following.set(disk, Step::Refused { why });
-                return self.open_at_target(disk, size_sectors);
+                // It is asked for again and again, and said once.
+                if self.following.refused.insert(disk, why.clone()).is_none_or(|before| before != why) {
+                    tracing::warn!(%disk, "the disk is scanned, because it cannot be followed: {why}");
+                    self.step(disk, "scan", &why);
+                }
+                self.following.set(disk, Step::refused(why));
+                if !self.core.is_open(disk) {
+                    self.open_at_target(disk, size_sectors);
+                }
+                return;
             }
         };
+        self.following.refused.remove(&disk);
         let same = cause.is_none();
         let mode = self.following.mode.base().to_string();
         let text = cause.as_ref().map_or("goes on where it was".to_owned(), CompareCause::to_string);
@@ -494,7 +535,7 @@ impl Machine {
         self.following.thread = None;
         self.following.streams.clear();
         for (disk, step) in self.following.steps.clone() {
-            self.following.set(disk, Step::Refused { why: WHY.to_owned() });
+            self.following.set(disk, Step::refused(WHY.to_owned()));
             if let Step::Asked { size_sectors, .. } | Step::Opening { size_sectors } = step {
                 self.open_at_target(disk, size_sectors);
             }
@@ -512,7 +553,7 @@ impl Machine {
                 if let Err(why) = result {
                     // Without its changes it would have to be read whole each time: that is what scanning is.
                     tracing::error!(%disk, "the disk is scanned, because its changes cannot be had: {why}");
-                    self.following.set(disk, Step::Refused { why });
+                    self.following.set(disk, Step::refused(why));
                 }
                 self.open_at_target(disk, size_sectors);
             }

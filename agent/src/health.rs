@@ -33,6 +33,8 @@ pub(crate) enum Code {
     CaptureMissed,
     /// Windows find no moment.
     WindowsFail,
+    /// The kernel left out runs of the capture programs.
+    EventsSkipped,
     /// A hook does not do its work.
     HookFailed,
     /// Parts of a disk cannot be read.
@@ -48,6 +50,7 @@ impl Code {
             Self::CaptureFellBack => "CAPTURE_FELL_BACK",
             Self::CaptureMissed => "CAPTURE_MISSED",
             Self::WindowsFail => "WINDOWS_FAIL",
+            Self::EventsSkipped => "EVENTS_SKIPPED",
             Self::HookFailed => "HOOK_FAILED",
             Self::SourceUnreadable => "SOURCE_UNREADABLE",
             Self::DiskProblem => "DISK_PROBLEM",
@@ -57,9 +60,11 @@ impl Code {
     const fn severity(self) -> Severity {
         match self {
             Self::RpoExceeded | Self::SourceUnreadable | Self::DiskProblem => Severity::Critical,
-            Self::CaptureFellBack | Self::CaptureMissed | Self::WindowsFail | Self::HookFailed => {
-                Severity::Warning
-            }
+            Self::CaptureFellBack
+            | Self::CaptureMissed
+            | Self::WindowsFail
+            | Self::EventsSkipped
+            | Self::HookFailed => Severity::Warning,
         }
     }
 
@@ -69,10 +74,13 @@ impl Code {
                 "see whether the session is up and the link and the master target keep up; raise `rpo_threshold` if this is expected"
             }
             Self::CaptureFellBack => {
-                "remove the cause and restart the agent, or set capture.mode = \"scan\" if this is meant"
+                "remove the cause: it is tried again before a later round; or set capture.mode = \"scan\" if this is meant"
             }
             Self::CaptureMissed => "nothing to do: the compare puts it right; report it if it happens again",
             Self::WindowsFail => "see the agent's log for the cause; points are fuzzy until a window closes",
+            Self::EventsSkipped => {
+                "nothing to do: what was missed by it is found by the account of each disk, and compared; report it if it grows"
+            }
             Self::HookFailed => "run the hook by hand; points promise clean file systems only until it works",
             Self::SourceUnreadable => {
                 "look at the kernel's log (dmesg) and at the device; it is tried again by itself, and writing these blocks anew heals them, too; until then points are degraded"

@@ -6,6 +6,10 @@
 //! `plan`; what operators see is made by `telling`; whom to talk to by `dial`; points of the machine are made by `marking`, and brought about by `quiescing`,
 //! `hooks` and `freeze`; operators come in through `commands` and `service`.
 
+/// For what the tests of the capture thread share with those of capture.
+#[cfg(test)]
+extern crate self as reprotect_agent;
+
 pub mod api;
 pub mod budget;
 pub mod capture;

@@ -92,6 +92,9 @@ pub(crate) fn render(info: &StatusInfo) -> String {
     let failed: Counter = Counter::default();
     failed.inc_by(info.windows_failed);
     registry.register("windows_failed", "Closing windows that found no moment", failed);
+    let skipped: Counter = Counter::default();
+    skipped.inc_by(info.events_skipped);
+    registry.register("capture_events_skipped", "Events without a run of the capture programs", skipped);
     let steps: Counter = Counter::default();
     steps.inc_by(info.ladder_steps);
     registry.register("ladder_steps", "Steps up and down the ladder of capture", steps);

@@ -37,6 +37,7 @@ impl Machine {
                 status.ladder_steps = self.health.steps_taken;
             }
             status.windows_failed = self.following.windows_failed;
+            status.events_skipped = self.following.events_skipped;
             status.app_interval_ms = self.app_pause().map(millis);
             status.level = level;
             status.policy_revision = self.policy.revision();
@@ -71,6 +72,9 @@ impl Machine {
         let machine =
             |code, problem: &Option<String>| problem.clone().map(|problem| (code, String::new(), problem));
         found.extend(machine(Code::WindowsFail, &self.following.window_problem));
+        let skipped = self.following.events_skipped;
+        let skipped = (skipped > 0).then(|| format!("{skipped} events since the agent's start"));
+        found.extend(machine(Code::EventsSkipped, &skipped));
         found.extend(machine(Code::HookFailed, &self.hook_problem));
         found
     }

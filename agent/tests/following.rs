@@ -283,7 +283,7 @@ fn a_disk_under_fire_is_equal_once_it_is_left_alone_whatever_happened_to_the_ses
 }
 
 #[test]
-fn after_a_clean_stop_a_quiet_disk_goes_on_and_one_that_was_written_is_compared() {
+fn after_a_clean_stop_a_disk_goes_on_whatever_was_written_meanwhile() {
     let _machine = capture_lab::machine();
     if !capture_lab::capable() {
         return;
@@ -313,12 +313,52 @@ fn after_a_clean_stop_a_quiet_disk_goes_on_and_one_that_was_written_is_compared(
         assert!(setup.equal());
         agent.stop().await;
 
+        // As in an upgrade: the programs see what is written while no agent runs.
         setup.write(0, 7 * MIB, &noise(4096, 5));
         let agent = setup.start();
         let info = agent.until_disk("a round", setup.disks[0], |info| info.scan_rounds > 0).await;
-        assert!(info.read_bytes >= SIZE as u64, "it was compared: {info:?}");
-        assert_eq!(info.plain_bytes_sent, 4096, "and only what differs was sent");
+        assert!(info.read_bytes < MIB as u64, "only what was written was read: {info:?}");
+        assert_eq!(info.plain_bytes_sent, 4096);
         assert!(setup.equal());
+        agent.stop().await;
+
+        // Unless somebody took them away.
+        assert!(capture::let_go(&setup.agent.to_string()).unwrap());
+        setup.write(0, 9 * MIB, &noise(4096, 8));
+        let agent = setup.start();
+        let info = agent.until_disk("a round", setup.disks[0], |info| info.scan_rounds > 0).await;
+        assert!(info.read_bytes >= SIZE as u64, "it was compared: {info:?}");
+        assert!(setup.equal());
+        agent.stop().await;
+    });
+}
+
+#[test]
+fn a_disk_that_could_not_be_followed_is_followed_once_that_is_mended() {
+    let _machine = capture_lab::machine();
+    if !capture_lab::capable() {
+        return;
+    }
+    run(async {
+        let setup = Setup::new(1, "capture.interval = \"1s\"");
+        setup.loops[0].queue("iostats", "0");
+        let agent = setup.start();
+        let info = agent.until_disk("scanned", setup.disks[0], |info| info.scan_rounds > 0).await;
+        assert!(info.capture.starts_with("scan") && info.capture.contains("iostats"), "{info:?}");
+        setup.loops[0].queue("iostats", "1");
+        let info = agent.until_disk("followed", setup.disks[0], |info| info.capture == "window").await;
+        assert_eq!(info.problem, None);
+        setup.write(0, 5 * MIB, &noise(4096, 5));
+        setup.settled(&agent).await;
+        let marks = setup.target.marks().len();
+        common::wait_for("a consistent point", async || {
+            setup.target.marks()[marks..].iter().any(|mark| mark.class == MarkClass::Crash).then_some(())
+        })
+        .await;
+        assert!(setup.equal());
+        let steps: Vec<String> =
+            agent.until("a status", |_| true).await.ladder.into_iter().map(|step| step.to).collect();
+        assert_eq!(steps, ["scan", "window"], "down and up, each once");
         agent.stop().await;
     });
 }

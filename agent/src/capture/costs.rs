@@ -55,6 +55,11 @@ pub(crate) fn read(place: &Claim) -> Result<Vec<ProgramCost>, CaptureError> {
     PROGRAMS.iter().map(|(name, _)| read_one(place, name)).collect()
 }
 
+/// Events for which a program was not run, of all programs.
+pub(crate) fn skipped(place: &Claim) -> Result<u64, CaptureError> {
+    Ok(read(place)?.iter().map(|cost| cost.skipped).sum())
+}
+
 fn read_one(place: &Claim, name: &'static str) -> Result<ProgramCost, CaptureError> {
     let pin = place.pin(name);
     let info = ProgramInfo::from_pin(&pin).map_err(|_| CaptureError::PinChanged { path: pin.clone() })?;

@@ -6,6 +6,7 @@ use std::io;
 use std::path::PathBuf;
 
 use reprotect_engine::error::{Answer, Severity};
+use reprotect_engine::io::buffer::ArenaError;
 
 /// What capture met.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +16,9 @@ pub enum CaptureError {
         "capture needs root or the capabilities CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN; run the agent as a system service"
     )]
     NotPermitted,
+    /// No memory to read into.
+    #[error("no memory to read changes into: {0}; free some, or give the machine more")]
+    Memory(#[source] ArenaError),
     /// The kernel is locked down.
     #[error(
         "the kernel is in lockdown mode `confidentiality`, which forbids eBPF programs to read kernel memory; boot with lockdown=integrity, or use mode `scan`"

@@ -149,12 +149,21 @@ impl Kernel {
         if membarrier(MembarrierCommand::Global).is_ok() {
             return Ok(());
         }
-        // Refused where CPUs run without a tick: changing a map of maps waits for running programs as well.
-        let spare = Array::<MapData, u64>::create(1, bitmap::FLAGS).map_err(CaptureError::map("dirty"))?;
+        self.settle_by_map()
+    }
+
+    /// Where CPUs run without a tick the barrier is refused: changing a map of maps waits for running programs as well. The
+    /// last place is set to what stands there, or to a map of nothing where no disk has it.
+    fn settle_by_map(&self) -> Result<(), CaptureError> {
         let map = MapData::from_id(self.ids[2]).map_err(CaptureError::map("dirty"))?;
         let mut dirty: ArrayOfMaps<MapData, Array<MapData, u64>> =
             ArrayOfMaps::try_from(Map::ArrayOfMaps(map)).map_err(CaptureError::map("dirty"))?;
-        dirty.set(DISKS_MAX as u32 - 1, &spare, 0).map_err(CaptureError::map("dirty"))
+        let last = DISKS_MAX as u32 - 1;
+        let there = match dirty.get(&last, 0) {
+            Ok(there) => there,
+            Err(_) => Array::create(1, bitmap::FLAGS).map_err(CaptureError::map("dirty"))?,
+        };
+        dirty.set(last, &there, 0).map_err(CaptureError::map("dirty"))
     }
 
     /// Writes of generations before `generation` that were submitted and not seen completing. Exact after
@@ -235,10 +244,22 @@ impl Kernel {
         entries.map(|(key, value)| (key, Flight::decode(value))).collect()
     }
 
-    /// Takes an entry away.
-    pub(crate) fn forget_flight(&mut self, key: u64) {
-        // It may have gone by itself.
-        let _gone = self.inflight.remove(&key);
+    /// Takes an entry away; answers whether it was there, for it may have gone by itself.
+    pub(crate) fn forget_flight(&mut self, key: u64) -> bool {
+        self.inflight.remove(&key).is_ok()
+    }
+
+    /// Takes away the entries of a disk that no program follows any more: their completions are not seen, and nothing is to
+    /// wait for them.
+    pub(crate) fn forget_flights_of(&mut self, slot: usize) {
+        for (key, flight) in self.flights() {
+            if flight.slot == slot
+                && self.forget_flight(key)
+                && flight.generation >= self.get(Control::ReapedBelow)
+            {
+                self.written_off(flight.generation).fetch_add(1, Ordering::SeqCst);
+            }
+        }
     }
 
     /// The ring's map.

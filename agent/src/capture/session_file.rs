@@ -49,6 +49,9 @@ pub(crate) struct SessionDisk {
     pub(crate) anchor: Option<Anchor>,
     /// The kernel's account when its map was saved.
     pub(crate) saved_at: Option<Account>,
+    /// It was seen without a write in flight since it is followed: every one since then is known by its generation.
+    #[serde(default)]
+    pub(crate) seen_quiet: bool,
 }
 
 impl SessionDisk {
@@ -220,6 +223,7 @@ mod tests {
             slot: 3,
             anchor: Some(Anchor::exact(Account { written: 8, discarded: 0 })),
             saved_at: Some(Account::default()),
+            seen_quiet: true,
         };
         Session { version: VERSION, boot: "b".into(), pins: vec![1, 2], stopped: true, disks: vec![disk] }
     }

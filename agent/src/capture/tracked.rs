@@ -19,6 +19,17 @@ pub const STRETCHES_MAX: usize = 4;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Stretch(pub(crate) usize);
 
+/// A check that found sectors missing while writes were in flight all the time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Undecided {
+    /// Generation in force then: a write that is older and in flight at the next check is a lost completion.
+    pub(crate) generation: u64,
+    /// Sectors that were missing.
+    pub(crate) short: u64,
+    /// Sectors of overwritten entries counted then.
+    pub(crate) stale: u64,
+}
+
 /// The maps and the identity of a followed disk.
 #[derive(Debug)]
 pub(crate) struct Tracked {
@@ -28,8 +39,10 @@ pub(crate) struct Tracked {
     pub(crate) anchor: Option<Anchor>,
     /// Sectors of entries that were given up since the anchor was taken.
     pub(crate) reaped: Account,
-    /// The kernel has shown no write in flight since this process follows the disk.
+    /// The kernel has shown no write in flight since the disk is followed, by this process or the ones before it.
     pub(crate) seen_quiet: bool,
+    /// What the last check could not decide about.
+    pub(crate) undecided: Option<Undecided>,
     live: Bitmap,
     incoming: Bitmap,
     pending: [Option<Bitmap>; STRETCHES_MAX],
@@ -63,6 +76,7 @@ impl Tracked {
             anchor: None,
             reaped: Account::default(),
             seen_quiet: false,
+            undecided: None,
             live,
             incoming,
             pending,
@@ -99,6 +113,7 @@ impl Tracked {
             anchor: None,
             reaped: Account::default(),
             seen_quiet: false,
+            undecided: None,
             live,
             incoming,
             pending,

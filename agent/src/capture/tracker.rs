@@ -1,7 +1,8 @@
 //! Live capture of a machine: which disks are followed, what changed on them, and whether everything was seen.
 //!
 //! Call order: [`Capture::start`] → [`Capture::follow`] per disk → any of `open_stretch`, `harvest`, `confirm`, `check`,
-//! `window` → drop (programs go on; the next start continues) or [`Capture::stop`] (programs go, maps are saved).
+//! `window` → [`Capture::leave`] or drop (programs go on; the next start continues) or [`Capture::stop`] (programs go, maps
+//! are saved).
 //! Invariants: the session file is durable before programs are attached and before a disk is followed; a harvested
 //! block stays pending until its stretch is confirmed; one process owns the pins and each disk.
 //! All calls block, briefly; none is for an async runtime. Units: sectors. Called by the agent's daemon.
@@ -14,14 +15,14 @@ use reprotect_engine::range_set::RangeSet;
 use reprotect_engine::units::{SectorCount, SectorRange, Timestamp};
 
 use super::kernel::Kernel;
-use super::layout::{Control, DISKS_MAX, Kind, ModeWord, Tally};
+use super::layout::{Control, DISKS_MAX, Flight, Kind, Mode, ModeWord, Tally};
 use super::loader::{self, LoadOptions, check_machine};
 use super::oracle::{self, Check};
 use super::pins::{self, Claim};
 use super::ring::Ring;
 use super::session_file::{CompareCause, Continuity, Session, SessionDisk, SessionStore, VERSION};
 use super::sysfs::{Account, boot_id};
-use super::tracked::{Stretch, Tracked};
+use super::tracked::{Stretch, Tracked, Undecided};
 use super::{BlockDisk, CaptureError, ProgramCost, Verdict, costs};
 
 /// How often the kernel is asked whether writes are still in flight.
@@ -129,6 +130,8 @@ pub struct Capture {
     pub(crate) options: LoadOptions,
     pub(crate) ring: Ring,
     pub(crate) proven: bool,
+    /// Events for which the kernel did not run a program, as counted when that was last told.
+    skipped: u64,
 }
 
 impl Capture {
@@ -196,7 +199,9 @@ impl Capture {
         // What a process before did not read is marked in the bitmap.
         ring.skip_to_end();
         let disks = Vec::new();
-        Ok(Self { place, root, store, kernel, session, left, fresh, disks, options, ring, proven: false })
+        let skipped = costs::skipped(&place)?;
+        let proven = false;
+        Ok(Self { place, root, store, kernel, session, left, fresh, disks, options, ring, proven, skipped })
     }
 
     fn reopen(place: &Claim, session: &Session) -> Result<Kernel, CaptureError> {
@@ -207,7 +212,7 @@ impl Capture {
         kernel.check_links(place)?;
         // A window that a killed process left open must not fill the ring.
         let word = kernel.mode();
-        kernel.set_mode(ModeWord { mode: super::Mode::Bitmap, generation: word.generation + 1 });
+        kernel.set_mode(ModeWord { mode: Mode::Bitmap, generation: word.generation + 1 });
         kernel.settle()?;
         Ok(kernel)
     }
@@ -277,7 +282,7 @@ impl Capture {
     ) -> Result<(DiskSlot, Continuity), CaptureError> {
         let size = SectorCount(known.size_sectors);
         let mut tracked = Tracked::open(&self.place, claim, disk, &known.identity, known.slot, size)?;
-        tracked.anchor = known.anchor;
+        (tracked.anchor, tracked.seen_quiet) = (known.anchor, known.seen_quiet);
         let dirty_blocks = tracked.live().view().count();
         self.disks.push(tracked);
         let slot = DiskSlot(known.slot);
@@ -355,6 +360,7 @@ impl Capture {
         self.store_session()?;
         self.kernel.follow(tracked.disk.key(), None)?;
         self.kernel.settle()?;
+        self.kernel.forget_flights_of(slot.0);
         Tracked::remove_pins(&self.place, slot.0)
     }
 
@@ -452,6 +458,12 @@ impl Capture {
         Ok(new)
     }
 
+    /// Whether programs and maps are pinned and attached as they were.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.kernel.check_links(&self.place).is_ok()
+    }
+
     /// Whether everything the kernel wrote was seen. What lost completions left behind is marked first; a disk that is
     /// still short must be compared, and says so once.
     ///
@@ -467,9 +479,12 @@ impl Capture {
             return self.accept(slot, first);
         }
         if !matches!(first.verdict, Verdict::Short { .. }) {
+            self.tracked_mut(slot)?.undecided = None;
             return Ok(first);
         }
-        for (of, sectors) in self.reap(patience)? {
+        let reaped = self.reap(patience)?;
+        let quiet = reaped.is_some();
+        for (of, sectors) in reaped.into_iter().flatten() {
             if let Some(tracked) = self.disks.iter_mut().find(|tracked| tracked.slot == of) {
                 tracked.reaped.written += sectors.written;
                 tracked.reaped.discarded += sectors.discarded;
@@ -477,11 +492,14 @@ impl Capture {
         }
         let second = self.check_once(slot, wall_clock())?;
         if let Verdict::Short { sectors } = second.verdict {
+            if !quiet && self.may_be_lost_completions(slot, sectors)? {
+                return Ok(Check { verdict: Verdict::Undecided, ..second });
+            }
             let disk = &self.tracked(slot)?.disk;
             tracing::error!(disk = %disk.name, sectors, "the kernel wrote what capture did not see; the disk must be compared");
             return self.accept(slot, second);
         }
-        self.store_session()?;
+        self.keep_session();
         Ok(second)
     }
 
@@ -489,9 +507,17 @@ impl Capture {
     fn accept(&mut self, slot: DiskSlot, check: Check) -> Result<Check, CaptureError> {
         let anchor = oracle::accept(&self.kernel, &self.tracked(slot)?.disk, slot.0, wall_clock())?;
         let tracked = self.tracked_mut(slot)?;
-        (tracked.anchor, tracked.reaped) = (Some(anchor), Account::default());
-        self.store_session()?;
+        (tracked.anchor, tracked.reaped, tracked.undecided) = (Some(anchor), Account::default(), None);
+        self.keep_session();
         Ok(check)
+    }
+
+    /// Keeps what a check found for the next process. Where the state directory is full or read-only, that one begins with
+    /// an older account: it may compare a disk once more than it had to.
+    fn keep_session(&mut self) {
+        if let Err(error) = self.store_session() {
+            tracing::warn!(%error, "what was seen of the disks' writes is not kept for the next start");
+        }
     }
 
     fn check_once(&mut self, slot: DiskSlot, now: Timestamp) -> Result<Check, CaptureError> {
@@ -507,13 +533,27 @@ impl Capture {
     }
 
     /// Gives up entries of writes that the kernel does not know any more, and marks their blocks. Answers the sectors of
-    /// each place; nothing when writes were in flight on some disk all the time.
-    pub(crate) fn reap(&mut self, patience: Duration) -> Result<Vec<(usize, Account)>, CaptureError> {
+    /// each place; `None` when writes were in flight on some disk all the time.
+    pub(crate) fn reap(&mut self, patience: Duration) -> Result<Option<Vec<(usize, Account)>>, CaptureError> {
         let generation = self.kernel.switch(self.kernel.mode().mode)?;
-        if !self.await_quiet(patience)? {
-            return Ok(Vec::new());
+        if !self.await_quiet(patience) {
+            return Ok(None);
         }
-        self.reap_older(generation)
+        self.reap_older(generation).map(Some)
+    }
+
+    /// Whether `short` missing sectors may be completions that were lost, on a disk that is never without a write in flight:
+    /// what was missing at the check before is in flight ever since, or was overwritten. At the first such check: perhaps.
+    fn may_be_lost_completions(&mut self, slot: DiskSlot, short: u64) -> Result<bool, CaptureError> {
+        let stale = self.kernel.tally(slot.0, Tally::StaleWritten, 0)
+            + self.kernel.tally(slot.0, Tally::StaleDiscarded, 0);
+        let now = Undecided { generation: self.kernel.mode().generation, short, stale };
+        let Some(before) = self.tracked_mut(slot)?.undecided.replace(now) else { return Ok(true) };
+        let is_old = |flight: &Flight| flight.slot == slot.0 && flight.generation < before.generation;
+        let flights = self.kernel.flights();
+        let old: u64 =
+            flights.iter().filter(|(_, flight)| is_old(flight)).map(|(_, flight)| flight.remaining).sum();
+        Ok(old + stale.saturating_sub(before.stale) >= before.short)
     }
 
     /// As [`Self::reap`], of generations before `generation`, if the kernel shows no write in flight in time.
@@ -522,7 +562,7 @@ impl Capture {
         generation: u64,
         patience: Duration,
     ) -> Result<bool, CaptureError> {
-        if !self.await_quiet(patience)? {
+        if !self.await_quiet(patience) {
             return Ok(false);
         }
         for (slot, sectors) in self.reap_older(generation)? {
@@ -573,27 +613,28 @@ impl Capture {
     /// Looks at these disks once; whether all have been seen without writes in flight.
     pub(crate) fn see_quiet(&mut self) -> Result<bool, CaptureError> {
         for tracked in self.disks.iter_mut().filter(|tracked| !tracked.seen_quiet) {
-            tracked.seen_quiet = tracked.disk.writes_in_flight()? == 0;
+            // One that is gone is not the others' affair: its own check says so.
+            tracked.seen_quiet = tracked.disk.writes_in_flight().is_ok_and(|writes| writes == 0);
         }
         Ok(self.newly_followed().is_empty())
     }
 
-    /// Waits until every disk was once seen without writes in flight.
-    pub(crate) fn await_quiet(&self, patience: Duration) -> Result<bool, CaptureError> {
+    /// Waits until every disk was once seen without writes in flight. One that is gone has none.
+    pub(crate) fn await_quiet(&self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         let mut busy: Vec<&Tracked> = self.disks.iter().collect();
         loop {
             let mut still = Vec::new();
             for tracked in busy {
-                if tracked.disk.writes_in_flight()? != 0 {
+                if tracked.disk.writes_in_flight().is_ok_and(|writes| writes != 0) {
                     still.push(tracked);
                 }
             }
             if still.is_empty() {
-                return Ok(true);
+                return true;
             }
             if Instant::now() >= deadline {
-                return Ok(false);
+                return false;
             }
             busy = still;
             std::thread::sleep(POLL);
@@ -634,6 +675,21 @@ impl Capture {
         costs::read(&self.place)
     }
 
+    /// Events for which the kernel did not run a program, because it was running on that processor already, since this was
+    /// last asked. What completions they were is in the account of their disk; that there were any is told apart from it.
+    ///
+    /// # Errors
+    /// When the pins are gone.
+    pub fn newly_skipped(&mut self) -> Result<u64, CaptureError> {
+        let now = costs::skipped(&self.place)?;
+        Ok(now.wrapping_sub(std::mem::replace(&mut self.skipped, now)))
+    }
+
+    /// As if so many events had been skipped, for tests.
+    pub const fn skip(&mut self, events: u64) {
+        self.skipped = self.skipped.wrapping_sub(events);
+    }
+
     /// Operations of a kind that were seen completing.
     #[must_use]
     pub fn completed(&self, slot: DiskSlot, kind: Kind) -> u64 {
@@ -658,6 +714,20 @@ impl Capture {
     #[must_use]
     pub fn lost(&self) -> u64 {
         self.kernel.get(Control::Skipped)
+    }
+
+    /// Leaves capture to the next process: programs and maps stay in the kernel and go on, so that whatever is written until
+    /// then is known. Where nothing is to be left, [`Self::stop`] it.
+    ///
+    /// # Errors
+    /// When the kernel or the state directory refuses something; programs go on all the same, and what the next start
+    /// cannot be sure of is compared.
+    pub fn leave(mut self) -> Result<(), CaptureError> {
+        // Nobody reads the ring until then.
+        self.kernel.switch(Mode::Bitmap)?;
+        self.ring.skip_to_end();
+        self.see_quiet()?;
+        self.store_session()
     }
 
     /// Ends capture: saves the maps with the kernel's account, then removes programs and maps. The next start continues
@@ -691,6 +761,7 @@ fn session_disk(tracked: &Tracked, saved_at: Option<Account>) -> SessionDisk {
         slot: tracked.slot,
         anchor: tracked.anchor,
         saved_at,
+        seen_quiet: tracked.seen_quiet,
     }
 }
 

@@ -92,8 +92,6 @@ pub enum WindowEnd {
 pub struct Closed {
     /// Where t1 stands in the stream.
     pub end: u64,
-    /// t1 in nanoseconds since boot, suspended time included; no record before the end is younger.
-    pub boot_ns: u64,
     /// t1 by the machine's clock: everything written before is in the sink.
     pub source_time: Timestamp,
     /// Blocks read, in all rounds.
@@ -179,12 +177,15 @@ impl Capture {
         self.prove_data(*first)?;
         let mut blocks = 0;
         if self.mode() != Mode::Data {
+            let mut before = u64::MAX;
             for _ in 0..plan.rounds_max {
                 let found = self.round(plan, sink)?;
                 blocks += found;
-                if found <= plan.blocks_enough {
+                // A round that finds about as much as the one before it shows that the next would, too.
+                if found <= plan.blocks_enough || found > before / 4 * 3 {
                     break;
                 }
+                before = found;
             }
         }
         let end = self.inside(plan, sink, moment, blocks);
@@ -254,7 +255,7 @@ impl Capture {
             self.take_records(sink, self.ring.end(), &mut records)?;
             std::thread::sleep(POLL);
         }
-        let (source_time, end, boot_ns) = (wall_clock(), self.ring.end(), boot_clock());
+        let (source_time, end) = (wall_clock(), self.ring.end());
         moment.is_over();
         let open_for = begun.elapsed();
         while !self.take_records(sink, end, &mut records)? {
@@ -270,7 +271,7 @@ impl Capture {
                 return Ok(WindowEnd::Failed(failure));
             }
         }
-        Ok(WindowEnd::Closed(Closed { end, boot_ns, source_time, blocks, records, open_for }))
+        Ok(WindowEnd::Closed(Closed { end, source_time, blocks, records, open_for }))
     }
 
     /// Waits until no write of an older generation is in flight, and on disks newly followed until the kernel has shown
@@ -305,12 +306,6 @@ impl Capture {
             std::thread::sleep(POLL);
         }
     }
-}
-
-/// Nanoseconds since boot, suspended time included: the clock of the records.
-fn boot_clock() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -8,9 +8,10 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use reprotect_engine::format::batch::Stretch as StretchKind;
 use reprotect_engine::format::extent::Record as Change;
+use reprotect_engine::io::buffer::PoolBuf;
 use reprotect_engine::io::{BlockFile, ReadAt};
 use reprotect_engine::limits::{
     BATCH_PLAIN_BYTES_MAX, BATCH_RECORDS_MAX, DELTA_RECORD_BYTES_MAX, ZERO_RECORD_BYTES_MAX,
@@ -19,18 +20,16 @@ use reprotect_engine::proto::batch::cut_records;
 use reprotect_engine::range_set::RangeSet;
 use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange};
 
-use super::Batch;
-use crate::capture::{CaptureError, DiskSlot, Kind, Record, WindowSink};
+use super::{BLOCK_SECTORS, Batch};
+use crate::capture::{
+    CaptureError, DiskSlot, GROUP_BYTES_MAX, Kind, Record, Span, WindowSink, groups, spans,
+};
 use crate::salvage::{Salvaged, is_alive};
 
 /// Bytes that a window may gather.
 const WINDOW_BYTES_MAX: u64 = 128 << 20;
-/// Longest single read.
-const READ_BYTES_MAX: u64 = 1 << 20;
 /// How long reading around what fails may take: the ring fills meanwhile.
 const PARTS_LIMIT: Duration = Duration::from_secs(2);
-/// Reads handed over at once.
-const READS_AT_ONCE: usize = 64;
 
 /// Disks by their slots' numbers: who they are, how they are read, and how far they go.
 type Files<'a> = BTreeMap<usize, (DiskId, &'a mut Box<dyn BlockFile>, SectorRange)>;
@@ -48,10 +47,13 @@ pub(super) struct Gatherer<'a> {
     files: Files<'a>,
     read: BTreeMap<DiskId, Vec<Change>>,
     recorded: BTreeMap<DiskId, Vec<Change>>,
-    discarded: Vec<(DiskSlot, SectorRange)>,
+    /// What is to be read again in the next round: discarded, or behind the end of a disk as it is known.
+    again: Vec<(DiskSlot, SectorRange)>,
     /// What could not be read, and not later either.
     unread: BTreeMap<DiskId, RangeSet>,
     bytes: u64,
+    /// What is read goes here first: aligned, so that no read needs another buffer.
+    buffer: Option<PoolBuf>,
 }
 
 impl<'a> Gatherer<'a> {
@@ -60,9 +62,10 @@ impl<'a> Gatherer<'a> {
             files,
             read: BTreeMap::new(),
             recorded: BTreeMap::new(),
-            discarded: Vec::new(),
+            again: Vec::new(),
             unread: BTreeMap::new(),
             bytes: 0,
+            buffer: None,
         }
     }
 
@@ -83,7 +86,7 @@ impl<'a> Gatherer<'a> {
     }
 
     /// Batches in the order in which they are to be submitted, with the records if the window `closed`, and the ranges
-    /// that were discarded.
+    /// that are to be read again.
     pub(super) fn into_batches(self, closed: bool) -> (Vec<Batch>, Vec<(DiskSlot, SectorRange)>) {
         let mut batches = Vec::new();
         for (disk, changes) in self.read {
@@ -92,18 +95,49 @@ impl<'a> Gatherer<'a> {
         for (disk, changes) in self.recorded.into_iter().filter(|_| closed) {
             batches.extend(split(disk, StretchKind::Ordered, changes));
         }
-        (batches, self.discarded)
+        (batches, self.again)
     }
 }
 
-/// Reads what can be read of these pieces; answers what cannot.
-fn read_in_parts(file: &mut dyn BlockFile, pieces: &[SectorRange], data: &mut [Vec<u8>]) -> RangeSet {
+/// Reads what can be read of the spans' parts; answers what cannot.
+fn read_in_parts(file: &mut dyn BlockFile, spans: &[Span], buffer: &mut [u8]) -> RangeSet {
     let limit = Instant::now() + PARTS_LIMIT;
     let mut salvaged = Salvaged::default();
-    for (piece, data) in pieces.iter().zip(data) {
-        salvaged.read(file, *piece, data, &|| Instant::now() >= limit);
+    for (span, data) in spans.iter().zip(cut(buffer, spans)) {
+        for part in &span.parts {
+            let at = ((part.start - span.whole.start) * SECTOR_BYTES) as usize;
+            let data = &mut data[at..at + part.bytes() as usize];
+            salvaged.read(file, *part, data, &|| Instant::now() >= limit);
+        }
     }
     salvaged.unread
+}
+
+/// The places of spans in the buffer.
+fn cut<'b>(mut buffer: &'b mut [u8], spans: &[Span]) -> Vec<&'b mut [u8]> {
+    let part = |span: &Span| {
+        let (part, rest) = std::mem::take(&mut buffer).split_at_mut(span.room_bytes() as usize);
+        buffer = rest;
+        &mut part[..span.whole.bytes() as usize]
+    };
+    spans.iter().map(part).collect()
+}
+
+/// A span's parts as changes, but for what is missing.
+fn changes_read(span: &Span, data: &[u8], missing: &RangeSet) -> Vec<Change> {
+    let mut content = BytesMut::with_capacity(span.parts.iter().map(|part| part.bytes() as usize).sum());
+    for part in &span.parts {
+        let at = ((part.start - span.whole.start) * SECTOR_BYTES) as usize;
+        content.extend_from_slice(&data[at..at + part.bytes() as usize]);
+    }
+    let (content, mut at, mut changes) = (content.freeze(), 0, Vec::new());
+    for part in &span.parts {
+        let end = at + part.bytes() as usize;
+        let there = missing.missing(*part);
+        changes.extend(cut_records(part.start, &content.slice(at..end), &there, DELTA_RECORD_BYTES_MAX));
+        at = end;
+    }
+    changes
 }
 
 /// Cuts into batches as large as they may be.
@@ -164,29 +198,34 @@ impl WindowSink for Gatherer<'_> {
     fn read(&mut self, slot: DiskSlot, sectors: &RangeSet) -> Result<(), CaptureError> {
         self.count(sectors.sector_count() * SECTOR_BYTES)?;
         let Some((disk, file, whole)) = disk_at(&mut self.files, slot) else { return Ok(()) };
+        // The disk grew since it is read to there; the last block of its map may be longer than it.
+        let behind = SectorRange::new(whole.end.next_multiple_of(BLOCK_SECTORS), u64::MAX);
+        self.again.extend(sectors.overlap(behind).map(|range| (slot, range)));
         let inside = sectors.iter().map(|range| range.intersect(whole)).filter(|range| !range.is_empty());
-        let pieces: Vec<SectorRange> =
-            inside.flat_map(|range| range.aligned_pieces(READ_BYTES_MAX / SECTOR_BYTES)).collect();
+        let spans = spans(inside);
+        let buffer = match &mut self.buffer {
+            Some(buffer) => buffer,
+            none => none.insert(PoolBuf::alone(GROUP_BYTES_MAX as usize).map_err(CaptureError::Memory)?),
+        };
         let mut changes = Vec::new();
         let unread = self.unread.entry(disk).or_default();
-        for pieces in pieces.chunks(READS_AT_ONCE) {
-            let mut data: Vec<Vec<u8>> = pieces.iter().map(|piece| vec![0; piece.bytes() as usize]).collect();
-            let mut reads: Vec<ReadAt<'_>> = pieces
+        for spans in groups(&spans) {
+            let mut reads: Vec<ReadAt<'_>> = spans
                 .iter()
-                .zip(&mut data)
-                .map(|(piece, data)| ReadAt { offset: piece.byte_start(), data })
+                .zip(cut(buffer, spans))
+                .map(|(span, data)| ReadAt { offset: span.whole.byte_start(), data })
                 .collect();
             let mut missing = RangeSet::new();
             if let Err(source) = file.read(&mut reads) {
-                missing = read_in_parts(file, pieces, &mut data);
+                missing = read_in_parts(file, spans, buffer);
                 if !is_alive(file, whole.end, 0) {
                     return Err(CaptureError::Read { disk: disk.to_string(), source });
                 }
             }
-            for (piece, data) in pieces.iter().zip(data) {
-                let there = missing.missing(*piece);
-                changes.extend(cut_records(piece.start, &data.into(), &there, DELTA_RECORD_BYTES_MAX));
-                there.into_iter().for_each(|range| unread.remove(range));
+            for (span, data) in spans.iter().zip(cut(buffer, spans)) {
+                changes.extend(changes_read(span, data, &missing));
+                let there = span.parts.iter().flat_map(|part| missing.missing(*part));
+                there.for_each(|range| unread.remove(range));
             }
             unread.extend(&missing);
         }
@@ -202,7 +241,7 @@ impl WindowSink for Gatherer<'_> {
         }
         let changes = changes_of(record, whole);
         if is_discard(record) {
-            self.discarded.push((record.slot, record.range.intersect(whole)));
+            self.again.push((record.slot, record.range.intersect(whole)));
         }
         self.recorded.entry(disk).or_default().extend(changes);
         Ok(())
@@ -246,5 +285,18 @@ mod tests {
         let (batches, _) = gatherer.into_batches(true);
         let read = batches.iter().flat_map(|batch| batch.records.iter().map(Change::range));
         assert_eq!(read.collect::<RangeSet>(), set(&[(8, 32), (808, 816)]), "nothing in place of the rest");
+    }
+
+    #[test]
+    fn what_changed_behind_the_end_of_a_disk_that_grew_is_read_again_in_a_later_round() {
+        let whole = SectorRange::new(0, 801);
+        let mut file: Box<dyn BlockFile> = Box::new(MemoryFile::new(801 * SECTOR_BYTES));
+        let slot = DiskSlot(3);
+        let mut gatherer = Gatherer::new(BTreeMap::from([(slot.index(), (DISK, &mut file, whole))]));
+        gatherer.read(slot, &set(&[(8, 16), (800, 840), (4096, 8192)])).unwrap();
+        let (batches, again) = gatherer.into_batches(true);
+        let read = batches.iter().flat_map(|batch| batch.records.iter().map(Change::range));
+        assert_eq!(read.collect::<RangeSet>(), set(&[(8, 16), (800, 801)]));
+        assert_eq!(again, [(slot, SectorRange::new(808, 840)), (slot, SectorRange::new(4096, 8192))]);
     }
 }

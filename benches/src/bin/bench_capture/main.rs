@@ -4,7 +4,8 @@
 //! Pairs alternate which comes first, because two runs of the same thing differ by 10 to 20 per cent here; the mean of the
 //! ratios is printed with its 95 % interval. Modes: `bitmap`; `window`, which is bitmap and a closing window every
 //! `INTERVAL` seconds that reads the changed blocks, as the agent does; `data`, whose ring is drained by the same cores.
-//! Called by `make bench-capture` as root. Environment: PAIRS (30), SECONDS (3), INTERVAL (10), LOADS, MODES (comma lists).
+//! Called by `make bench-capture` as root. Environment: PAIRS (30), SECONDS (3), INTERVAL (10), RING_MIB (the agent's
+//! size), LOADS, MODES (comma lists).
 
 mod disk;
 mod modes;
@@ -120,8 +121,8 @@ fn events(dir: &Path, disk: &MemoryDisk) {
     let _measuring = Measuring::begin().expect("the kernel measures programs");
     for load in LOADS.iter().filter(|load| wanted("LOADS", load.name) && load.name != "buffered") {
         for (name, mode) in [("bitmap", Mode::Bitmap), ("data", Mode::Data)] {
-            let settings = CaptureSettings::new("bench-events", dir.to_owned());
-            let mut capture = Capture::start(&settings).expect("live capture works here");
+            let mut capture =
+                Capture::start(&modes::settings("bench-events", dir)).expect("live capture works here");
             let slot = modes::follow(&mut capture, &disk.path);
             let before = capture.costs().expect("the kernel tells");
             let (iops, _) =

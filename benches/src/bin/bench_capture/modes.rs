@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use reprotect_agent::capture::{
-    BlockDisk, Capture, CaptureError, CaptureSettings, DiskSlot, Record, WindowEnd, WindowPlan, WindowSink,
+    BlockDisk, Capture, CaptureError, CaptureSettings, DiskSlot, GROUP_BYTES_MAX, Record, WindowEnd,
+    WindowPlan, WindowSink, groups, spans,
 };
+use reprotect_engine::io::buffer::PoolBuf;
 use reprotect_engine::io::{self, BlockFile, ReadAt};
 use reprotect_engine::range_set::RangeSet;
+use reprotect_engine::units::SECTOR_BYTES;
 
-/// Longest read of a window.
-const READ_SECTORS: u64 = 2048;
 /// How often the ring is read.
 const DRAIN_EVERY: Duration = Duration::from_millis(5);
 
@@ -27,20 +28,30 @@ pub(crate) enum Mode {
 pub(crate) const MODES: [(&str, Mode); 3] =
     [("bitmap", Mode::Bitmap), ("window", Mode::Window), ("data", Mode::Data)];
 
-/// Reads what a window asks for, as the agent does, and drops it.
-struct Reading(Box<dyn BlockFile>);
+/// Reads what a window asks for, as the agent does, copies it, and drops it.
+struct Reading {
+    file: Box<dyn BlockFile>,
+    buffer: PoolBuf,
+}
 
 impl WindowSink for Reading {
     fn read(&mut self, _: DiskSlot, sectors: &RangeSet) -> Result<(), CaptureError> {
-        let pieces: Vec<_> = sectors.iter().flat_map(|range| range.aligned_pieces(READ_SECTORS)).collect();
-        for pieces in pieces.chunks(64) {
-            let mut data: Vec<Vec<u8>> = pieces.iter().map(|piece| vec![0; piece.bytes() as usize]).collect();
-            let mut reads: Vec<ReadAt<'_>> = pieces
-                .iter()
-                .zip(&mut data)
-                .map(|(piece, data)| ReadAt { offset: piece.byte_start(), data })
-                .collect();
-            self.0.read(&mut reads).expect("memory can be read");
+        for group in groups(&spans(sectors.iter())) {
+            let mut rest: &mut [u8] = &mut self.buffer;
+            let mut reads: Vec<ReadAt<'_>> = Vec::new();
+            for span in group {
+                let (place, behind) = std::mem::take(&mut rest).split_at_mut(span.room_bytes() as usize);
+                rest = behind;
+                let data = &mut place[..span.whole.bytes() as usize];
+                reads.push(ReadAt { offset: span.whole.byte_start(), data });
+            }
+            self.file.read(&mut reads).expect("memory can be read");
+            for (span, read) in group.iter().zip(&reads) {
+                for part in &span.parts {
+                    let at = ((part.start - span.whole.start) * SECTOR_BYTES) as usize;
+                    std::hint::black_box(read.data[at..at + part.bytes() as usize].to_vec());
+                }
+            }
         }
         Ok(())
     }
@@ -49,6 +60,13 @@ impl WindowSink for Reading {
         std::hint::black_box(record.data.to_vec());
         Ok(())
     }
+}
+
+/// The usual settings, but for the size of the ring where `RING_MIB` says so.
+pub(crate) fn settings(name: &str, dir: &Path) -> CaptureSettings {
+    let usual = CaptureSettings::new(name, dir.to_owned());
+    let mib = std::env::var("RING_MIB").ok().and_then(|text| text.parse::<u32>().ok());
+    CaptureSettings { ring_bytes: mib.map_or(usual.ring_bytes, |mib| mib << 20), ..usual }
 }
 
 /// Follows the device.
@@ -61,7 +79,9 @@ pub(crate) fn follow(capture: &mut Capture, device: &Path) -> DiskSlot {
 fn window(capture: &mut Capture, slot: DiskSlot, device: &Path) -> bool {
     let (file, _) = io::open_reporting(device, &io::OpenOptions::reading()).expect("the device opens");
     let stretch = capture.open_stretch(slot).expect("the maps answer").expect("a free stretch");
-    let end = capture.window(&WindowPlan::new(vec![(slot, stretch)]), &mut Reading(file), &mut ());
+    let buffer = PoolBuf::alone(GROUP_BYTES_MAX as usize).expect("memory");
+    let mut reading = Reading { file, buffer };
+    let end = capture.window(&WindowPlan::new(vec![(slot, stretch)]), &mut reading, &mut ());
     capture.confirm(slot, stretch).expect("the maps answer");
     matches!(end, Ok(WindowEnd::Closed(_)))
 }
@@ -118,9 +138,12 @@ fn windowed<T>(capture: &mut Capture, slot: DiskSlot, device: &Path, measure: im
 
 /// Measures with capture in a mode.
 pub(crate) fn with_capture<T>(dir: &Path, device: &Path, mode: Mode, measure: impl FnOnce() -> T) -> T {
-    let mut capture =
-        Capture::start(&CaptureSettings::new("bench", dir.to_owned())).expect("live capture works");
+    let mut capture = Capture::start(&settings("bench", dir)).expect("live capture works");
     let slot = follow(&mut capture, device);
+    if mode != Mode::Bitmap {
+        // Once in a process's life.
+        capture.prove_data(slot).expect("data capture is proven");
+    }
     let result = match mode {
         Mode::Window => windowed(&mut capture, slot, device, measure),
         Mode::Bitmap | Mode::Data => drained(&mut capture, slot, mode, measure),

@@ -156,10 +156,8 @@ impl Offline {
     pub fn points(&mut self, disk: DiskId) -> Result<Vec<Listed>, JournalError> {
         let found = all_points(&mut self.journal, disk)?;
         let runs = &shape(&self.journal, disk)?.runs;
-        let broken: Vec<(Run, String)> = runs
-            .iter()
-            .filter_map(|run| Some((*run, self.run(disk, *run).err()?.to_string())))
-            .collect();
+        let broken: Vec<(Run, String)> =
+            runs.iter().filter_map(|run| Some((*run, self.run(disk, *run).err()?.to_string()))).collect();
         let listed = |point: Point| {
             let refused = match View::plan(&self.journal, disk, point.at) {
                 Ok(plan) => broken.iter().find(|(run, _)| plan.needs(run)).map(|(_, why)| why.clone()),
