@@ -5,6 +5,9 @@
 //! durable; what is only known to be unknown is marked from end to end, so that it outlives this process.
 //! Units: sectors. Ordered about by `following`.
 
+#[cfg(test)]
+#[path = "../tests/capture_lab/mod.rs"]
+mod capture_lab;
 mod gather;
 mod held;
 mod stream;
@@ -611,9 +614,6 @@ fn names(disks: &[DiskId]) -> String {
 mod tests {
     use super::*;
 
-    #[path = "../../tests/capture_lab/mod.rs"]
-    mod capture_lab;
-
     const DISK: DiskId = DiskId([3; 16]);
     const MIB_SECTORS: u64 = 2048;
 
@@ -630,7 +630,7 @@ mod tests {
         let settings = CaptureSettings::new("outgrown", dir.path().to_owned());
         let mut owner =
             Owner { settings, capture: None, refused: None, disks: BTreeMap::new(), stream: None, news };
-        let mut follow =
+        let follow =
             |mib: u64, owner: &mut Owner| owner.follow(DISK, &device.path, "x", mib * MIB_SECTORS).unwrap();
         assert_eq!(follow(8, &mut owner), Some(CompareCause::FirstTime));
         assert_eq!(owner.harvest(DISK).unwrap().sector_count(), 8 * MIB_SECTORS);
