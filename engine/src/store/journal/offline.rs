@@ -11,11 +11,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::applier::{Applier, identity, inspect, run_path, shape};
+use super::applier::{Applier, identity, run_path, shape};
 use super::error::JournalError;
 use super::indexed::{FoundIndex, read_index};
 use super::log::segment_path;
 use super::manifest::{Manifest, superblock_copies, walk_manifest};
+use super::ongoing::inspect;
 use super::points::{Point, all_points};
 use super::recovery::{Damage, Scan, Seen, scan, scan_showing};
 use super::undo::{ActiveRun, Hole, SealedRun};
@@ -156,10 +157,8 @@ impl Offline {
     pub fn points(&mut self, disk: DiskId) -> Result<Vec<Listed>, JournalError> {
         let found = all_points(&mut self.journal, disk)?;
         let runs = &shape(&self.journal, disk)?.runs;
-        let broken: Vec<(Run, String)> = runs
-            .iter()
-            .filter_map(|run| Some((*run, self.run(disk, *run).err()?.to_string())))
-            .collect();
+        let broken: Vec<(Run, String)> =
+            runs.iter().filter_map(|run| Some((*run, self.run(disk, *run).err()?.to_string()))).collect();
         let listed = |point: Point| {
             let refused = match View::plan(&self.journal, disk, point.at) {
                 Ok(plan) => broken.iter().find(|(run, _)| plan.needs(run)).map(|(_, why)| why.clone()),
