@@ -494,7 +494,7 @@ impl<T: BlockFile> Applier<T> {
 
     /// The run that is being written, to read from.
     pub(super) fn active_run(&mut self) -> Result<Option<&mut ActiveRun>, JournalError> {
-        self.ongoing.to_read()
+        self.ongoing.readable()
     }
 
     /// The disk.

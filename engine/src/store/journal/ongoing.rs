@@ -165,7 +165,7 @@ impl Ongoing {
     ///
     /// # Errors
     /// When it cannot be read.
-    pub(super) fn to_read(&mut self) -> Result<Option<&mut ActiveRun>, JournalError> {
+    pub(super) fn readable(&mut self) -> Result<Option<&mut ActiveRun>, JournalError> {
         if let Some(Place { path, header, .. }) = self.place.as_ref().filter(|_| !self.is_lent)
             && self.run.is_none()
         {
