@@ -163,7 +163,7 @@ pub fn tidy_log(retention: &Retention) -> Result<(), JournalError> {
 }
 
 /// Drops points, forgets what only they needed, and merges runs.
-fn thin_all(retention: &Retention, now: Timestamp) -> Result<(), JournalError> {
+pub(crate) fn thin_all(retention: &Retention, now: Timestamp) -> Result<(), JournalError> {
     let (ladder, pressure) = (retention.ladder(), retention.pressure());
     let disks: Vec<DiskId> = retention.shape().disks.keys().copied().collect();
     for disk in &disks {

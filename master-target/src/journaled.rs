@@ -9,6 +9,8 @@
 //! Units: entry numbers, sequences. Used by the disk's second thread only.
 
 pub(crate) mod back;
+#[cfg(test)]
+mod full;
 mod grow;
 mod leave;
 mod let_go;
@@ -92,6 +94,10 @@ pub struct Journaled {
     bulk_unflushed: bool,
     /// Something of ours was written since the guard last looked.
     unguarded: bool,
+    /// The newest entry is a mark at which the undo epoch ends, and has not yet.
+    at_border: bool,
+    /// It was handed over: no undo epoch goes on, and none is begun.
+    is_left: bool,
     /// What the core last said.
     state: DiskState,
     /// CRCs of what is on the target.
@@ -177,6 +183,8 @@ impl Journaled {
             last_mark: None,
             bulk_unflushed: false,
             unguarded: false,
+            at_border: false,
+            is_left: false,
             state,
             map,
         };
@@ -286,12 +294,13 @@ impl Journaled {
     pub(crate) fn write(&mut self, pieces: &[Piece]) -> Result<(), NotDone> {
         // Before anything of this batch is done, so that a full medium can be tried again.
         self.make_room()?;
+        self.begin_next_epoch()?;
         self.append_marks()?;
         let Some(Coming::Batch(kind, body, newest)) = self.coming.front() else {
             return Err(NotDone::Failed("a batch came without its bytes".to_owned()));
         };
         let (kind, body, newest) = (*kind, body.clone(), *newest);
-        if kind == EntryKind::Bulk && self.applier.open_epoch().is_none() {
+        if kind == EntryKind::Bulk && !self.applier.is_tracked() {
             self.before_writing()?;
             self.bulk_unflushed = true;
             self.map.forget_all()?; // there is none before before-images are kept
@@ -321,6 +330,7 @@ impl Journaled {
     }
 
     fn make_room(&mut self) -> Result<(), NotDone> {
+        self.look_at_runs()?;
         self.let_go_if_asked()?; // also while nothing is taken in: others wait for it
         if self.retention.pressure() == Pressure::Stop {
             return Err(NotDone::Full(self.retention.no_room()));
@@ -337,6 +347,7 @@ impl Journaled {
     /// Marks that stand before the next batch go into the log; one at which the undo epoch ends is applied at once, so
     /// that nothing behind it gets into the same window (I4).
     fn append_marks(&mut self) -> Result<(), NotDone> {
+        self.end_epoch_at_border()?; // one that a full medium kept from it
         while let Some(Coming::Mark(mark)) = self.coming.front() {
             let mark = *mark;
             let body = mark.to_bytes();
@@ -347,10 +358,18 @@ impl Journaled {
             self.backlog.push(number, mark.sequence, place.bytes, false, None);
             self.newest = (number, mark.sequence);
             self.marks.push_back((number, mark));
-            if self.is_border(number, &mark)? {
-                self.apply_ready()?;
-                self.end_epoch_at_mark()?;
-            }
+            self.at_border = self.is_border(number, &mark)?;
+            self.end_epoch_at_border()?;
+        }
+        Ok(())
+    }
+
+    /// Where the newest mark is one at which the undo epoch ends.
+    fn end_epoch_at_border(&mut self) -> Result<(), NotDone> {
+        if self.at_border {
+            self.apply_ready()?;
+            self.end_epoch_at_mark()?;
+            self.at_border = false;
         }
         Ok(())
     }
@@ -385,6 +404,7 @@ impl Journaled {
 
     /// Applies what may be applied; answers the newest durable sequence on the target.
     pub(crate) fn apply(&mut self) -> Result<Sequence, NotDone> {
+        self.look_at_runs()?;
         self.apply_ready()?;
         self.record_degraded()?;
         self.end_old_epoch()?;
@@ -411,6 +431,7 @@ impl Journaled {
 
     fn apply_ready(&mut self) -> Result<(), NotDone> {
         let Some(through) = self.backlog.applicable() else { return Ok(()) };
+        self.begin_next_epoch()?;
         if self.backlog.writes().is_none_or(|window| !window.is_empty()) {
             self.before_writing()?;
         }
@@ -556,10 +577,40 @@ impl Journaled {
         self.retention.commit()?; // what was applied is durably said to be
         let Some(epoch) = self.applier.open_epoch() else { return Ok(()) };
         let point = self.point(At::entry(epoch, number), &mark);
-        self.applier.close_epoch_at(self.retention.lock().get()?, Some(point), wall_clock())?;
+        self.turn_epoch(Some(point))
+    }
+
+    /// Ends the undo epoch and begins the next. Where the medium is full in between, the next begins before anything more is
+    /// written.
+    fn turn_epoch(&mut self, point: Option<PointKept>) -> Result<(), JournalError> {
+        self.close_epoch(point)?;
+        self.begin_next_epoch()
+    }
+
+    /// Ends the undo epoch; where that fails, it goes on, and may be ended later.
+    fn close_epoch(&mut self, point: Option<PointKept>) -> Result<(), JournalError> {
+        let now = wall_clock();
+        self.applier.seal_run(now)?; // others commit meanwhile
+        self.applier.close_epoch_at(self.retention.lock().get()?, point, now)?;
         self.last_mark = None;
-        self.begin_epoch(EpochCause::Time)?;
         Ok(())
+    }
+
+    /// After an undo epoch that ended without the next beginning.
+    fn begin_next_epoch(&mut self) -> Result<(), JournalError> {
+        if self.applier.is_tracked() && self.applier.open_epoch().is_none() && !self.is_left {
+            self.begin_epoch(EpochCause::Time)?;
+        }
+        Ok(())
+    }
+
+    /// Closes undo runs that nobody reads, and tells of damage in one that was opened again.
+    fn look_at_runs(&mut self) -> Result<(), JournalError> {
+        if self.applier.runs_open() > 0 {
+            self.applier.close_runs(self.retention.lock().get()?);
+        }
+        let holes = self.applier.take_holes();
+        if holes.is_empty() { Ok(()) } else { note_holes(self.retention.lock().get()?, self.id, &holes) }
     }
 
     fn point(&self, at: At, mark: &Mark) -> PointKept {
@@ -571,6 +622,7 @@ impl Journaled {
 
     fn begin_epoch(&mut self, cause: EpochCause) -> Result<u64, JournalError> {
         let position = self.position();
+        self.is_left = false;
         let mut locked = self.retention.lock();
         self.applier.begin_epoch(locked.get()?, cause, position, None, wall_clock())
     }

@@ -175,9 +175,7 @@ pub(crate) fn window_from_log(
     let mut locked = retention.lock();
     let journal = locked.get()?;
     let (disk, mut number) = (applier.disk(), applier.applied().number);
-    let wanted = number + 1..=through;
-    let entries: Vec<LogEntry> =
-        journal.entries(disk).iter().filter(|entry| wanted.contains(&entry.number)).copied().collect();
+    let entries = between(journal.entries(disk), number, through).to_vec();
     let mut decompressor =
         Decompressor::new().map_err(|error| JournalError::Zstd { reason: error.to_string() })?;
     let mut window = Window::default();
@@ -201,6 +199,13 @@ pub(crate) fn window_from_log(
     }
     // Numbers that are missing were lost to damage; the disk is compared for them.
     Ok((window, through))
+}
+
+/// The entries behind one up to another. Entries ascend, and there may be millions of a disk.
+fn between(entries: &[LogEntry], after: u64, through: u64) -> &[LogEntry] {
+    let from = entries.partition_point(|entry| entry.number <= after);
+    let to = entries.partition_point(|entry| entry.number <= through);
+    entries.get(from..to).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ use reprotect_engine::store::crc_map::map_path;
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::journal::applier::run_path;
 use reprotect_engine::store::journal::ladder::{Ladder, Pressure};
+use reprotect_engine::store::journal::rollback::goes_to;
 use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings, Recovered, RunFile, Shape};
 use reprotect_engine::units::{DiskId, Timestamp};
@@ -266,9 +267,12 @@ impl Retention {
         Hold { retention: Arc::clone(self), id }
     }
 
-    /// The points of a disk that are read now.
+    /// The points of a disk that are read now, and the one that a rollback goes to which did not get there yet: without it the
+    /// rollback could never be finished.
     pub(crate) fn held(&self, disk: DiskId) -> Vec<At> {
-        unpoisoned(&self.held).values().filter(|(of, _)| *of == disk).map(|(_, at)| *at).collect()
+        let goes_to = self.lock().get().ok().and_then(|journal| goes_to(journal, disk).ok().flatten());
+        let held = unpoisoned(&self.held);
+        held.values().filter(|(of, _)| *of == disk).map(|(_, at)| *at).chain(goes_to).collect()
     }
 
     /// A point of a disk, opened. What is read of the log for that is read without the lock. Blocks.
@@ -280,11 +284,13 @@ impl Retention {
         plan.open().inspect_err(|error| note_error(self, disk, error, (0, 0)))
     }
 
-    /// The oldest segment of the log that points need which are read now.
+    /// The oldest segment of the log that the points of [`Self::held`] need.
     pub(crate) fn oldest_held(&self) -> Option<u64> {
-        let held: Vec<(DiskId, At)> = unpoisoned(&self.held).values().copied().collect();
+        let mut held: Vec<(DiskId, At)> = unpoisoned(&self.held).values().copied().collect();
         let mut locked = self.lock();
         let journal = locked.get().ok()?;
+        let disks = journal.shape().disks.keys();
+        held.extend(disks.filter_map(|disk| Some((*disk, goes_to(journal, *disk).ok()??))));
         held.iter().filter_map(|(disk, at)| View::oldest_segment(journal, *disk, *at)).min()
     }
 

@@ -9,6 +9,7 @@ pub mod admin_client;
 pub mod config;
 pub mod config_doc;
 pub mod logging;
+pub mod open_files;
 pub mod output;
 pub mod pki;
 pub mod places;

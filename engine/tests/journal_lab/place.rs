@@ -107,8 +107,12 @@ impl Lab {
         self.journal.commit(NOW)
     }
 
-    /// Applies everything that waits, in one window.
+    /// Applies everything that waits, in one window. As in the master target, an undo epoch begins where a stop came between
+    /// two: nothing is applied outside of one.
     pub(crate) fn apply(&mut self, disk: usize) -> Result<(), JournalError> {
+        if self.disks[disk].open_epoch().is_none() {
+            self.disks[disk].begin_epoch(&mut self.journal, EpochCause::Time, POSITION, None, NOW)?;
+        }
         apply_through(&mut self.journal, &mut self.disks[disk], u64::MAX)
     }
 

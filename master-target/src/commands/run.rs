@@ -5,10 +5,10 @@
 
 use anyhow::Context as _;
 use reprotect_engine::host::config::Overrides;
-use reprotect_engine::host::logging;
 use reprotect_engine::host::places::Program;
 use reprotect_engine::host::preflight::insist;
 use reprotect_engine::host::shutdown::{Shutdown, on_signals, reloads};
+use reprotect_engine::host::{logging, open_files};
 
 use crate::checks::preflight;
 use crate::cli::RunArgs;
@@ -21,6 +21,7 @@ use crate::daemon::{self, Reload};
 /// When something it needs cannot be had.
 pub fn run(settings: Settings, overrides: Overrides, args: &RunArgs) -> anyhow::Result<()> {
     logging::init(&settings.log);
+    open_files::raise_limit();
     insist(Program::MasterTarget, &preflight(&settings), &[], &args.force)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .thread_name("net")

@@ -7,7 +7,6 @@
 
 use std::sync::Arc;
 
-use reprotect_engine::format::manifest::EpochCause;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::journal::JournalError;
@@ -24,9 +23,11 @@ impl Journaled {
         if matches!(grown, Err(NotGrown::Failed(_))) {
             return grown;
         }
-        match self.go_on() {
-            Ok(()) => grown,
-            Err(error) => Err(NotGrown::Failed(error.to_string())),
+        self.is_left = false;
+        match self.begin_next_epoch() {
+            // Where the medium is full, it begins before anything more is written.
+            Err(error) if !error.is_full() => Err(NotGrown::Failed(error.to_string())),
+            _ => grown,
         }
     }
 
@@ -52,13 +53,5 @@ impl Journaled {
         self.state.size_sectors = size_sectors;
         journal.append_state(&self.state, wall_clock())?;
         journal.commit(wall_clock())
-    }
-
-    /// Before-images are kept again, where they were.
-    fn go_on(&mut self) -> Result<(), JournalError> {
-        if self.is_tracked()? && self.applier.open_epoch().is_none() {
-            self.begin_epoch(EpochCause::Time)?;
-        }
-        Ok(())
     }
 }

@@ -96,8 +96,8 @@ impl Journaled {
         let point = self.point_to_end_at()?;
         self.applier.target().flush()?;
         self.flushed();
-        self.last_mark = None;
-        self.applier.close_epoch_at(self.retention.lock().get()?, point, wall_clock())?;
+        self.close_epoch(point)?;
+        self.is_left = true;
         self.map.settle();
         self.retention.lock().get()?.append_state(&self.state, wall_clock())?;
         self.retention.commit()?;

@@ -7,9 +7,7 @@
 //! Units: entry numbers. Used by `journaled`, on the disk's own thread.
 
 use reprotect_engine::format::batch::Mark;
-use reprotect_engine::format::manifest::EpochCause;
 use reprotect_engine::format::segment::EntryKind;
-use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::journal::JournalError;
 use reprotect_engine::store::journal::view::At;
 
@@ -38,10 +36,7 @@ impl Journaled {
         let Some((epoch, _)) = self.epoch_began(number)? else { return Ok(()) };
         self.retention.commit()?; // what was applied is durably said to be
         let point = self.mark_at(number)?.map(|mark| self.point(At::entry(epoch.epoch, number), &mark));
-        self.applier.close_epoch_at(self.retention.lock().get()?, point, wall_clock())?;
-        self.last_mark = None;
-        self.begin_epoch(EpochCause::Time)?;
-        Ok(())
+        self.turn_epoch(point)
     }
 
     fn mark_at(&self, number: u64) -> Result<Option<Mark>, JournalError> {

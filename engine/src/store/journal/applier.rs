@@ -16,22 +16,24 @@
 //! one of them that cannot be read is lost, never cut. Nothing behind them has been overwritten.
 //!
 //! Invariants: I1 to I4. An undo epoch is closed when all its entries are applied and durably said to be. A failed write
-//! or flush stops the disk (I6). Units: sectors, bytes, entry numbers. Called by the thread that owns the target.
+//! or flush stops the disk (I6); what a full medium refused may be tried again, and `ongoing` sees to it that until then
+//! nothing is written without its before-image. Units: sectors, bytes, entry numbers. Called by the thread that owns the target.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::capture::{Known, capture};
 use super::entry::{Content, Write};
 use super::error::{JournalError, random_u64};
+use super::ongoing::{Ongoing, run_header};
 use super::shape::{Epoch, Run, RunFile};
-use super::undo::{ActiveRun, FRAMES_START, Hole, RunHeader, RunIdentity, SealedRun, run_bytes_max};
+use super::undo::{ActiveRun, Hole, RunIdentity, SealedRun};
 use super::view::At;
 use super::window::Window;
 use super::{DiskShape, Journal};
 use crate::format::manifest::{DiskGrown, Edit, EpochCause, EpochClosed, EpochOpened, PointKept};
 use crate::format::segment::Applied;
 use crate::io::{BlockFile, ByteRange, WriteAt};
-use crate::store::files::FilesError;
 use crate::units::{DiskId, Generation, LineageId, SECTOR_BYTES, Sequence, Timestamp};
 
 /// Bytes written to the target in one call.
@@ -48,14 +50,26 @@ pub struct Position {
     pub sequence: Sequence,
 }
 
+/// A sealed run that nobody read for so many calls of [`Applier::close_runs`] is closed. The master target calls it twice a
+/// second: long enough that who reads a point again and again opens each run once.
+pub const LOOKS_MAX: u32 = 120;
+
+/// A sealed run that is read.
+struct Opened {
+    run: Run,
+    sealed: SealedRun,
+    /// How often it was looked for whether somebody reads it, since somebody did.
+    looks: u32,
+}
+
 /// One disk of a journal.
 pub struct Applier<T> {
     disk: DiskId,
     size_sectors: u64,
     target: T,
-    active: Option<ActiveRun>,
-    /// Sealed runs that were opened, by their first epoch.
-    sealed: Vec<(Run, SealedRun)>,
+    ongoing: Ongoing,
+    /// Sealed runs that are open because somebody reads a point, by their first epoch.
+    sealed: BTreeMap<u64, Opened>,
     applied: Applied,
     /// Counts windows that changed the target: a reader of a view looks whether it moved under its feet.
     version: u64,
@@ -98,9 +112,7 @@ impl<T: BlockFile> Applier<T> {
         target: T,
         applied: Option<Applied>,
     ) -> Result<(Self, Vec<Hole>), JournalError> {
-        Self::open_with(journal, disk, target, applied, |journal, opened, size_sectors, applied| {
-            reopen(journal, opened, size_sectors, applied).map(|(run, holes)| (Some(run), holes))
-        })
+        Self::open_with(journal, disk, target, applied, Ongoing::open)
     }
 
     /// As [`Self::open`], for reading: no file is changed, and a window is not taken.
@@ -113,7 +125,7 @@ impl<T: BlockFile> Applier<T> {
         target: T,
         applied: Option<Applied>,
     ) -> Result<(Self, Vec<Hole>), JournalError> {
-        Self::open_with(journal, disk, target, applied, inspect)
+        Self::open_with(journal, disk, target, applied, Ongoing::open_to_read)
     }
 
     fn open_with(
@@ -121,22 +133,22 @@ impl<T: BlockFile> Applier<T> {
         disk: DiskId,
         target: T,
         applied: Option<Applied>,
-        reopen: OpenRun,
+        open: OpenOngoing,
     ) -> Result<(Self, Vec<Hole>), JournalError> {
         let shape = shape(journal, disk)?;
         let size_sectors = shape.size_sectors();
         let mut applied = applied.unwrap_or(Applied { number: 0, epoch: 0, undo_bytes: 0 });
         // An undo epoch is closed only when all of it is applied, whatever became of the entry that said so.
         applied.number = applied.number.max(shape.closed_through());
-        let (active, holes) = match shape.open_epoch() {
-            Some(epoch) => reopen(journal, &epoch.opened, size_sectors, &applied)?,
-            None => (None, Vec::new()),
-        };
+        let (ongoing, holes) = open(journal, shape, &applied)?;
         // What is applied from here on is applied in the epoch that goes on, though the log has not said so yet.
         if let Some(epoch) = shape.open_epoch().filter(|epoch| epoch.opened.epoch != applied.epoch) {
             applied = Applied { epoch: epoch.opened.epoch, undo_bytes: 0, ..applied };
         }
-        Ok((Self { disk, size_sectors, target, active, sealed: Vec::new(), applied, version: 0 }, holes))
+        Ok((
+            Self { disk, size_sectors, target, ongoing, sealed: BTreeMap::new(), applied, version: 0 },
+            holes,
+        ))
     }
 
     /// What is on the target, flushed.
@@ -164,7 +176,18 @@ impl<T: BlockFile> Applier<T> {
     /// The number of the undo epoch that goes on.
     #[must_use]
     pub fn open_epoch(&self) -> Option<u64> {
-        self.active.as_ref().map(|run| run.header().undo_epoch)
+        self.ongoing.epoch()
+    }
+
+    /// Whether before-images are kept: nothing is written then while no undo epoch goes on.
+    #[must_use]
+    pub const fn is_tracked(&self) -> bool {
+        self.ongoing.is_tracked()
+    }
+
+    /// What was found damaged in the open undo run since it was last asked: a full medium has it opened again.
+    pub fn take_holes(&mut self) -> Vec<Hole> {
+        self.ongoing.take_holes()
     }
 
     /// The target is larger, and the undo epoch that went on before was ended: from here on the disk has that size.
@@ -180,7 +203,7 @@ impl<T: BlockFile> Applier<T> {
         // Looked at here: a manifest that refuses an edit is not written to any more.
         let why = if self.target.size_bytes() != size_sectors * SECTOR_BYTES {
             Some(format!("the target has {} bytes, not {size_sectors} sectors", self.target.size_bytes()))
-        } else if size_sectors <= self.size_sectors || self.active.is_some() {
+        } else if size_sectors <= self.size_sectors || self.open_epoch().is_some() {
             Some(format!("the disk has {} sectors, or its undo epoch goes on", self.size_sectors))
         } else {
             None
@@ -194,10 +217,11 @@ impl<T: BlockFile> Applier<T> {
         Ok(())
     }
 
-    /// Begins an undo epoch: from here on, what is overwritten is saved first.
+    /// Begins an undo epoch: from here on, what is overwritten is saved first. Where the medium is too full for its run, that
+    /// is made before the first window.
     ///
     /// # Errors
-    /// When one goes on, or manifest or run cannot be written.
+    /// When one goes on, or the manifest cannot be written.
     pub fn begin_epoch(
         &mut self,
         journal: &mut Journal,
@@ -206,6 +230,11 @@ impl<T: BlockFile> Applier<T> {
         to: Option<At>,
         now: Timestamp,
     ) -> Result<u64, JournalError> {
+        if let Some(epoch) = self.open_epoch() {
+            // Looked at here: a manifest that refuses an edit is not written to any more.
+            let why = format!("undo epoch {epoch} of disk {} goes on", self.disk);
+            return Err(JournalError::Failed { path: journal.folder().into(), why });
+        }
         let shape = shape(journal, self.disk)?;
         let newest = shape.epochs.last().map_or(shape.expired, |epoch| epoch.opened.epoch);
         let opened = EpochOpened {
@@ -223,16 +252,46 @@ impl<T: BlockFile> Applier<T> {
             to_records: to.map_or(0, |to| to.records),
         };
         // The manifest comes first: so a run file without an epoch cannot exist, and an epoch without one is empty.
-        journal.edit(&[Edit::EpochOpened(opened)], now)?;
-        self.active = Some(create_run(journal, &opened, self.size_sectors)?);
-        self.applied = Applied { epoch: opened.epoch, undo_bytes: 0, ..self.applied };
-        Ok(opened.epoch)
+        let edited = journal.edit(&[Edit::EpochOpened(opened)], now);
+        if self.epoch_of_shape(journal) == Some(opened.epoch) {
+            self.ongoing.begin(journal, &opened, self.size_sectors);
+            self.applied = Applied { epoch: opened.epoch, undo_bytes: 0, ..self.applied };
+        }
+        match edited {
+            // Nothing of it was done.
+            Err(error) if self.open_epoch().is_none() => return Err(error),
+            edited => self.sure(edited)?,
+        }
+        match self.ongoing.run() {
+            Err(error) if !error.is_full() => Err(error),
+            _ => Ok(opened.epoch),
+        }
+    }
+
+    /// The undo epoch that goes on, by the manifest.
+    fn epoch_of_shape(&self, journal: &Journal) -> Option<u64> {
+        let shape = shape(journal, self.disk).ok()?;
+        shape.open_epoch().map(|epoch| epoch.opened.epoch)
+    }
+
+    /// An edit that failed, and that is part of the shape all the same, may be durable or not: nothing is built on it.
+    fn sure(&mut self, edited: Result<(), JournalError>) -> Result<(), JournalError> {
+        edited.inspect_err(|error| self.ongoing.fail(error.to_string()))
+    }
+
+    /// Seals the run of the undo epoch that goes on, which takes as long as its index is long and needs nothing of the
+    /// journal: by who does not hold it before [`Self::close_epoch_at`], which does it otherwise.
+    ///
+    /// # Errors
+    /// When the run cannot be written. Where the medium is full it may be tried again, and windows may come in between.
+    pub fn seal_run(&mut self, now: Timestamp) -> Result<(), JournalError> {
+        self.ongoing.seal(now).map(drop)
     }
 
     /// Ends the undo epoch. Everything applied in it was durably said to be (the caller committed).
     ///
     /// # Errors
-    /// When run or manifest cannot be written.
+    /// As for [`Self::seal_run`], and when the manifest cannot be written. The epoch goes on then.
     pub fn close_epoch(&mut self, journal: &mut Journal, now: Timestamp) -> Result<(), JournalError> {
         self.close_epoch_at(journal, None, now)
     }
@@ -247,24 +306,18 @@ impl<T: BlockFile> Applier<T> {
         point: Option<PointKept>,
         now: Timestamp,
     ) -> Result<(), JournalError> {
-        let Some(run) = self.active.take() else { return Ok(()) };
-        let epoch = run.header().undo_epoch;
-        let path = run.path().to_owned();
-        let run_bytes = if run.counts().0 == 0 {
-            drop(run);
-            0
-        } else {
-            let sealed = run.seal(&**journal.files(), now)?;
-            let bytes = journal.files().facts(&path)?.map_or(0, |facts| facts.size_bytes);
-            let entry = Run { first: epoch, last: epoch, file: RunFile::Epoch(epoch), bytes };
-            self.sealed.push((entry, sealed));
-            bytes
-        };
+        let Some(epoch) = self.open_epoch() else { return Ok(()) };
+        let run_bytes = self.ongoing.seal(now)?;
         let closed = EpochClosed { disk: self.disk, epoch, last: self.applied.number, run_bytes, time: now };
         let edits: Vec<Edit> =
             std::iter::once(Edit::EpochClosed(closed)).chain(point.map(Edit::PointKept)).collect();
-        journal.edit(&edits, now)?;
-        if run_bytes == 0 {
+        let edited = journal.edit(&edits, now);
+        if self.epoch_of_shape(journal) == Some(epoch) {
+            return edited;
+        }
+        let path = self.ongoing.end();
+        self.sure(edited)?;
+        if let Some(path) = path.filter(|_| run_bytes == 0) {
             journal.files().remove(&path)?; // ours, empty, and no longer named
         }
         Ok(())
@@ -308,8 +361,8 @@ impl<T: BlockFile> Applier<T> {
     /// Notes that a window up to `number` was written; answers what is to go into the log, step 7.
     pub fn applied_through(&mut self, number: u64) -> Applied {
         self.applied.number = number;
-        if let Some(run) = &self.active {
-            self.applied.undo_bytes = run.len_bytes();
+        if self.open_epoch().is_some() {
+            self.applied.undo_bytes = self.ongoing.certain_bytes();
         }
         self.applied
     }
@@ -332,16 +385,19 @@ impl<T: BlockFile> Applier<T> {
         window: &Window,
         known: &[Known<'_>],
     ) -> Result<Option<Applied>, JournalError> {
-        let Some(run) = &mut self.active else { return Ok(None) };
+        if window.is_empty() && self.open_epoch().is_none() {
+            return Ok(None); // marks need no epoch
+        }
+        let Some(run) = self.ongoing.run()? else { return Ok(None) };
         capture(&mut self.target, run, self.size_sectors, window, known)?;
         if !run.is_flushed() {
             run.flush()?; // barrier 1
         }
-        if run.counts().0 == 0 || run.len_bytes() == self.applied.undo_bytes {
-            return Ok(None);
-        }
-        self.applied.undo_bytes = run.len_bytes();
-        Ok(Some(self.applied))
+        let (undo_bytes, is_empty) = (run.len_bytes(), run.counts().0 == 0);
+        self.ongoing.flushed(undo_bytes);
+        // Named until an APPLIED says so: what was to name it may have met a full medium.
+        let named = Applied { undo_bytes, ..self.applied };
+        Ok((!is_empty && undo_bytes != self.applied.undo_bytes).then_some(named))
     }
 
     /// Steps 5 and 6, for who does not hold the journal meanwhile: the images of the window are saved and named.
@@ -383,37 +439,62 @@ impl<T: BlockFile> Applier<T> {
 
     /// Opens a sealed run of the disk, once.
     pub(super) fn open_run(&mut self, journal: &Journal, run: Run) -> Result<(), JournalError> {
-        if self.sealed.iter().any(|(known, _)| *known == run) {
+        if let Some(known) = self.sealed.get_mut(&run.first).filter(|known| known.run == run) {
+            known.looks = 0;
             return Ok(());
         }
-        // A run of the same epochs under another name was merged away.
-        self.sealed.retain(|(known, _)| known.last < run.first || known.first > run.last);
         let path = run_path(journal, self.disk, run.file);
         let identity = identity(journal, self.disk, &run)?;
-        self.sealed.push((run, SealedRun::open(&**journal.files(), &path, &identity)?));
+        let sealed = SealedRun::open(&**journal.files(), &path, &identity)?;
+        // A run of the same epochs under another name was merged away.
+        self.sealed.retain(|_, known| known.run.last < run.first || known.run.first > run.last);
+        self.sealed.insert(run.first, Opened { run, sealed, looks: 0 });
         Ok(())
+    }
+
+    /// Closes the sealed runs that the manifest does not name any more, so that the medium has their space back, and those
+    /// that nobody read for the last [`LOOKS_MAX`] calls. Cheap where none is open.
+    pub fn close_runs(&mut self, journal: &Journal) {
+        if self.sealed.is_empty() {
+            return;
+        }
+        let named = shape(journal, self.disk).map_or(&[][..], |shape| shape.runs.as_slice());
+        let is_named = |run: &Run| {
+            named.binary_search_by_key(&run.first, |named| named.first).is_ok_and(|at| named[at] == *run)
+        };
+        self.sealed.retain(|_, known| {
+            known.looks += 1;
+            known.looks <= LOOKS_MAX && is_named(&known.run)
+        });
+    }
+
+    /// How many sealed runs are open.
+    #[must_use]
+    pub fn runs_open(&self) -> usize {
+        self.sealed.len()
     }
 
     /// A run that [`Self::open_run`] opened.
     pub(super) fn sealed_run(&mut self, run: Run) -> Result<&mut SealedRun, JournalError> {
-        let known = self.sealed.iter_mut().find(|(known, _)| *known == run).map(|(_, sealed)| sealed);
-        known.ok_or_else(|| JournalError::Gone {
+        let known = self.sealed.get_mut(&run.first).filter(|known| known.run == run);
+        known.map(|known| &mut known.sealed).ok_or_else(|| JournalError::Gone {
             disk: self.disk,
             what: format!("the undo run of epochs {} to {} is not open", run.first, run.last),
         })
     }
 
     /// The run that is being written, for a thread beside; [`Self::put_active`] gives it back.
-    pub(super) const fn take_active(&mut self) -> Option<ActiveRun> {
-        self.active.take()
+    pub(super) fn take_active(&mut self) -> Result<Option<ActiveRun>, JournalError> {
+        self.ongoing.lend()
     }
 
     pub(super) fn put_active(&mut self, run: Option<ActiveRun>) {
-        self.active = run;
+        self.ongoing.take_back(run);
     }
 
-    pub(super) const fn active_run(&mut self) -> Option<&mut ActiveRun> {
-        self.active.as_mut()
+    /// The run that is being written, to read from.
+    pub(super) fn active_run(&mut self) -> Result<Option<&mut ActiveRun>, JournalError> {
+        self.ongoing.readable()
     }
 
     /// The disk.
@@ -437,88 +518,8 @@ pub(super) fn shape(journal: &Journal, disk: DiskId) -> Result<&DiskShape, Journ
         .ok_or_else(|| JournalError::damaged(journal.folder(), format!("disk {disk} is not in the journal")))
 }
 
-fn run_header(journal: &Journal, opened: &EpochOpened, size_sectors: u64) -> RunHeader {
-    let identity = RunIdentity {
-        journal: journal.id(),
-        disk: opened.disk,
-        lineage: opened.lineage,
-        generation: opened.generation,
-        undo_epoch: opened.epoch,
-        undo_epoch_last: opened.epoch,
-    };
-    RunHeader::new(identity, opened.salt, size_sectors, opened.time)
-}
-
-fn create_run(journal: &Journal, opened: &EpochOpened, size_sectors: u64) -> Result<ActiveRun, JournalError> {
-    let path = run_path(journal, opened.disk, RunFile::Epoch(opened.epoch));
-    let header = run_header(journal, opened, size_sectors);
-    Ok(ActiveRun::create(&**journal.files(), &path, header, run_bytes_max(size_sectors))?)
-}
-
-/// How the run of the epoch that goes on is opened.
-type OpenRun =
-    fn(&Journal, &EpochOpened, u64, &Applied) -> Result<(Option<ActiveRun>, Vec<Hole>), JournalError>;
-
-/// Whether anything can be in the run of the epoch that goes on. Its header is durable before the first image is saved:
-/// where there is no image, the header may be torn.
-fn is_begun(journal: &Journal, opened: &EpochOpened, certain: u64) -> Result<bool, JournalError> {
-    let path = run_path(journal, opened.disk, RunFile::Epoch(opened.epoch));
-    let there = journal.files().facts(&path)?.is_some();
-    if certain > FRAMES_START {
-        // Images were durable in it: an empty run in its place would save what is newer as if it were older.
-        return if there { Ok(true) } else { Err(FilesError::Missing { path }.into()) };
-    }
-    Ok(there && !is_blank(journal, &path)?)
-}
-
-/// Up to where images are certain to be in the run of the epoch that goes on.
-const fn certain_bytes(opened: &EpochOpened, applied: &Applied) -> u64 {
-    if applied.epoch == opened.epoch { applied.undo_bytes } else { 0 }
-}
-
-/// Reads the run of the epoch that goes on, and changes nothing; none where nothing was saved in it.
-pub(super) fn inspect(
-    journal: &Journal,
-    opened: &EpochOpened,
-    size_sectors: u64,
-    applied: &Applied,
-) -> Result<(Option<ActiveRun>, Vec<Hole>), JournalError> {
-    let certain = certain_bytes(opened, applied);
-    if !is_begun(journal, opened, certain)? {
-        return Ok((None, Vec::new()));
-    }
-    let path = run_path(journal, opened.disk, RunFile::Epoch(opened.epoch));
-    let identity = run_header(journal, opened, size_sectors).identity();
-    let (run, holes) = ActiveRun::open_to_read(&**journal.files(), &path, &identity, certain)?;
-    Ok((Some(run), holes))
-}
-
-/// Opens the run of the epoch that goes on, or makes it where the crash came before it was there.
-fn reopen(
-    journal: &Journal,
-    opened: &EpochOpened,
-    size_sectors: u64,
-    applied: &Applied,
-) -> Result<(ActiveRun, Vec<Hole>), JournalError> {
-    let files = &**journal.files();
-    let path = run_path(journal, opened.disk, RunFile::Epoch(opened.epoch));
-    let certain = certain_bytes(opened, applied);
-    if !is_begun(journal, opened, certain)? {
-        files.remove(&path)?;
-        return Ok((create_run(journal, opened, size_sectors)?, Vec::new()));
-    }
-    let identity = run_header(journal, opened, size_sectors).identity();
-    let (mut run, holes) = ActiveRun::reopen(files, &path, &identity, certain, run_bytes_max(size_sectors))?;
-    run.flush()?; // its frames may stand in a cache only, and the target is written because they are there
-    Ok((run, holes))
-}
-
-/// Whether no image was ever saved in a run.
-fn is_blank(journal: &Journal, path: &std::path::Path) -> Result<bool, JournalError> {
-    let mut file = journal.files().open(path, false)?;
-    let end = file.size_bytes();
-    Ok(end <= FRAMES_START || file.allocated(ByteRange { start: FRAMES_START, end })?.is_empty())
-}
+/// How the undo epoch that goes on is found.
+type OpenOngoing = fn(&Journal, &DiskShape, &Applied) -> Result<(Ongoing, Vec<Hole>), JournalError>;
 
 pub(super) fn identity(journal: &Journal, disk: DiskId, run: &Run) -> Result<RunIdentity, JournalError> {
     let shape = shape(journal, disk)?;

@@ -101,6 +101,14 @@ pub enum JournalError {
         /// How.
         why: String,
     },
+    /// Something is to be written where nothing would save what it overwrites.
+    #[error(
+        "nothing is written to disk {disk}: no undo epoch of it goes on, so its older points would show what is written now; restart the master target"
+    )]
+    NoEpoch {
+        /// The disk.
+        disk: DiskId,
+    },
     /// What waited for a target was given up, because the retention drive was short.
     #[error(
         "what waited for the target of disk {disk} is lost, for the retention drive was full or could not be read: repair what is in the way; the disk is then opened again by itself, and compared with its source"

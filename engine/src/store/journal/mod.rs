@@ -7,6 +7,7 @@
 //! | `recovery` | reading the redo log after a stop or a crash |
 //! | `indexed` | what is read of a segment instead of its groups |
 //! | `applier` | one disk: undo run, target, and the order in which they are written |
+//! | `ongoing` | the undo epoch that goes on, and its run |
 //! | `carry` | what keeps the log from being given back: carried forward, or given up |
 //! | `capture` | before-images of a window: read, and saved beside the reading |
 //! | `view` | a disk as it was at a point |
@@ -34,6 +35,7 @@ pub mod ladder;
 pub mod log;
 pub mod manifest;
 pub mod offline;
+mod ongoing;
 pub mod points;
 pub mod recovery;
 mod redo_index;

@@ -11,11 +11,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::applier::{Applier, identity, inspect, run_path, shape};
+use super::applier::{Applier, identity, run_path, shape};
 use super::error::JournalError;
 use super::indexed::{FoundIndex, read_index};
 use super::log::segment_path;
 use super::manifest::{Manifest, superblock_copies, walk_manifest};
+use super::ongoing::inspect;
 use super::points::{Point, all_points};
 use super::recovery::{Damage, Scan, Seen, scan, scan_showing};
 use super::undo::{ActiveRun, Hole, SealedRun};

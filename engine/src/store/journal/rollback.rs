@@ -256,7 +256,7 @@ impl Going {
         };
         let whole = BlockRange::new(0, applier.size_sectors().div_ceil(BLOCK_SECTORS));
         let runs = view.open_runs(journal, applier)?;
-        let own = applier.take_active();
+        let own = applier.take_active()?;
         let differing = view.differing(&runs, applier, whole);
         applier.put_active(own);
         let steps = steps(differing?);
@@ -321,7 +321,7 @@ impl Line<'_, '_> {
             Some(ranges) => preload(self.runs, applier, ranges)?,
             None => true,
         };
-        let mut active = if beside { applier.take_active() } else { None };
+        let mut active = if beside { applier.take_active()? } else { None };
         let (saving, next) = thread::scope(|scope| {
             let save = |(step, run): (&Step, &mut ActiveRun)| {
                 save_known(run, &step.window, &step.known()).and_then(|()| Ok(run.flush()?))

@@ -291,7 +291,7 @@ impl View {
         plain: &mut [u8],
     ) -> Result<(), JournalError> {
         let mut at = part.start;
-        let captured: Vec<BlockRange> = match applier.active_run() {
+        let captured: Vec<BlockRange> = match applier.active_run()? {
             Some(run) if run.header().undo_epoch >= self.from_epoch => {
                 let found: Vec<BlockRange> = run.lookup(part).iter().map(|found| found.blocks).collect();
                 for range in &found {
@@ -332,7 +332,7 @@ impl View {
         for run in runs {
             ranges.extend(applier.sealed_run(*run)?.lookup(within)?.iter().map(|found| found.blocks));
         }
-        if let Some(run) = applier.active_run().filter(|run| run.header().undo_epoch >= self.from_epoch) {
+        if let Some(run) = applier.active_run()?.filter(|run| run.header().undo_epoch >= self.from_epoch) {
             ranges.extend(run.lookup(within).iter().map(|found| found.blocks));
         }
         let sectors = SectorRange::new(within.start * BLOCK_SECTORS, within.end * BLOCK_SECTORS);

@@ -10,7 +10,7 @@ use crate::error::{Answer, Severity};
 use crate::format::FormatError;
 use crate::format::undo::BlockRange;
 use crate::io::buffer::ArenaError;
-use crate::io::{BlockError, ByteRange};
+use crate::io::{BlockError, BlockOp, ByteRange};
 use crate::store::files::FilesError;
 
 /// A damaged place in an undo run.
@@ -132,6 +132,16 @@ impl UndoError {
             Self::Block(error) => error.is_full(),
             _ => false,
         }
+    }
+
+    /// Whether the medium was full, and what reached it is known all the same. A flush that failed is never tried again,
+    /// whatever the reason (I6).
+    pub(in crate::store::journal) fn may_be_waited_out(&self) -> bool {
+        let block = match self {
+            Self::Block(error) | Self::Files(FilesError::Block(error)) => Some(error),
+            _ => None,
+        };
+        self.is_full() && block.is_none_or(|error| error.op != BlockOp::Flush)
     }
 }
 

@@ -4,9 +4,10 @@
 //! [`ActiveRun::len_bytes`] at that moment is the undo length that the log records as applied; on reopening, a frame
 //! before that length is never cut away: it is read, or it is a hole, and its blocks count as captured (a later image
 //! would be a guess); behind it, the run is cut at the first group that is not whole. After a failed write or flush the
-//! run refuses to go on (I6). Units: bytes and blocks. Called by the apply workers and by view readers.
+//! run refuses to go on (I6); where nothing was wrong but that the medium is full, it goes on once it was cut back to what
+//! it held before. Units: bytes and blocks. Called by the apply workers and by view readers.
 //!
-//! Call order: `create` or `reopen`; any number of `append` and `flush`; `seal`.
+//! Call order: `create` or `reopen`; any number of `append` and `flush`, `cut_back` where [`ActiveRun::met_full`]; `seal`.
 
 use std::path::Path;
 
@@ -70,7 +71,17 @@ pub struct ActiveRun {
     index: RunIndex,
     max_bytes: u64,
     flushed: bool,
-    failed: bool,
+    health: Health,
+}
+
+/// What the writes and flushes so far came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Health {
+    Sound,
+    /// The last append met a full medium: what it wrote is behind `end`, in parts.
+    Full,
+    /// What reached the medium is not known, or the run was opened for reading.
+    Failed,
 }
 
 impl std::fmt::Debug for ActiveRun {
@@ -186,14 +197,14 @@ impl ActiveRun {
         holes.extend(rebuilt.holes);
         holes.sort_by_key(|hole| hole.file);
         let mut active = Self::new(run, rebuilt.end, rebuilt.next_number, index, 0)?;
-        active.failed = true; // whatever wants to write is refused
+        active.health = Health::Failed; // whatever wants to write is refused
         Ok((active, holes))
     }
 
     fn new(run: RunFile, end: u64, number: u64, index: RunIndex, max_bytes: u64) -> Result<Self, UndoError> {
         let writer = FrameWriter::new(run.header.salt, end, number)?;
         let reader = FrameReader::new()?;
-        Ok(Self { run, writer, reader, index, max_bytes, flushed: false, failed: false })
+        Ok(Self { run, writer, reader, index, max_bytes, flushed: false, health: Health::Sound })
     }
 
     /// Writes frames that say what the gaps lost; durable when this returns.
@@ -220,8 +231,8 @@ impl ActiveRun {
     /// durable before [`Self::flush`].
     ///
     /// # Errors
-    /// [`UndoError::Full`] when they might not fit, before anything is written. After any other error the run must be
-    /// reopened: what reached the medium is not known.
+    /// [`UndoError::Full`] when they might not fit, before anything is written. Where the medium was full, the run goes on
+    /// after [`Self::cut_back`]. After any other error it must be reopened: what reached the medium is not known.
     ///
     /// # Panics
     /// When a block is captured twice, images do not ascend, or a block is not on the disk.
@@ -275,18 +286,44 @@ impl ActiveRun {
         self.flushed = false;
         let mut made = Vec::new();
         let file = &mut *self.run.file;
+        let (end, number) = (self.writer.end(), self.writer.number());
         let result = put(&mut self.writer, file, &mut made).and_then(|()| self.writer.finish_group(file));
-        self.failed = result.is_err();
-        if result.is_ok() {
-            for entry in &made {
-                self.index.insert(entry);
+        match &result {
+            Ok(()) => made.iter().for_each(|entry| self.index.insert(entry)),
+            Err(error) => {
+                self.health = if error.may_be_waited_out() { Health::Full } else { Health::Failed };
+                self.writer.go_back(end, number);
             }
         }
         result
     }
 
     fn check_alive(&self) -> Result<(), UndoError> {
-        if self.failed { Err(UndoError::Failed { path: self.run.path.clone() }) } else { Ok(()) }
+        match self.health {
+            Health::Sound => Ok(()),
+            Health::Full | Health::Failed => Err(UndoError::Failed { path: self.run.path.clone() }),
+        }
+    }
+
+    /// Whether the last append met a full medium, and nothing else is wrong: [`Self::cut_back`] comes next.
+    #[must_use]
+    pub fn met_full(&self) -> bool {
+        self.health == Health::Full
+    }
+
+    /// After a full medium: what the append that met it wrote is cut off, and the run goes on behind what it held before.
+    ///
+    /// # Errors
+    /// When the file cannot be cut; it must then be reopened.
+    pub fn cut_back(self, files: &dyn Files) -> Result<Self, UndoError> {
+        let Self { run: RunFile { path, header, file }, writer, index, max_bytes, .. } = self;
+        let (end, number) = (writer.end(), writer.number());
+        drop((file, writer));
+        // Groups of the append that were whole must not be taken for frames of a later one.
+        files.resize(&path, end)?;
+        files.resize(&path, max_bytes.max(end))?;
+        let file = files.open(&path, true)?;
+        Self::new(RunFile { path, header, file }, end, number, index, max_bytes)
     }
 
     /// Makes everything appended durable: barrier 1 of the apply protocol.
@@ -296,7 +333,10 @@ impl ActiveRun {
     pub fn flush(&mut self) -> Result<(), UndoError> {
         self.check_alive()?;
         let result = self.run.file.flush();
-        (self.flushed, self.failed) = (result.is_ok(), result.is_err());
+        self.flushed = result.is_ok();
+        if result.is_err() {
+            self.health = Health::Failed;
+        }
         Ok(result?)
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Invariants: what was written is never written again, so a torn write can only hurt the group it belongs to; a group
 //! begins at a 4 KiB boundary, is a multiple of 4 KiB long and at most 1 MiB; the frames of a group ascend. The writer
-//! knows nothing of durability: its owner flushes. After an error it must not be used again, since what reached the
+//! knows nothing of durability: its owner flushes. After an error it must not write again, since what reached the
 //! medium is unknown. Units: bytes and blocks. Called by the runs of this folder.
 
 use super::error::UndoError;
@@ -73,6 +73,18 @@ impl FrameWriter {
     /// End of the last group that was written.
     pub(super) const fn end(&self) -> u64 {
         self.end
+    }
+
+    /// Number of the next frame.
+    pub(super) const fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Forgets what was pushed since the writer stood there. Before anything more is written, its owner cuts the file.
+    pub(super) fn go_back(&mut self, end: u64, number: u64) {
+        (self.end, self.number, self.fill) = (end, number, 0);
+        self.group.clear();
+        self.plain.clear();
     }
 
     pub(super) fn set_level(&mut self, level: i32) -> Result<(), UndoError> {

@@ -1,0 +1,212 @@
+//! A retention drive that is full, or fails, at any one of the writes of an undo epoch's end and beginning, under the disk
+//! as the daemon drives it: not opened anew, but tried again. Whatever comes of it, every point that was kept shows what it
+//! showed before: while the drive is full, when there is space again, and after a restart.
+//!
+//! And the files of undo runs: those of a point that is read, or that a rollback goes to, are there; others are not open.
+
+mod lab;
+
+use std::path::Path;
+
+use reprotect_engine::store::journal::applier::LOOKS_MAX;
+
+use self::lab::{DISK, EIO, ENOSPC, Lab, SECTORS};
+use super::*;
+use crate::disk_store::NotGrown;
+use crate::housekeeping::thin_all;
+use crate::registry::fs_opener;
+
+/// What became of the disks.
+#[derive(Debug, Default)]
+struct Sum {
+    went_on: usize,
+    stopped: usize,
+}
+
+/// Has the drive fail at every operation on the files of a name, while `work` is done.
+fn everywhere(
+    on: (&'static str, i32),
+    work: fn(&mut Lab, &str) -> Result<(), String>,
+    points_behind: usize,
+) -> Sum {
+    let mut sum = Sum::default();
+    for left in 0.. {
+        let what = format!("error {} of {}* at operation {left}", on.1, on.0);
+        let dir = tempfile::tempdir().unwrap();
+        let mut lab = Lab::new(dir.path());
+        for seed in 1..=3 {
+            lab.step(seed, &what).unwrap();
+        }
+        assert_eq!(lab.check(&what), 4);
+        lab.faulty.set(on, left);
+        let done = work(&mut lab, &what);
+        lab.faulty.mend();
+        if lab.faulty.failed() == 0 {
+            done.unwrap();
+            assert!(left > 0, "{what}: it never comes to that");
+            return sum;
+        }
+        match done.and_then(|()| (5..=6).try_for_each(|seed| lab.step(seed, &what))) {
+            Ok(()) => {
+                sum.went_on += 1;
+                assert_eq!(lab.check(&what), points_behind, "{what}: a point is missing");
+            }
+            Err(text) => {
+                // Nothing is written any more: what is kept is shown as it was, or is not shown.
+                sum.stopped += 1;
+                assert!(lab.step(7, &what).is_err(), "{what}: it goes on after {text}");
+                lab.check_shown(&format!("{what}, stopped"), true);
+            }
+        }
+        lab.stop();
+        lab.start();
+        assert!(lab.check(&format!("{what}, after a restart")) >= 4);
+        let applied = lab.disk().applier.applied().number;
+        assert!(lab.target() == lab.at[&applied], "{what}: the target at entry {applied}");
+        lab.stop();
+    }
+    sum
+}
+
+/// A disk is handed over, and opened anew afterwards.
+fn hand_over(lab: &mut Lab, what: &str) -> Result<(), String> {
+    lab.write_and_mark(4, MarkCause::Timer, what)?;
+    for time in 0..2 {
+        lab.persist(what, |disk| match disk.leave() {
+            Ok(_) => Ok(()),
+            Err(error) => Err(NotDone::Full(error.to_string())),
+        })?;
+        let shape = lab.retention().shape().disks[&DISK].clone();
+        assert!(shape.open_epoch().is_none(), "{what}: it was left {time} times and its undo epoch goes on");
+    }
+    lab.faulty.mend();
+    lab.stop();
+    lab.start();
+    Ok(())
+}
+
+/// A disk grows, in the second half of its epoch.
+fn growth(lab: &mut Lab, what: &str) -> Result<(), String> {
+    lab.write_and_mark(4, MarkCause::Timer, what)?;
+    let sectors = SECTORS + 2048;
+    lab.persist(what, |disk| match disk.grow(&fs_opener(), sectors * SECTOR_BYTES) {
+        Ok(()) => Ok(()),
+        Err(NotGrown::Refused(text)) => Err(NotDone::Full(text)),
+        Err(NotGrown::Failed(text)) => Err(NotDone::Failed(text)),
+    })?;
+    lab.grown(sectors);
+    Ok(())
+}
+
+fn one_step(lab: &mut Lab, what: &str) -> Result<(), String> {
+    lab.step(4, what)
+}
+
+#[test]
+fn a_full_drive_at_any_write_of_an_undo_run_is_waited_out() {
+    let sum = everywhere(("undo-", ENOSPC), one_step, 7);
+    assert!(sum.stopped == 0 && sum.went_on > 4, "{sum:?}");
+}
+
+#[test]
+fn a_drive_that_fails_at_any_write_of_an_undo_run_stops_the_disk_and_spoils_no_point() {
+    let sum = everywhere(("undo-", EIO), one_step, 7);
+    assert!(sum.stopped > 4, "{sum:?}");
+}
+
+#[test]
+fn a_manifest_that_cannot_be_written_at_the_turn_of_an_undo_epoch_spoils_no_point() {
+    for errno in [ENOSPC, EIO] {
+        let sum = everywhere(("manifest-", errno), one_step, 7);
+        assert!(sum.stopped + sum.went_on > 1, "{sum:?}");
+    }
+}
+
+#[test]
+fn a_disk_is_handed_over_only_when_its_undo_epoch_ended_however_full_the_drive_is() {
+    let sum = everywhere(("undo-", ENOSPC), hand_over, 7);
+    assert!(sum.stopped == 0 && sum.went_on > 2, "{sum:?}");
+}
+
+#[test]
+fn a_disk_that_cannot_grow_for_want_of_space_goes_on_and_grows_later() {
+    let sum = everywhere(("undo-", ENOSPC), growth, 7);
+    assert!(sum.stopped == 0 && sum.went_on > 2, "{sum:?}");
+}
+
+#[test]
+fn a_rollback_that_stopped_anywhere_is_finished_after_a_restart_though_its_point_is_past_its_time() {
+    let mut stopped = 0;
+    for left in 0.. {
+        let what = format!("a rollback that failed at operation {left}");
+        let dir = tempfile::tempdir().unwrap();
+        let mut lab = Lab::new(dir.path());
+        (1..=6).for_each(|seed| lab.step(seed, &what).unwrap());
+        let shape = lab.retention().shape().disks[&DISK].clone();
+        let point = shape.points[&[2; 16]];
+        lab.faulty.set(("undo-", EIO), left);
+        let went = lab.disk().rollback(At::entry(point.epoch, point.number));
+        lab.faulty.mend();
+        if lab.faulty.failed() == 0 {
+            went.unwrap();
+            break;
+        }
+        let is_begun = lab.retention().losses().get(&DISK).is_some_and(|text| text.contains("rollback"));
+        if is_begun {
+            stopped += 1;
+            // All points but the newest are past their time.
+            let later = Timestamp(wall_clock().0 + 100 * 3_600_000_000_000);
+            thin_all(&lab.retention(), later).unwrap();
+            lab.stop();
+            lab.start();
+            assert_eq!(lab.retention().losses().get(&DISK), None, "{what}: it is not finished");
+            assert!(lab.target() == lab.at[&point.number], "{what}: the target holds something else");
+        }
+        lab.stop();
+    }
+    assert!(stopped > 2, "{stopped}");
+}
+
+/// Files of a folder that this program has open: undo runs, and those that are deleted.
+fn open_files(folder: &Path) -> (usize, usize) {
+    let links = std::fs::read_dir("/proc/self/fd").unwrap();
+    let links: Vec<String> = links
+        .filter_map(|entry| Some(std::fs::read_link(entry.ok()?.path()).ok()?.display().to_string()))
+        .filter(|link| link.starts_with(&folder.display().to_string()))
+        .collect();
+    let count = |what: &str| links.iter().filter(|link| link.contains(what)).count();
+    (count("/undo-"), count("(deleted)"))
+}
+
+#[test]
+fn sealed_runs_are_open_only_while_a_point_is_read_and_never_when_they_are_merged_or_expired() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut lab = Lab::new(dir.path());
+    let what = "many undo epochs";
+    lab.step(1, what).unwrap();
+    let (alone, _) = open_files(&lab.folder);
+    for round in 0..3 {
+        for seed in 1..=12 {
+            lab.step(2 + round * 12 + seed, what).unwrap();
+            assert_eq!(open_files(&lab.folder), (alone, 0), "in round {round}, after {seed} epochs more");
+        }
+        lab.check(what);
+        assert!(open_files(&lab.folder).0 > alone, "nothing is open while points are read");
+        // The runs are merged, or expire.
+        let runs = lab.retention().shape().disks[&DISK].runs.len();
+        let later = Timestamp(wall_clock().0 + 100 * 3_600_000_000_000);
+        thin_all(&lab.retention(), later).unwrap();
+        assert!(
+            lab.retention().shape().disks[&DISK].runs.len() < runs,
+            "nothing was merged, nothing expired"
+        );
+        assert!(open_files(&lab.folder).1 > 0, "none of them was open: the test tries nothing");
+        assert!(lab.disk().apply().is_ok());
+        assert_eq!(open_files(&lab.folder).1, 0, "a run that is gone takes space");
+        for _ in 0..=LOOKS_MAX {
+            assert!(lab.disk().apply().is_ok());
+        }
+        assert_eq!(open_files(&lab.folder), (alone, 0), "nobody reads any more");
+    }
+    lab.stop();
+}
