@@ -43,9 +43,10 @@ pub(crate) const ACTIONS: [(Action, usize); 15] = [
     (Action::Wait, 4),
 ];
 
-/// Some broken rules show only where things meet that rarely do; their plays bring these together more often.
-pub(crate) const fn favoured(broken: Option<Rule>) -> &'static [(Action, usize)] {
-    match broken {
+/// Some broken rules show only where things meet that rarely do; their plays, and the plays they are held against, bring
+/// these together more often.
+pub(crate) const fn favoured(rule: Option<Rule>) -> &'static [(Action, usize)] {
+    match rule {
         Some(Rule::PassedMarkStays) => &[
             (Action::Stop, 12),
             (Action::Mark, 2),

@@ -30,16 +30,38 @@ pub(crate) struct Player {
     pub(crate) faults_left: usize,
 }
 
+/// Under which conditions a seed is played, and without which rule.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Profile {
+    /// The play has the weights and faults in which the loss of this rule shows, whether the rule is kept or not.
+    pub(crate) favours: Option<Rule>,
+    /// This rule is not kept.
+    pub(crate) broken: Option<Rule>,
+}
+
+impl Profile {
+    /// A rule is broken, and all else is as it is in [`Self::control`].
+    pub(crate) const fn without(rule: Rule) -> Self {
+        Self { favours: Some(rule), broken: Some(rule) }
+    }
+
+    /// What [`Self::without`] this rule is held against: the same weights and faults, and every rule is kept.
+    pub(crate) const fn control(rule: Rule) -> Self {
+        Self { favours: Some(rule), broken: None }
+    }
+}
+
 /// Plays a seed with all rules, or all but one.
-pub(crate) fn play(seed: u64, broken: Option<Rule>, trace: bool) -> Result<Report, String> {
-    let mut player = Player::new(seed, broken, trace);
+pub(crate) fn play(seed: u64, profile: Profile, trace: bool) -> Result<Report, String> {
+    let mut player = Player::new(seed, profile, trace);
     player.run().map_err(|failure| format!("seed {seed} at {}: {failure}", player.journal.now))?;
     player.report.take(player.journal.found, player.oracle.judged);
     Ok(player.report)
 }
 
 impl Player {
-    fn new(seed: u64, broken: Option<Rule>, trace: bool) -> Self {
+    fn new(seed: u64, profile: Profile, trace: bool) -> Self {
+        let Profile { favours, broken } = profile;
         let mut rng = Rng::new(seed);
         let disks = 1 + usize::from(rng.chance(650));
         let created: Vec<bool> = (0..disks).map(|_| rng.chance(500)).collect();
@@ -49,8 +71,8 @@ impl Player {
             .collect();
         let source = Source::new(&mut rng, &targets, &created);
         // A broken rule shows soonest where much goes wrong; all rules together must stand that too.
-        let harsh = rng.chance(300) || broken.is_some();
-        let many = broken == Some(Rule::WaitForLastApplied); // This one takes a rare fault at a rare place.
+        let harsh = rng.chance(300) || favours.is_some();
+        let many = favours == Some(Rule::WaitForLastApplied); // This one takes a rare fault at a rare place.
         let faults_left = if many {
             12
         } else if harsh {
@@ -61,7 +83,7 @@ impl Player {
         let flush_failure_per_mille = if harsh || rng.chance(200) { 10 } else { 0 };
         let stop_per_mille = if harsh { [10, 25][rng.below(2)] } else { [0, 3, 10][rng.below(3)] };
         let favour = |action: Action| {
-            favoured(broken).iter().find(|entry| entry.0 == action).map_or(1, |entry| entry.1)
+            favoured(favours).iter().find(|entry| entry.0 == action).map_or(1, |entry| entry.1)
         };
         let weights = ACTIONS.map(|(action, weight)| weight * [1, 2, 2, 2, 5][rng.below(5)] * favour(action));
         let retries_failed_flush = broken == Some(Rule::FailedFlushStops);
