@@ -20,12 +20,14 @@ pub(crate) enum Action {
     Pin,
     Roll,
     Rot,
+    Carry,
+    GiveUp,
     Stop,
     Wait,
 }
 
 /// What can happen, and how often it does; each seed makes some of it rarer and some more frequent.
-pub(crate) const ACTIONS: [(Action, usize); 15] = [
+pub(crate) const ACTIONS: [(Action, usize); 17] = [
     (Action::Write, 200),
     (Action::Mark, 100),
     (Action::Receive, 180),
@@ -39,6 +41,8 @@ pub(crate) const ACTIONS: [(Action, usize); 15] = [
     (Action::Pin, 10),
     (Action::Roll, 140),
     (Action::Rot, 8),
+    (Action::Carry, 8),
+    (Action::GiveUp, 2),
     (Action::Stop, 6),
     (Action::Wait, 4),
 ];
@@ -65,6 +69,13 @@ pub(crate) const fn favoured(rule: Option<Rule>) -> &'static [(Action, usize)] {
         }
         Some(Rule::WaitAtGap) => &[(Action::Rot, 10)],
         Some(Rule::EndIsApplied | Rule::RollbackPins) => &[(Action::Roll, 4)],
+        Some(Rule::CarryWhatWaits | Rule::CarryBeforeFree | Rule::NoPointsWithoutLog) => {
+            &[(Action::Carry, 6), (Action::Wait, 6), (Action::Receive, 2), (Action::Stop, 2)]
+        }
+        Some(Rule::CarriedAreMissed) => {
+            &[(Action::Carry, 10), (Action::Wait, 8), (Action::Rot, 30), (Action::Receive, 2), (Action::Stop, 4)]
+        }
+        Some(Rule::LostBeforePassed | Rule::LossDegradesPoints) => &[(Action::GiveUp, 20), (Action::Mark, 2)],
         Some(Rule::CutIsRecorded) => &[(Action::Rot, 10), (Action::Stop, 5)],
         _ => &[],
     }

@@ -10,6 +10,7 @@
 mod actions;
 #[cfg(feature = "sim")]
 mod against_store;
+mod carry;
 mod device;
 mod faults;
 #[cfg(feature = "sim")]

@@ -78,6 +78,11 @@ pub(crate) enum Change {
     Pin {
         mark: usize,
     },
+    /// The disk was compared since its losses: marks behind `until` are whole again.
+    Mended {
+        disk: usize,
+        until: Sequence,
+    },
 }
 
 /// One record of the manifest; every edit also says how far the redo log is durable.
@@ -122,6 +127,8 @@ pub(crate) struct DiskCatalogue {
     /// `(epoch, until)` of the active run's cuts.
     pub(crate) suspect: (usize, Sequence),
     pub(crate) lost: Vec<(Sequence, Sequence)>,
+    /// Compares since: how many losses they made up for, and until where they went.
+    mended: Vec<(usize, Sequence)>,
     pub(crate) carried: Applied,
     /// Highest sequence in freed segments.
     pub(crate) freed: Sequence,
@@ -171,6 +178,19 @@ impl DiskCatalogue {
 
     pub(crate) fn is_given_up(&self, sequence: Sequence) -> bool {
         self.lost.iter().any(|range| range.0 <= sequence && sequence <= range.1)
+    }
+
+    /// Whether what stands behind a record lacks others that are lost.
+    pub(crate) fn is_doubtful(&self, sequence: Sequence) -> bool {
+        self.lost.iter().enumerate().any(|(at, lost)| {
+            let mend = self.mended.iter().find(|mend| mend.0 > at);
+            lost.0 <= sequence && mend.is_none_or(|mend| sequence <= mend.1)
+        })
+    }
+
+    /// Whether the log still has every record of an epoch, so that there are points inside it.
+    pub(crate) fn has_log_of(&self, epoch: usize) -> bool {
+        self.epochs.get(epoch).is_none_or(|epoch| epoch.first > self.freed)
     }
 }
 
@@ -229,6 +249,10 @@ impl Catalogue {
             Change::RollbackNamed { disk, frames } => self.disks[*disk].rollback_named = *frames,
             Change::Suspect { disk, epoch, until } => self.disks[*disk].suspect = (*epoch, *until),
             Change::Lost { disk, from, to } => self.disks[*disk].lost.push((*from, *to)),
+            Change::Mended { disk, until } => {
+                let disk = &mut self.disks[*disk];
+                disk.mended.push((disk.lost.len(), *until));
+            }
         }
     }
 }

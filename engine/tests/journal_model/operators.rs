@@ -37,6 +37,11 @@ impl Player {
             }
         }
         self.journal.note(|| format!("disk {disk}: resync"));
+        if !self.journal.catalogue.disks[disk].lost.is_empty() {
+            let own = &self.source.disks[disk];
+            let until = own.stream.len() + live.iter().zip(&own.now).filter(|both| both.0 != both.1).count();
+            self.journal.commit(Change::Mended { disk, until })?;
+        }
         self.source.resync(disk, &live);
         self.report.resyncs += 1;
         Ok(())
@@ -77,6 +82,28 @@ impl Player {
         self.journal.free_segment()?;
         self.report.freed += before - self.journal.catalogue.segments.len();
         Ok(())
+    }
+
+    /// The log is shortened although disks need its oldest segment.
+    pub(crate) fn carry(&mut self) -> Result<(), Stop> {
+        if let Some(high) = self.journal.may_carry() {
+            self.oracle.carries(&high); // whatever becomes of it
+        }
+        self.report.carried += usize::from(self.journal.carry_segment()?);
+        Ok(())
+    }
+
+    /// A full drive: what waits for a target is given up. Nothing is taken for the disk until it is opened again.
+    pub(crate) fn give_up(&mut self, disk: usize) -> Result<(), Stop> {
+        let (own, known) = (&self.source.disks[disk], &self.journal.disks[disk]);
+        let rolling = self.rollback.as_ref().is_some_and(|rollback| rollback.disk == disk);
+        let busy = rolling || own.suspended || own.bulk || !known.missing.is_empty();
+        if busy || known.applied >= known.durable || self.journal.catalogue.disks[disk].kind() != Kind::Normal {
+            return Ok(());
+        }
+        self.journal.give_up_waiting(disk)?;
+        self.report.given_up += 1;
+        Err(Stop::Kill)
     }
 
     pub(crate) fn expire(&mut self, disk: usize) -> Result<(), Stop> {

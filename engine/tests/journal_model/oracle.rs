@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::machine::Journal;
-use super::manifest::Kind;
+use super::manifest::{Epoch, Kind};
 use super::records::{At, Entry, Group, IN_FLIGHT, SECTORS, Seen, Sequence, WINDOW};
 use super::source::{Source, SourceDisk};
 
@@ -22,6 +22,8 @@ struct Faults {
     any_group: bool,
     /// Records of groups in flight with a lost one: a log that ends in it is cut before them, whole as they are.
     in_flight: BTreeSet<Sequence>,
+    /// Records that were given up, for whatever reason.
+    given_up: BTreeSet<Sequence>,
 }
 
 #[derive(Default)]
@@ -31,6 +33,8 @@ struct Known {
     faults: Faults,
     durable: Sequence,
     applied: Sequence,
+    /// Up to here the log was freed whoever needed it: there is nothing inside epochs that began by then.
+    hollow: Sequence,
 }
 
 /// How much was judged, so that a test can see that it was not nothing.
@@ -39,6 +43,7 @@ pub(crate) struct Judged {
     pub(crate) views: usize,
     pub(crate) hole_sectors: usize,
     pub(crate) points: usize,
+    pub(crate) degraded: usize,
 }
 
 pub(crate) struct Oracle {
@@ -125,8 +130,16 @@ impl Oracle {
         self.known[disk].ends.insert(epoch, None);
     }
 
+    /// The log is freed up to these sequences, and what waits is carried.
+    pub(crate) fn carries(&mut self, high: &[Sequence]) {
+        for (known, high) in self.known.iter_mut().zip(high) {
+            known.hollow = known.hollow.max(*high);
+        }
+    }
+
     /// States from the given sequence on are none any more.
     pub(crate) fn given_up(&mut self, journal: &Journal, disk: usize, from: Sequence) {
+        self.known[disk].faults.given_up.insert(from);
         for (number, state) in &mut self.known[disk].ends {
             let last = journal.catalogue.disks[disk].epochs[*number].last;
             if last.is_some_and(|last| last >= from) {
@@ -149,7 +162,8 @@ impl Oracle {
         let start = Self::window_start(journal, own);
         for sequence in start..=own.acknowledged {
             let at = catalogue.locate(sequence);
-            let protected = catalogue.epochs.get(at.base).is_some_and(|epoch| epoch.kind == Kind::Normal);
+            let whole = |epoch: &Epoch| epoch.kind == Kind::Normal && epoch.first > known.hollow;
+            let protected = catalogue.epochs.get(at.base).is_some_and(whole);
             if let Some(state) = own.states[sequence].as_ref().filter(|_| protected) {
                 promised.push((at, state.clone()));
             }
@@ -207,7 +221,8 @@ impl Oracle {
 
     /// Whether an injected fault explains a hole.
     fn explains(&self, journal: &Journal, disk: usize, at: At, block: usize) -> bool {
-        let faults = &self.known[disk].faults;
+        let known = &self.known[disk];
+        let faults = &known.faults;
         let first =
             journal.catalogue.disks[disk].epochs.get(at.base).map_or(at.upto + 1, |epoch| epoch.first);
         let catalogue = &journal.catalogue.disks[disk];
@@ -219,6 +234,9 @@ impl Oracle {
             || faults.any_group && faults.images.iter().any(|image| image.0 >= at.base)
             || faults.any_group && faults.cut.iter().any(|epoch| *epoch >= at.base)
             || faults.records.range(first..=at.upto.max(first)).any(|lost| *lost <= at.upto)
+            // The log does not say any more what the records before APPLIED wrote.
+            || (known.hollow > 0 || !faults.given_up.is_empty()) && faults.images.iter().any(|image| image.0 >= at.base)
+            || faults.given_up.range(first..=at.upto.max(first)).any(|lost| *lost <= at.upto)
             // After such a loss the log may have to be cut before groups that were whole.
             || (first..=at.upto).any(gone)
     }
@@ -244,6 +262,9 @@ impl Oracle {
                 return Err("durable records are called lost, and none are".into());
             }
             let (now, catalogue) = (&journal.disks[disk], &journal.catalogue.disks[disk]);
+            if !now.missing.is_empty() && !known.faults.any_group {
+                return Err(format!("disk {disk}: records {:?} are missing, and nothing was damaged", now.missing));
+            }
             if now.applied < known.applied && !known.faults.any_group {
                 return Err(format!("disk {disk}: applied fell from {} to {}", known.applied, now.applied));
             }
@@ -252,7 +273,7 @@ impl Oracle {
             // What was sent again is whole again.
             known.faults.records.retain(|lost| journal.record(disk, *lost).is_none());
             let kept =
-                known.faults.records.range(catalogue.freed + 1..).filter(|lost| **lost <= acknowledged);
+                known.faults.records.range(catalogue.freed.min(now.applied) + 1..).filter(|lost| **lost <= acknowledged);
             for lost in kept {
                 if !now.missing.contains(lost) && !catalogue.is_given_up(*lost) {
                     return Err(format!("disk {disk}: record {lost} is lost and nobody says so"));
@@ -276,6 +297,10 @@ impl Oracle {
             if listed.contains(&mark) && !all {
                 return Err(format!("point {mark} is listed and not durable on every disk"));
             }
+            if listed.contains(&mark) {
+                let places = (0..self.known.len()).filter_map(|disk| Some((disk, on(disk)?))).collect();
+                self.listed(journal, source, mark, places, promised)?;
+            }
             let is_promised = |disk: usize| {
                 let Some(sequence) = on(disk).filter(|sequence| *sequence <= source.disks[disk].acknowledged)
                 else {
@@ -287,6 +312,38 @@ impl Oracle {
             };
             if !listed.contains(&mark) && all && (0..self.known.len()).all(is_promised) {
                 return Err(format!("point {mark} is on every disk and not listed"));
+            }
+        }
+        Ok(())
+    }
+
+    /// A point that is listed can be read, as far as no fault explains that it cannot, and is a state of the source or
+    /// said to promise less.
+    fn listed(
+        &mut self,
+        journal: &Journal,
+        source: &Source,
+        mark: usize,
+        places: Vec<(usize, Sequence)>,
+        promised: &[BTreeSet<At>],
+    ) -> Verdict {
+        let degraded = places.iter().any(|(disk, sequence)| journal.is_degraded(*disk, *sequence));
+        self.judged.degraded += usize::from(degraded);
+        for (disk, sequence) in places {
+            let catalogue = &journal.catalogue.disks[disk];
+            let is_end = catalogue.kept_end(mark).is_some();
+            let at = catalogue.locate(sequence);
+            let is_state = source.disks[disk].states[sequence].is_some();
+            if !degraded && !is_state && !promised[disk].contains(&at) {
+                return Err(format!("point {mark} is listed as a state and is none on disk {disk}"));
+            }
+            if is_end || promised[disk].contains(&at) {
+                continue;
+            }
+            for (block, seen) in journal.view(disk, at).iter().enumerate() {
+                if seen.contains(&None) && !self.explains(journal, disk, at, block) {
+                    return Err(format!("point {mark} is listed and cannot be read: disk {disk} {at:?}"));
+                }
             }
         }
         Ok(())

@@ -160,6 +160,8 @@ impl Player {
             Action::Pin => self.pin()?,
             Action::Roll => self.roll(disk)?,
             Action::Rot => self.rot()?,
+            Action::Carry => self.carry()?,
+            Action::GiveUp => self.give_up(disk)?,
             Action::Stop if self.journal.chaos.rng.chance(600) => return Err(Stop::PowerLoss),
             Action::Stop => return Err(Stop::Kill),
             Action::Wait => self.journal.now += 10, // The source's clock follows with the next tick.
@@ -208,10 +210,10 @@ impl Player {
         for (disk, epoch, blocks) in std::mem::take(&mut self.journal.dropped) {
             self.oracle.frames_dropped(disk, epoch, &blocks);
         }
-        self.tell_what_is_lost();
         if let Err(stop) = opened {
-            return Ok(Err(stop));
+            return Ok(Err(stop)); // what it would say of losses may be what memory knew before
         }
+        self.tell_what_is_lost();
         let alarms = |found: Found| found.by_later_groups + found.by_manifest + found.by_peer;
         let after = alarms(self.journal.found) - alarms(before);
         self.oracle.check_open(&self.journal, &self.source, after)?;
