@@ -22,12 +22,14 @@ pub(crate) enum Action {
     Rot,
     Carry,
     GiveUp,
+    Grow,
+    Scrub,
     Stop,
     Wait,
 }
 
 /// What can happen, and how often it does; each seed makes some of it rarer and some more frequent.
-pub(crate) const ACTIONS: [(Action, usize); 17] = [
+pub(crate) const ACTIONS: [(Action, usize); 19] = [
     (Action::Write, 200),
     (Action::Mark, 100),
     (Action::Receive, 180),
@@ -43,6 +45,8 @@ pub(crate) const ACTIONS: [(Action, usize); 17] = [
     (Action::Rot, 8),
     (Action::Carry, 8),
     (Action::GiveUp, 2),
+    (Action::Grow, 10),
+    (Action::Scrub, 10),
     (Action::Stop, 6),
     (Action::Wait, 4),
 ];
@@ -74,6 +78,12 @@ pub(crate) const fn favoured(rule: Option<Rule>) -> &'static [(Action, usize)] {
         }
         Some(Rule::CarriedAreMissed) => {
             &[(Action::Carry, 10), (Action::Wait, 8), (Action::Rot, 30), (Action::Receive, 2), (Action::Stop, 4)]
+        }
+        Some(Rule::PointsKeepTheirSize | Rule::RollbackTakesAllBlocks) => {
+            &[(Action::Grow, 10), (Action::Apply, 2), (Action::Roll, 3)]
+        }
+        Some(Rule::DamageIsWritten | Rule::OlderImagesHide | Rule::DamageIsHandedOn) => {
+            &[(Action::Rot, 20), (Action::Scrub, 10), (Action::Mark, 2), (Action::Apply, 2), (Action::Thin, 2)]
         }
         Some(Rule::LostBeforePassed | Rule::LossDegradesPoints) => &[(Action::GiveUp, 20), (Action::Mark, 2)],
         Some(Rule::CutIsRecorded) => &[(Action::Rot, 10), (Action::Stop, 5)],

@@ -11,8 +11,10 @@ mod actions;
 #[cfg(feature = "sim")]
 mod against_store;
 mod carry;
+mod damage;
 mod device;
 mod faults;
+mod growth;
 #[cfg(feature = "sim")]
 #[path = "../journal_lab/mod.rs"]
 mod journal_lab;

@@ -117,6 +117,18 @@ rules! {
     /// The oldest run expires first.
     OldestExpires = 100,
 
+    // Growth and damage.
+    /// A point has the size that its disk had behind its last record.
+    PointsKeepTheirSize = 100,
+    /// A rollback over a growth takes what is behind the old end back, too.
+    RollbackTakesAllBlocks = 400,
+    /// What is found damaged is written down.
+    DamageIsWritten = 200,
+    /// A damaged image concerns no point that has an older image of its block.
+    OlderImagesHide = 1500,
+    /// A merge hands on the damage that points outside the merged run need.
+    DamageIsHandedOn = 400,
+
     // Bulk and rollback.
     /// Bulk progress is recorded after the target was flushed.
     BulkFlushFirst = 200,

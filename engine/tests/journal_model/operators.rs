@@ -7,7 +7,7 @@ use super::device::Stop;
 use super::manifest::{Change, Kind};
 use super::mutations::Rule;
 use super::play::Player;
-use super::records::{At, BLOCKS};
+use super::records::{At, BLOCKS, SECTORS};
 
 /// A rollback of one disk on its way.
 pub(crate) struct Rollback {
@@ -32,7 +32,7 @@ impl Player {
         }
         let live: Vec<u32> = (0..BLOCKS).flat_map(|block| self.journal.live(disk, block)).collect();
         if !self.journal.keeps(Rule::NoBypassWithPoints) {
-            for block in 0..BLOCKS {
+            for block in 0..self.source.disks[disk].now.len() / SECTORS {
                 self.journal.bulk(disk, block, self.source.block(disk, block))?;
             }
         }
@@ -199,7 +199,8 @@ impl Player {
             self.rollback = None;
             return Ok(());
         }
-        let (to, state) = places[self.journal.chaos.rng.below(places.len())].clone();
+        let (to, mut state) = places[self.journal.chaos.rng.below(places.len())].clone();
+        state.resize(BLOCKS * SECTORS, 0);
         let epoch = self.journal.catalogue.disks[disk].active() + 1;
         let newest = newest
             .or(own.states[own.stream.len()].is_some().then_some(At { base: epoch, upto: own.stream.len() }));
@@ -218,7 +219,7 @@ impl Player {
         }
         let live: Vec<u32> = (0..BLOCKS).flat_map(|block| self.journal.live(disk, block)).collect();
         // A block that became a hole on the way was left as it stood; then the rollback is not whole.
-        let wanted: Vec<Option<u32>> = self.journal.view(disk, to).into_iter().flatten().collect();
+        let wanted: Vec<Option<u32>> = self.journal.view_of_all(disk, to).into_iter().flatten().collect();
         if wanted.contains(&None) {
             self.oracle.forget_end(disk, *epoch);
         } else if live != *state {

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::machine::Journal;
 use super::manifest::{Epoch, Kind};
-use super::records::{At, Entry, Group, IN_FLIGHT, SECTORS, Seen, Sequence, WINDOW};
+use super::records::{At, BLOCKS, Entry, Group, IN_FLIGHT, SECTORS, Seen, Sequence, WINDOW};
 use super::source::{Source, SourceDisk};
 
 #[derive(Default)]
@@ -35,6 +35,11 @@ struct Known {
     applied: Sequence,
     /// Up to here the log was freed whoever needed it: there is nothing inside epochs that began by then.
     hollow: Sequence,
+    /// Blocks it was found with, and the last record before it grew.
+    found_blocks: usize,
+    grown: Option<Sequence>,
+    /// How many images had rotted, and how many holes were put into runs, when its runs were read last.
+    scrubbed: Option<(usize, usize)>,
 }
 
 /// How much was judged, so that a test can see that it was not nothing.
@@ -44,6 +49,7 @@ pub(crate) struct Judged {
     pub(crate) hole_sectors: usize,
     pub(crate) points: usize,
     pub(crate) degraded: usize,
+    pub(crate) damaged: usize,
 }
 
 pub(crate) struct Oracle {
@@ -58,9 +64,10 @@ pub(crate) struct Oracle {
 type Verdict = Result<(), String>;
 
 impl Oracle {
-    pub(crate) fn new(disks: usize) -> Self {
+    pub(crate) fn new(found_blocks: &[usize]) -> Self {
+        let known = |found_blocks: &usize| Known { found_blocks: *found_blocks, ..Known::default() };
         Self {
-            known: (0..disks).map(|_| Known::default()).collect(),
+            known: found_blocks.iter().map(known).collect(),
             pinned: BTreeSet::new(),
             doubtful: BTreeSet::new(),
             judged: Judged::default(),
@@ -128,6 +135,17 @@ impl Oracle {
     /// The end of this epoch is no state: its rollback met a hole.
     pub(crate) fn forget_end(&mut self, disk: usize, epoch: usize) {
         self.known[disk].ends.insert(epoch, None);
+    }
+
+    /// The disk is larger behind this record.
+    pub(crate) fn grows(&mut self, disk: usize, after: Sequence) {
+        self.known[disk].grown = Some(after);
+    }
+
+    /// All runs of a disk were read; `holes` were put into runs so far.
+    pub(crate) fn scrubbed(&mut self, disk: usize, holes: usize) {
+        let known = &mut self.known[disk];
+        known.scrubbed = Some((known.faults.images.len(), holes));
     }
 
     /// The log is freed up to these sequences, and what waits is carried.
@@ -205,9 +223,18 @@ impl Oracle {
         state: &[u32],
     ) -> Verdict {
         self.judged.views += 1;
+        let known = &self.known[disk];
+        let grown = known.grown.is_some_and(|after| after < at.upto);
+        let blocks = if grown { BLOCKS } else { known.found_blocks };
+        if view.len() != blocks {
+            return Err(format!("disk {disk} {at:?}: has {} blocks, had {blocks}", view.len()));
+        }
+        self.judge_damage(journal, disk, at)?;
         for (block, seen) in view.iter().enumerate() {
-            let wanted = &state[block * SECTORS..][..SECTORS];
-            if seen.iter().zip(wanted).any(|(seen, wanted)| seen.is_some_and(|seen| seen != *wanted)) {
+            // Behind the end of a state that is older than the growth stand zeros.
+            let wanted: [u32; SECTORS] =
+                std::array::from_fn(|at| state.get(block * SECTORS + at).copied().unwrap_or(0));
+            if seen.iter().zip(&wanted).any(|(seen, wanted)| seen.is_some_and(|seen| seen != *wanted)) {
                 return Err(format!("disk {disk} {at:?}: block {block} reads {seen:?}, was {wanted:?}"));
             }
             let holes = seen.iter().filter(|seen| seen.is_none()).count();
@@ -217,6 +244,32 @@ impl Oracle {
             }
         }
         Ok(())
+    }
+
+    /// Where images alone can be damaged, and all runs were read since: the end of an epoch has a hole, also behind the end
+    /// it had, for a rollback needs that, if and only if that is known of it.
+    fn judge_damage(&mut self, journal: &Journal, disk: usize, at: At) -> Verdict {
+        let (known, catalogue) = (&self.known[disk], &journal.catalogue.disks[disk]);
+        let faults = &known.faults;
+        let images_only = !faults.any_group
+            && faults.cut.is_empty()
+            && faults.given_up.is_empty()
+            && known.hollow == 0
+            && known.scrubbed == Some((faults.images.len(), journal.found.holes));
+        let is_end = catalogue.epochs.get(at.base).is_none_or(|epoch| epoch.first > at.upto);
+        if !images_only || !is_end {
+            return Ok(());
+        }
+        let (has_hole, is_known) = (
+            journal.view_of_all(disk, at).iter().flatten().any(Option::is_none),
+            catalogue.is_damaged(at),
+        );
+        self.judged.damaged += usize::from(is_known);
+        match (has_hole, is_known) {
+            (true, false) => Err(format!("disk {disk} {at:?}: it is damaged, and nobody knows")),
+            (false, true) => Err(format!("disk {disk} {at:?}: it is called damaged, and is whole")),
+            _ => Ok(()),
+        }
     }
 
     /// Whether an injected fault explains a hole.
@@ -236,6 +289,8 @@ impl Oracle {
             || faults.records.range(first..=at.upto.max(first)).any(|lost| *lost <= at.upto)
             // The log does not say any more what the records before APPLIED wrote.
             || (known.hollow > 0 || !faults.given_up.is_empty()) && faults.images.iter().any(|image| image.0 >= at.base)
+            // What was given up may have been written before a run was cut, and cannot be compared any more.
+            || !faults.given_up.is_empty() && faults.cut.iter().any(|epoch| *epoch >= at.base)
             || faults.given_up.range(first..=at.upto.max(first)).any(|lost| *lost <= at.upto)
             // After such a loss the log may have to be cut before groups that were whole.
             || (first..=at.upto).any(gone)

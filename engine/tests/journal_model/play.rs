@@ -5,6 +5,7 @@
 
 use super::actions::{ACTIONS, Action, favoured};
 use super::device::{Chaos, Stop};
+use super::growth::SMALL;
 use super::machine::{Found, Journal};
 use super::manifest::Kind;
 use super::mutations::Rule;
@@ -65,11 +66,16 @@ impl Player {
         let mut rng = Rng::new(seed);
         let disks = 1 + usize::from(rng.chance(650));
         let created: Vec<bool> = (0..disks).map(|_| rng.chance(500)).collect();
-        let targets: Vec<Vec<u32>> = created
+        let mut targets: Vec<Vec<u32>> = created
             .iter()
             .map(|created| (0..BLOCKS * SECTORS).map(|at| if *created { 0 } else { 1 + at as u32 }).collect())
             .collect();
-        let source = Source::new(&mut rng, &targets, &created);
+        let mut source = Source::new(&mut rng, &targets, &created);
+        let small: Vec<bool> = created.iter().map(|created| !created && rng.chance(400)).collect();
+        for (disk, target) in targets.iter_mut().enumerate().filter(|(disk, _)| small[*disk]) {
+            target[SMALL * SECTORS..].fill(0);
+            source.disks[disk].begin_small();
+        }
         // A broken rule shows soonest where much goes wrong; all rules together must stand that too.
         let harsh = rng.chance(300) || favours.is_some();
         let many = favours == Some(Rule::WaitForLastApplied); // This one takes a rare fault at a rare place.
@@ -96,7 +102,10 @@ impl Player {
         (journal.chaos.stop_per_mille, journal.chaos.flush_failure_per_mille) =
             (stop_per_mille, flush_failure_per_mille);
         let bulk_written = vec![Vec::new(); disks];
-        let (oracle, again) = (Oracle::new(disks), vec![Vec::new(); disks]);
+        for (blocks, _) in journal.found_blocks.iter_mut().zip(&small).filter(|disk| *disk.1) {
+            *blocks = SMALL;
+        }
+        let (oracle, again) = (Oracle::new(&journal.found_blocks), vec![Vec::new(); disks]);
         let report = Report::default();
         Self { journal, source, oracle, report, rollback: None, bulk_written, again, weights, faults_left }
     }
@@ -162,6 +171,11 @@ impl Player {
             Action::Rot => self.rot()?,
             Action::Carry => self.carry()?,
             Action::GiveUp => self.give_up(disk)?,
+            Action::Grow => self.grow(disk)?,
+            Action::Scrub => {
+                self.journal.scrub(disk)?;
+                self.oracle.scrubbed(disk, self.journal.found.holes);
+            }
             Action::Stop if self.journal.chaos.rng.chance(600) => return Err(Stop::PowerLoss),
             Action::Stop => return Err(Stop::Kill),
             Action::Wait => self.journal.now += 10, // The source's clock follows with the next tick.
@@ -214,6 +228,7 @@ impl Player {
             return Ok(Err(stop)); // what it would say of losses may be what memory knew before
         }
         self.tell_what_is_lost();
+        self.grow_with_target();
         let alarms = |found: Found| found.by_later_groups + found.by_manifest + found.by_peer;
         let after = alarms(self.journal.found) - alarms(before);
         self.oracle.check_open(&self.journal, &self.source, after)?;
@@ -330,7 +345,8 @@ impl Player {
     fn same_at_home(&self) -> Result<(), String> {
         for (disk, own) in self.source.disks.iter().enumerate() {
             let live: Vec<u32> = (0..BLOCKS).flat_map(|block| self.journal.live(disk, block)).collect();
-            if live != own.now {
+            let (here, behind) = live.split_at(own.now.len());
+            if here != own.now || behind.iter().any(|value| *value != 0) {
                 return Err(format!("disk {disk}: the target reads {live:?}, the source is {:?}", own.now));
             }
         }

@@ -44,6 +44,8 @@ report! {
     freed: "segments freed",
     carried: "segments freed after what waited in them was carried",
     given_up: "times that what waited for a target was given up",
+    grown: "disks that grew",
+    damaged: "points that are known to be damaged",
     degraded: "points listed that promise less",
     resyncs: "compare passes",
     rollbacks: "rollbacks",
@@ -69,5 +71,6 @@ impl Report {
         self.hole_sectors = judged.hole_sectors;
         self.points = judged.points;
         self.degraded = judged.degraded;
+        self.damaged = judged.damaged;
     }
 }

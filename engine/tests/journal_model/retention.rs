@@ -116,7 +116,8 @@ impl Journal {
         if !self.keeps(Rule::EditBeforeUnlink) {
             inputs.iter().for_each(|file| _ = self.runs.remove(file));
         }
-        self.commit(Change::Merge { disk, inputs, output })?;
+        let hands_on = self.keeps(Rule::DamageIsHandedOn);
+        self.commit(Change::Merge { disk, inputs, output, hands_on })?;
         inputs.iter().for_each(|file| _ = self.runs.remove(file));
         Ok(())
     }
