@@ -362,7 +362,10 @@ impl Oracle {
                     return false;
                 };
                 let rotted = self.known[disk].faults.records.contains(&sequence);
-                let lost = rotted || journal.disks[disk].missing.contains(&sequence);
+                // A mark that left the log with the rest of its epoch is a point only where an epoch ended at it.
+                let freed = sequence <= self.known[disk].hollow
+                    && journal.catalogue.disks[disk].kept_end(mark).is_none();
+                let lost = rotted || freed || journal.disks[disk].missing.contains(&sequence);
                 !lost && promised[disk].contains(&journal.catalogue.disks[disk].locate(sequence))
             };
             if !listed.contains(&mark) && all && (0..self.known.len()).all(is_promised) {
