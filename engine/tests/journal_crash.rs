@@ -22,9 +22,9 @@ mod enumerate;
 mod journal_lab;
 #[path = "journal_crash/oracle.rs"]
 mod oracle;
-mod seeds;
 #[path = "journal_crash/rare.rs"]
 mod rare;
+mod seeds;
 #[path = "journal_crash/store.rs"]
 mod store;
 #[path = "journal_crash/workload.rs"]

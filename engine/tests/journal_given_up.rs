@@ -105,6 +105,8 @@ fn numbers_of_entries_that_were_given_up_are_not_used_again_when_a_stop_follows_
     let mut lab = place(&files).open().unwrap();
     lab.apply(0).unwrap();
     assert!(files.bytes(TARGET) == content([1, 2, 6]), "what was acknowledged is on the target");
+    assert!(lab.holes.iter().all(Vec::is_empty));
+    assert!(lab.view(0, At::entry(1, 2)).unwrap() == content([1, 2]), "the point before the loss");
 }
 
 #[test]

@@ -152,8 +152,7 @@ impl Disk {
 
     /// Whether a mark promises less than it says, for entries before it are lost.
     pub(crate) fn is_doubtful(&self, number: u64) -> bool {
-        let concerns =
-            |lost: &Lost| number >= lost.first && lost.mended.is_none_or(|mended| number < mended);
+        let concerns = |lost: &Lost| number >= lost.first && lost.mended.is_none_or(|mended| number < mended);
         self.lost.iter().any(concerns)
     }
 
@@ -330,8 +329,7 @@ impl Promise<'_> {
             self.judge_points(&mut store, disk);
             self.judge_damage(&shape, disk);
             views.losses += shape.lost.len();
-            views.carried +=
-                store.journal.entries(id(disk)).iter().filter(|entry| entry.carried).count();
+            views.carried += store.journal.entries(id(disk)).iter().filter(|entry| entry.carried).count();
         }
         if goes_on {
             go_on(files, store, disks);
@@ -394,7 +392,8 @@ impl Promise<'_> {
                 Ok(got) => {
                     assert_eq!(first_wrong(&got, wanted), None, "disk {disk} at {at}");
                     views.inside_entries += usize::from(at.records > 0);
-                    views.of_other_sizes += usize::from(got.len() as u64 != shape.size_sectors() * SECTOR_BYTES);
+                    views.of_other_sizes +=
+                        usize::from(got.len() as u64 != shape.size_sectors() * SECTOR_BYTES);
                 }
                 Err(error) => assert!(!due.contains(at), "disk {disk} at {at} cannot be had: {error}"),
             }
@@ -421,7 +420,11 @@ impl Promise<'_> {
         for mark in listed.iter().filter(|listed| !listed.kept) {
             let allowed = [before, after].map(|known| known.is_doubtful(mark.at.number));
             let degraded = mark.degraded;
-            assert!(allowed.contains(&degraded), "disk {disk}: the mark at {} is degraded: {degraded}", mark.at);
+            assert!(
+                allowed.contains(&degraded),
+                "disk {disk}: the mark at {} is degraded: {degraded}",
+                mark.at
+            );
         }
         let due: BTreeSet<At> = self.due(disk).copied().collect();
         for (number, point) in before.marks.range(..=before.committed) {
@@ -441,7 +444,10 @@ impl Promise<'_> {
     fn judge_damage(&self, shape: &DiskShape, disk: usize) {
         let [before, after] = [self.before, self.after].map(|known| &known.disks[disk].damaged_entries);
         for number in before.keys().filter(|number| after.contains_key(*number)) {
-            assert!(shape.is_entry_damaged(*number), "disk {disk}: that entry {number} is damaged is forgotten");
+            assert!(
+                shape.is_entry_damaged(*number),
+                "disk {disk}: that entry {number} is damaged is forgotten"
+            );
         }
         for entry in &shape.damaged_entries {
             let known = before.contains_key(&entry.number) || after.contains_key(&entry.number);

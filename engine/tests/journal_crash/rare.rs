@@ -181,7 +181,8 @@ impl Player {
         if self.rng.below(3) == 0 {
             return self.damage_entry(disk);
         }
-        let (share, block, len) = (self.rng.next() as usize, self.rng.below(SECTORS / 8), 1 + self.rng.below(2));
+        let (share, block, len) =
+            (self.rng.next() as usize, self.rng.below(SECTORS / 8), 1 + self.rng.below(2));
         let store = self.store();
         let shape = store.journal.shape().disks[&id(disk)].clone();
         let applied = *store.disks[disk].applied();

@@ -258,8 +258,9 @@ impl Player {
 
     /// A batch of one to three writes: of a stretch of either kind, or of a pass, which may write parts of it only.
     fn write(&mut self, disk: usize) {
-        let kind = [EntryKind::Batch, EntryKind::Batch, EntryKind::Ordered, EntryKind::Ordered, EntryKind::Bulk]
-            [self.rng.below(5) as usize];
+        let kind =
+            [EntryKind::Batch, EntryKind::Batch, EntryKind::Ordered, EntryKind::Ordered, EntryKind::Bulk]
+                [self.rng.below(5) as usize];
         let known = &mut self.oracle.disks[disk];
         let (number, sectors) = (known.appended + 1, known.size());
         let mut contents = vec![known.content().to_vec()];
@@ -293,9 +294,7 @@ impl Player {
             (count as u32, Arc::new(contents.swap_remove(count)))
         });
         let body = match kind {
-            EntryKind::Bulk => {
-                bulk(id(disk), number, SectorRange::new(0, sectors), &keep, &records)
-            }
+            EntryKind::Bulk => bulk(id(disk), number, SectorRange::new(0, sectors), &keep, &records),
             _ => batch(id(disk), number, &records).to_vec(),
         };
         self.append(disk, kind, &body, content, part);

@@ -76,15 +76,23 @@ pub(crate) const fn favoured(rule: Option<Rule>) -> &'static [(Action, usize)] {
         Some(Rule::CarryWhatWaits | Rule::CarryBeforeFree | Rule::NoPointsWithoutLog) => {
             &[(Action::Carry, 6), (Action::Wait, 6), (Action::Receive, 2), (Action::Stop, 2)]
         }
-        Some(Rule::CarriedAreMissed) => {
-            &[(Action::Carry, 10), (Action::Wait, 8), (Action::Rot, 30), (Action::Receive, 2), (Action::Stop, 4)]
-        }
+        Some(Rule::CarriedAreMissed) => &[
+            (Action::Carry, 10),
+            (Action::Wait, 8),
+            (Action::Rot, 30),
+            (Action::Receive, 2),
+            (Action::Stop, 4),
+        ],
         Some(Rule::PointsKeepTheirSize | Rule::RollbackTakesAllBlocks) => {
             &[(Action::Grow, 10), (Action::Apply, 2), (Action::Roll, 3)]
         }
-        Some(Rule::DamageIsWritten | Rule::OlderImagesHide | Rule::DamageIsHandedOn) => {
-            &[(Action::Rot, 20), (Action::Scrub, 10), (Action::Mark, 2), (Action::Apply, 2), (Action::Thin, 2)]
-        }
+        Some(Rule::DamageIsWritten | Rule::OlderImagesHide | Rule::DamageIsHandedOn) => &[
+            (Action::Rot, 20),
+            (Action::Scrub, 10),
+            (Action::Mark, 2),
+            (Action::Apply, 2),
+            (Action::Thin, 2),
+        ],
         Some(Rule::LostBeforePassed | Rule::LossDegradesPoints) => &[(Action::GiveUp, 20), (Action::Mark, 2)],
         Some(Rule::CutIsRecorded) => &[(Action::Rot, 10), (Action::Stop, 5)],
         _ => &[],

@@ -47,7 +47,9 @@ impl Journal {
         let oldest = self.catalogue.segments.first()?.file;
         let mut waiting = Vec::new();
         for (disk, known) in self.disks.iter().enumerate() {
-            for (sequence, _) in known.places.range(known.applied + 1..).filter(|place| place.1.file == oldest) {
+            for (sequence, _) in
+                known.places.range(known.applied + 1..).filter(|place| place.1.file == oldest)
+            {
                 waiting.push(self.record(disk, *sequence)?.clone());
             }
         }

@@ -49,7 +49,8 @@ impl Journal {
                     continue;
                 }
                 let older = runs[..at].iter().rev().find(|older| self.image(disk, **older, block).is_some());
-                let since = older.filter(|_| self.keeps(Rule::OlderImagesHide)).map_or(0, |older| older.low + 1);
+                let since =
+                    older.filter(|_| self.keeps(Rule::OlderImagesHide)).map_or(0, |older| older.low + 1);
                 let found = Damaged { low: run.low, high: run.high, block, since };
                 if !self.catalogue.disks[disk].damaged.contains(&found) {
                     self.note_damaged(disk, found)?;

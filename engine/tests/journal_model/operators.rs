@@ -98,7 +98,8 @@ impl Player {
         let (own, known) = (&self.source.disks[disk], &self.journal.disks[disk]);
         let rolling = self.rollback.as_ref().is_some_and(|rollback| rollback.disk == disk);
         let busy = rolling || own.suspended || own.bulk || !known.missing.is_empty();
-        if busy || known.applied >= known.durable || self.journal.catalogue.disks[disk].kind() != Kind::Normal {
+        if busy || known.applied >= known.durable || self.journal.catalogue.disks[disk].kind() != Kind::Normal
+        {
             return Ok(());
         }
         self.journal.give_up_waiting(disk)?;

@@ -260,10 +260,8 @@ impl Oracle {
         if !images_only || !is_end {
             return Ok(());
         }
-        let (has_hole, is_known) = (
-            journal.view_of_all(disk, at).iter().flatten().any(Option::is_none),
-            catalogue.is_damaged(at),
-        );
+        let (has_hole, is_known) =
+            (journal.view_of_all(disk, at).iter().flatten().any(Option::is_none), catalogue.is_damaged(at));
         self.judged.damaged += usize::from(is_known);
         match (has_hole, is_known) {
             (true, false) => Err(format!("disk {disk} {at:?}: it is damaged, and nobody knows")),
@@ -318,7 +316,10 @@ impl Oracle {
             }
             let (now, catalogue) = (&journal.disks[disk], &journal.catalogue.disks[disk]);
             if !now.missing.is_empty() && !known.faults.any_group {
-                return Err(format!("disk {disk}: records {:?} are missing, and nothing was damaged", now.missing));
+                return Err(format!(
+                    "disk {disk}: records {:?} are missing, and nothing was damaged",
+                    now.missing
+                ));
             }
             if now.applied < known.applied && !known.faults.any_group {
                 return Err(format!("disk {disk}: applied fell from {} to {}", known.applied, now.applied));
@@ -327,8 +328,11 @@ impl Oracle {
             let acknowledged = source.disks[disk].acknowledged;
             // What was sent again is whole again.
             known.faults.records.retain(|lost| journal.record(disk, *lost).is_none());
-            let kept =
-                known.faults.records.range(catalogue.freed.min(now.applied) + 1..).filter(|lost| **lost <= acknowledged);
+            let kept = known
+                .faults
+                .records
+                .range(catalogue.freed.min(now.applied) + 1..)
+                .filter(|lost| **lost <= acknowledged);
             for lost in kept {
                 if !now.missing.contains(lost) && !catalogue.is_given_up(*lost) {
                     return Err(format!("disk {disk}: record {lost} is lost and nobody says so"));

@@ -202,7 +202,9 @@ impl Journal {
             let epoch = catalogue.epochs[number];
             let has_log = catalogue.has_log_of(catalogue.locate(*sequence).base);
             (has_log || !self.keeps(Rule::NoPointsWithoutLog))
-                && *sequence >= self.window_start(disk) && epoch.kind != Kind::Bypass && *sequence <= known.durable
+                && *sequence >= self.window_start(disk)
+                && epoch.kind != Kind::Bypass
+                && *sequence <= known.durable
         };
         known.marks.get(&mark).copied().filter(in_window)
     }
