@@ -122,6 +122,7 @@ impl Sum {
             Step::Damage,
             Step::Sound,
             Step::Pin,
+            Step::Anew,
             Step::Reopen,
             Step::Close,
             Step::Make,

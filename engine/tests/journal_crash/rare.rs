@@ -1,5 +1,5 @@
 //! Steps of a workload that a journal seldom comes to: entries carried forward or given up, the compare behind that, a
-//! disk that grows, damage that is found and found sound again, points that are pinned.
+//! disk that grows, damage that is found and found sound again, points that are pinned, a manifest that is written anew.
 //!
 //! Invariants: each does what the master target does, in its order; which points an image concerns is reckoned here anew.
 //! Units: sectors, blocks, entry numbers. Called by the workload.
@@ -13,8 +13,10 @@ use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::manifest::{Edit, LossMended, PointKept};
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::format::undo::FRAMES_START;
+use reprotect_engine::io::{BlockFile as _, WriteAt};
 use reprotect_engine::store::files::Files as _;
 use reprotect_engine::store::journal::entry::bulk_prefix;
+use reprotect_engine::store::journal::offline::Offline;
 use reprotect_engine::store::journal::rot::{Found, reach};
 use reprotect_engine::store::journal::scrub::{EntryPlace, RunPlace};
 use reprotect_engine::store::journal::undo::BlockRange;
@@ -23,7 +25,7 @@ use reprotect_engine::units::{BLOCK_BYTES, DiskId, SECTOR_BYTES, SectorRange, Se
 
 use crate::journal_lab::{NOW, POSITION, id};
 use crate::oracle::Kept;
-use crate::store::{SECTORS, target_path};
+use crate::store::{FOLDER, SECTORS, target_path};
 use crate::workload::Player;
 
 /// How large a disk becomes at most: its whole content fits into one entry.
@@ -240,6 +242,18 @@ impl Player {
         assert!(journal.shape().disks[&id(disk)].damaged.is_empty(), "what is sound is called damaged");
         self.oracle.disks[disk].damaged_entries.clear();
         self.oracle.disks[disk].kept.values_mut().for_each(|kept| kept.damaged = false);
+    }
+
+    /// The program is killed while it writes to the manifest; the next one writes it anew, and takes the other away.
+    pub(crate) fn write_anew(&mut self) {
+        self.reopen_after(false, |files| {
+            let offline = Offline::open(files.opener(), Path::new(FOLDER)).unwrap();
+            let mut end = 0;
+            offline.edits(|at, head, _| end = at + head.stored_bytes()).unwrap();
+            let name = format!("manifest-{:08}", offline.superblock().manifest);
+            let mut file = files.opener().open(&Path::new(FOLDER).join(name), true).unwrap();
+            file.write(&[WriteAt { offset: end, data: &[0xa5; SECTOR_BYTES as usize] }]).unwrap();
+        });
     }
 
     /// A kept point is pinned, or is not any more.

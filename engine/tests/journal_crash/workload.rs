@@ -56,13 +56,14 @@ pub(crate) enum Step {
     Damage,
     Sound,
     Pin,
+    Anew,
     Reopen,
     Close,
     Make,
 }
 
 /// Every step but the making of a journal, and how often it is taken.
-const STEPS: [(Step, u64); 24] = [
+const STEPS: [(Step, u64); 25] = [
     (Step::Write, 30),
     (Step::Mark, 6),
     (Step::State, 4),
@@ -85,6 +86,7 @@ const STEPS: [(Step, u64); 24] = [
     (Step::Damage, 5),
     (Step::Sound, 2),
     (Step::Pin, 3),
+    (Step::Anew, 2),
     (Step::Reopen, 2),
     (Step::Close, 2),
 ];
@@ -213,6 +215,7 @@ impl Player {
             Step::Damage => self.damage(disk),
             Step::Sound => self.sound(disk),
             Step::Pin => self.pin(disk),
+            Step::Anew => self.write_anew(),
             Step::Reopen | Step::Close => self.reopen(step == Step::Close),
         }
         self.note_due(step);
@@ -530,6 +533,11 @@ impl Player {
 
     /// The program ends, in order or not, and is started again.
     pub(crate) fn reopen(&mut self, in_order: bool) {
+        self.reopen_after(in_order, |_| {});
+    }
+
+    /// As [`Self::reopen`], and something happens to the folder between the two.
+    pub(crate) fn reopen_after(&mut self, in_order: bool, between: impl FnOnce(&MemoryFiles)) {
         let store = self.store.take().unwrap();
         drop(store.disks);
         if in_order {
@@ -538,6 +546,7 @@ impl Player {
         } else {
             drop(store.journal);
         }
+        between(&self.files);
         let store = Store::open(&self.files, self.oracle.disks.len()).unwrap();
         for (disk, known) in self.oracle.disks.iter_mut().enumerate() {
             known.reopened(store.newest(disk), store.disks[disk].applied().number);
