@@ -91,8 +91,8 @@ sim: ## the simulator: [SEED=n] replays one seed with its events, [SEEDS=2000 or
 	$(if $(SEED),SIM_SEED=$(SEED)) $(if $(SEEDS),SIM_SEEDS=$(SEEDS)) \
 		$(CARGO) test --workspace --test sim -- --nocapture
 
-model: ## the journal's executable model: [SEEDS=20000] plays that many, [SEED=n [RULE=name]] replays one, without a rule
-	$(if $(SEED),MODEL_SEED=$(SEED) $(if $(RULE),MODEL_RULE=$(RULE)),MODEL_SEEDS=$(or $(SEEDS),20000)) \
+model: ## the journal's executable model: [SEEDS=20000] plays that many, [SEED=n [RULE=name or CONTROL=name]] replays one, without a rule, or as without it
+	$(if $(SEED),MODEL_SEED=$(SEED) $(if $(RULE),MODEL_RULE=$(RULE)) $(if $(CONTROL),MODEL_CONTROL=$(CONTROL)),MODEL_SEEDS=$(or $(SEEDS),20000)) \
 		$(CARGO) test -p reprotect-engine --all-features --test journal_model -- --nocapture
 
 fuzz: ## libFuzzer: [TIME=60] seconds for [TARGET=all] or one target

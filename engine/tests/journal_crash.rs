@@ -1,15 +1,17 @@
 //! Crash enumeration: small workloads of the whole journal, power lost behind each of their I/Os, every state judged.
 //!
 //! A workload is a seed. A journal with one to three disks is made and used for a while; then up to [`IOS_MAX`] writes,
-//! flushes and changes of names are recorded while it goes on: batches, marks, states, commits, windows, undo epochs,
-//! merges, expiry, release and recycling of segments, rollback and the way forward, opening, closing, or the making of a
-//! journal. For each prefix of these, subsets of what no flush covered reach the medium: all, none, all but one write,
+//! flushes and changes of names are recorded while it goes on: batches of either stretch and of a pass, marks, states,
+//! commits, windows, undo epochs, merges, expiry, release and recycling of segments, rollback and the way forward, entries
+//! carried forward or given up and the compare behind that, growth, damage that becomes known, pins, opening, closing, or
+//! the making of a journal. For each prefix of these, subsets of what no flush covered reach the medium: all, none, all but one write,
 //! one write only, a write torn at 512 B, single sectors; a file that was made without its name, a removal or a new name
 //! undone. The journal is opened, perhaps crashed while it opens, up to three times, and held against the oracle. So are
 //! a program that was killed, its writes still in a cache, and the folder read without opening it.
 //!
 //! Allowed is: all that was durable is there; every point that was kept before and after the step shows the disk as it
-//! was; nothing else is shown at any place; nothing is damaged, nothing is left lying about. In the suite few subsets of
+//! was, in its size, pinned, degraded or damaged as it was; what is given up is known to be lost, or is there; marks behind
+//! it promise less until the compare; nothing else is shown at any place; nothing is damaged, nothing is left lying about. In the suite few subsets of
 //! each prefix are tried and counted, with `CRASH_CASES` workloads more of them (`make crash`). `CRASH_SEED=n` plays one workload.
 //! Called by `cargo test`.
 #![cfg(feature = "sim")]
@@ -20,6 +22,8 @@ mod enumerate;
 mod journal_lab;
 #[path = "journal_crash/oracle.rs"]
 mod oracle;
+#[path = "journal_crash/rare.rs"]
+mod rare;
 mod seeds;
 #[path = "journal_crash/store.rs"]
 mod store;

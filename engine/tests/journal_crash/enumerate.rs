@@ -8,7 +8,7 @@ use std::fmt;
 
 use reprotect_engine::store::files::memory::{Event, MemoryFiles, Unflushed};
 
-use crate::oracle::Promise;
+use crate::oracle::{Promise, Views};
 use crate::workload::{Step, Workload};
 
 /// A small generator; everything follows from its seed.
@@ -54,7 +54,7 @@ pub(crate) struct Sum {
     kills: usize,
     offline: usize,
     went_on: usize,
-    views: usize,
+    views: Views,
     steps: BTreeSet<Step>,
 }
 
@@ -75,7 +75,7 @@ impl Sum {
         self.kills += other.kills;
         self.offline += other.offline;
         self.went_on += other.went_on;
-        self.views += other.views;
+        self.views.add(other.views);
         self.steps.extend(&other.steps);
     }
 
@@ -92,6 +92,10 @@ impl Sum {
             ("kills", self.kills),
             ("offline", self.offline),
             ("going on", self.went_on),
+            ("points between two records of an entry", self.views.inside_entries),
+            ("points from before a growth", self.views.of_other_sizes),
+            ("losses that are known", self.views.losses),
+            ("entries that were carried", self.views.carried),
         ];
         let mut unseen: Vec<String> =
             counts.iter().filter(|count| count.1 == 0).map(|count| count.0.to_owned()).collect();
@@ -111,6 +115,14 @@ impl Sum {
             Step::Shrink,
             Step::Rollback,
             Step::Forward,
+            Step::Carry,
+            Step::GiveUp,
+            Step::Mend,
+            Step::Grow,
+            Step::Damage,
+            Step::Sound,
+            Step::Pin,
+            Step::Anew,
             Step::Reopen,
             Step::Close,
             Step::Make,
@@ -140,10 +152,15 @@ impl fmt::Display for Sum {
             "  {} recoveries judged; {once} crashed before that, {twice} twice, {thrice} three times; {} after a kill",
             self.recoveries, self.kills
         )?;
+        let Views { all, inside_entries, of_other_sizes, losses, carried } = self.views;
+        writeln!(
+            f,
+            "  {all} views compared, {inside_entries} of them between two records of an entry, {of_other_sizes} from before a growth"
+        )?;
         write!(
             f,
-            "  {} views compared, {} folders read offline, {} used further",
-            self.views, self.offline, self.went_on
+            "  {losses} losses and {carried} carried entries met, {} folders read offline, {} used further",
+            self.offline, self.went_on
         )
     }
 }
@@ -242,7 +259,7 @@ impl Enumeration {
         let goes_on = self.rng.below(8) == 0;
         self.sum.went_on += usize::from(goes_on);
         self.sum.recoveries += 1;
-        self.sum.views += promise.judge(&files, disks, goes_on);
+        self.sum.views.add(promise.judge(&files, disks, goes_on));
     }
 
     /// The program is killed and started again: what it wrote stands in a cache. What the second one tells of, a power
@@ -258,7 +275,7 @@ impl Enumeration {
         let promise = Promise { before: promise.before, after: promise.after, told };
         self.sum.kills += 1;
         self.sum.recoveries += 1;
-        self.sum.views += promise.judge(&files, workload.disks, false);
+        self.sum.views.add(promise.judge(&files, workload.disks, false));
     }
 
     /// Subsets of what was not flushed: nothing and all of it first, the others in any order.

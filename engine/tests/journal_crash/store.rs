@@ -1,11 +1,13 @@
 //! The journal of a workload with its disks, opened and used as the master target does.
 //!
-//! Invariant: opening finds nothing damaged, nothing missing and no hole, for nothing was injected. Units: entry numbers,
+//! Invariant: opening finds nothing damaged, nothing missing but what was given up, and no hole, for nothing was injected;
+//! a target that is larger than the manifest says is taken at its size. Units: entry numbers,
 //! sectors. Called by the workload, which goes on with it, and the oracle, which judges what a crash left.
 
 use std::path::Path;
 
 use reprotect_engine::format::manifest::EpochCause;
+use reprotect_engine::format::segment::Applied;
 use reprotect_engine::io::{BlockFile, ReadAt};
 use reprotect_engine::store::files::memory::MemoryFiles;
 use reprotect_engine::store::journal::applier::Applier;
@@ -48,16 +50,48 @@ impl Store {
         let mut store = Self { journal, disks: Vec::new(), logs };
         for disk in 0..store.logs.len() {
             let log = &store.logs[disk];
-            assert_eq!(log.missing, [], "entries of disk {disk} are missing");
+            let given_up = |number| {
+                let mut lost = store.journal.shape().disks[&id(disk)].lost.iter();
+                lost.any(|loss| (loss.entries.first..=loss.entries.last).contains(&number))
+            };
+            let mut missing = log.missing.iter().flat_map(|(start, end)| *start..*end);
+            assert!(missing.all(given_up), "entries {:?} of disk {disk} are missing", log.missing);
             let applied = log.applied.map(|(applied, _)| applied);
             let target = files.opener().open(Path::new(&target_path(disk)), true)?;
             let (applier, holes) = Applier::open(&store.journal, id(disk), target, applied)?;
             assert_eq!(holes, [], "the open run of disk {disk} has holes");
             store.disks.push(applier);
-            resume(&mut store.journal, &mut store.disks[disk], NOW)?;
-            store.begin(disk)?;
+            store.go_on(disk)?;
         }
         Ok(store)
+    }
+
+    /// What the start of a disk does with one that was opened.
+    pub(crate) fn go_on(&mut self, disk: usize) -> Result<u64, JournalError> {
+        let applier = &mut self.disks[disk];
+        resume(&mut self.journal, applier, NOW)?;
+        let size_sectors = applier.target().size_bytes() / SECTOR_BYTES;
+        if size_sectors > applier.size_sectors() {
+            applier.grow(&mut self.journal, size_sectors, NOW)?;
+        }
+        self.begin(disk)
+    }
+
+    /// Closes a disk and opens it as a start does; `between` has it meanwhile. `applied` is what the log says last.
+    pub(crate) fn open_again(
+        &mut self,
+        files: &MemoryFiles,
+        disk: usize,
+        applied: Option<Applied>,
+        between: impl FnOnce(&mut Journal),
+    ) -> Result<(), JournalError> {
+        drop(self.disks.remove(disk));
+        between(&mut self.journal);
+        let target = files.opener().open(Path::new(&target_path(disk)), true)?;
+        let (applier, holes) = Applier::open(&self.journal, id(disk), target, applied)?;
+        assert_eq!(holes, [], "the open run of disk {disk} has holes");
+        self.disks.insert(disk, applier);
+        Ok(())
     }
 
     /// Begins an undo epoch where none goes on; the first of a disk is its first.
@@ -85,7 +119,7 @@ impl Store {
     }
 
     pub(crate) fn target(&mut self, disk: usize) -> Vec<u8> {
-        let mut bytes = vec![0; DISK_BYTES];
+        let mut bytes = vec![0; self.disks[disk].target().size_bytes() as usize];
         self.disks[disk].target().read(&mut [ReadAt { offset: 0, data: &mut bytes }]).unwrap();
         bytes
     }

@@ -22,12 +22,13 @@ use reprotect_engine::store::journal::points::own_id;
 use reprotect_engine::store::journal::rollback::rollback;
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{Journal, Run, thin};
-use reprotect_engine::units::{PeerId, SECTOR_BYTES, SectorRange, Sequence, Timestamp};
+use reprotect_engine::units::{PeerId, SectorRange, Sequence, Timestamp};
 
 use crate::IOS_MAX;
 use crate::enumerate::Rng;
 use crate::journal_lab::{NOW, POSITION, batch, id};
-use crate::oracle::{Disk, Oracle, is_bare};
+use crate::oracle::{Disk, Kept, Oracle, is_bare};
+use crate::rare::{bulk, lay};
 use crate::store::{DISK_BYTES, FOLDER, SECTORS, SETTINGS, Store, target_path};
 
 /// What is done; the order is that of [`Workload::weights`].
@@ -48,13 +49,21 @@ pub(crate) enum Step {
     Shrink,
     Rollback,
     Forward,
+    Carry,
+    GiveUp,
+    Mend,
+    Grow,
+    Damage,
+    Sound,
+    Pin,
+    Anew,
     Reopen,
     Close,
     Make,
 }
 
 /// Every step but the making of a journal, and how often it is taken.
-const STEPS: [(Step, u64); 17] = [
+const STEPS: [(Step, u64); 25] = [
     (Step::Write, 30),
     (Step::Mark, 6),
     (Step::State, 4),
@@ -70,6 +79,14 @@ const STEPS: [(Step, u64); 17] = [
     (Step::Shrink, 1),
     (Step::Rollback, 3),
     (Step::Forward, 2),
+    (Step::Carry, 5),
+    (Step::GiveUp, 4),
+    (Step::Mend, 4),
+    (Step::Grow, 3),
+    (Step::Damage, 5),
+    (Step::Sound, 2),
+    (Step::Pin, 3),
+    (Step::Anew, 2),
     (Step::Reopen, 2),
     (Step::Close, 2),
 ];
@@ -92,12 +109,14 @@ pub(crate) struct Workload {
     pub(crate) played: Vec<Played>,
 }
 
-struct Player {
-    rng: Rng,
-    files: MemoryFiles,
-    store: Option<Store>,
-    oracle: Oracle,
+pub(crate) struct Player {
+    pub(crate) rng: Rng,
+    pub(crate) files: MemoryFiles,
+    pub(crate) store: Option<Store>,
+    pub(crate) oracle: Oracle,
     weights: Vec<u64>,
+    /// Its target seldom takes anything, so that its entries wait.
+    stands: Option<usize>,
 }
 
 impl Workload {
@@ -110,7 +129,8 @@ impl Workload {
         }
         let weights = STEPS.iter().map(|(_, weight)| weight * [1, 1, 2, 4][rng.below(4) as usize]).collect();
         let oracle = Oracle { disks: (0..disks).map(|disk| Disk::new(found(disk))).collect(), made: 0 };
-        let mut player = Player { rng, files, store: None, oracle, weights };
+        let stands = (rng.below(2) == 0).then(|| rng.below(disks as u64) as usize);
+        let mut player = Player { rng, files, store: None, oracle, weights, stands };
         let (mut base, mut skipped) = (player.files.snapshot(), 0);
         let mut played = Vec::new();
         // Every tenth workload is the making of the journal; the others begin somewhere in its life.
@@ -166,6 +186,9 @@ impl Player {
     fn play(&mut self, step: Step) -> Played {
         let (before, start) = (Rc::new(self.oracle.clone()), self.files.happened());
         let disk = self.rng.below(self.oracle.disks.len() as u64) as usize;
+        let applies = matches!(step, Step::Apply | Step::Epoch | Step::Rollback | Step::Forward | Step::Grow);
+        let stands = applies && self.stands == Some(disk) && self.rng.below(5) > 0;
+        let step = if stands { Step::Write } else { step };
         match step {
             Step::Make => self.make(),
             Step::Write => self.write(disk),
@@ -185,6 +208,14 @@ impl Player {
             Step::Prepare => self.store().journal.prepare(2).unwrap(),
             Step::Shrink => self.store().journal.shrink(1).unwrap(),
             Step::Rollback | Step::Forward => self.roll_back(disk, step == Step::Forward),
+            Step::Carry => self.carry(),
+            Step::GiveUp => self.give_up(disk),
+            Step::Mend => self.mend(disk),
+            Step::Grow => self.grow(disk),
+            Step::Damage => self.damage(disk),
+            Step::Sound => self.sound(disk),
+            Step::Pin => self.pin(disk),
+            Step::Anew => self.write_anew(),
             Step::Reopen | Step::Close => self.reopen(step == Step::Close),
         }
         self.note_due(step);
@@ -192,13 +223,14 @@ impl Player {
         Played { step, events: (start, self.files.happened()), before, after }
     }
 
-    fn store(&mut self) -> &mut Store {
+    pub(crate) fn store(&mut self) -> &mut Store {
         self.store.as_mut().unwrap()
     }
 
     /// What the journal says can be had. Nothing goes but by the steps that take it away.
     fn note_due(&mut self, step: Step) {
-        let takes = matches!(step, Step::Merge | Step::Drop | Step::Expire | Step::Release);
+        let log = matches!(step, Step::Release | Step::Carry | Step::GiveUp);
+        let takes = log || matches!(step, Step::Merge | Step::Drop | Step::Expire);
         let store = self.store.as_mut().unwrap();
         for (disk, known) in self.oracle.disks.iter_mut().enumerate() {
             let due = known.due_in(&store.journal, id(disk));
@@ -206,6 +238,8 @@ impl Player {
             let mut gone = known.due.difference(&due).filter(|at| !is_bare(shape, at.epoch));
             assert!(takes || gone.next().is_none(), "{step:?} takes places of disk {disk} away");
             known.due = due;
+            let segments = &store.journal.shape().segments;
+            known.damaged_entries.retain(|_, segment| segments.contains_key(segment));
         }
     }
 
@@ -225,36 +259,84 @@ impl Player {
         self.store = Some(store);
     }
 
-    /// A batch of one to three writes.
+    /// A batch of one to three writes: of a stretch of either kind, or of a pass, which may write parts of it only.
     fn write(&mut self, disk: usize) {
+        let kind =
+            [EntryKind::Batch, EntryKind::Batch, EntryKind::Ordered, EntryKind::Ordered, EntryKind::Bulk]
+                [self.rng.below(5) as usize];
         let known = &mut self.oracle.disks[disk];
-        let (number, mut content) = (known.appended + 1, known.content().to_vec());
+        let (number, sectors) = (known.appended + 1, known.size());
+        let mut contents = vec![known.content().to_vec()];
         let mut records = Vec::new();
+        // What may be written of a pass: the others were written to since.
+        let cut = self.rng.below(sectors);
+        let keep = match kind {
+            EntryKind::Bulk => vec![SectorRange::new(0, cut / 2), SectorRange::new(cut, sectors)],
+            _ => vec![SectorRange::new(0, sectors)],
+        };
         for _ in 0..1 + self.rng.below(3) {
-            let start = self.rng.below(SECTORS);
-            let len = (1 + self.rng.below(20)).min(SECTORS - start);
-            let (range, kind) = (SectorRange::new(start, start + len), self.rng.below(5));
-            let place = &mut content[(start * SECTOR_BYTES) as usize..(range.end * SECTOR_BYTES) as usize];
-            match kind {
-                0 => place.fill(0),
-                1 => place.fill(number as u8 | 1),
-                2 => {} // what is there is written again
-                _ => place.iter_mut().for_each(|byte| *byte = self.rng.next() as u8),
+            // Records of a pass ascend.
+            let from = records.last().filter(|_| kind == EntryKind::Bulk);
+            let from = from.map_or(0, |record: &Record| record.range().end);
+            if from == sectors {
+                break;
             }
-            records.push(match kind {
-                0 => Record::zeros(range),
-                _ => Record::data(start, Bytes::copy_from_slice(place)),
-            });
+            let start = from + self.rng.below(sectors - from);
+            let len = (1 + self.rng.below(20)).min(sectors - start);
+            let range = SectorRange::new(start, start + len);
+            let record = self.record(range, number, contents.last().unwrap());
+            let mut content = contents.last().unwrap().clone();
+            lay(&mut content, range, &record.1, &keep);
+            records.push(record.0);
+            contents.push(content);
         }
-        let body = batch(id(disk), number, &records);
+        let content = Arc::new(contents.pop().unwrap());
+        let ordered = kind == EntryKind::Ordered && records.len() > 1;
+        let part = ordered.then(|| {
+            let count = 1 + self.rng.below(records.len() as u64 - 1) as usize;
+            (count as u32, Arc::new(contents.swap_remove(count)))
+        });
+        let body = match kind {
+            EntryKind::Bulk => bulk(id(disk), number, SectorRange::new(0, sectors), &keep, &records),
+            _ => batch(id(disk), number, &records).to_vec(),
+        };
+        self.append(disk, kind, &body, content, part);
+    }
+
+    /// What is written somewhere: zeros, one byte, what is there already, or noise.
+    fn record(&mut self, range: SectorRange, number: u64, before: &[u8]) -> (Record, Vec<u8>) {
+        let (from, to) = (range.byte_start() as usize, (range.byte_start() + range.bytes()) as usize);
+        let mut plain = before[from..to].to_vec();
+        match self.rng.below(5) {
+            0 => {
+                plain.fill(0);
+                return (Record::zeros(range), plain);
+            }
+            1 => plain.fill(number as u8 | 1),
+            2 => {}
+            _ => plain.iter_mut().for_each(|byte| *byte = self.rng.next() as u8),
+        }
+        (Record::data(range.start, Bytes::copy_from_slice(&plain)), plain)
+    }
+
+    /// An entry goes into the log.
+    pub(crate) fn append(
+        &mut self,
+        disk: usize,
+        kind: EntryKind,
+        body: &[u8],
+        content: Arc<Vec<u8>>,
+        part: Option<(u32, Arc<Vec<u8>>)>,
+    ) {
         let (head, tail) = body.split_at(body.len() / 3);
-        let got = self.store.as_mut().unwrap().journal.append(id(disk), EntryKind::Batch, &[head, tail], NOW);
-        assert_eq!(got.unwrap().0, number);
-        self.oracle.disks[disk].appends(number, Arc::new(content));
+        let got = self.store().journal.append(id(disk), kind, &[head, tail], NOW);
+        let number = got.unwrap().0;
+        assert_eq!(number, self.oracle.disks[disk].appended + 1, "an entry's number");
+        self.oracle.disks[disk].appends(number, content, part);
     }
 
     /// One point of the machine: a mark on each of its disks.
-    fn mark(&mut self) {
+    pub(crate) fn mark(&mut self) {
         let class = [MarkClass::Crash, MarkClass::App, MarkClass::Fuzzy][self.rng.below(3) as usize];
         let mut point = [0; 16];
         point[..8].copy_from_slice(&self.rng.next().to_le_bytes());
@@ -278,19 +360,20 @@ impl Player {
             let content = known.content();
             let journal = &mut self.store.as_mut().unwrap().journal;
             journal.append(id(disk), EntryKind::Mark, &[&mark.to_bytes()], NOW).unwrap();
-            known.appends(number, content);
+            known.appends(number, content, None);
             known.marks.insert(number, point);
         }
     }
 
-    fn state(&mut self, disk: usize) {
+    pub(crate) fn state(&mut self, disk: usize) {
         let known = &mut self.oracle.disks[disk];
         known.state.1 += 1;
+        let size_sectors = known.size();
         let state = DiskState {
             disk: id(disk),
             agent: PeerId([3; 16]),
             source: [4; 16],
-            size_sectors: SECTORS,
+            size_sectors,
             generation: POSITION.generation,
             lineage: POSITION.lineage,
             sequence: Sequence(known.state.1),
@@ -304,7 +387,7 @@ impl Player {
         self.store().journal.append_state(&state, NOW).unwrap();
     }
 
-    fn commit(&mut self) {
+    pub(crate) fn commit(&mut self) {
         self.store().journal.commit(NOW).unwrap();
         self.oracle.committed();
     }
@@ -316,26 +399,36 @@ impl Player {
         self.apply_through(disk, through);
     }
 
-    fn apply_through(&mut self, disk: usize, through: u64) {
+    pub(crate) fn apply_through(&mut self, disk: usize, through: u64) {
         let store = self.store.as_mut().unwrap();
         let (before, epoch) = (store.disks[disk].applied().number, store.disks[disk].open_epoch().unwrap());
         store.apply(disk, through).unwrap();
-        if through > before {
+        let applied = store.disks[disk].applied().number; // less, where the newest entries are lost
+        if applied > before {
             self.oracle.committed(); // an entry is durable before it is applied
-            self.oracle.disks[disk].applies(through, epoch);
+            self.oracle.disks[disk].applies(applied, epoch);
         }
     }
 
-    /// Ends the undo epoch, at the newest entry, which is applied; every other time its end is kept as a point.
+    /// Ends the undo epoch, at the newest entry, which is applied, and begins the next.
     fn epoch(&mut self, disk: usize) {
         self.commit();
         self.apply_through(disk, self.oracle.disks[disk].appended);
         self.commit();
+        self.end_epoch(disk);
+        let epoch = self.store().begin(disk).unwrap();
+        self.oracle.disks[disk].begins(epoch);
+    }
+
+    /// Ends the undo epoch; every other time its end is kept as a point.
+    pub(crate) fn end_epoch(&mut self, disk: usize) {
         let keeps = self.rng.below(2) == 0;
         let store = self.store.as_mut().unwrap();
         let known = &mut self.oracle.disks[disk];
         let epoch = store.disks[disk].open_epoch().unwrap();
         let at = At::entry(epoch, known.applied);
+        let degraded = store.journal.shape().disks[&id(disk)].is_doubtful(at.number);
+        assert_eq!(degraded, known.is_doubtful(at.number), "what stands behind entry {}", at.number);
         let point = PointKept {
             disk: id(disk),
             point: own_id(id(disk), at),
@@ -345,16 +438,14 @@ impl Player {
             source_time: Timestamp(at.number),
             class: MarkClass::Crash,
             pinned: false,
-            degraded: false,
+            degraded,
             name: Text::new(""),
             cause: MarkCause::Timer,
         };
         store.disks[disk].close_epoch_at(&mut store.journal, keeps.then_some(point), NOW).unwrap();
         if keeps {
-            known.kept.insert(point.point, at);
+            known.kept.insert(point.point, Kept { at, pinned: false, degraded, damaged: false });
         }
-        let epoch = store.begin(disk).unwrap();
-        known.begins(epoch);
     }
 
     /// Two neighbouring runs become one.
@@ -369,7 +460,9 @@ impl Player {
     fn drop_point(&mut self, disk: usize) {
         let at = self.rng.next() as usize;
         let known = &mut self.oracle.disks[disk];
-        let Some(point) = known.kept.keys().nth(at % known.kept.len().max(1)).copied() else { return };
+        let loose: Vec<[u8; 16]> =
+            known.kept.iter().filter(|(_, kept)| !kept.pinned).map(|(point, _)| *point).collect();
+        let Some(point) = loose.get(at % loose.len().max(1)).copied() else { return };
         known.kept.remove(&point);
         let dropped = PointDropped { disk: id(disk), point };
         self.store().journal.edit(&[Edit::PointDropped(dropped)], NOW).unwrap();
@@ -382,10 +475,12 @@ impl Player {
         let shape = store.journal.shape().disks[&id(disk)].clone();
         let cut = |through: u64| shape.runs.iter().any(|run| run.first <= through && run.last > through);
         let closed = shape.epochs.iter().filter_map(|epoch| epoch.closed).map(|closed| closed.epoch);
-        let Some(through) = closed.filter(|through| !cut(*through)).nth(share) else { return };
         let known = &mut self.oracle.disks[disk];
+        let pinned = |through: u64| known.kept.values().any(|kept| kept.pinned && kept.at.epoch <= through);
+        let may_go = |through: &u64| !cut(*through) && !pinned(*through);
+        let Some(through) = closed.filter(may_go).nth(share) else { return };
         let gone: Vec<[u8; 16]> =
-            known.kept.iter().filter(|(_, at)| at.epoch <= through).map(|(point, _)| *point).collect();
+            known.kept.iter().filter(|(_, kept)| kept.at.epoch <= through).map(|(point, _)| *point).collect();
         let mut edits: Vec<Edit> = Vec::new();
         for point in gone {
             known.kept.remove(&point);
@@ -400,7 +495,7 @@ impl Player {
     }
 
     /// Segments are given back, from the oldest on.
-    fn release(&mut self) {
+    pub(crate) fn release(&mut self) {
         let count = 1 + self.rng.below(3) as usize;
         self.commit();
         let journal = &mut self.store().journal;
@@ -437,7 +532,12 @@ impl Player {
     }
 
     /// The program ends, in order or not, and is started again.
-    fn reopen(&mut self, in_order: bool) {
+    pub(crate) fn reopen(&mut self, in_order: bool) {
+        self.reopen_after(in_order, |_| {});
+    }
+
+    /// As [`Self::reopen`], and something happens to the folder between the two.
+    pub(crate) fn reopen_after(&mut self, in_order: bool, between: impl FnOnce(&MemoryFiles)) {
         let store = self.store.take().unwrap();
         drop(store.disks);
         if in_order {
@@ -446,6 +546,7 @@ impl Player {
         } else {
             drop(store.journal);
         }
+        between(&self.files);
         let store = Store::open(&self.files, self.oracle.disks.len()).unwrap();
         for (disk, known) in self.oracle.disks.iter_mut().enumerate() {
             known.reopened(store.newest(disk), store.disks[disk].applied().number);

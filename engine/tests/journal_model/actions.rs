@@ -20,12 +20,16 @@ pub(crate) enum Action {
     Pin,
     Roll,
     Rot,
+    Carry,
+    GiveUp,
+    Grow,
+    Scrub,
     Stop,
     Wait,
 }
 
 /// What can happen, and how often it does; each seed makes some of it rarer and some more frequent.
-pub(crate) const ACTIONS: [(Action, usize); 15] = [
+pub(crate) const ACTIONS: [(Action, usize); 19] = [
     (Action::Write, 200),
     (Action::Mark, 100),
     (Action::Receive, 180),
@@ -39,13 +43,18 @@ pub(crate) const ACTIONS: [(Action, usize); 15] = [
     (Action::Pin, 10),
     (Action::Roll, 140),
     (Action::Rot, 8),
+    (Action::Carry, 8),
+    (Action::GiveUp, 2),
+    (Action::Grow, 10),
+    (Action::Scrub, 10),
     (Action::Stop, 6),
     (Action::Wait, 4),
 ];
 
-/// Some broken rules show only where things meet that rarely do; their plays bring these together more often.
-pub(crate) const fn favoured(broken: Option<Rule>) -> &'static [(Action, usize)] {
-    match broken {
+/// Some broken rules show only where things meet that rarely do; their plays, and the plays they are held against, bring
+/// these together more often.
+pub(crate) const fn favoured(rule: Option<Rule>) -> &'static [(Action, usize)] {
+    match rule {
         Some(Rule::PassedMarkStays) => &[
             (Action::Stop, 12),
             (Action::Mark, 2),
@@ -64,6 +73,27 @@ pub(crate) const fn favoured(broken: Option<Rule>) -> &'static [(Action, usize)]
         }
         Some(Rule::WaitAtGap) => &[(Action::Rot, 10)],
         Some(Rule::EndIsApplied | Rule::RollbackPins) => &[(Action::Roll, 4)],
+        Some(Rule::CarryWhatWaits | Rule::CarryBeforeFree | Rule::NoPointsWithoutLog) => {
+            &[(Action::Carry, 6), (Action::Wait, 6), (Action::Receive, 2), (Action::Stop, 2)]
+        }
+        Some(Rule::CarriedAreMissed) => &[
+            (Action::Carry, 10),
+            (Action::Wait, 8),
+            (Action::Rot, 30),
+            (Action::Receive, 2),
+            (Action::Stop, 4),
+        ],
+        Some(Rule::PointsKeepTheirSize | Rule::RollbackTakesAllBlocks) => {
+            &[(Action::Grow, 10), (Action::Apply, 2), (Action::Roll, 3)]
+        }
+        Some(Rule::DamageIsWritten | Rule::OlderImagesHide | Rule::DamageIsHandedOn) => &[
+            (Action::Rot, 20),
+            (Action::Scrub, 10),
+            (Action::Mark, 2),
+            (Action::Apply, 2),
+            (Action::Thin, 2),
+        ],
+        Some(Rule::LostBeforePassed | Rule::LossDegradesPoints) => &[(Action::GiveUp, 20), (Action::Mark, 2)],
         Some(Rule::CutIsRecorded) => &[(Action::Rot, 10), (Action::Stop, 5)],
         _ => &[],
     }

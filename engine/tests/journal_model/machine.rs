@@ -80,6 +80,8 @@ pub(crate) struct Journal {
 
     // What survives.
     pub(crate) created: Vec<bool>,
+    /// Blocks of each disk when it was found.
+    pub(crate) found_blocks: Vec<usize>,
     pub(crate) targets: Vec<Media<u32>>,
     pub(crate) segments: Vec<Media<Group>>,
     pub(crate) manifest: Media<Edit>,
@@ -128,6 +130,7 @@ impl Journal {
             opened_at_mark: 0,
             dropped: Vec::new(),
             created,
+            found_blocks: vec![BLOCKS; disks],
         }
     }
 

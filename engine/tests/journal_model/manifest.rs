@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 
+use super::damage::Damaged;
 use super::records::{Applied, At, Sequence};
 
 /// What an undo epoch is for.
@@ -46,6 +47,7 @@ pub(crate) enum Change {
         disk: usize,
         inputs: [usize; 2],
         output: usize,
+        hands_on: bool,
     },
     /// A run is dropped, and with it the points whose base lies below `floor`.
     Expire {
@@ -77,6 +79,22 @@ pub(crate) enum Change {
     },
     Pin {
         mark: usize,
+    },
+    /// The disk has so many blocks from the record behind `after` on.
+    Grow {
+        disk: usize,
+        after: Sequence,
+        blocks: usize,
+    },
+    /// An image of a run cannot be read.
+    Damaged {
+        disk: usize,
+        found: Damaged,
+    },
+    /// The disk was compared since its losses: marks behind `until` are whole again.
+    Mended {
+        disk: usize,
+        until: Sequence,
     },
 }
 
@@ -122,6 +140,11 @@ pub(crate) struct DiskCatalogue {
     /// `(epoch, until)` of the active run's cuts.
     pub(crate) suspect: (usize, Sequence),
     pub(crate) lost: Vec<(Sequence, Sequence)>,
+    /// Compares since: how many losses they made up for, and until where they went.
+    mended: Vec<(usize, Sequence)>,
+    /// How it grew: the last record before, and its blocks since.
+    pub(crate) grown: Vec<(Sequence, usize)>,
+    pub(crate) damaged: Vec<Damaged>,
     pub(crate) carried: Applied,
     /// Highest sequence in freed segments.
     pub(crate) freed: Sequence,
@@ -172,6 +195,19 @@ impl DiskCatalogue {
     pub(crate) fn is_given_up(&self, sequence: Sequence) -> bool {
         self.lost.iter().any(|range| range.0 <= sequence && sequence <= range.1)
     }
+
+    /// Whether what stands behind a record lacks others that are lost.
+    pub(crate) fn is_doubtful(&self, sequence: Sequence) -> bool {
+        self.lost.iter().enumerate().any(|(at, lost)| {
+            let mend = self.mended.iter().find(|mend| mend.0 > at);
+            lost.0 <= sequence && mend.is_none_or(|mend| sequence <= mend.1)
+        })
+    }
+
+    /// Whether the log still has every record of an epoch, so that there are points inside it.
+    pub(crate) fn has_log_of(&self, epoch: usize) -> bool {
+        self.epochs.get(epoch).is_none_or(|epoch| epoch.first > self.freed)
+    }
 }
 
 /// What all edits add up to.
@@ -219,9 +255,13 @@ impl Catalogue {
             Change::Close { disk, last, mark, next, file } => {
                 self.disks[*disk].close(*last, *mark, *next, *file);
             }
-            Change::Merge { disk, inputs, output } => self.disks[*disk].merge(*inputs, *output),
+            Change::Merge { disk, inputs, output, hands_on } => {
+                self.disks[*disk].merge(*inputs, *output, *hands_on);
+            }
             Change::Expire { disk, file, floor } => {
                 let disk = &mut self.disks[*disk];
+                let gone = disk.runs.iter().find(|run| run.file == *file).map(|run| (run.low, run.high));
+                disk.damaged.retain(|damaged| Some((damaged.low, damaged.high)) != gone);
                 disk.runs.retain(|run| run.file != *file);
                 disk.floor = *floor;
             }
@@ -229,6 +269,12 @@ impl Catalogue {
             Change::RollbackNamed { disk, frames } => self.disks[*disk].rollback_named = *frames,
             Change::Suspect { disk, epoch, until } => self.disks[*disk].suspect = (*epoch, *until),
             Change::Lost { disk, from, to } => self.disks[*disk].lost.push((*from, *to)),
+            Change::Grow { disk, after, blocks } => self.disks[*disk].grown.push((*after, *blocks)),
+            Change::Damaged { disk, found } => self.disks[*disk].damaged.push(*found),
+            Change::Mended { disk, until } => {
+                let disk = &mut self.disks[*disk];
+                disk.mended.push((disk.lost.len(), *until));
+            }
         }
     }
 }
@@ -243,11 +289,12 @@ impl DiskCatalogue {
         self.rollback_named = 0;
     }
 
-    fn merge(&mut self, inputs: [usize; 2], output: usize) {
+    fn merge(&mut self, inputs: [usize; 2], output: usize, hands_on: bool) {
         let ends = |file| self.runs.iter().find(|run| run.file == file).map(|run| (run.low, run.high));
         let (Some((low, _)), Some((_, high))) = (ends(inputs[0]), ends(inputs[1])) else { return };
         self.runs.retain(|run| !inputs.contains(&run.file));
         let at = self.runs.partition_point(|run| run.low < low);
         self.runs.insert(at, Run { file: output, low, high });
+        self.merge_damaged(low, high, hands_on);
     }
 }

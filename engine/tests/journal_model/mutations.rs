@@ -24,7 +24,7 @@ rules! {
     /// At most four groups are in flight.
     BoundedInFlight = 200,
     /// An invalid group that something later calls durable is corruption; it is skipped and named, nothing is cut.
-    LookOn = 50,
+    LookOn = 200,
     /// After a cut the log goes on in a new segment with a fresh salt.
     FreshSegmentAfterCut = 1500,
     /// The peer's durable position is compared on resume: a target behind it has lost durable records.
@@ -85,13 +85,25 @@ rules! {
 
     // Segments, thinning, expiry.
     /// Redo records are freed only after the target was flushed past them (I3).
-    FreeOnlyApplied = 50,
+    FreeOnlyApplied = 400,
     /// Redo records are freed only when they are older than the any-write window.
     FreeOnlyOld = 20,
     /// They are kept back to the start of the oldest epoch that the window touches.
     FreeWholeEpochs = 20,
     /// What a freed segment said last about each disk is carried into the manifest.
     CarryApplied = 100,
+    /// What waits in a segment that is freed is carried to the head of the log.
+    CarryWhatWaits = 50,
+    /// The copy is flushed before the segment it came from is freed.
+    CarryBeforeFree = 200,
+    /// What was carried and is not applied is missed when it cannot be read, though its first segment is gone.
+    CarriedAreMissed = 1500,
+    /// Points inside an epoch are listed only while the log has all of that epoch.
+    NoPointsWithoutLog = 200,
+    /// What is given up is written down before APPLIED goes past it.
+    LostBeforePassed = 200,
+    /// Points behind a loss promise less until the disk was compared.
+    LossDegradesPoints = 200,
     /// Of two images the older one wins.
     OlderImageWins = 50,
     /// A hole is an image too: it wins over a newer one.
@@ -104,6 +116,18 @@ rules! {
     PinsStay = 100,
     /// The oldest run expires first.
     OldestExpires = 100,
+
+    // Growth and damage.
+    /// A point has the size that its disk had behind its last record.
+    PointsKeepTheirSize = 100,
+    /// A rollback over a growth takes what is behind the old end back, too.
+    RollbackTakesAllBlocks = 400,
+    /// What is found damaged is written down.
+    DamageIsWritten = 200,
+    /// A damaged image concerns no point that has an older image of its block.
+    OlderImagesHide = 1500,
+    /// A merge hands on the damage that points outside the merged run need.
+    DamageIsHandedOn = 400,
 
     // Bulk and rollback.
     /// Bulk progress is recorded after the target was flushed.

@@ -68,13 +68,17 @@ impl Journal {
     /// Where the disk stands, and which of its records are missing.
     fn settle_positions(&mut self, disk: usize, said: &[Applied]) {
         let applied = self.last_applied(disk, said).sequence;
+        self.forget_given_up(disk);
         let catalogue = &self.catalogue.disks[disk];
         let known = &mut self.disks[disk];
         let last_given_up = catalogue.lost.iter().map(|range| range.1).max().unwrap_or(0);
         known.applied = applied;
         known.received = known.received.max(applied).max(catalogue.freed).max(last_given_up);
         known.durable = known.received;
-        let expected = catalogue.freed + 1..=known.durable;
+        // What was carried stands behind what was freed.
+        let all = self.broken != Some(Rule::CarriedAreMissed);
+        let from = if all { catalogue.freed.min(applied) } else { catalogue.freed };
+        let expected = from + 1..=known.durable;
         known.missing = expected
             .filter(|sequence| !known.places.contains_key(sequence) && !catalogue.is_given_up(*sequence))
             .collect();

@@ -7,7 +7,7 @@ use super::device::Stop;
 use super::manifest::{Change, Kind};
 use super::mutations::Rule;
 use super::play::Player;
-use super::records::{At, BLOCKS};
+use super::records::{At, BLOCKS, SECTORS};
 
 /// A rollback of one disk on its way.
 pub(crate) struct Rollback {
@@ -32,11 +32,16 @@ impl Player {
         }
         let live: Vec<u32> = (0..BLOCKS).flat_map(|block| self.journal.live(disk, block)).collect();
         if !self.journal.keeps(Rule::NoBypassWithPoints) {
-            for block in 0..BLOCKS {
+            for block in 0..self.source.disks[disk].now.len() / SECTORS {
                 self.journal.bulk(disk, block, self.source.block(disk, block))?;
             }
         }
         self.journal.note(|| format!("disk {disk}: resync"));
+        if !self.journal.catalogue.disks[disk].lost.is_empty() {
+            let own = &self.source.disks[disk];
+            let until = own.stream.len() + live.iter().zip(&own.now).filter(|both| both.0 != both.1).count();
+            self.journal.commit(Change::Mended { disk, until })?;
+        }
         self.source.resync(disk, &live);
         self.report.resyncs += 1;
         Ok(())
@@ -77,6 +82,29 @@ impl Player {
         self.journal.free_segment()?;
         self.report.freed += before - self.journal.catalogue.segments.len();
         Ok(())
+    }
+
+    /// The log is shortened although disks need its oldest segment.
+    pub(crate) fn carry(&mut self) -> Result<(), Stop> {
+        if let Some(high) = self.journal.may_carry() {
+            self.oracle.carries(&high); // whatever becomes of it
+        }
+        self.report.carried += usize::from(self.journal.carry_segment()?);
+        Ok(())
+    }
+
+    /// A full drive: what waits for a target is given up. Nothing is taken for the disk until it is opened again.
+    pub(crate) fn give_up(&mut self, disk: usize) -> Result<(), Stop> {
+        let (own, known) = (&self.source.disks[disk], &self.journal.disks[disk]);
+        let rolling = self.rollback.as_ref().is_some_and(|rollback| rollback.disk == disk);
+        let busy = rolling || own.suspended || own.bulk || !known.missing.is_empty();
+        if busy || known.applied >= known.durable || self.journal.catalogue.disks[disk].kind() != Kind::Normal
+        {
+            return Ok(());
+        }
+        self.journal.give_up_waiting(disk)?;
+        self.report.given_up += 1;
+        Err(Stop::Kill)
     }
 
     pub(crate) fn expire(&mut self, disk: usize) -> Result<(), Stop> {
@@ -172,7 +200,8 @@ impl Player {
             self.rollback = None;
             return Ok(());
         }
-        let (to, state) = places[self.journal.chaos.rng.below(places.len())].clone();
+        let (to, mut state) = places[self.journal.chaos.rng.below(places.len())].clone();
+        state.resize(BLOCKS * SECTORS, 0);
         let epoch = self.journal.catalogue.disks[disk].active() + 1;
         let newest = newest
             .or(own.states[own.stream.len()].is_some().then_some(At { base: epoch, upto: own.stream.len() }));
@@ -191,7 +220,7 @@ impl Player {
         }
         let live: Vec<u32> = (0..BLOCKS).flat_map(|block| self.journal.live(disk, block)).collect();
         // A block that became a hole on the way was left as it stood; then the rollback is not whole.
-        let wanted: Vec<Option<u32>> = self.journal.view(disk, to).into_iter().flatten().collect();
+        let wanted: Vec<Option<u32>> = self.journal.view_of_all(disk, to).into_iter().flatten().collect();
         if wanted.contains(&None) {
             self.oracle.forget_end(disk, *epoch);
         } else if live != *state {

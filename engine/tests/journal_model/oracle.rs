@@ -7,8 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::machine::Journal;
-use super::manifest::Kind;
-use super::records::{At, Entry, Group, IN_FLIGHT, SECTORS, Seen, Sequence, WINDOW};
+use super::manifest::{Epoch, Kind};
+use super::records::{At, BLOCKS, Entry, Group, IN_FLIGHT, SECTORS, Seen, Sequence, WINDOW};
 use super::source::{Source, SourceDisk};
 
 #[derive(Default)]
@@ -22,6 +22,8 @@ struct Faults {
     any_group: bool,
     /// Records of groups in flight with a lost one: a log that ends in it is cut before them, whole as they are.
     in_flight: BTreeSet<Sequence>,
+    /// Records that were given up, for whatever reason.
+    given_up: BTreeSet<Sequence>,
 }
 
 #[derive(Default)]
@@ -31,6 +33,13 @@ struct Known {
     faults: Faults,
     durable: Sequence,
     applied: Sequence,
+    /// Up to here the log was freed whoever needed it: there is nothing inside epochs that began by then.
+    hollow: Sequence,
+    /// Blocks it was found with, and the last record before it grew.
+    found_blocks: usize,
+    grown: Option<Sequence>,
+    /// How many images had rotted, and how many holes were put into runs, when its runs were read last.
+    scrubbed: Option<(usize, usize)>,
 }
 
 /// How much was judged, so that a test can see that it was not nothing.
@@ -39,6 +48,8 @@ pub(crate) struct Judged {
     pub(crate) views: usize,
     pub(crate) hole_sectors: usize,
     pub(crate) points: usize,
+    pub(crate) degraded: usize,
+    pub(crate) damaged: usize,
 }
 
 pub(crate) struct Oracle {
@@ -53,9 +64,10 @@ pub(crate) struct Oracle {
 type Verdict = Result<(), String>;
 
 impl Oracle {
-    pub(crate) fn new(disks: usize) -> Self {
+    pub(crate) fn new(found_blocks: &[usize]) -> Self {
+        let known = |found_blocks: &usize| Known { found_blocks: *found_blocks, ..Known::default() };
         Self {
-            known: (0..disks).map(|_| Known::default()).collect(),
+            known: found_blocks.iter().map(known).collect(),
             pinned: BTreeSet::new(),
             doubtful: BTreeSet::new(),
             judged: Judged::default(),
@@ -125,8 +137,27 @@ impl Oracle {
         self.known[disk].ends.insert(epoch, None);
     }
 
+    /// The disk is larger behind this record.
+    pub(crate) fn grows(&mut self, disk: usize, after: Sequence) {
+        self.known[disk].grown = Some(after);
+    }
+
+    /// All runs of a disk were read; `holes` were put into runs so far.
+    pub(crate) fn scrubbed(&mut self, disk: usize, holes: usize) {
+        let known = &mut self.known[disk];
+        known.scrubbed = Some((known.faults.images.len(), holes));
+    }
+
+    /// The log is freed up to these sequences, and what waits is carried.
+    pub(crate) fn carries(&mut self, high: &[Sequence]) {
+        for (known, high) in self.known.iter_mut().zip(high) {
+            known.hollow = known.hollow.max(*high);
+        }
+    }
+
     /// States from the given sequence on are none any more.
     pub(crate) fn given_up(&mut self, journal: &Journal, disk: usize, from: Sequence) {
+        self.known[disk].faults.given_up.insert(from);
         for (number, state) in &mut self.known[disk].ends {
             let last = journal.catalogue.disks[disk].epochs[*number].last;
             if last.is_some_and(|last| last >= from) {
@@ -149,7 +180,8 @@ impl Oracle {
         let start = Self::window_start(journal, own);
         for sequence in start..=own.acknowledged {
             let at = catalogue.locate(sequence);
-            let protected = catalogue.epochs.get(at.base).is_some_and(|epoch| epoch.kind == Kind::Normal);
+            let whole = |epoch: &Epoch| epoch.kind == Kind::Normal && epoch.first > known.hollow;
+            let protected = catalogue.epochs.get(at.base).is_some_and(whole);
             if let Some(state) = own.states[sequence].as_ref().filter(|_| protected) {
                 promised.push((at, state.clone()));
             }
@@ -191,9 +223,18 @@ impl Oracle {
         state: &[u32],
     ) -> Verdict {
         self.judged.views += 1;
+        let known = &self.known[disk];
+        let grown = known.grown.is_some_and(|after| after < at.upto);
+        let blocks = if grown { BLOCKS } else { known.found_blocks };
+        if view.len() != blocks {
+            return Err(format!("disk {disk} {at:?}: has {} blocks, had {blocks}", view.len()));
+        }
+        self.judge_damage(journal, disk, at)?;
         for (block, seen) in view.iter().enumerate() {
-            let wanted = &state[block * SECTORS..][..SECTORS];
-            if seen.iter().zip(wanted).any(|(seen, wanted)| seen.is_some_and(|seen| seen != *wanted)) {
+            // Behind the end of a state that is older than the growth stand zeros.
+            let wanted: [u32; SECTORS] =
+                std::array::from_fn(|at| state.get(block * SECTORS + at).copied().unwrap_or(0));
+            if seen.iter().zip(&wanted).any(|(seen, wanted)| seen.is_some_and(|seen| seen != *wanted)) {
                 return Err(format!("disk {disk} {at:?}: block {block} reads {seen:?}, was {wanted:?}"));
             }
             let holes = seen.iter().filter(|seen| seen.is_none()).count();
@@ -205,9 +246,34 @@ impl Oracle {
         Ok(())
     }
 
+    /// Where images alone can be damaged, and all runs were read since: the end of an epoch has a hole, also behind the end
+    /// it had, for a rollback needs that, if and only if that is known of it.
+    fn judge_damage(&mut self, journal: &Journal, disk: usize, at: At) -> Verdict {
+        let (known, catalogue) = (&self.known[disk], &journal.catalogue.disks[disk]);
+        let faults = &known.faults;
+        let images_only = !faults.any_group
+            && faults.cut.is_empty()
+            && faults.given_up.is_empty()
+            && known.hollow == 0
+            && known.scrubbed == Some((faults.images.len(), journal.found.holes));
+        let is_end = catalogue.epochs.get(at.base).is_none_or(|epoch| epoch.first > at.upto);
+        if !images_only || !is_end {
+            return Ok(());
+        }
+        let (has_hole, is_known) =
+            (journal.view_of_all(disk, at).iter().flatten().any(Option::is_none), catalogue.is_damaged(at));
+        self.judged.damaged += usize::from(is_known);
+        match (has_hole, is_known) {
+            (true, false) => Err(format!("disk {disk} {at:?}: it is damaged, and nobody knows")),
+            (false, true) => Err(format!("disk {disk} {at:?}: it is called damaged, and is whole")),
+            _ => Ok(()),
+        }
+    }
+
     /// Whether an injected fault explains a hole.
     fn explains(&self, journal: &Journal, disk: usize, at: At, block: usize) -> bool {
-        let faults = &self.known[disk].faults;
+        let known = &self.known[disk];
+        let faults = &known.faults;
         let first =
             journal.catalogue.disks[disk].epochs.get(at.base).map_or(at.upto + 1, |epoch| epoch.first);
         let catalogue = &journal.catalogue.disks[disk];
@@ -219,6 +285,11 @@ impl Oracle {
             || faults.any_group && faults.images.iter().any(|image| image.0 >= at.base)
             || faults.any_group && faults.cut.iter().any(|epoch| *epoch >= at.base)
             || faults.records.range(first..=at.upto.max(first)).any(|lost| *lost <= at.upto)
+            // The log does not say any more what the records before APPLIED wrote.
+            || (known.hollow > 0 || !faults.given_up.is_empty()) && faults.images.iter().any(|image| image.0 >= at.base)
+            // What was given up may have been written before a run was cut, and cannot be compared any more.
+            || !faults.given_up.is_empty() && faults.cut.iter().any(|epoch| *epoch >= at.base)
+            || faults.given_up.range(first..=at.upto.max(first)).any(|lost| *lost <= at.upto)
             // After such a loss the log may have to be cut before groups that were whole.
             || (first..=at.upto).any(gone)
     }
@@ -244,6 +315,12 @@ impl Oracle {
                 return Err("durable records are called lost, and none are".into());
             }
             let (now, catalogue) = (&journal.disks[disk], &journal.catalogue.disks[disk]);
+            if !now.missing.is_empty() && !known.faults.any_group {
+                return Err(format!(
+                    "disk {disk}: records {:?} are missing, and nothing was damaged",
+                    now.missing
+                ));
+            }
             if now.applied < known.applied && !known.faults.any_group {
                 return Err(format!("disk {disk}: applied fell from {} to {}", known.applied, now.applied));
             }
@@ -251,8 +328,11 @@ impl Oracle {
             let acknowledged = source.disks[disk].acknowledged;
             // What was sent again is whole again.
             known.faults.records.retain(|lost| journal.record(disk, *lost).is_none());
-            let kept =
-                known.faults.records.range(catalogue.freed + 1..).filter(|lost| **lost <= acknowledged);
+            let kept = known
+                .faults
+                .records
+                .range(catalogue.freed.min(now.applied) + 1..)
+                .filter(|lost| **lost <= acknowledged);
             for lost in kept {
                 if !now.missing.contains(lost) && !catalogue.is_given_up(*lost) {
                     return Err(format!("disk {disk}: record {lost} is lost and nobody says so"));
@@ -276,17 +356,56 @@ impl Oracle {
             if listed.contains(&mark) && !all {
                 return Err(format!("point {mark} is listed and not durable on every disk"));
             }
+            if listed.contains(&mark) {
+                let places = (0..self.known.len()).filter_map(|disk| Some((disk, on(disk)?))).collect();
+                self.listed(journal, source, mark, places, promised)?;
+            }
             let is_promised = |disk: usize| {
                 let Some(sequence) = on(disk).filter(|sequence| *sequence <= source.disks[disk].acknowledged)
                 else {
                     return false;
                 };
                 let rotted = self.known[disk].faults.records.contains(&sequence);
-                let lost = rotted || journal.disks[disk].missing.contains(&sequence);
+                // A mark that left the log with the rest of its epoch is a point only where an epoch ended at it.
+                let freed = sequence <= self.known[disk].hollow
+                    && journal.catalogue.disks[disk].kept_end(mark).is_none();
+                let lost = rotted || freed || journal.disks[disk].missing.contains(&sequence);
                 !lost && promised[disk].contains(&journal.catalogue.disks[disk].locate(sequence))
             };
             if !listed.contains(&mark) && all && (0..self.known.len()).all(is_promised) {
                 return Err(format!("point {mark} is on every disk and not listed"));
+            }
+        }
+        Ok(())
+    }
+
+    /// A point that is listed can be read, as far as no fault explains that it cannot, and is a state of the source or
+    /// said to promise less.
+    fn listed(
+        &mut self,
+        journal: &Journal,
+        source: &Source,
+        mark: usize,
+        places: Vec<(usize, Sequence)>,
+        promised: &[BTreeSet<At>],
+    ) -> Verdict {
+        let degraded = places.iter().any(|(disk, sequence)| journal.is_degraded(*disk, *sequence));
+        self.judged.degraded += usize::from(degraded);
+        for (disk, sequence) in places {
+            let catalogue = &journal.catalogue.disks[disk];
+            let is_end = catalogue.kept_end(mark).is_some();
+            let at = catalogue.locate(sequence);
+            let is_state = source.disks[disk].states[sequence].is_some();
+            if !degraded && !is_state && !promised[disk].contains(&at) {
+                return Err(format!("point {mark} is listed as a state and is none on disk {disk}"));
+            }
+            if is_end || promised[disk].contains(&at) {
+                continue;
+            }
+            for (block, seen) in journal.view(disk, at).iter().enumerate() {
+                if seen.contains(&None) && !self.explains(journal, disk, at, block) {
+                    return Err(format!("point {mark} is listed and cannot be read: disk {disk} {at:?}"));
+                }
             }
         }
         Ok(())

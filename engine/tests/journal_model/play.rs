@@ -5,6 +5,7 @@
 
 use super::actions::{ACTIONS, Action, favoured};
 use super::device::{Chaos, Stop};
+use super::growth::SMALL;
 use super::machine::{Found, Journal};
 use super::manifest::Kind;
 use super::mutations::Rule;
@@ -30,27 +31,54 @@ pub(crate) struct Player {
     pub(crate) faults_left: usize,
 }
 
+/// Under which conditions a seed is played, and without which rule.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Profile {
+    /// The play has the weights and faults in which the loss of this rule shows, whether the rule is kept or not.
+    pub(crate) favours: Option<Rule>,
+    /// This rule is not kept.
+    pub(crate) broken: Option<Rule>,
+}
+
+impl Profile {
+    /// A rule is broken, and all else is as it is in [`Self::control`].
+    pub(crate) const fn without(rule: Rule) -> Self {
+        Self { favours: Some(rule), broken: Some(rule) }
+    }
+
+    /// What [`Self::without`] this rule is held against: the same weights and faults, and every rule is kept.
+    pub(crate) const fn control(rule: Rule) -> Self {
+        Self { favours: Some(rule), broken: None }
+    }
+}
+
 /// Plays a seed with all rules, or all but one.
-pub(crate) fn play(seed: u64, broken: Option<Rule>, trace: bool) -> Result<Report, String> {
-    let mut player = Player::new(seed, broken, trace);
+pub(crate) fn play(seed: u64, profile: Profile, trace: bool) -> Result<Report, String> {
+    let mut player = Player::new(seed, profile, trace);
     player.run().map_err(|failure| format!("seed {seed} at {}: {failure}", player.journal.now))?;
     player.report.take(player.journal.found, player.oracle.judged);
     Ok(player.report)
 }
 
 impl Player {
-    fn new(seed: u64, broken: Option<Rule>, trace: bool) -> Self {
+    fn new(seed: u64, profile: Profile, trace: bool) -> Self {
+        let Profile { favours, broken } = profile;
         let mut rng = Rng::new(seed);
         let disks = 1 + usize::from(rng.chance(650));
         let created: Vec<bool> = (0..disks).map(|_| rng.chance(500)).collect();
-        let targets: Vec<Vec<u32>> = created
+        let mut targets: Vec<Vec<u32>> = created
             .iter()
             .map(|created| (0..BLOCKS * SECTORS).map(|at| if *created { 0 } else { 1 + at as u32 }).collect())
             .collect();
-        let source = Source::new(&mut rng, &targets, &created);
+        let mut source = Source::new(&mut rng, &targets, &created);
+        let small: Vec<bool> = created.iter().map(|created| !created && rng.chance(400)).collect();
+        for (disk, target) in targets.iter_mut().enumerate().filter(|(disk, _)| small[*disk]) {
+            target[SMALL * SECTORS..].fill(0);
+            source.disks[disk].begin_small();
+        }
         // A broken rule shows soonest where much goes wrong; all rules together must stand that too.
-        let harsh = rng.chance(300) || broken.is_some();
-        let many = broken == Some(Rule::WaitForLastApplied); // This one takes a rare fault at a rare place.
+        let harsh = rng.chance(300) || favours.is_some();
+        let many = favours == Some(Rule::WaitForLastApplied); // This one takes a rare fault at a rare place.
         let faults_left = if many {
             12
         } else if harsh {
@@ -61,7 +89,7 @@ impl Player {
         let flush_failure_per_mille = if harsh || rng.chance(200) { 10 } else { 0 };
         let stop_per_mille = if harsh { [10, 25][rng.below(2)] } else { [0, 3, 10][rng.below(3)] };
         let favour = |action: Action| {
-            favoured(broken).iter().find(|entry| entry.0 == action).map_or(1, |entry| entry.1)
+            favoured(favours).iter().find(|entry| entry.0 == action).map_or(1, |entry| entry.1)
         };
         let weights = ACTIONS.map(|(action, weight)| weight * [1, 2, 2, 2, 5][rng.below(5)] * favour(action));
         let retries_failed_flush = broken == Some(Rule::FailedFlushStops);
@@ -74,7 +102,10 @@ impl Player {
         (journal.chaos.stop_per_mille, journal.chaos.flush_failure_per_mille) =
             (stop_per_mille, flush_failure_per_mille);
         let bulk_written = vec![Vec::new(); disks];
-        let (oracle, again) = (Oracle::new(disks), vec![Vec::new(); disks]);
+        for (blocks, _) in journal.found_blocks.iter_mut().zip(&small).filter(|disk| *disk.1) {
+            *blocks = SMALL;
+        }
+        let (oracle, again) = (Oracle::new(&journal.found_blocks), vec![Vec::new(); disks]);
         let report = Report::default();
         Self { journal, source, oracle, report, rollback: None, bulk_written, again, weights, faults_left }
     }
@@ -138,6 +169,13 @@ impl Player {
             Action::Pin => self.pin()?,
             Action::Roll => self.roll(disk)?,
             Action::Rot => self.rot()?,
+            Action::Carry => self.carry()?,
+            Action::GiveUp => self.give_up(disk)?,
+            Action::Grow => self.grow(disk)?,
+            Action::Scrub => {
+                self.journal.scrub(disk)?;
+                self.oracle.scrubbed(disk, self.journal.found.holes);
+            }
             Action::Stop if self.journal.chaos.rng.chance(600) => return Err(Stop::PowerLoss),
             Action::Stop => return Err(Stop::Kill),
             Action::Wait => self.journal.now += 10, // The source's clock follows with the next tick.
@@ -186,10 +224,11 @@ impl Player {
         for (disk, epoch, blocks) in std::mem::take(&mut self.journal.dropped) {
             self.oracle.frames_dropped(disk, epoch, &blocks);
         }
-        self.tell_what_is_lost();
         if let Err(stop) = opened {
-            return Ok(Err(stop));
+            return Ok(Err(stop)); // what it would say of losses may be what memory knew before
         }
+        self.tell_what_is_lost();
+        self.grow_with_target();
         let alarms = |found: Found| found.by_later_groups + found.by_manifest + found.by_peer;
         let after = alarms(self.journal.found) - alarms(before);
         self.oracle.check_open(&self.journal, &self.source, after)?;
@@ -306,7 +345,8 @@ impl Player {
     fn same_at_home(&self) -> Result<(), String> {
         for (disk, own) in self.source.disks.iter().enumerate() {
             let live: Vec<u32> = (0..BLOCKS).flat_map(|block| self.journal.live(disk, block)).collect();
-            if live != own.now {
+            let (here, behind) = live.split_at(own.now.len());
+            if here != own.now || behind.iter().any(|value| *value != 0) {
                 return Err(format!("disk {disk}: the target reads {live:?}, the source is {:?}", own.now));
             }
         }

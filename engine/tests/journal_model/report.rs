@@ -42,6 +42,11 @@ report! {
     merges: "merges of runs",
     expired: "runs expired",
     freed: "segments freed",
+    carried: "segments freed after what waited in them was carried",
+    given_up: "times that what waited for a target was given up",
+    grown: "disks that grew",
+    damaged: "points that are known to be damaged",
+    degraded: "points listed that promise less",
     resyncs: "compare passes",
     rollbacks: "rollbacks",
     roll_forwards: "rolls forward again",
@@ -65,5 +70,7 @@ impl Report {
         self.views = judged.views;
         self.hole_sectors = judged.hole_sectors;
         self.points = judged.points;
+        self.degraded = judged.degraded;
+        self.damaged = judged.damaged;
     }
 }

@@ -6,7 +6,7 @@
 
 use super::device::{Slot, Stop};
 use super::machine::Journal;
-use super::manifest::{Change, Kind, Run};
+use super::manifest::{Change, Kind, Run, Segment};
 use super::mutations::Rule;
 use super::records::{Applied, Entry, Frame, SEGMENT_GROUPS, Sequence, WINDOW};
 
@@ -46,18 +46,38 @@ impl Journal {
     /// Frees the oldest segment if nothing needs it.
     pub(crate) fn free_segment(&mut self) -> Result<(), Stop> {
         let [oldest, next, ..] = self.catalogue.segments[..] else { return Ok(()) };
+        let high = self.high_of(oldest, next.first_group);
+        let needed = |disk: usize| {
+            // Of what was carried from here before a stop the copy counts.
+            let mut behind = self.disks[disk].places.range(self.keep_from(disk)..);
+            behind.any(|place| place.1.file == oldest.file)
+        };
+        if (0..high.len()).any(needed) {
+            return Ok(());
+        }
+        self.free_oldest(high)
+    }
+
+    /// The highest sequences that a segment or one before it had; `next` is the first group behind it.
+    pub(crate) fn high_of(&self, segment: Segment, next: usize) -> Vec<Sequence> {
         let mut high: Vec<Sequence> = self.catalogue.disks.iter().map(|disk| disk.freed).collect();
-        for slot in 0..SEGMENT_GROUPS.min(next.first_group.saturating_sub(oldest.first_group)) {
-            let Some(group) = self.segments[oldest.file].good(slot) else { continue };
+        for slot in 0..SEGMENT_GROUPS.min(next.saturating_sub(segment.first_group)) {
+            let Some(group) = self.segments[segment.file].good(slot) else { continue };
             for entry in &group.entries {
-                if let Entry::Record(record) = entry {
+                // What was given up is not there already.
+                if let Entry::Record(record) = entry
+                    && !self.catalogue.disks[record.disk].is_given_up(record.sequence)
+                {
                     high[record.disk] = high[record.disk].max(record.sequence);
                 }
             }
         }
-        if (0..high.len()).any(|disk| high[disk] >= self.keep_from(disk)) {
-            return Ok(());
-        }
+        high
+    }
+
+    /// The oldest segment goes; `high` is what [`Self::high_of`] says of it.
+    pub(crate) fn free_oldest(&mut self, high: Vec<Sequence>) -> Result<(), Stop> {
+        let [oldest, ..] = self.catalogue.segments[..] else { return Ok(()) };
         let carried = (0..high.len()).map(|disk| Applied {
             disk,
             sequence: self.disks[disk].applied,
@@ -96,7 +116,8 @@ impl Journal {
         if !self.keeps(Rule::EditBeforeUnlink) {
             inputs.iter().for_each(|file| _ = self.runs.remove(file));
         }
-        self.commit(Change::Merge { disk, inputs, output })?;
+        let hands_on = self.keeps(Rule::DamageIsHandedOn);
+        self.commit(Change::Merge { disk, inputs, output, hands_on })?;
         inputs.iter().for_each(|file| _ = self.runs.remove(file));
         Ok(())
     }
@@ -177,8 +198,13 @@ impl Journal {
             return catalogue.epochs[epoch].last;
         }
         let in_window = |sequence: &Sequence| {
-            let epoch = catalogue.epochs[catalogue.epoch_of(*sequence)];
-            *sequence >= self.window_start(disk) && epoch.kind != Kind::Bypass && *sequence <= known.durable
+            let number = catalogue.epoch_of(*sequence);
+            let epoch = catalogue.epochs[number];
+            let has_log = catalogue.has_log_of(catalogue.locate(*sequence).base);
+            (has_log || !self.keeps(Rule::NoPointsWithoutLog))
+                && *sequence >= self.window_start(disk)
+                && epoch.kind != Kind::Bypass
+                && *sequence <= known.durable
         };
         known.marks.get(&mark).copied().filter(in_window)
     }

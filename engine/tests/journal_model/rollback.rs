@@ -31,23 +31,30 @@ impl Journal {
     /// Opens the epoch of a rollback; the disk must be drained.
     pub(crate) fn begin_rollback(&mut self, disk: usize, to: At) -> Result<(), Stop> {
         self.note(|| format!("disk {disk}: roll back to {to:?}"));
-        // If the disk stands at a mark, this end is that mark's: the point outlives its redo.
+        let mark = self.mark_here(disk);
+        self.end_epoch(disk, self.disks[disk].applied, mark, Kind::Rollback(to))
+    }
+
+    /// The mark a disk stands at, if it does: an epoch that ends here ends at it, so that the point outlives its redo.
+    pub(crate) fn mark_here(&self, disk: usize) -> Option<usize> {
         let catalogue = &self.catalogue.disks[disk];
         let (active, before) = (catalogue.active(), catalogue.active().saturating_sub(1));
         let is_empty = catalogue.epochs[active].first == self.disks[disk].applied + 1;
         let (known, before) = (&self.disks[disk], &catalogue.epochs[before]);
-        let mark = match before.kind {
+        match before.kind {
             Kind::Rollback(_) if is_empty => None,
             _ if is_empty => before.mark,
             _ => known.marks.iter().find(|mark| *mark.1 == known.applied).map(|mark| *mark.0),
-        };
-        self.end_epoch(disk, self.disks[disk].applied, mark, Kind::Rollback(to))
+        }
     }
 
     /// Rolls some blocks back; closes the epoch when all are.
     pub(crate) fn roll_back(&mut self, disk: usize) -> Result<(), Stop> {
         let Kind::Rollback(to) = self.catalogue.disks[disk].kind() else { return Ok(()) };
-        let (room, wanted) = (self.chaos.rng.between(1, 3), self.view(disk, to));
+        let (room, mut wanted) = (self.chaos.rng.between(1, 3), self.view_of_all(disk, to));
+        if !self.keeps(Rule::RollbackTakesAllBlocks) {
+            wanted.iter_mut().skip(self.size_at(disk, to.upto)).for_each(|block| *block = [None; SECTORS]);
+        }
         let known = |block: &usize| wanted[*block].iter().all(Option::is_some);
         let differs = |block: &usize| {
             let live = self.live(disk, *block);

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 
+use super::growth::SMALL;
 use super::records::{BLOCKS, Block, Body, Record, SECTORS, Sequence};
 use super::rng::Rng;
 
@@ -33,6 +34,14 @@ pub(crate) struct Source {
     value: u32,
     /// The time now, in ticks.
     pub(crate) now: usize,
+}
+
+impl SourceDisk {
+    /// It is smaller at first.
+    pub(crate) fn begin_small(&mut self) {
+        self.now.truncate(SMALL * SECTORS);
+        self.states.iter_mut().flatten().for_each(|state| state.truncate(SMALL * SECTORS));
+    }
 }
 
 impl Source {
@@ -69,8 +78,8 @@ impl Source {
         if self.disks[disk].suspended {
             return;
         }
-        let (sector, len) = (rng.below(BLOCKS * SECTORS), rng.between(1, 6));
-        let len = len.min(BLOCKS * SECTORS - sector);
+        let (sector, len) = (rng.below(self.disks[disk].now.len()), rng.between(1, 6));
+        let len = len.min(self.disks[disk].now.len() - sector);
         let values = (0..len as u32).map(|at| self.value + at).collect();
         self.value += len as u32;
         self.emit(disk, Body::Write { sector, values });
@@ -94,7 +103,8 @@ impl Source {
     /// Sends what differs from the target; the next mark is a state again.
     pub(crate) fn resync(&mut self, disk: usize, target: &[u32]) {
         self.disks[disk].clean = false;
-        for (sector, held) in target.iter().enumerate() {
+        let sectors = self.disks[disk].now.len();
+        for (sector, held) in target.iter().take(sectors).enumerate() {
             let value = self.disks[disk].now[sector];
             if value != *held {
                 self.emit(disk, Body::Write { sector, values: vec![value] });

@@ -12,7 +12,16 @@ use super::records::{At, BLOCKS, Block, SECTORS, Seen, Sequence};
 use super::undo::Image;
 
 impl Journal {
+    /// The disk as of a point, in the size that it had.
     pub(crate) fn view(&self, disk: usize, at: At) -> Vec<Seen> {
+        let mut seen = self.view_of_all(disk, at);
+        let keeps = self.keeps(Rule::PointsKeepTheirSize);
+        seen.truncate(if keeps { self.size_at(disk, at.upto) } else { self.size(disk) });
+        seen
+    }
+
+    /// Also what is behind the end that it had: what stood there before the first write.
+    pub(crate) fn view_of_all(&self, disk: usize, at: At) -> Vec<Seen> {
         let mut seen: Vec<Seen> = (0..BLOCKS).map(|block| self.base(disk, at.base, block)).collect();
         for sequence in self.overlay_from(disk, at)..=at.upto {
             let Some(record) = self.record(disk, sequence) else {

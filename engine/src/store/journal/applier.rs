@@ -211,6 +211,8 @@ impl<T: BlockFile> Applier<T> {
         if let Some(why) = why {
             return Err(JournalError::Failed { path: journal.folder().into(), why });
         }
+        // A start may have found the size in a cache only: it must not be said before it is certain.
+        self.target.flush()?;
         let (disk, after) = (self.disk, self.applied.number);
         journal.edit(&[Edit::DiskGrown(DiskGrown { disk, size_sectors, after, time: now })], now)?;
         self.size_sectors = size_sectors;

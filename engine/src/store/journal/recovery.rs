@@ -272,7 +272,7 @@ impl<'a> Scanner<'a> {
 
     fn finish(mut self, shape: &Shape) -> Scan {
         // Of a disk whose entries were all given up the log may say nothing any more.
-        for (disk, _) in shape.disks.iter().filter(|(_, known)| known.lost_through().is_some()) {
+        for (disk, _) in shape.disks.iter().filter(|(_, known)| !known.lost.is_empty()) {
             self.scan.disks.entry(*disk).or_default();
         }
         for (disk, log) in &mut self.scan.disks {
@@ -622,10 +622,10 @@ impl DiskLog {
         // A segment is released only when all of it is on the target, or was carried: what was carried and is on the
         // target may stand before others that were released since.
         let counts = |entry: &&LogEntry| !(entry.carried && entry.number <= self.on_target);
-        let mut counted = self.entries.iter().filter(counts).peekable();
-        let first = counted.peek().map_or(u64::MAX, |entry| entry.number);
+        let first = self.entries.iter().find(counts).map_or(u64::MAX, |entry| entry.number);
         let mut next = first.min(self.on_target + 1);
-        for entry in counted {
+        // Behind one that counts nothing was released: what was carried from there is there, too.
+        for entry in self.entries.iter().filter(|entry| entry.number >= first) {
             if next < entry.number {
                 self.missing.push((next, entry.number));
             }
@@ -633,7 +633,9 @@ impl DiskLog {
         }
         // Something was applied that should still be here, or given up.
         let applied = if first == u64::MAX { 0 } else { applied };
-        let end = applied.max(known.and_then(DiskShape::lost_through).unwrap_or(0)) + 1;
+        // Also where a compare made up for it: its number is not another entry's, for as long as the manifest knows of it.
+        let lost = known.into_iter().flat_map(|known| &known.lost).map(|loss| loss.entries.last).max();
+        let end = applied.max(lost.unwrap_or(0)) + 1;
         if next < end {
             self.missing.push((next, end));
         }

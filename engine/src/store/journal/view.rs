@@ -163,21 +163,18 @@ impl View {
 
     /// The disk as it would be if everything in the log were applied: what stands on the target, which has all entries
     /// up to `applied` and perhaps parts of later ones, and those entries over it. An interrupted rollback is seen as
-    /// finished.
+    /// finished: in the size that the disk has, for a rollback does not change that.
     ///
     /// # Errors
-    /// When an entry behind `applied` is not there or damaged.
+    /// When an entry behind `applied` is not there or damaged, and no compare made up for it since.
     pub fn newest(journal: &Journal, disk: DiskId, applied: u64) -> Result<Self, JournalError> {
+        let size_sectors = shape(journal, disk)?.size_sectors();
         let plan = match rollback::goes_to(journal, disk)? {
-            Some(at) => Self::plan(journal, disk, at)?,
-            None => {
-                let size_sectors = shape(journal, disk)?.size_sectors();
-                Plan { disk, from_epoch: u64::MAX, over: None, size_sectors }
-            }
+            Some(at) => Plan { size_sectors, ..Self::plan(journal, disk, at)? },
+            None => Plan { disk, from_epoch: u64::MAX, over: None, size_sectors },
         };
         let number = journal.entries(disk).last().map_or(applied, |entry| entry.number.max(applied));
-        let waiting = Wanted::of(journal, disk, applied, (number, 0));
-        let waiting = waiting.map_err(|number| not_kept(disk, number))?;
+        let waiting = waiting(journal, disk, applied, number)?;
         let over = match plan.over {
             Some(over) => over.and(waiting),
             None => waiting,
@@ -373,6 +370,26 @@ impl View {
         }
         Ok(found)
     }
+}
+
+/// What waits behind `applied`, up to an entry, without what was lost and a compare made up for by then.
+fn waiting(journal: &Journal, disk: DiskId, applied: u64, number: u64) -> Result<Wanted, JournalError> {
+    let wanted = |after, number| {
+        Wanted::of(journal, disk, after, (number, 0)).map_err(|number| not_kept(disk, number))
+    };
+    let lost = &shape(journal, disk)?.lost;
+    let mut mended: Vec<(u64, u64)> = lost
+        .iter()
+        .filter(|loss| loss.mended.is_some_and(|mended| mended <= number))
+        .map(|loss| (loss.entries.first, loss.entries.last))
+        .collect();
+    mended.sort_unstable();
+    let (mut all, mut after) = (wanted(applied, applied)?, applied);
+    for (first, last) in mended.into_iter().filter(|(_, last)| *last > applied) {
+        all = all.and(wanted(after, after.max(first - 1))?);
+        after = after.max(last);
+    }
+    Ok(all.and(wanted(after, after.max(number))?))
 }
 
 fn slice(plain: &mut [u8], blocks: BlockRange, part: BlockRange) -> &mut [u8] {
