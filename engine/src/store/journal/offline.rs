@@ -18,9 +18,10 @@ use super::log::segment_path;
 use super::manifest::{Manifest, superblock_copies, walk_manifest};
 use super::points::{Point, all_points};
 use super::recovery::{Damage, Scan, Seen, scan, scan_showing};
+use super::strays::{check_known, sort_files};
 use super::undo::{ActiveRun, Hole, SealedRun};
 use super::view::{At, View};
-use super::{Journal, JournalSettings, Recovered, Run, Shape, sort_files};
+use super::{Journal, JournalSettings, Recovered, Run, Shape};
 use crate::format::FormatError;
 use crate::format::manifest::{Edit, EditHead, SegmentOpened, Superblock};
 use crate::format::segment::Applied;
@@ -65,6 +66,7 @@ impl Offline {
         let (slots, strangers) = sort_files(&*files, folder, &manifest)?;
         let superblock = manifest.superblock();
         let scan = scan(&*files, folder, manifest.journal(), manifest.shape(), opened.durable_group)?;
+        check_known(&*files, folder, &manifest, &slots, &strangers, &scan)?;
         let settings = JournalSettings::default();
         let (mut journal, found) = Journal::scanned(files, folder, settings, manifest, &slots, scan);
         journal.log.forbid_writes();
@@ -156,10 +158,8 @@ impl Offline {
     pub fn points(&mut self, disk: DiskId) -> Result<Vec<Listed>, JournalError> {
         let found = all_points(&mut self.journal, disk)?;
         let runs = &shape(&self.journal, disk)?.runs;
-        let broken: Vec<(Run, String)> = runs
-            .iter()
-            .filter_map(|run| Some((*run, self.run(disk, *run).err()?.to_string())))
-            .collect();
+        let broken: Vec<(Run, String)> =
+            runs.iter().filter_map(|run| Some((*run, self.run(disk, *run).err()?.to_string()))).collect();
         let listed = |point: Point| {
             let refused = match View::plan(&self.journal, disk, point.at) {
                 Ok(plan) => broken.iter().find(|(run, _)| plan.needs(run)).map(|(_, why)| why.clone()),
