@@ -46,10 +46,7 @@ pub struct Ladder {
 
 impl Ladder {
     /// The rungs, each with the age at which it begins, where the first begins at `first`.
-    fn begins(
-        &self,
-        first: Duration,
-    ) -> impl DoubleEndedIterator<Item = (&Rung, Duration)> + ExactSizeIterator {
+    fn begins(&self, first: Duration) -> impl DoubleEndedIterator<Item = (&Rung, Duration)> + ExactSizeIterator {
         let ends = self.rungs.iter().map(|rung| rung.until);
         let begins: Vec<Duration> = std::iter::once(first).chain(ends).take(self.rungs.len()).collect();
         self.rungs.iter().zip(begins)

@@ -3,7 +3,7 @@
 //! Invariants: output is bounded: of each kind so many lines are shown and the rest is counted; what cannot be read
 //! is a line of its own. Called by `commands::journal`.
 
-use reprotect_engine::format::manifest::{Edit, SegmentOpened};
+use reprotect_engine::format::manifest::SegmentOpened;
 use reprotect_engine::host::output::{Output, printable};
 use reprotect_engine::store::journal::indexed::FoundIndex;
 use reprotect_engine::store::journal::offline::Offline;
