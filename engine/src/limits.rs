@@ -51,6 +51,9 @@ pub const SEGMENT_BYTES_MIN: u64 = 32 << 20;
 pub const MANIFEST_BYTES_MAX: u64 = 1 << 30;
 /// A manifest is written anew after this many bytes of edits, or its own size if that is more.
 pub const MANIFEST_CHECKPOINT_BYTES: u64 = 4 << 20;
+/// Zeros that are kept written behind a manifest's newest edit, so that edits meet no full medium: 256 of them. Never
+/// more than a segment of the redo log, which a journal needs anyway.
+pub const MANIFEST_PREPARED_BYTES: u64 = 1 << 20;
 /// A delta batch that fails its checks at the target so many times in a row is not sent again: the disk is compared.
 pub const DAMAGED_BATCHES_MAX: u32 = 4;
 

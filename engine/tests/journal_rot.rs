@@ -18,7 +18,7 @@ use reprotect_engine::format::undo::FRAMES_START;
 use reprotect_engine::io::ReadAt;
 use reprotect_engine::store::journal::offline::Offline;
 use reprotect_engine::store::journal::points::{self, Offer};
-use reprotect_engine::store::journal::rot::reach;
+use reprotect_engine::store::journal::rot::{Found, reach};
 use reprotect_engine::store::journal::scrub::{EntryPlace, check_entry, check_run, unreadable};
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{JournalError, thin};
@@ -234,6 +234,45 @@ fn a_run_that_is_gone_damages_what_is_older_and_an_error_of_reading_says_the_sam
     assert!(damaged >= 4, "{damaged}");
     let newest = points::points(&mut store.journal, DISK).unwrap().last().copied().unwrap();
     assert!(newest.is_sound());
+}
+
+/// The files of merged runs have numbers that come once, also when the highest one is gone and after a restart; and what the
+/// scrub read of a run that is not there any more is not put down to another, nor does it stop the journal.
+#[test]
+fn a_place_that_the_scrub_remembers_is_never_another_run() {
+    let (mut store, ends) = filled(5);
+    let mut names = std::collections::BTreeSet::new();
+    let mut places = store.journal.run_places().unwrap();
+    for half in [&ends[..4], &ends[4..ends.len() - 1]] {
+        half.iter().for_each(|gone| drop_point(&mut store, *gone));
+        let mut merged = None;
+        while let Some(mut merge) = thin::next(&store.journal, DISK, Timestamp(u64::MAX), &[]).unwrap() {
+            let bytes = merge.write().unwrap();
+            let (first, last) =
+                merge.settle(&mut store.journal, bytes, Timestamp(9)).unwrap().unwrap().epochs;
+            let made = store.journal.run_places().unwrap();
+            let made =
+                made.into_iter().find(|made| (made.run.first, made.run.last) == (first, last)).unwrap();
+            assert!(names.insert(made.path.clone()), "{:?} comes twice", made.path);
+            places.push(made.clone());
+            merged = Some(made);
+        }
+        let gone = merged.unwrap();
+        let expired = EpochsExpired { disk: DISK, through: gone.run.last };
+        store.journal.edit(&[Edit::EpochsExpired(expired)], Timestamp(9)).unwrap();
+        store.files.opener().remove(&gone.path).unwrap();
+        store = store.reopen();
+    }
+    let blocks = reprotect_engine::format::undo::BlockRange::new(0, 1);
+    for place in &places {
+        let found = Found { blocks, cause: "read before".to_owned() };
+        let known = store.journal.has_run(place);
+        let noted = store.journal.note_run(place, &[(0, found)], false, Timestamp(9)).unwrap();
+        assert_eq!(noted, known, "{:?}", place.run);
+    }
+    store = store.reopen();
+    store.batch(Stretch::Diff, 1);
+    store.end(MarkClass::Crash, "");
 }
 
 /// Fills the log, so that the first segments are not the newest.

@@ -105,7 +105,7 @@ fn play(steps: &[Step]) -> Played {
             }
             Step::Applied(number) => {
                 let through = promise.committed.get(number).copied().unwrap_or(0);
-                let said = Applied { number: through, epoch: 1, undo_bytes: 0 };
+                let said = Applied { number: through, epoch: 0, undo_bytes: 0 };
                 open_journal.append_applied(disk(*number), said, NOW).unwrap();
                 applied.insert(*number, through);
             }
@@ -411,13 +411,19 @@ fn opening_a_whole_journal_writes_no_new_manifest() {
     assert!(files.bytes_sparse("/retention/manifest-00000002").is_empty());
 }
 
+/// Where the edits of the first manifest end.
+fn manifest_end(files: &MemoryFiles) -> u64 {
+    let bytes = files.bytes_sparse("/retention/manifest-00000001").remove(0).1;
+    let used = bytes.iter().rposition(|byte| *byte != 0).unwrap();
+    (used as u64).next_multiple_of(4096)
+}
+
 /// A torn end is edits that were never durable; the superblock of a closed journal knows that these were.
 #[test]
 fn the_last_edit_of_a_closed_journal_is_damage_where_it_cannot_be_read() {
     let files = sample();
     let path = "/retention/manifest-00000001";
-    let (offset, bytes) = files.bytes_sparse(path).pop().unwrap();
-    let last = offset + bytes.len() as u64 - 4096;
+    let last = manifest_end(&files) - 4096;
     for damage in [&[0xff_u8; 16][..], &[0; 4096]] {
         let damaged = files.snapshot();
         damaged.poke(path, last, damage);
@@ -481,8 +487,7 @@ fn a_manifest_that_was_replaced_and_is_there_again_is_removed() {
     let (mut journal, _) = open(&files).unwrap();
     journal.append(disk(1), EntryKind::Batch, &[&body(1, 15)], NOW).unwrap();
     drop(journal);
-    let (offset, bytes) = files.bytes_sparse("/retention/manifest-00000001").pop().unwrap();
-    files.poke("/retention/manifest-00000001", offset + bytes.len() as u64, b"torn");
+    files.poke("/retention/manifest-00000001", manifest_end(&files), b"torn");
     drop(open(&files).unwrap());
     assert!(files.bytes("/retention/manifest-00000001").is_empty(), "it was replaced");
     files.put("/retention/manifest-00000001", &older);

@@ -67,7 +67,7 @@ fn fill(journal: &mut Journal, first: u64, count: u64, applied: u64) {
         journal.commit(Timestamp(number)).unwrap();
     }
     for disk in DISKS {
-        journal.append_applied(disk, Applied { number: applied, epoch: 1, undo_bytes: 0 }, NOW).unwrap();
+        journal.append_applied(disk, Applied { number: applied, epoch: 0, undo_bytes: 0 }, NOW).unwrap();
     }
     journal.commit(NOW).unwrap();
 }
@@ -236,7 +236,7 @@ fn a_damaged_newest_state_has_its_segment_read() {
     for number in 31..61 {
         journal.append(DISKS[1], EntryKind::Batch, &[&body(1, number)], NOW).unwrap();
     }
-    journal.append_applied(DISKS[1], Applied { number: 60, epoch: 1, undo_bytes: 0 }, NOW).unwrap();
+    journal.append_applied(DISKS[1], Applied { number: 60, epoch: 0, undo_bytes: 0 }, NOW).unwrap();
     journal.commit(NOW).unwrap();
     drop(journal);
     let indexed = is_the_same(&files, "a state far back");

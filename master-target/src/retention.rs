@@ -463,6 +463,12 @@ fn report(found: &Recovered) {
     if let Some((path, offset)) = &found.torn {
         tracing::info!(path = %path.display(), offset, "the redo log ends in a torn write, as after a power cut");
     }
+    if let Some(path) = &found.torn_manifest {
+        tracing::warn!(
+            path = %path.display(),
+            "the manifest of the retention journal ended in a torn write, as after a power cut: what was being changed had not happened; the file is kept"
+        );
+    }
     if found.indexed > 0 {
         tracing::debug!(
             segments = found.indexed,

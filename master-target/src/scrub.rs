@@ -1,9 +1,10 @@
 //! The scrub: reads again, slowly, what lies still, and says what is not as it was written.
 //!
-//! A round reads every sealed undo run, every applied entry of the redo log, and every target, which it compares with
-//! its CRC map. Rot is found before it is needed, and a write to a target by somebody else is named with its range.
+//! A round reads the journal's superblock and manifest and the indexes of its segments, every sealed undo run, every applied
+//! entry of the redo log, and every target, which it compares with its CRC map. Rot is found before it is needed, and a write to a target by somebody else is named with its range.
 //!
-//! Invariants: nothing is written but the CRC maps, and what is damaged into the journal's manifest; reads stay under the byte budget, and under a quarter of it while
+//! Invariants: nothing is written but the CRC maps, what is damaged into the journal's manifest, and superblock and manifest
+//! where they are damaged themselves; reads stay under the byte budget, and under a quarter of it while
 //! the disks have work; a finding stands in `status` until a round no longer finds it; what was merged, expired or
 //! released meanwhile is no finding. Units: bytes. Started by `daemon`, on a thread of its own.
 
@@ -21,7 +22,9 @@ use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::files::{FileFacts, Files, FilesError};
 use reprotect_engine::store::journal::JournalError;
 use reprotect_engine::store::journal::rot::Found;
-use reprotect_engine::store::journal::scrub::{RunPlace, check_entry, check_run, unreadable};
+use reprotect_engine::store::journal::scrub::{
+    RunPlace, check_entry, check_index, check_own, check_run, unreadable,
+};
 use reprotect_engine::store::journal::undo::{BlockRange, UndoError};
 use reprotect_engine::units::{BLOCK_BYTES, BLOCK_SECTORS, DiskId, SECTOR_BYTES};
 
@@ -175,7 +178,8 @@ impl Round {
         loop {
             self.found.clear();
             let begun = Instant::now();
-            let done = self.runs().and_then(|()| self.entries()).and_then(|()| self.targets());
+            let read = self.own().and_then(|()| self.indexes()).and_then(|()| self.runs());
+            let done = read.and_then(|()| self.entries()).and_then(|()| self.targets());
             match done {
                 Ok(()) => self.publish(begun),
                 Err(error) if error.is::<Stopped>() => return,
@@ -187,6 +191,55 @@ impl Round {
                 return;
             }
         }
+    }
+
+    /// Superblock and manifest: what they say is known in memory, so they are written anew.
+    fn own(&mut self) -> anyhow::Result<()> {
+        let folder = self.retention.folder().to_owned();
+        if check_own(&*self.files, &folder).is_empty() {
+            return Ok(());
+        }
+        self.budget.take(0)?; // what a stop interrupts is no damage
+        let healed = self.retention.lock().get()?.heal_own(wall_clock());
+        match healed {
+            Ok(damage) => {
+                for damage in damage {
+                    tracing::error!(
+                        path = %damage.path.display(), offset = damage.offset, reason = damage.reason,
+                        "the retention journal was damaged there; it was written anew and is whole"
+                    );
+                }
+            }
+            Err(error) => {
+                let what = format!(
+                    "superblock or manifest of the retention journal at {} is damaged and could not be written anew ({error}): do not stop the master target before that is mended",
+                    folder.display()
+                );
+                let disks: Vec<DiskId> = self.retention.shape().disks.keys().copied().collect();
+                disks.into_iter().for_each(|disk| self.find(disk, what.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    fn indexes(&mut self) -> anyhow::Result<()> {
+        let places = self.retention.lock().get()?.index_places();
+        for place in places {
+            let wrong = match check_index(&*self.files, &place) {
+                Ok(wrong) => wrong.map(|error| error.to_string()),
+                Err(error) => Some(error.to_string()),
+            };
+            self.budget.take(0)?;
+            if let Some(reason) = wrong
+                && self.retention.lock().get()?.has_segment(place.segment)
+            {
+                tracing::warn!(
+                    path = %place.path.display(), reason,
+                    "the index of a segment of the redo log is damaged; nothing is lost: the next start reads the segment"
+                );
+            }
+        }
+        Ok(())
     }
 
     fn runs(&mut self) -> anyhow::Result<()> {

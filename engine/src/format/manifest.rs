@@ -587,6 +587,30 @@ impl EditHead {
 }
 
 impl Edit {
+    /// The disk it is about; `None` for edits of the redo log.
+    #[must_use]
+    pub const fn disk(&self) -> Option<DiskId> {
+        match self {
+            Self::SegmentOpened(_) | Self::SegmentReleased(_) => None,
+            Self::DiskAdded(body) => Some(body.disk),
+            Self::DiskRemoved(body) => Some(body.disk),
+            Self::EpochOpened(body) => Some(body.disk),
+            Self::EpochClosed(body) => Some(body.disk),
+            Self::RunsMerged(body) => Some(body.disk),
+            Self::EpochsExpired(body) => Some(body.disk),
+            Self::PointKept(body) | Self::PointChanged(body) => Some(body.disk),
+            Self::PointDropped(body) => Some(body.disk),
+            Self::StretchDegraded(body) => Some(body.disk),
+            Self::EntriesLost(body) => Some(body.disk),
+            Self::LossMended(body) => Some(body.disk),
+            Self::ImagesDamaged(body) => Some(body.disk),
+            Self::ImagesSound(body) => Some(body.disk),
+            Self::EntryDamaged(body) => Some(body.disk),
+            Self::EntrySound(body) => Some(body.disk),
+            Self::DiskGrown(body) => Some(body.disk),
+        }
+    }
+
     const fn kind(&self) -> EditKind {
         match self {
             Self::SegmentOpened(_) => EditKind::SegmentOpened,

@@ -12,6 +12,9 @@ use crate::io::BlockError;
 use crate::store::files::FilesError;
 use crate::units::{DiskId, Timestamp};
 
+/// What to do about a file of the folder that the journal cannot do without.
+pub(super) const RESTORE: &str = "keep the folder as it is and put the file back from a copy of it; without a copy have a new journal in another folder, and every disk is compared with its source";
+
 /// Why a journal cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -176,8 +179,7 @@ impl JournalError {
     }
 
     pub(super) fn damaged(path: &Path, what: impl Into<String>) -> Self {
-        let remedy = "keep the folder as it is and put the file back from a copy of it; without a copy have a new journal in another folder, and every disk is compared with its source";
-        Self::Damaged { path: path.into(), what: what.into(), remedy }
+        Self::Damaged { path: path.into(), what: what.into(), remedy: RESTORE }
     }
 }
 

@@ -1,30 +1,41 @@
 //! The manifest and the superblock: what the journal consists of, durably.
 //!
-//! Invariants: an edit is durable when [`Manifest::append`] returned; a batch of edits may be torn by a crash from its
-//! end only, as far as the next opening is concerned: what stands behind the first invalid edit is dropped, unless the
-//! superblock or an edit behind it knew that one durable, which is damage and refused. After an opening that dropped
-//! anything, and when it has grown, the manifest is written anew into a file of the next number; the superblock names
-//! it before the old one is removed. A failed write or flush stops it for good (I6). Units: bytes. Called by
-//! `store::journal`.
+//! Invariants: an edit is durable when [`Manifest::append`] returned, and then the superblock says so, which lies in a file
+//! of its own: what it knows never runs ahead of what is durable. A batch of edits may be torn by a crash from its end only,
+//! as far as the next opening is concerned: what stands behind the first invalid edit is dropped, unless the superblock or
+//! an edit behind it knew that one durable, which is damage and refused. After an opening that dropped anything, and when
+//! it has grown, the manifest is written anew into a file of the next number; two copies of the superblock name it before
+//! the old one is removed (one that was torn is moved aside). Edits are written where zeros were written before, so a full
+//! medium is met before anything is changed and is tried again; any other failed write or flush stops it for good (I6). The
+//! shape is what the medium holds: an edit that contradicts it, or could not be written, changes nothing. Units: bytes.
+//! Called by `store::journal`.
 
+mod read;
+
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub(super) use read::{Read, read_manifest, read_superblock, rest_is_zero, superblock_copies, walk_manifest};
+
+use super::ASIDE;
 use super::error::JournalError;
 use super::shape::Shape;
 use crate::format::FormatError;
 use crate::format::manifest::{
-    COMPATIBLE_SEGMENT_INDEXES, Edit, EditHead, MANIFEST_MAGIC, ManifestHeader, SUPERBLOCK_COPIES,
-    SUPERBLOCK_MAGIC, Superblock,
+    COMPATIBLE_SEGMENT_INDEXES, Edit, MANIFEST_MAGIC, ManifestHeader, SUPERBLOCK_COPIES, SUPERBLOCK_MAGIC,
+    Superblock,
 };
 use crate::format::segment::JournalId;
-use crate::io::{BlockFile, ReadAt, WriteAt};
-use crate::limits::{MANIFEST_BYTES_MAX, MANIFEST_CHECKPOINT_BYTES};
-use crate::store::files::Files;
-use crate::units::{BLOCK_BYTES, Timestamp};
+use crate::io::{BlockError, BlockFile, ByteRange, WriteAt};
+use crate::limits::{MANIFEST_BYTES_MAX, MANIFEST_CHECKPOINT_BYTES, MANIFEST_PREPARED_BYTES};
+use crate::store::files::{Files, FilesError};
+use crate::units::{BLOCK_BYTES, DiskId, Timestamp};
 
 /// Why a journal that was opened for reading takes no writes.
 pub(super) const TO_READ: &str = "it was opened for reading only";
+/// After a checkpoint that failed the next one is tried when so many more bytes of edits were written.
+const CHECKPOINT_AGAIN_BYTES: u64 = 64 << 10;
 /// Name of the superblock's file.
 pub(super) const SUPERBLOCK_NAME: &str = "superblock";
 
@@ -41,6 +52,12 @@ pub struct Manifest {
     index: u64,
     /// Length after the last checkpoint.
     base: u64,
+    /// Where the next checkpoint is due; further on after one that failed.
+    due: u64,
+    /// Up to here every byte was written once.
+    prepared: u64,
+    /// How many bytes behind the newest edit are written ahead.
+    ahead_bytes: u64,
     shape: Shape,
     failed: Option<String>,
 }
@@ -56,261 +73,8 @@ pub(super) fn number_of_name(name: &str) -> Option<u64> {
     (manifest_path(Path::new(""), number) == Path::new(name)).then_some(number)
 }
 
-/// What the superblock says, read without changing anything.
-///
-/// # Errors
-/// [`JournalError::NoJournal`] when there is none, [`JournalError::NoSuperblock`] when there was one; else when no copy is
-/// valid or a newer version wrote it.
-pub(super) fn read_superblock(files: &dyn Files, folder: &Path) -> Result<Superblock, JournalError> {
-    let path = folder.join(SUPERBLOCK_NAME);
-    if files.facts(&path)?.is_none() {
-        return Err(without_superblock(files, folder)?);
-    }
-    let bytes = files.read_head(&path, (SUPERBLOCK_COPIES * BLOCK_BYTES) as usize)?;
-    let mut newest: Option<Superblock> = None;
-    let mut refused: Option<FormatError> = None;
-    for copy in bytes.chunks(BLOCK_BYTES as usize) {
-        match Superblock::open(copy) {
-            Ok(superblock) => {
-                if newest.is_none_or(|known| superblock.generation > known.generation) {
-                    newest = Some(superblock);
-                }
-            }
-            // A copy that was never written says nothing.
-            Err(error) if copy.iter().any(|byte| *byte != 0) => refused = Some(error),
-            Err(_) => {}
-        }
-    }
-    // A copy that only a newer program understands must not be passed over for an older one.
-    // Its magic ends in a higher version; other bytes of the magic differ by damage only.
-    let newer = match &refused {
-        Some(FormatError::Field { field: "magic", got, .. }) => *got > u64::from(SUPERBLOCK_MAGIC[7]),
-        Some(FormatError::Field { field, .. }) => *field == "incompatible",
-        _ => false,
-    };
-    match (newest, refused) {
-        (Some(superblock), _) if !newer => Ok(superblock),
-        (_, Some(error)) => {
-            let remedy = if newer {
-                "use the program that wrote it"
-            } else {
-                "no copy in it is whole: put it back from a copy of the folder; nothing was changed"
-            };
-            Err(JournalError::format(&path, 0, remedy)(error))
-        }
-        (_, None) => Err(without_superblock(files, folder)?),
-    }
-}
-
-/// What a folder is that has no superblock: one that never had a journal, or one that lost it. The making of a journal that
-/// was interrupted before the first copy was there leaves the first manifest, and that without an edit.
-fn without_superblock(files: &dyn Files, folder: &Path) -> Result<JournalError, JournalError> {
-    for found in files.neighbours(&folder.join(SUPERBLOCK_NAME))? {
-        if found == SUPERBLOCK_NAME || !super::is_ours(&found) {
-            continue;
-        }
-        let head = files.read_head(&folder.join(&found), 2 * BLOCK_BYTES as usize)?;
-        let edits = head.get(BLOCK_BYTES as usize..).unwrap_or_default();
-        if number_of_name(&found) != Some(1) || edits.iter().any(|byte| *byte != 0) {
-            return Ok(JournalError::NoSuperblock { path: folder.into(), found });
-        }
-    }
-    Ok(JournalError::NoJournal { path: folder.into() })
-}
-
-/// What reading a manifest found.
-pub(super) struct Read {
-    pub(super) shape: Shape,
-    pub(super) index: u64,
-    pub(super) at: u64,
-    /// Newest group of the redo log that any edit knew durable.
-    pub(super) durable_group: u64,
-    /// Something that was torn stands behind the last edit.
-    pub(super) torn: bool,
-}
-
-/// Each copy of the superblock as it stands; `None` where none was ever written.
-///
-/// # Errors
-/// When the file cannot be read.
-pub(super) fn superblock_copies(
-    files: &dyn Files,
-    folder: &Path,
-) -> Result<Vec<Option<Result<Superblock, FormatError>>>, JournalError> {
-    let path = folder.join(SUPERBLOCK_NAME);
-    let bytes = files.read_head(&path, (SUPERBLOCK_COPIES * BLOCK_BYTES) as usize)?;
-    let written = |copy: &[u8]| copy.iter().any(|byte| *byte != 0);
-    Ok(bytes.chunks(BLOCK_BYTES as usize).map(|copy| written(copy).then(|| Superblock::open(copy))).collect())
-}
-
-/// Reads a manifest from its file.
-///
-/// # Errors
-/// When it is missing, foreign or damaged.
-pub(super) fn read_manifest(
-    files: &dyn Files,
-    folder: &Path,
-    superblock: &Superblock,
-) -> Result<Read, JournalError> {
-    walk_manifest(files, folder, superblock, &mut |_, _, _| {})
-}
-
-/// As [`read_manifest`], and shows every edit: where it stands, its head, what it says.
-pub(super) fn walk_manifest(
-    files: &dyn Files,
-    folder: &Path,
-    superblock: &Superblock,
-    see: &mut dyn FnMut(u64, &EditHead, &Edit),
-) -> Result<Read, JournalError> {
-    const REMEDY: &str = "restore the folder from its newest copy, or run `journal verify` on it";
-    let path = manifest_path(folder, superblock.manifest);
-    let mut file = files.open(&path, false)?;
-    let size = file.size_bytes();
-    let mut block = vec![0; BLOCK_BYTES as usize];
-    file.read(&mut [ReadAt { offset: 0, data: &mut block }])?;
-    let header = ManifestHeader::open(&block).map_err(JournalError::format(&path, 0, REMEDY))?;
-    if header.journal != superblock.journal || header.number != superblock.manifest {
-        return Err(JournalError::Foreign { path });
-    }
-    let mut read = Read { shape: Shape::default(), index: 1, at: BLOCK_BYTES, durable_group: 0, torn: false };
-    let mut ahead = Ahead { start: 0, bytes: Vec::new() };
-    while read.at < size {
-        let edit = match read_edit(&mut *file, &mut ahead, read.at, size, &header, read.index)? {
-            Ok(edit) => edit,
-            Err(_) if rest_is_zero(&mut *file, read.at, size)? => break,
-            Err(error) => {
-                if read.index <= superblock.manifest_edits
-                    || knows_durable(&mut *file, read.at, size, &header, read.index)?
-                {
-                    return Err(JournalError::format(&path, read.at, REMEDY)(error));
-                }
-                read.torn = true;
-                break;
-            }
-        };
-        let (head, edit) = edit;
-        see(read.at, &head, &edit);
-        read.shape
-            .apply(&edit)
-            .map_err(|what| JournalError::damaged(&path, format!("edit {}: {what}", head.index)))?;
-        read.durable_group = read.durable_group.max(head.durable_group);
-        read.index += 1;
-        read.at += head.stored_bytes();
-    }
-    // Zeros, or the file's end, where there were edits.
-    if read.index <= superblock.manifest_edits {
-        let (got, known) = (read.index - 1, superblock.manifest_edits);
-        return Err(JournalError::damaged(&path, format!("it has {got} edits, and {known} were durable")));
-    }
-    Ok(read)
-}
-
-/// A part of the manifest that was read ahead: edits are small and many.
-struct Ahead {
-    start: u64,
-    bytes: Vec<u8>,
-}
-
-impl Ahead {
-    const BYTES: u64 = 1 << 20;
-
-    /// `len` bytes of the file, fewer (none) where it ends at `size` before them.
-    fn read(
-        &mut self,
-        file: &mut dyn BlockFile,
-        at: u64,
-        len: u64,
-        size: u64,
-    ) -> Result<&[u8], JournalError> {
-        if at < self.start || at + len > self.start + self.bytes.len() as u64 {
-            self.bytes.resize(Self::BYTES.max(len).min(size.saturating_sub(at)) as usize, 0);
-            self.start = at;
-            file.read(&mut [ReadAt { offset: at, data: &mut self.bytes }])?;
-        }
-        let from = (at - self.start) as usize;
-        Ok(self.bytes.get(from..).and_then(|rest| rest.get(..len as usize)).unwrap_or_default())
-    }
-}
-
-/// The edit at a place, or why there is none.
-fn read_edit(
-    file: &mut dyn BlockFile,
-    ahead: &mut Ahead,
-    at: u64,
-    size: u64,
-    header: &ManifestHeader,
-    index: u64,
-) -> Result<Result<(EditHead, Edit), FormatError>, JournalError> {
-    let head = match EditHead::open(ahead.read(file, at, BLOCK_BYTES, size)?) {
-        Ok(head) => head,
-        Err(error) => return Ok(Err(error)),
-    };
-    let field = |field, got, expected| Err(FormatError::Field { what: "EditHead", field, got, expected });
-    if head.manifest != header.number {
-        return Ok(field("manifest", head.manifest, "the number of its manifest"));
-    }
-    if head.index != index {
-        return Ok(field("index", head.index, "the next number"));
-    }
-    if at + head.stored_bytes() > size {
-        return Ok(field("body_bytes", head.body_bytes.into(), "a body that ends inside the file"));
-    }
-    let (body, padding) = ahead
-        .read(file, at, head.stored_bytes(), size)?
-        .get(EditHead::BYTES..)
-        .and_then(|rest| rest.split_at_checked(head.body_bytes as usize))
-        .unwrap_or_default();
-    if padding.iter().any(|byte| *byte != 0) {
-        return Ok(field("padding", 1, "zeros"));
-    }
-    Ok(Edit::decode(&head, body).map(|edit| (head, edit)))
-}
-
-/// Whether everything from here on was never written. Files are made as holes, so only allocated parts are read.
-pub(super) fn rest_is_zero(file: &mut dyn BlockFile, at: u64, size: u64) -> Result<bool, JournalError> {
-    let mut block = vec![0; 64 << 10];
-    for part in file.allocated(crate::io::ByteRange { start: at, end: size })? {
-        let mut at = part.start;
-        while at < part.end {
-            let len = (part.end - at).min(block.len() as u64) as usize;
-            let data = block.get_mut(..len).unwrap_or_default();
-            file.read(&mut [ReadAt { offset: at, data }])?;
-            if data.iter().any(|byte| *byte != 0) {
-                return Ok(false);
-            }
-            at += len as u64;
-        }
-    }
-    Ok(true)
-}
-
-/// Whether an edit behind `at` says that edit `index` was durable when it was written.
-fn knows_durable(
-    file: &mut dyn BlockFile,
-    at: u64,
-    size: u64,
-    header: &ManifestHeader,
-    index: u64,
-) -> Result<bool, JournalError> {
-    let mut block = vec![0; BLOCK_BYTES as usize];
-    for part in file.allocated(crate::io::ByteRange { start: at, end: size })? {
-        let mut at = part.start / BLOCK_BYTES * BLOCK_BYTES;
-        while at + BLOCK_BYTES <= size && at < part.end {
-            file.read(&mut [ReadAt { offset: at, data: &mut block }])?;
-            if let Ok(head) = EditHead::open(&block)
-                && head.manifest == header.number
-                && head.durable_index >= index
-            {
-                return Ok(true);
-            }
-            at += BLOCK_BYTES;
-        }
-    }
-    Ok(false)
-}
-
 impl Manifest {
-    /// Makes the manifest and superblock of a new journal.
+    /// Makes the manifest and superblock of a new journal. `ahead_bytes`: how much room of the medium is taken ahead.
     ///
     /// # Errors
     /// When the folder holds a journal already, or cannot be written.
@@ -318,10 +82,14 @@ impl Manifest {
         files: Arc<dyn Files>,
         folder: &Path,
         journal: JournalId,
+        ahead_bytes: u64,
         now: Timestamp,
     ) -> Result<Self, JournalError> {
         let number = 1;
-        let file = start_file(&*files, folder, journal, number)?;
+        let mut file = start_file(&*files, folder, journal, number)?;
+        let ahead_bytes = ahead_bytes.min(MANIFEST_PREPARED_BYTES);
+        let prepared = prepare(&mut *file, BLOCK_BYTES, BLOCK_BYTES + ahead_bytes)?;
+        file.flush()?;
         // The superblock comes last: a folder without one holds no journal, whatever else lies in it.
         let path = folder.join(SUPERBLOCK_NAME);
         files.create(&path, SUPERBLOCK_COPIES * BLOCK_BYTES)?;
@@ -350,31 +118,34 @@ impl Manifest {
             at: BLOCK_BYTES,
             index: 1,
             base: BLOCK_BYTES,
+            due: 0,
+            prepared,
+            ahead_bytes,
             shape: Shape::default(),
             failed: None,
         };
-        manifest.write_superblock(now, 0, false)?;
+        manifest.due = manifest.checkpoint_due();
+        manifest.write_every_copy(now)?;
         Ok(manifest)
     }
 
-    /// Opens the manifest of an existing journal for writing; answers with it whether the journal was closed in order,
-    /// and the newest group of the redo log known durable.
+    /// Opens the manifest of an existing journal for writing, and changes nothing before [`Self::start`]; answers with it
+    /// whether the journal was closed in order, and the newest group of the redo log known durable.
     ///
     /// # Errors
     /// When somebody else has it open, or it is missing, foreign, damaged, or of a newer version.
     pub(super) fn open(
         files: Arc<dyn Files>,
         folder: &Path,
-        now: Timestamp,
+        ahead_bytes: u64,
     ) -> Result<(Self, Opened), JournalError> {
         // Opened for writing first: that is the lock against a second program.
         let path = folder.join(SUPERBLOCK_NAME);
         if files.facts(&path)?.is_none() {
-            return Err(without_superblock(&*files, folder)?);
+            return Err(read::without_superblock(&*files, folder)?);
         }
         let superblock_file = files.open(&path, true)?;
         let superblock = read_superblock(&*files, folder)?;
-        let path = folder.join(SUPERBLOCK_NAME);
         if superblock.read_only_compatible != 0 {
             let source = FormatError::Field {
                 what: "superblock",
@@ -385,17 +156,37 @@ impl Manifest {
             return Err(JournalError::format(&path, 0, "use the program that wrote it")(source));
         }
         let read = read_manifest(&*files, folder, &superblock)?;
-        let mut file = files.open(&manifest_path(folder, superblock.manifest), true)?;
-        // What was read may stand in a cache only, if the program before us was killed between write and flush.
-        file.flush()?;
-        let torn = read.torn;
+        let file = files.open(&manifest_path(folder, superblock.manifest), true)?;
         let (mut manifest, opened) = Self::of(files, folder, superblock_file, superblock, file, read);
-        if torn {
-            manifest.checkpoint(now, opened.durable_group)?;
-        } else {
-            manifest.write_superblock(now, opened.durable_group, false)?;
-        }
+        manifest.ahead_bytes = ahead_bytes.min(MANIFEST_PREPARED_BYTES);
         Ok((manifest, opened))
+    }
+
+    /// From here on the journal is in use. Answers, after a torn end, where the manifest is that had it.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(super) fn start(&mut self, now: Timestamp, opened: &Opened) -> Result<Option<PathBuf>, JournalError> {
+        // What was read may stand in a cache only, if the program before us was killed between write and flush.
+        self.file.flush()?;
+        let mut torn = None;
+        if opened.torn {
+            let path = manifest_path(&self.folder, self.number());
+            torn = match self.checkpoint(now, opened.durable_group, |files, old| files.set_aside(old, ASIDE))
+            {
+                // On a full medium nothing could be given back if this stopped here.
+                Err(error) if error.is_full() && self.failed.is_none() => {
+                    self.cut(self.file.size_bytes())?;
+                    Some(path)
+                }
+                moved => Some(moved?.unwrap_or(path)),
+            };
+        }
+        self.write_superblock(now, opened.durable_group, false)?;
+        self.write_every_copy(now)?;
+        self.prepared = self.written_end()?;
+        self.prepare_ahead();
+        Ok(torn)
     }
 
     /// Opens the manifest of a journal to which nothing is written: no file is opened for writing, and
@@ -425,8 +216,10 @@ impl Manifest {
         let opened = Opened {
             clean: superblock.clean,
             durable_group: superblock.durable_group.max(read.durable_group),
+            torn: read.torn,
+            removed: read.removed,
         };
-        let manifest = Self {
+        let mut manifest = Self {
             files,
             folder: folder.into(),
             superblock_file,
@@ -435,9 +228,13 @@ impl Manifest {
             at: read.at,
             index: read.index,
             base: read.at,
+            due: 0,
+            prepared: read.at,
+            ahead_bytes: 0,
             shape: read.shape,
             failed: None,
         };
+        manifest.due = manifest.checkpoint_due();
         (manifest, opened)
     }
 
@@ -473,42 +270,137 @@ impl Manifest {
     /// Makes changes durable, all of them or (after a crash) the first few.
     ///
     /// # Errors
-    /// When an edit contradicts the shape, or it cannot be written; nothing is written from then on.
+    /// When an edit contradicts the shape, or the medium is full: nothing is changed then, and the next one may come. When
+    /// it cannot be written for another reason nothing is written from then on.
     pub fn append(&mut self, edits: &[Edit], now: Timestamp, durable_group: u64) -> Result<(), JournalError> {
-        let path = manifest_path(&self.folder, self.superblock.manifest);
-        if let Some(why) = &self.failed {
-            return Err(JournalError::Failed { path, why: why.clone() });
-        }
+        self.check()?;
+        let before = self.shape.before(edits);
         for edit in edits {
             if let Err(what) = self.shape.apply(edit) {
-                // Ours is wrong now, and what is on the medium is not: nothing more is written there.
-                self.failed = Some(what.clone());
-                return Err(JournalError::damaged(&path, what));
+                self.shape.restore(before);
+                return Err(JournalError::damaged(&manifest_path(&self.folder, self.number()), what));
             }
         }
-        let mut bytes = Vec::new();
-        for (edit, index) in edits.iter().zip(self.index..) {
-            bytes.extend(edit.encode(self.superblock.manifest, index, self.index - 1, durable_group));
+        // A checkpoint on the way must not hold these yet.
+        let with_edits = self.shape.exchange(before);
+        self.write_edits(edits, now, durable_group)?;
+        self.shape.restore(with_edits);
+        match self.write_superblock(now, durable_group, false) {
+            // The edits are durable; what is missing is who else knows it, and the next edit says it.
+            Err(error) if error.is_full() && self.failed.is_none() => {
+                tracing::warn!(%error, "the superblock does not know the newest edits of the manifest yet");
+            }
+            written => written?,
         }
-        if self.at + bytes.len() as u64 > self.file.size_bytes() {
-            return self.checkpoint(now, durable_group); // it holds these edits, too
-        }
-        let written =
-            self.file.write(&[WriteAt { offset: self.at, data: &bytes }]).and_then(|()| self.file.flush());
-        self.note(written)?;
-        self.at += bytes.len() as u64;
-        self.index += edits.len() as u64;
-        if self.at - self.base > MANIFEST_CHECKPOINT_BYTES.max(self.base) {
-            self.checkpoint(now, durable_group)?;
-        }
+        self.tidy_up(now, durable_group);
         Ok(())
     }
 
-    /// Writes the shape into a new manifest, makes it the one that counts, and removes the old one.
-    fn checkpoint(&mut self, now: Timestamp, durable_group: u64) -> Result<(), JournalError> {
-        let (old, number) = (self.superblock.manifest, self.superblock.manifest + 1);
+    fn write_edits(
+        &mut self,
+        edits: &[Edit],
+        now: Timestamp,
+        durable_group: u64,
+    ) -> Result<(), JournalError> {
+        let encode = |manifest, first: u64| {
+            let numbered = edits.iter().zip(first..);
+            numbered.fold(Vec::new(), |mut bytes, (edit, index)| {
+                bytes.extend(edit.encode(manifest, index, first - 1, durable_group));
+                bytes
+            })
+        };
+        let mut bytes = encode(self.number(), self.index);
+        let len = bytes.len() as u64;
+        if self.at + len > self.file.size_bytes() {
+            self.checkpoint(now, durable_group, remove)?;
+            bytes = encode(self.number(), self.index);
+        }
+        if self.at + len > self.prepared {
+            self.prepare_to(self.at + len + self.ahead_bytes)?;
+            if self.at + len > self.prepared {
+                let what = "there is no room for an edit of the manifest".to_owned();
+                return Err(JournalError::Full { path: self.folder.clone(), what });
+            }
+        }
+        match self.file.write(&[WriteAt { offset: self.at, data: &bytes }]) {
+            // A medium that takes new room for what was written before, too. Some of it may stand there.
+            Err(error) if error.is_full() => {
+                self.cut(self.at + len)?;
+                return Err(error.into());
+            }
+            written => self.note(written)?,
+        }
+        let flushed = self.file.flush();
+        self.note(flushed)?;
+        self.at += len;
+        self.index += edits.len() as u64;
+        Ok(())
+    }
+
+    /// What is due behind edits that are durable: none of it may make them look as if they were not.
+    fn tidy_up(&mut self, now: Timestamp, durable_group: u64) {
+        self.prepare_ahead();
+        if self.at < self.due || self.failed.is_some() {
+            return;
+        }
+        if let Err(error) = self.checkpoint(now, durable_group, remove) {
+            tracing::warn!(%error, "the manifest could not be written anew; it goes on, and that is tried again");
+            self.due = self.at + CHECKPOINT_AGAIN_BYTES;
+        }
+    }
+
+    const fn checkpoint_due(&self) -> u64 {
+        let grown = if self.base > MANIFEST_CHECKPOINT_BYTES { self.base } else { MANIFEST_CHECKPOINT_BYTES };
+        self.base + grown + 1
+    }
+
+    /// Writes the shape into a new manifest, makes it the one that counts, and does away with the old one. An error leaves
+    /// the old one in force, unless the superblock could not be written: nobody knows then which one it names.
+    fn checkpoint<T>(
+        &mut self,
+        now: Timestamp,
+        durable_group: u64,
+        retire: impl FnOnce(&dyn Files, &Path) -> Result<T, FilesError>,
+    ) -> Result<Option<T>, JournalError> {
+        let (old, path) = (self.superblock, manifest_path(&self.folder, self.number() + 1));
         // A crash may have left one of this number behind that no superblock ever named.
-        self.files.remove(&manifest_path(&self.folder, number))?;
+        self.files.remove(&path)?;
+        let made = self.write_shape(durable_group).inspect_err(|_| {
+            let _ = self.files.remove(&path); // ours, and half made; the error that matters is the one above
+        })?;
+        let place = (self.at, self.index, self.base, self.prepared);
+        let old_file = std::mem::replace(&mut self.file, made.file);
+        (self.at, self.index, self.base, self.prepared) = (made.at, made.index, made.at, made.prepared);
+        self.superblock.manifest += 1;
+        if let Err(error) = self.write_superblock(now, durable_group, false) {
+            if self.failed.is_none() {
+                (self.file, self.superblock) = (old_file, old);
+                (self.at, self.index, self.base, self.prepared) = place;
+                let _ = self.files.remove(&path); // as above
+            }
+            return Err(error);
+        }
+        self.due = self.checkpoint_due();
+        // Twice: one copy that rots must not lead to a manifest that is gone.
+        match self.write_superblock(now, durable_group, false) {
+            Err(error) if error.is_full() && self.failed.is_none() => {
+                tracing::warn!(%error, "one copy of the superblock names the new manifest");
+            }
+            written => written?,
+        }
+        drop(old_file);
+        match retire(&*self.files, &manifest_path(&self.folder, old.manifest)) {
+            Ok(done) => Ok(Some(done)),
+            Err(error) => {
+                tracing::warn!(%error, "a manifest that was replaced stays until the next start");
+                Ok(None)
+            }
+        }
+    }
+
+    /// The shape as a manifest of the next number, durable and not named yet.
+    fn write_shape(&self, durable_group: u64) -> Result<Written, JournalError> {
+        let number = self.number() + 1;
         let mut file = start_file(&*self.files, &self.folder, self.superblock.journal, number)?;
         let mut at = BLOCK_BYTES;
         let mut index = 1;
@@ -518,11 +410,80 @@ impl Manifest {
             at += bytes.len() as u64;
             index += 1;
         }
+        let prepared = prepare(&mut *file, at, at + self.ahead_bytes)?;
         file.flush()?;
-        (self.file, self.at, self.index, self.base) = (file, at, index, at);
-        self.superblock.manifest = number;
-        self.write_superblock(now, durable_group, false)?;
-        self.files.remove(&manifest_path(&self.folder, old))?;
+        Ok(Written { file, at, index, prepared })
+    }
+
+    /// Puts superblock and manifest back as they are known here, each copy and each edit.
+    ///
+    /// # Errors
+    /// When they cannot be written; what was there stays.
+    pub(super) fn write_anew(&mut self, now: Timestamp, durable_group: u64) -> Result<(), JournalError> {
+        self.check()?;
+        self.checkpoint(now, durable_group, remove)?;
+        for _ in 0..SUPERBLOCK_COPIES {
+            self.write_superblock(now, durable_group, false)?;
+        }
+        Ok(())
+    }
+
+    /// Number of the next edit.
+    pub(super) const fn next_edit(&self) -> u64 {
+        self.index
+    }
+
+    /// Sees to it that the edits of some time need no room of the medium.
+    fn prepare_ahead(&mut self) {
+        if self.failed.is_none()
+            && self.prepared < self.at + self.ahead_bytes / 2
+            && let Err(error) = self.prepare_to(self.at + self.ahead_bytes)
+        {
+            tracing::warn!(%error, "no room could be taken ahead for the manifest");
+        }
+    }
+
+    /// Writes zeros up to a place, as far as the medium has room.
+    fn prepare_to(&mut self, end: u64) -> Result<(), JournalError> {
+        let written = prepare(&mut *self.file, self.prepared, end);
+        match written {
+            Ok(prepared) => self.prepared = prepared,
+            // As far as it came is found by looking.
+            Err(error) if error.is_full() => self.prepared = self.written_end()?,
+            Err(error) => return self.note(Err(error)),
+        }
+        let flushed = self.file.flush();
+        self.note(flushed)
+    }
+
+    /// Where what was ever written to the file ends, without a gap from the newest edit on.
+    fn written_end(&mut self) -> Result<u64, JournalError> {
+        let range = ByteRange { start: self.at, end: self.file.size_bytes() };
+        let first = self.file.allocated(range)?.into_iter().next();
+        Ok(first
+            .filter(|part| part.start <= self.at)
+            .map_or(self.at, |part| part.end / BLOCK_BYTES * BLOCK_BYTES))
+    }
+
+    /// Makes zeros of what stands behind the newest edit.
+    fn cut(&mut self, end: u64) -> Result<(), JournalError> {
+        let range = ByteRange { start: self.at, end };
+        let parts = self.file.allocated(range);
+        for part in self.note(parts)? {
+            let cut = self.file.zero(part);
+            self.note(cut)?;
+        }
+        let flushed = self.file.flush();
+        self.note(flushed)?;
+        self.prepared = self.written_end()?;
+        Ok(())
+    }
+
+    /// Writes the superblock until each of its copies was written once: it needs no room of the medium from then on.
+    fn write_every_copy(&mut self, now: Timestamp) -> Result<(), JournalError> {
+        while self.superblock.generation < SUPERBLOCK_COPIES {
+            self.write_superblock(now, 0, false)?;
+        }
         Ok(())
     }
 
@@ -540,11 +501,12 @@ impl Manifest {
         }
         .sealed();
         let offset = next.generation % SUPERBLOCK_COPIES * BLOCK_BYTES;
-        let written = self
-            .superblock_file
-            .write(&[WriteAt { offset, data: &next.to_block() }])
-            .and_then(|()| self.superblock_file.flush());
-        self.note(written)?;
+        match self.superblock_file.write(&[WriteAt { offset, data: &next.to_block() }]) {
+            Err(error) if error.is_full() => return Err(error.into()), // nothing was written
+            written => self.note(written)?,
+        }
+        let flushed = self.superblock_file.flush();
+        self.note(flushed)?;
         self.superblock = next;
         Ok(())
     }
@@ -557,7 +519,17 @@ impl Manifest {
         self.write_superblock(now, durable_group, true)
     }
 
-    fn note<T>(&mut self, result: Result<T, crate::io::BlockError>) -> Result<T, JournalError> {
+    fn check(&self) -> Result<(), JournalError> {
+        match &self.failed {
+            None => Ok(()),
+            Some(why) => {
+                let path = manifest_path(&self.folder, self.number());
+                Err(JournalError::Failed { path, why: why.clone() })
+            }
+        }
+    }
+
+    fn note<T>(&mut self, result: Result<T, BlockError>) -> Result<T, JournalError> {
         result.map_err(|error| {
             self.failed = Some(error.to_string());
             error.into()
@@ -565,11 +537,42 @@ impl Manifest {
     }
 }
 
+/// A manifest that was written and is not named yet.
+struct Written {
+    file: Box<dyn BlockFile>,
+    at: u64,
+    index: u64,
+    prepared: u64,
+}
+
 /// What opening found.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Opened {
     pub(super) clean: bool,
     pub(super) durable_group: u64,
+    /// Something that was torn stands behind the last edit.
+    pub(super) torn: bool,
+    /// Disks that were removed since the manifest was written anew, and are not there again.
+    pub(super) removed: BTreeSet<DiskId>,
+}
+
+/// What becomes of a manifest that was replaced.
+fn remove(files: &dyn Files, old: &Path) -> Result<(), FilesError> {
+    files.remove(old)
+}
+
+/// Writes zeros from a place on, where edits will stand; answers where they end.
+fn prepare(file: &mut dyn BlockFile, from: u64, end: u64) -> Result<u64, BlockError> {
+    const PIECE: usize = 64 << 10;
+    let zeros = vec![0; PIECE];
+    let end = end.next_multiple_of(BLOCK_BYTES).min(file.size_bytes());
+    let mut at = from;
+    while at < end {
+        let len = (end - at).min(PIECE as u64);
+        file.write(&[WriteAt { offset: at, data: zeros.get(..len as usize).unwrap_or_default() }])?;
+        at += len;
+    }
+    Ok(at)
 }
 
 /// A new manifest file with its header.

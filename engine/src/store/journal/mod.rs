@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `log` | the redo log: groups, segments, commit |
 //! | `manifest` | what the journal consists of, durably; `shape` is that as a value |
+//! | `strays` | files that the manifest does not name: left over, foreign, or proof that it lost something |
 //! | `recovery` | reading the redo log after a stop or a crash |
 //! | `indexed` | what is read of a segment instead of its groups |
 //! | `applier` | one disk: undo run, target, and the order in which they are written |
@@ -43,6 +44,7 @@ pub mod rollback;
 pub mod rot;
 pub mod scrub;
 pub mod shape;
+mod strays;
 pub mod thin;
 pub mod undo;
 pub mod verify;
@@ -61,16 +63,16 @@ pub use shape::{DiskShape, Epoch, Loss, Run, RunFile, Shape};
 
 use crate::format::batch::Mark;
 use crate::format::disk_state::DiskState;
-use crate::format::manifest::{DiskAdded, DiskRemoved, Edit, ManifestHeader};
-use crate::format::segment::{Applied, EntryHead, EntryKind, JournalId, SEGMENT_MAGIC, SegmentHeader};
-use crate::format::undo::RUN_MAGIC;
+use crate::format::manifest::{DiskAdded, DiskRemoved, Edit};
+use crate::format::segment::{Applied, EntryHead, EntryKind, JournalId};
 use crate::limits::{SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MIN};
-use crate::store::crc_map::{MAP_PREFIX, map_name};
+use crate::store::crc_map::MAP_PREFIX;
 use crate::store::files::Files;
-use crate::units::{BLOCK_BYTES, DiskId, Timestamp};
+use crate::units::{DiskId, Timestamp};
 pub use log::{FreeSegment, PlannedSegment};
 use log::{Log, NewEntry};
 use manifest::Manifest;
+use strays::sort_files;
 
 /// How a journal is laid out.
 #[derive(Clone, Copy, Debug)]
@@ -127,6 +129,8 @@ pub struct Recovered {
     pub damage: Vec<Damage>,
     /// Where the log's end was torn and is cut.
     pub torn: Option<(PathBuf, u64)>,
+    /// The manifest ended in a torn edit, which nobody was told of as durable: where the file is now.
+    pub torn_manifest: Option<PathBuf>,
     /// Files that belong to nothing, under their new names.
     pub set_aside: Vec<PathBuf>,
     /// The journal was closed in order.
@@ -175,7 +179,7 @@ impl Journal {
             reason: error.to_string(),
         };
         getrandom::fill(&mut journal).map_err(refused)?;
-        let manifest = Manifest::create(Arc::clone(&files), folder, journal, now)?;
+        let manifest = Manifest::create(Arc::clone(&files), folder, journal, settings.segment_bytes, now)?;
         let log = Log::new(Arc::clone(&files), folder, settings.segment_bytes, &[], &manifest, 0, 0);
         let (disks, entries, segments) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let marks = BTreeMap::new();
@@ -194,19 +198,25 @@ impl Journal {
         settings: JournalSettings,
         now: Timestamp,
     ) -> Result<(Self, Recovered), JournalError> {
-        let (manifest, opened) = Manifest::open(Arc::clone(&files), folder, now)?;
+        let (mut manifest, opened) = Manifest::open(Arc::clone(&files), folder, settings.segment_bytes)?;
+        let (slots, strangers) = sort_files(&*files, folder, &manifest)?;
+        let mut scan =
+            recovery::scan(&*files, folder, manifest.journal(), manifest.shape(), opened.durable_group)?;
+        // Up to here nothing was changed: a manifest that lost something is refused as it is.
+        strays::check_known(&*files, folder, &manifest, &slots, &strangers, &scan)?;
+        let torn_manifest = manifest.start(now, &opened)?;
+        // Another manifest may count now, under a name that was a stranger's.
         let (slots, strangers) = sort_files(&*files, folder, &manifest)?;
         let slots = log::finished_slots(&*files, folder, &manifest, slots)?;
         let mut set_aside = Vec::new();
         for path in strangers {
-            if is_leftover(&*files, &path, &manifest)? {
+            // Behind a torn end stands perhaps what named them.
+            if !opened.torn && strays::is_leftover(&*files, &path, &manifest, &opened.removed)? {
                 files.remove(&path)?;
                 continue;
             }
             set_aside.push(files.set_aside(&path, ASIDE)?);
         }
-        let mut scan =
-            recovery::scan(&*files, folder, manifest.journal(), manifest.shape(), opened.durable_group)?;
         let wanting = std::mem::take(&mut scan.indexes.wanting);
         // The last group may stand in a cache only, if the program before us was killed between write and flush: it is
         // made durable before anybody is told of it.
@@ -218,7 +228,7 @@ impl Journal {
         }
         let (mut journal, recovered) = Self::scanned(files, folder, settings, manifest, &slots, scan);
         journal.log.index_older(&journal.manifest, wanting);
-        Ok((journal, Recovered { set_aside, clean: opened.clean, ..recovered }))
+        Ok((journal, Recovered { set_aside, torn_manifest, clean: opened.clean, ..recovered }))
     }
 
     /// A journal of what its manifest and the scan of its log said.
@@ -253,8 +263,8 @@ impl Journal {
         let journal = Self { files, folder, manifest, log, disks, entries, marks, segments, given_up };
         let (damage, torn) = (scan.damage, scan.torn);
         let (indexed, doubted) = (scan.indexes.believed.len(), scan.indexes.doubted);
-        let (disks, set_aside, clean) = (logs, Vec::new(), false);
-        (journal, Recovered { disks, damage, torn, set_aside, clean, indexed, doubted })
+        let (disks, set_aside, clean, torn_manifest) = (logs, Vec::new(), false, None);
+        (journal, Recovered { disks, damage, torn, torn_manifest, set_aside, clean, indexed, doubted })
     }
 
     /// What the journal consists of.
@@ -621,67 +631,4 @@ fn is_ours(name: &str) -> bool {
         || log::segment_slot(name).is_some()
         || (["manifest-", "undo-", MAP_PREFIX].iter().any(|ours| name.starts_with(ours))
             && !name.contains(ASIDE))
-}
-
-/// Whether a file of this journal was removed, replaced or never finished when the program ended: an undo run, for the
-/// manifest is changed first, so what it does not name and could have named before is of no use to anybody; a manifest
-/// that a newer one replaced, for the superblock is changed first.
-fn is_leftover(files: &dyn Files, path: &Path, manifest: &Manifest) -> Result<bool, JournalError> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    if let Some(number) = manifest::number_of_name(&name) {
-        let header = ManifestHeader::open(&files.read_head(path, BLOCK_BYTES as usize)?);
-        let ours = header.is_ok_and(|header| header.journal == manifest.journal() && header.number == number);
-        return Ok(ours && number < manifest.number());
-    }
-    let Some((disk, file)) = applier::run_of_name(&name) else { return Ok(false) };
-    let Some(shape) = manifest.shape().disks.get(&disk) else { return Ok(false) };
-    let once_named = match file {
-        RunFile::Epoch(epoch) => {
-            epoch <= shape.epochs.last().map_or(shape.expired, |newest| newest.opened.epoch)
-        }
-        RunFile::Merged(_) => true,
-    };
-    let head = files.read_head(path, undo::RunHeader::BYTES)?;
-    let ours = undo::RunHeader::read_prefix(&head)
-        .is_ok_and(|(header, _)| header.magic == RUN_MAGIC && header.journal == manifest.journal());
-    // A run whose header was not written yet is empty.
-    Ok(once_named && (ours || head.iter().all(|byte| *byte == 0)))
-}
-
-/// Whether a file is a segment that this journal used, or made and did not use yet: its head is this journal's or zeros.
-fn is_free_segment(files: &dyn Files, path: &Path, manifest: &Manifest) -> Result<bool, JournalError> {
-    let head = files.read_head(path, SegmentHeader::BYTES)?;
-    let ours = SegmentHeader::read_prefix(&head)
-        .is_ok_and(|(header, _)| header.magic == SEGMENT_MAGIC && header.journal == manifest.journal());
-    Ok(ours || head.iter().all(|byte| *byte == 0))
-}
-
-/// Sorts the files of the folder: segment files by number; and names of ours that belong to nothing.
-fn sort_files(
-    files: &dyn Files,
-    folder: &Path,
-    manifest: &Manifest,
-) -> Result<(Vec<u64>, Vec<PathBuf>), JournalError> {
-    let (mut slots, mut strangers) = (Vec::new(), Vec::new());
-    let mut known = manifest.names().to_vec();
-    for (disk, shape) in &manifest.shape().disks {
-        let open = shape.open_epoch().map(|epoch| RunFile::Epoch(epoch.opened.epoch));
-        let files = shape.runs.iter().map(|run| run.file).chain(open);
-        known.extend(files.map(|file| applier::run_name(*disk, file)));
-        known.push(map_name(*disk));
-    }
-    for name in files.neighbours(&folder.join(manifest::SUPERBLOCK_NAME))? {
-        if let Some(slot) = log::segment_slot(&name) {
-            let used = manifest.shape().segments.values().any(|segment| segment.slot == slot);
-            if used || is_free_segment(files, &folder.join(&name), manifest)? {
-                slots.push(slot);
-            } else {
-                strangers.push(folder.join(&name));
-            }
-        } else if is_ours(&name) && !known.contains(&name) {
-            strangers.push(folder.join(&name));
-        }
-    }
-    slots.sort_unstable();
-    Ok((slots, strangers))
 }

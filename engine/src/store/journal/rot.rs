@@ -295,11 +295,14 @@ impl Journal {
         Ok(is_new)
     }
 
-    /// Whether a run still is part of the journal, under its file's name.
+    /// Whether a run still is part of the journal, of the same epochs and under its file's name. Its length may have become
+    /// known meanwhile.
     fn is_run(&self, place: &RunPlace) -> bool {
         let Some(shape) = self.shape().disks.get(&place.disk) else { return false };
-        let open = shape.open_epoch().map(|epoch| RunFile::Epoch(epoch.opened.epoch));
-        open == Some(place.run.file) || shape.runs.iter().any(|run| run.file == place.run.file)
+        let open = shape.open_epoch().map(|epoch| epoch.opened.epoch);
+        let open = open.map(|epoch| (epoch, epoch, RunFile::Epoch(epoch)));
+        let identity = |run: &Run| (run.first, run.last, run.file);
+        shape.runs.iter().map(identity).chain(open).any(|run| run == identity(&place.run))
     }
 
     /// Records whether an applied entry can be read; of several of one undo epoch the first says it all. Answers whether

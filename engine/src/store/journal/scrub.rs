@@ -1,27 +1,33 @@
-//! Reading again what lies still: sealed undo runs, and entries of the redo log that are applied.
+//! Reading again what lies still: superblock and manifest, indexes of segments, sealed undo runs, and entries of the redo log
+//! that are applied.
 //!
 //! Where things are is asked under the journal's lock, which takes no I/O; they are then read through whatever files the
 //! caller chooses, without the lock. Meanwhile a run may be merged or expired and a segment used again: what looks
 //! damaged counts only if [`Journal::has_run`] or [`Journal::has_segment`] still says yes.
 //!
-//! Invariant: nothing is written. Units: bytes, entry numbers. Called by the master target's scrub.
+//! Invariant: nothing is written but superblock and manifest, which are known in memory: [`Journal::heal_own`] looks again
+//! under the lock and writes them anew. Units: bytes, entry numbers. Called by the master target's scrub.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
 use super::entry::entry_writes;
 use super::error::JournalError;
+use super::indexed::{FoundIndex, read_index};
 use super::log::{Place, segment_path};
+use super::manifest::{SUPERBLOCK_NAME, manifest_path, read_manifest, read_superblock, superblock_copies};
+use super::recovery::Damage;
 use super::rot::Found;
 use super::undo::{BlockRange, Hole, Place as ImagePlace, RunIdentity, SealedRun, UndoError};
 use super::{Journal, LogEntry, Run};
 use crate::compress::Decompressor;
 use crate::format::FormatError;
-use crate::format::segment::EntryHead;
+use crate::format::manifest::SegmentOpened;
+use crate::format::segment::{EntryHead, JournalId};
 use crate::io::{BlockFile, ReadAt};
 use crate::store::files::Files;
-use crate::units::{BLOCK_BYTES, BlockIndex, DiskId};
+use crate::units::{BLOCK_BYTES, BlockIndex, DiskId, Timestamp};
 
 /// A sealed undo run to be read.
 #[derive(Clone, Debug)]
@@ -96,6 +102,101 @@ impl Journal {
     pub fn has_segment(&self, number: u64) -> bool {
         self.shape().segments.contains_key(&number)
     }
+}
+
+/// The segment of the redo log whose index is to be read.
+#[derive(Clone, Debug)]
+pub struct IndexPlace {
+    /// Number of the segment.
+    pub segment: u64,
+    /// Its file.
+    pub path: PathBuf,
+    opened: SegmentOpened,
+    journal: JournalId,
+}
+
+impl Journal {
+    /// Reads superblock and manifest again, and where they are damaged writes them anew from memory. Answers what was
+    /// damaged and is whole now.
+    ///
+    /// # Errors
+    /// When they cannot be written; what was there stays.
+    pub fn heal_own(&mut self, now: Timestamp) -> Result<Vec<Damage>, JournalError> {
+        let mut damage = check_own(&*self.files, &self.folder);
+        if damage.is_empty() {
+            let superblock = read_superblock(&*self.files, &self.folder)?;
+            let edits = read_manifest(&*self.files, &self.folder, &superblock)?.index - 1;
+            let known = self.manifest.next_edit() - 1;
+            if edits != known || superblock.manifest != self.manifest.number() {
+                let path = manifest_path(&self.folder, superblock.manifest);
+                let reason = format!("it has {edits} edits, and {known} were written");
+                damage.push(Damage { path, offset: 0, reason });
+            }
+        }
+        if !damage.is_empty() {
+            self.manifest.write_anew(now, self.log.durable_group())?;
+        }
+        Ok(damage)
+    }
+
+    /// Where the indexes of segments lie; the newest has none yet.
+    #[must_use]
+    pub fn index_places(&self) -> Vec<IndexPlace> {
+        let mut segments: Vec<SegmentOpened> = self.shape().segments.values().copied().collect();
+        segments.pop();
+        let place = |opened: SegmentOpened| IndexPlace {
+            segment: opened.number,
+            path: segment_path(self.folder(), opened.slot),
+            opened,
+            journal: self.id(),
+        };
+        segments.into_iter().map(place).collect()
+    }
+}
+
+/// Reads every copy of the superblock and every edit of the manifest. Without the journal's lock this may meet a change under
+/// way: [`Journal::heal_own`] looks again.
+#[must_use]
+pub fn check_own(files: &dyn Files, folder: &Path) -> Vec<Damage> {
+    let path = folder.join(SUPERBLOCK_NAME);
+    let at = |offset: u64, reason: String| Damage { path: path.clone(), offset, reason };
+    let copies = match superblock_copies(files, folder) {
+        Ok(copies) => copies,
+        Err(error) => return vec![at(0, error.to_string())],
+    };
+    let mut damage = Vec::new();
+    for (copy, offset) in copies.iter().zip((0..).step_by(BLOCK_BYTES as usize)) {
+        match copy {
+            Some(Ok(_)) => {}
+            Some(Err(error)) => damage.push(at(offset, error.to_string())),
+            None => damage.push(at(offset, "a copy is not there".to_owned())),
+        }
+    }
+    let read = read_superblock(files, folder)
+        .and_then(|superblock| Ok((superblock, read_manifest(files, folder, &superblock)?)));
+    match read {
+        Ok((superblock, read)) if read.torn => damage.push(Damage {
+            path: manifest_path(folder, superblock.manifest),
+            offset: read.at,
+            reason: "something that is no edit stands behind the last".to_owned(),
+        }),
+        Ok(_) => {}
+        Err(error) => damage.push(at(0, error.to_string())),
+    }
+    damage
+}
+
+/// Reads the index of a segment; answers what is wrong with it. Nothing is lost with one: the segment itself is read when the
+/// journal is opened.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn check_index(files: &dyn Files, place: &IndexPlace) -> Result<Option<FormatError>, JournalError> {
+    let found = read_index(&mut *files.open(&place.path, false)?, place.journal, &place.opened)?;
+    Ok(match found {
+        FoundIndex::Damaged(error) => Some(error),
+        FoundIndex::None | FoundIndex::Whole(..) => None,
+    })
 }
 
 /// What reading a run found.

@@ -1,7 +1,7 @@
 //! What a journal consists of: the sum of its manifest's edits.
 //!
 //! Invariants: the same edits in the same order make the same shape; an edit that contradicts what is there is refused
-//! and changes nothing; [`Shape::edits`] makes an equal shape from nothing, in which what a merge would have folded away
+//! and changes nothing (a batch of them is taken back through [`Parts`]); [`Shape::edits`] makes an equal shape from nothing, in which what a merge would have folded away
 //! already is. Epochs and runs of a disk ascend and do not overlap. Pure: no files, no clocks. Called by `manifest` and whoever asks what the journal holds.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -187,7 +187,53 @@ pub struct Shape {
     pub disks: BTreeMap<DiskId, DiskShape>,
 }
 
+/// Parts of a shape as they were, or are: what a batch of edits can change.
+#[derive(Debug)]
+pub(super) struct Parts {
+    segments: BTreeMap<u64, SegmentOpened>,
+    segment_newest: u64,
+    /// `None`: no such disk is there.
+    disks: BTreeMap<DiskId, Option<DiskShape>>,
+}
+
 impl Shape {
+    /// What these edits can change, as it is now.
+    pub(super) fn before(&self, edits: &[Edit]) -> Parts {
+        let mut touched: BTreeSet<DiskId> = edits.iter().filter_map(Edit::disk).collect();
+        for edit in edits {
+            if let Edit::SegmentReleased(released) = edit {
+                let damaged = |shape: &DiskShape| {
+                    shape.damaged_entries.iter().any(|entry| entry.segment == released.number)
+                };
+                touched.extend(self.disks.iter().filter(|(_, shape)| damaged(shape)).map(|(disk, _)| *disk));
+            }
+        }
+        self.parts(touched)
+    }
+
+    fn parts(&self, disks: impl IntoIterator<Item = DiskId>) -> Parts {
+        let disks = disks.into_iter().map(|disk| (disk, self.disks.get(&disk).cloned())).collect();
+        Parts { segments: self.segments.clone(), segment_newest: self.segment_newest, disks }
+    }
+
+    /// Makes parts as they were.
+    pub(super) fn restore(&mut self, parts: Parts) {
+        (self.segments, self.segment_newest) = (parts.segments, parts.segment_newest);
+        for (disk, shape) in parts.disks {
+            match shape {
+                Some(shape) => _ = self.disks.insert(disk, shape),
+                None => _ = self.disks.remove(&disk),
+            }
+        }
+    }
+
+    /// As [`Self::restore`], and answers what they were.
+    pub(super) fn exchange(&mut self, parts: Parts) -> Parts {
+        let now = self.parts(parts.disks.keys().copied());
+        self.restore(parts);
+        now
+    }
+
     /// Makes a change.
     ///
     /// # Errors

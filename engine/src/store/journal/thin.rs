@@ -58,10 +58,7 @@ pub fn next(
 ) -> Result<Option<Merge>, JournalError> {
     let Some(known) = journal.shape().disks.get(&disk) else { return Ok(None) };
     let Some((older, newer)) = candidate(known, before, held) else { return Ok(None) };
-    let number = known.runs.iter().fold(0, |highest, run| match run.file {
-        RunFile::Merged(number) => number.max(highest),
-        RunFile::Epoch(_) => highest,
-    }) + 1;
+    let number = merged_number(older.first, newer.last);
     let files = Arc::clone(journal.files());
     let open = |run: &Run| -> Result<SealedRun, JournalError> {
         let path = run_path(journal, disk, run.file);
@@ -72,6 +69,13 @@ pub fn next(
         [older.file, newer.file, RunFile::Merged(number)].map(|file| applier::run_path(journal, disk, file));
     let salt = random_u64(journal.folder())?;
     Ok(Some(Merge { disk, older, newer, number, files, paths, runs, salt }))
+}
+
+/// The number of the file of a run of these epochs. Runs only grow, and epochs are never used again: so it is never used
+/// again either, whatever is merged or expires. (Older programs counted from 1 on: these numbers are far above.)
+fn merged_number(first: u64, last: u64) -> u64 {
+    const WIDTH_BITS: u32 = 24;
+    (last << WIDTH_BITS) | (last - first).min((1 << WIDTH_BITS) - 1)
 }
 
 fn candidate(known: &DiskShape, before: Timestamp, held: &[u64]) -> Option<(Run, Run)> {

@@ -3,7 +3,7 @@
 //! Invariants: output is bounded: of each kind so many lines are shown and the rest is counted; what cannot be read
 //! is a line of its own. Called by `commands::journal`.
 
-use reprotect_engine::format::manifest::{Edit, SegmentOpened};
+use reprotect_engine::format::manifest::SegmentOpened;
 use reprotect_engine::host::output::{Output, printable};
 use reprotect_engine::store::journal::indexed::FoundIndex;
 use reprotect_engine::store::journal::offline::Offline;
@@ -88,32 +88,10 @@ fn superblock(offline: &Offline) -> anyhow::Result<Section> {
     Ok(section)
 }
 
-const fn disk_of(edit: &Edit) -> Option<DiskId> {
-    match edit {
-        Edit::SegmentOpened(_) | Edit::SegmentReleased(_) => None,
-        Edit::DiskAdded(body) => Some(body.disk),
-        Edit::DiskRemoved(body) => Some(body.disk),
-        Edit::EpochOpened(body) => Some(body.disk),
-        Edit::EpochClosed(body) => Some(body.disk),
-        Edit::RunsMerged(body) => Some(body.disk),
-        Edit::EpochsExpired(body) => Some(body.disk),
-        Edit::PointKept(body) | Edit::PointChanged(body) => Some(body.disk),
-        Edit::PointDropped(body) => Some(body.disk),
-        Edit::StretchDegraded(body) => Some(body.disk),
-        Edit::EntriesLost(body) => Some(body.disk),
-        Edit::LossMended(body) => Some(body.disk),
-        Edit::ImagesDamaged(body) => Some(body.disk),
-        Edit::ImagesSound(body) => Some(body.disk),
-        Edit::EntryDamaged(body) => Some(body.disk),
-        Edit::EntrySound(body) => Some(body.disk),
-        Edit::DiskGrown(body) => Some(body.disk),
-    }
-}
-
 fn edits(offline: &Offline, disk: Option<DiskId>, limit: usize) -> anyhow::Result<Section> {
     let mut section = Section::new(format!("manifest {}", offline.superblock().manifest));
     let torn = offline.edits(|offset, head, edit| {
-        if disk.is_none_or(|disk| disk_of(edit) == Some(disk)) {
+        if disk.is_none_or(|disk| edit.disk() == Some(disk)) {
             section.add(limit, offset, "edit", || format!("{} {edit:?}", head.index));
         }
     })?;
