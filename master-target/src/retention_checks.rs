@@ -190,7 +190,8 @@ mod tests {
 
     use reprotect_engine::store::journal::ladder::Ladder;
     use reprotect_engine::store::journal::{Journal, JournalSettings};
-    use reprotect_engine::units::Timestamp;
+    use reprotect_engine::format::manifest::DiskAdded;
+    use reprotect_engine::units::{DiskId, Timestamp};
 
     use super::*;
     use reprotect_engine::host::preflight::Verdict;
@@ -219,7 +220,11 @@ mod tests {
     fn a_journal_that_would_not_open_is_refused_with_what_the_start_would_say() {
         let dir = tempfile::tempdir().unwrap();
         let layout = JournalSettings { segment_bytes: 64 << 10 };
-        drop(Journal::create(fs_opener(), dir.path(), layout, Timestamp(1)).unwrap());
+        let mut journal = Journal::create(fs_opener(), dir.path(), layout, Timestamp(1)).unwrap();
+        let disk = DiskId([7; 16]);
+        let added = DiskAdded { disk, machine: [1; 16], size_sectors: 2048, time: Timestamp(1) };
+        journal.add_disk(added, Timestamp(1)).unwrap();
+        drop(journal);
         assert_eq!(content(dir.path()).verdict, Verdict::Pass);
         let said = |what: &str, file: &str, bytes: Option<&[u8]>| {
             let path = dir.path().join(file);

@@ -252,7 +252,7 @@ mod tests {
     #[test]
     fn what_reaches_beyond_what_is_kept_is_said() {
         assert_eq!(without_effect(&ladder()), Vec::<String>::new());
-        let texts = ["1h until 24h", "4h until 7d", "1d until 30d"].map(str::to_owned);
+        let texts = ["1h until 1d", "4h until 7d", "1d until 30d"].map(str::to_owned);
         let mut chosen = Ladder { rungs: rungs(&texts).unwrap(), ..ladder() };
         assert_eq!(without_effect(&chosen), ["4h until 7d", "1d until 30d"]);
         chosen.keep = 48 * HOUR;
