@@ -239,6 +239,9 @@ pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result
             let at = |disk: &DiskId| {
                 with_journal(registry, |journal| {
                     let found = reading(journal, *disk, |journal| points::at_time(journal, *disk, time))?;
+                    let shown = UNIX_EPOCH + Duration::from_nanos(found.source_time.0);
+                    let shown = humantime::format_rfc3339_millis(shown);
+                    tracing::info!(%disk, at = %found.at, %shown, text, "the state of a time was looked up");
                     Ok((*disk, found.at))
                 })
             };

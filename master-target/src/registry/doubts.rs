@@ -196,7 +196,10 @@ mod tests {
         for forgotten in [false, true, true] {
             let (registry, _retention) = start(dir, forgotten);
             let doubt = registry.doubt(DISK).unwrap();
-            assert!(doubt.starts_with("the end of the redo log is damaged (group 2"), "{doubt}");
+            assert!(
+                doubt.starts_with("the end of the redo log is damaged (the log ends at group 1"),
+                "{doubt}"
+            );
             assert_eq!(registry.disks().remove(0).loss.as_ref(), Some(&doubt));
             // Whoever decides without the source is told; who asks it needs not be.
             for (loss, is_told) in [(Some("all since noon is lost"), true), (None, false)] {
