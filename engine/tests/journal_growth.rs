@@ -20,12 +20,13 @@ use std::sync::Arc;
 use journal_lab::{NOW, POSITION, id};
 use place::{Lab, Place, noise};
 use reprotect_engine::format::manifest::{DiskGrown, Edit, EpochCause};
-use reprotect_engine::store::files::Files;
 use reprotect_engine::store::files::memory::MemoryFiles;
+use reprotect_engine::store::files::{Files, FilesError};
 use reprotect_engine::store::journal::JournalError;
 use reprotect_engine::store::journal::applier::Applier;
 use reprotect_engine::store::journal::offline::{Offline, Which};
 use reprotect_engine::store::journal::rollback::rollback;
+use reprotect_engine::store::journal::undo::{BlockRange, UndoError};
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::units::SECTOR_BYTES;
 
@@ -149,6 +150,31 @@ fn points_keep_the_size_they_had_while_the_disk_goes_on_with_its_new_one() {
         let mut found = vec![0; point.size_bytes() as usize];
         point.read(&mut [ReadAt { offset: 0, data: &mut found }]).unwrap();
         assert!(found == expected, "{at} in the folder");
+    }
+}
+
+/// A run that is gone takes all its images, also those behind the end that the disk had at first.
+#[test]
+fn what_is_damaged_behind_the_old_end_of_a_grown_disk_is_recorded() {
+    let files = MemoryFiles::default();
+    let (lab, mut disk, mut oracle) = filled(&files);
+    let mut lab = grow(&files, lab).unwrap();
+    write_on(&mut lab, &mut disk, &mut oracle);
+    let newest = *oracle.keys().next_back().unwrap();
+    let places = lab.journal.run_places().unwrap();
+    let gone = places.iter().find(|place| place.run.first == newest.epoch).unwrap().clone();
+    let behind = BlockRange::new(OLD.div_ceil(8), NEW.div_ceil(8));
+    // Named by its file, and by the blocks that its index names.
+    let missing = JournalError::Files(FilesError::Missing { path: gone.path.clone() });
+    let lost =
+        JournalError::Undo(UndoError::Lost { path: gone.path.clone(), epoch: newest.epoch, blocks: behind });
+    for (error, blocks) in [(missing, BlockRange::new(0, behind.end)), (lost, behind)] {
+        let (place, found) = lab.journal.run_of_error(id(0), &error, behind).unwrap();
+        assert_eq!((place.run, found.blocks), (gone.run, blocks), "{error}");
+        lab.journal.note_run(&place, &[(0, found)], false, NOW).unwrap();
+        let known = &lab.journal.shape().disks[&id(0)];
+        assert!(known.rot(At::entry(newest.epoch, newest.number - 1)).is_some(), "{error}");
+        assert!(known.rot(newest).is_none(), "behind the run nothing needs it");
     }
 }
 

@@ -10,8 +10,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use points_lab::*;
-use reprotect_engine::format::batch::{MarkClass, Stretch};
+use reprotect_engine::format::batch::{MarkCause, MarkClass, Stretch};
 use reprotect_engine::format::manifest::{Edit, EpochsExpired, PointDropped, PointKept};
+use reprotect_engine::format::wire::Text;
 use reprotect_engine::store::journal::points::{self, Offer};
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{Journal, JournalError, thin};
@@ -89,6 +90,48 @@ fn a_time_answers_the_newest_state_that_is_not_younger() {
 }
 
 #[test]
+fn where_the_source_set_its_clock_back_or_ahead_order_stays_and_shown_times_ascend() {
+    let mut store = Store::new();
+    let mut told = Vec::new();
+    // In seconds: an hour back before the third point, a year ahead for the fifth and sixth.
+    for (clock, shown) in
+        [(5000, 5001), (5010, 5011), (1400, 5011), (1420, 5011), (31_000_000, 31_000_001), (2000, 31_000_001)]
+    {
+        store.clock = clock - 1;
+        store.batch(Stretch::Ordered, 2);
+        let at = if told.len() % 2 == 0 {
+            store.end(MarkClass::Crash, "")
+        } else {
+            At::entry(store.applier.open_epoch().unwrap(), store.mark(MarkClass::Crash, ""))
+        };
+        told.push((at, store.sequence, shown));
+    }
+    store.apply();
+    for _ in 0..2 {
+        let points = points::points(&mut store.journal, DISK).unwrap();
+        let ats: Vec<At> = points.iter().map(|point| point.at).collect();
+        assert_eq!(ats, told.iter().map(|(at, ..)| *at).collect::<Vec<_>>());
+        assert!(points.is_sorted_by_key(|point| point.source_time), "{points:?}");
+        // What a time answers is the last state that is shown as old enough, and it says which time that has.
+        for asked in [5001, 5500, 31_000_001, 99_000_000] {
+            let found = points::at_time(&mut store.journal, DISK, Timestamp(asked * SECOND)).unwrap();
+            let (at, sequence, shown) = told.iter().rfind(|(.., shown)| *shown <= asked).unwrap();
+            assert_eq!((found.at, found.source_time), (*at, Timestamp(*shown * SECOND)), "{asked}");
+            store.check(found.at, *sequence);
+        }
+        let early = points::at_time(&mut store.journal, DISK, Timestamp(1500 * SECOND));
+        assert!(matches!(
+            early,
+            Err(JournalError::NoState { oldest: Some(Timestamp(5_001_000_000_000)), .. })
+        ));
+        let parts = points::timeline(&mut store.journal, DISK).unwrap();
+        assert!(parts.iter().all(|part| part.from <= part.to), "{parts:?}");
+        assert!(parts.is_sorted_by_key(|part| part.from), "{parts:?}");
+        store = store.reopen();
+    }
+}
+
+#[test]
 fn the_timeline_says_where_every_write_can_be_had_and_where_marks_only() {
     let mut store = Store::new();
     store.batch(Stretch::Diff, 1);
@@ -117,6 +160,151 @@ fn the_timeline_says_where_every_write_can_be_had_and_where_marks_only() {
     let offers: Vec<_> =
         points::timeline(&mut store.journal, DISK).unwrap().iter().map(|part| part.offer).collect();
     assert_eq!(offers, [Offer::Degraded, Offer::AnyWrite, Offer::Degraded]);
+}
+
+/// Carried entries stand before others by their number and behind them in the log: those are released first.
+#[test]
+fn what_was_carried_and_applied_since_is_no_gap_and_nothing_is_offered_that_is_gone() {
+    let mut store = Store::new();
+    store.batch(Stretch::Diff, 1);
+    store.end(MarkClass::Crash, "");
+    let segments = |store: &Store| store.journal.shape().segments.len();
+    while segments(&store) < 3 {
+        store.batch(Stretch::Ordered, 6);
+    }
+    let now = store.now();
+    store.journal.commit(now).unwrap();
+    let (oldest, _) = store.journal.pinned().unwrap();
+    assert_eq!(store.journal.carry(oldest, now).unwrap(), []);
+    store.journal.release(oldest, now).unwrap();
+    for _ in 0..4 {
+        store.end(MarkClass::Crash, "");
+        store.batch(Stretch::Ordered, 6);
+    }
+    store.apply();
+    let carried = store.journal.entries(DISK)[0];
+    assert!(carried.carried);
+    while store.journal.releasable().first().is_some_and(|number| *number < carried.place.segment) {
+        let number = store.journal.releasable()[0];
+        store.journal.release(number, now).unwrap();
+    }
+    for _ in 0..2 {
+        let numbers: Vec<u64> = store.journal.entries(DISK).iter().map(|entry| entry.number).collect();
+        assert_eq!(numbers[0], carried.number);
+        assert!(numbers.windows(2).any(|pair| pair[0] + 1 < pair[1]), "{numbers:?}");
+        let parts = points::timeline(&mut store.journal, DISK).unwrap();
+        assert!(parts.iter().all(|part| part.offer != Offer::Lost), "{parts:?}");
+        let mut offered = 0;
+        for sequence in 0..=store.sequence {
+            if let Ok(found) = points::at_sequence(&mut store.journal, DISK, Sequence(sequence)) {
+                store.check(found.at, sequence);
+                offered += 1;
+            }
+        }
+        assert!(offered > 18, "{offered}");
+        for clock in 0..=store.clock {
+            if let Ok(found) = points::at_time(&mut store.journal, DISK, Timestamp(clock * SECOND)) {
+                store.check(found.at, found.sequence.0);
+            }
+        }
+        store = store.reopen();
+    }
+}
+
+/// Every segment that may be released is, what pinned points need of it carried before.
+fn release_all(store: &mut Store) -> Result<(), JournalError> {
+    let now = store.now();
+    while let Some(number) = store.journal.releasable().first().copied() {
+        assert_eq!(store.journal.carry_pinned(number, now)?, []);
+        store.journal.release(number, now)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pinned_mark_inside_an_undo_epoch_outlives_the_log_merges_and_restarts_and_ends_with_its_pin() {
+    let mut store = Store::new();
+    store.batch(Stretch::Diff, 3);
+    let mut ends = vec![store.end(MarkClass::Crash, "")];
+    // Two marks inside one epoch; the first is pinned while the epoch goes on.
+    let mut inside = Vec::new();
+    for _ in 0..2 {
+        store.batch(Stretch::Diff, 5);
+        let number = store.mark(MarkClass::Crash, "");
+        inside.push((At::entry(store.applier.open_epoch().unwrap(), number), store.sequence));
+        store.batch(Stretch::Ordered, 2);
+    }
+    store.apply();
+    let [(pinned, sequence), (other, _)] = inside[..] else { panic!("two") };
+    let id = points::own_id(DISK, pinned);
+    let kept = PointKept {
+        disk: DISK,
+        point: id,
+        number: pinned.number,
+        sequence: Sequence(sequence),
+        epoch: pinned.epoch,
+        source_time: store.now(),
+        class: MarkClass::Crash,
+        pinned: true,
+        degraded: false,
+        name: Text::new("inside"),
+        cause: MarkCause::Timer,
+    };
+    let now = store.now();
+    store.journal.edit(&[Edit::PointKept(kept)], now).unwrap();
+    ends.push(store.end(MarkClass::Crash, ""));
+    for round in 0..4 {
+        let (segments, newest) = (store.journal.shape().segments.len(), store.journal.shape().segment_newest);
+        while store.journal.shape().segments.len() < segments + 2 {
+            store.batch(Stretch::Diff, 6);
+            ends.push(store.end(MarkClass::Crash, ""));
+        }
+        release_all(&mut store).unwrap();
+        assert!(store.journal.entries(DISK)[0].place.segment > newest, "it was carried on");
+        // The points between go, and runs are made one around it.
+        for gone in ends.drain(round.min(1)..) {
+            let gone = PointDropped { disk: DISK, point: points::own_id(DISK, gone) };
+            store.journal.edit(&[Edit::PointDropped(gone)], now).unwrap();
+        }
+        while let Some(mut merge) = thin::next(&store.journal, DISK, Timestamp(u64::MAX), &[]).unwrap() {
+            let bytes = merge.write().unwrap();
+            merge.settle(&mut store.journal, bytes, now).unwrap().unwrap();
+        }
+        store.check(pinned, sequence);
+        assert!(store.view(other).is_err(), "nobody wanted that one");
+        let listed = points::points(&mut store.journal, DISK).unwrap();
+        let found = listed.iter().find(|point| point.at == pinned).unwrap();
+        assert!(found.pinned && found.kept && found.is_sound() && found.name.as_str() == "inside");
+        let times = points::timeline(&mut store.journal, DISK).unwrap();
+        assert!(times.iter().all(|part| part.offer != Offer::Lost), "{times:?}");
+        store = store.reopen();
+        ends = vec![store.end(MarkClass::Crash, "")];
+    }
+    store.journal.edit(&[Edit::PointDropped(PointDropped { disk: DISK, point: id })], now).unwrap();
+    while store.journal.shape().segments.len() < 3 {
+        store.batch(Stretch::Diff, 6);
+        store.end(MarkClass::Crash, "");
+    }
+    release_all(&mut store).unwrap();
+    assert!(store.view(pinned).is_err());
+    let needed = store.journal.shape().segments.keys().map(|segment| store.journal.pinned_in(*segment));
+    assert!(needed.into_iter().all(|needed| needed == (0, 0)));
+}
+
+/// The mark may have been applied only after somebody pinned it, and end the epoch.
+#[test]
+fn a_pin_that_comes_before_the_end_of_the_epoch_stays_with_what_becomes_the_end() {
+    let mut store = Store::new();
+    store.batch(Stretch::Diff, 3);
+    let at = store.end(MarkClass::Crash, "");
+    let end = store.journal.shape().disks[&DISK].points[&points::own_id(DISK, at)];
+    let edits = [PointKept { pinned: true, name: Text::new("mine"), ..end }, end].map(Edit::PointKept);
+    store.journal.edit(&edits, Timestamp(1)).unwrap();
+    for _ in 0..2 {
+        let known = store.journal.shape().disks[&DISK].points[&end.point];
+        assert!(known.pinned && known.name.as_str() == "mine");
+        store = store.reopen();
+    }
 }
 
 #[test]

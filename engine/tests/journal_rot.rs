@@ -20,6 +20,7 @@ use reprotect_engine::store::journal::offline::Offline;
 use reprotect_engine::store::journal::points::{self, Offer};
 use reprotect_engine::store::journal::rot::{Found, reach};
 use reprotect_engine::store::journal::scrub::{EntryPlace, check_entry, check_run, unreadable};
+use reprotect_engine::store::journal::verify::Finding;
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{JournalError, thin};
 use reprotect_engine::units::{Sequence, Timestamp};
@@ -113,7 +114,8 @@ fn filled(seed: u64) -> (Store, Vec<At>) {
 fn a_list_without_the_daemon_names_the_points_that_a_missing_run_takes() {
     let (mut named, mut sound) = (0, 0);
     for seed in 0..20 {
-        let (mut store, _) = filled(seed);
+        // Opened anew: who sealed a run still has it in hand.
+        let mut store = filled(seed).0.reopen();
         let places = store.journal.run_places().unwrap();
         let gone = &places[store.random(places.len() as u64) as usize];
         store.files.opener().remove(&gone.path).unwrap();
@@ -292,6 +294,37 @@ fn long_epoch() -> Store {
 
 fn entry_at(store: &Store, number: u64) -> EntryPlace {
     store.journal.entry_places().into_iter().find(|entry| entry.number == number).unwrap()
+}
+
+#[test]
+fn a_rotten_mark_is_listed_without_the_daemon_as_one_that_cannot_be_read_and_hides_no_other() {
+    let mut store = long_epoch();
+    let marks = points::points(&mut store.journal, DISK).unwrap();
+    let rotten = marks.iter().find(|point| !point.kept).unwrap().at;
+    let place = entry_at(&store, rotten.number);
+    let offset = place.place.offset + place.place.bytes - 40;
+    let old = store.files.bytes(&place.path)[offset as usize];
+    store.files.poke(&place.path, offset, &[old ^ 1]);
+    let mut offline = Offline::open(store.files.opener(), Path::new(FOLDER)).unwrap();
+    assert_eq!(offline.damage(), [], "what is in the segment is taken from its index");
+    let listed = offline.points(DISK).unwrap();
+    let ats = |points: &mut dyn Iterator<Item = At>| points.collect::<Vec<_>>();
+    assert_eq!(
+        ats(&mut listed.iter().map(|listed| listed.point.at)),
+        ats(&mut marks.iter().map(|mark| mark.at))
+    );
+    for (listed, mark) in listed.iter().zip(&marks).filter(|(listed, _)| listed.point.at != rotten) {
+        assert_eq!((listed.point, &listed.refused), (*mark, &None));
+    }
+    let ruin = listed.iter().find(|listed| listed.point.at == rotten).unwrap();
+    assert!(!ruin.point.is_sound() && ruin.point.damaged.is_some());
+    let why = ruin.refused.clone().unwrap();
+    assert!(why.contains("its mark cannot be read"), "{why}");
+    // Everything else is judged, and the mark is a finding.
+    let verdict = offline.verify().unwrap();
+    let names = |finding: &&Finding| finding.disk == Some(DISK) && finding.points.contains(&rotten);
+    assert!(verdict.findings.iter().any(|finding| names(&finding)), "{:?}", verdict.findings);
+    assert_eq!(verdict.runs, 2, "the run of each undo epoch");
 }
 
 fn judge(store: &mut Store, entry: &EntryPlace) -> Option<String> {

@@ -7,15 +7,16 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use proptest::prelude::*;
 use reprotect_engine::format::manifest::DiskAdded;
-use reprotect_engine::format::segment::{Applied, EntryKind};
+use reprotect_engine::format::segment::{Applied, EntryHead, EntryKind, GroupHeader};
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::files::memory::MemoryFiles;
 use reprotect_engine::store::journal::offline::Offline;
+use reprotect_engine::store::journal::recovery::Seen;
 use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings, Recovered, examine};
 use reprotect_engine::units::{DiskId, Timestamp};
 
@@ -494,4 +495,70 @@ fn a_manifest_that_was_replaced_and_is_there_again_is_removed() {
     let (_, found) = open(&files).unwrap();
     assert_eq!(found.set_aside, Vec::<std::path::PathBuf>::new());
     assert!(files.opener().facts(Path::new("/retention/manifest-00000001")).unwrap().is_none());
+}
+
+/// Two disks, the newest entry of the second alone in the last group; `known`: something durable says that this was.
+fn ended(known: bool) -> (MemoryFiles, PathBuf, u64) {
+    let files = MemoryFiles::default();
+    let mut journal = Journal::create(files.opener(), Path::new(FOLDER), SETTINGS, NOW).unwrap();
+    for number in 1..=2 {
+        journal.add_disk(added(number), NOW).unwrap();
+    }
+    for (number, entry) in [(1, 1), (2, 1), (2, 2)] {
+        journal.append(disk(number), EntryKind::Batch, &[&body(number, entry)], NOW).unwrap();
+        journal.commit(NOW).unwrap();
+    }
+    if known {
+        journal.add_disk(added(3), NOW).unwrap();
+    }
+    let (mut path, mut last) = (PathBuf::new(), 0);
+    let offline = Offline::open(files.opener(), Path::new(FOLDER)).unwrap();
+    let see = |seen: Seen<'_>| match seen {
+        Seen::Segment(_, at) => path = at.to_owned(),
+        Seen::Group { offset, .. } => last = offset,
+        Seen::Entry { .. } => {}
+    };
+    offline.log(see).unwrap();
+    (files, path, last)
+}
+
+fn flip(files: &MemoryFiles, path: &Path, at: u64) {
+    let old = files.bytes(path)[at as usize];
+    files.poke(path, at, &[old ^ 4]);
+}
+
+fn doubtful(found: &Recovered) -> Vec<u8> {
+    (1..=3).filter(|at| found.disks.get(&disk(*at)).is_some_and(|log| log.doubtful.is_some())).collect()
+}
+
+#[test]
+fn damage_at_the_end_of_the_log_is_of_the_disk_that_a_head_names_or_of_any() {
+    let (files, path, group) = ended(true);
+    flip(&files, &path, group + (GroupHeader::BYTES + EntryHead::BYTES) as u64 + 9);
+    let (mut journal, found) = open(&files).unwrap();
+    assert_eq!(found.damage.len(), 1, "{:?}", found.damage);
+    assert_eq!(found.disks[&disk(2)].lost().collect::<Vec<_>>(), [(2, 2)]);
+    assert!(found.disks[&disk(1)].missing.is_empty() && doubtful(&found).is_empty());
+    let (next, _) = journal.append(disk(2), EntryKind::Batch, &[b"x"], NOW).unwrap();
+    assert_eq!(next, 3, "the number of what is lost is not given again");
+    // Nobody knows whose it was: all disks, until they have something behind it.
+    for at in [8, GroupHeader::BYTES as u64 + 8] {
+        let (files, path, group) = ended(true);
+        flip(&files, &path, group + at);
+        let (mut journal, found) = open(&files).unwrap();
+        assert!(found.disks.values().all(|log| log.missing.is_empty()));
+        assert_eq!(doubtful(&found), [1, 2, 3], "byte {at}");
+        journal.append(disk(2), EntryKind::Batch, &[b"x"], NOW).unwrap();
+        journal.commit(NOW).unwrap();
+        drop(journal);
+        for _ in 0..2 {
+            let (_, found) = open(&files).unwrap();
+            assert_eq!(doubtful(&found), [1, 3], "byte {at}: the second one's agent was asked");
+        }
+    }
+    // Not known to be durable: a torn end, of which nobody was told anything.
+    let (files, path, group) = ended(false);
+    flip(&files, &path, group + 8);
+    let (_, found) = open(&files).unwrap();
+    assert!(found.torn.is_some() && found.damage.is_empty() && doubtful(&found).is_empty());
 }

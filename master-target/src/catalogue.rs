@@ -1,7 +1,7 @@
 //! What the master target knows of machines and disks, one JSON file each, replaced durably.
 //!
 //! Layout below the state directory: `machines/<agent>.json`, `machines/<agent>.policy` and `machines/<agent>.failback`
-//! (JSON too), `disks/<disk>/disk.json`, `disks/<disk>/state` (the
+//! (JSON too), `disks/<disk>/disk.json`, `disks/<disk>/doubt` (JSON, see [`Doubt`]), `disks/<disk>/state` (the
 //! binary state file of `format::disk_state`). Invariants: a file that does not parse is named and left alone, the
 //! others are loaded; nothing here is derived from the wire without bounds. Units: bytes. Used by `registry`.
 
@@ -169,6 +169,15 @@ pub struct ProtectedDisk {
     /// The size it is to have; there only while it grows, or where that was interrupted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grows_to_bytes: Option<u64>,
+}
+
+/// A start found the redo log damaged at its end, and nobody knows whether something of this disk is gone with it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Doubt {
+    /// What was found.
+    pub reason: String,
+    /// The newest entry that was there. One behind it ends the doubt: its agent has been asked by then.
+    pub newest: u64,
 }
 
 /// The folder.
@@ -350,6 +359,36 @@ impl Catalogue {
         let removed =
             std::fs::remove_file(dir.join("disk.json")).and_then(|()| std::fs::remove_dir_all(&dir));
         removed.with_context(|| format!("cannot remove {}; remove it by hand", dir.display()))
+    }
+
+    /// What is doubtful of a disk.
+    ///
+    /// # Errors
+    /// When the file is damaged or cannot be read.
+    pub fn doubt(&self, disk: DiskId) -> anyhow::Result<Option<Doubt>> {
+        let path = self.doubt_path(disk);
+        if path.exists() { read_json(&path).map(Some) } else { Ok(None) }
+    }
+
+    /// Records what is doubtful of a disk.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save_doubt(&self, disk: DiskId, doubt: &Doubt) -> anyhow::Result<()> {
+        Ok(replace_file(&self.doubt_path(disk), &serde_json::to_vec_pretty(doubt)?, Access::Private)?)
+    }
+
+    /// A disk is doubtful no more.
+    ///
+    /// # Errors
+    /// When the file cannot be removed.
+    pub fn remove_doubt(&self, disk: DiskId) -> anyhow::Result<()> {
+        let path = self.doubt_path(disk);
+        std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
+    }
+
+    fn doubt_path(&self, disk: DiskId) -> PathBuf {
+        self.root.join("disks").join(disk.to_string()).join("doubt")
     }
 
     /// A disk's state as it was last recorded here.

@@ -119,6 +119,26 @@ pub struct FailbackInfo {
 /// # Errors
 /// What hinders it, and what to do; the same request again goes on where it was.
 pub fn failback(registry: &Registry, request: &FailbackRequest) -> anyhow::Result<FailbackAnswer> {
+    let mut answer = carry_out(registry, request)?;
+    tell_doubts(registry, &mut answer);
+    Ok(answer)
+}
+
+/// Where the source is not asked, what is in doubt stays so: whoever decides is told.
+pub(crate) fn tell_doubts(registry: &Registry, answer: &mut FailbackAnswer) {
+    let Some(loss) = &mut answer.loss else { return };
+    for disk in &answer.disks {
+        let doubt = DiskId::parse(&disk.disk).ok().and_then(|disk| registry.doubt(disk));
+        if let Some(doubt) = doubt {
+            loss.push_str(&format!(
+                "; {}: {doubt}, so its target may lack some of them, or hold a part",
+                disk.source
+            ));
+        }
+    }
+}
+
+fn carry_out(registry: &Registry, request: &FailbackRequest) -> anyhow::Result<FailbackAnswer> {
     let machine = registry.machine(&request.machine)?;
     let agent = peer(&machine.agent).context("the machine's record is damaged; see the daemon's log")?;
     let records = registry.protected_disks(&machine.agent)?;

@@ -4,8 +4,9 @@
 //! every half minute, or when the pressure rises, points are dropped and their runs merged or removed.
 //!
 //! Invariants: the newest point of a disk stays; a point that is read now stays; a run is merged without the lock,
-//! while replication goes on; an error is told and tried again, it stops nothing. Units: bytes, times by the target's
-//! clock; points are cut into slots by the source's. Runs on a thread of its own, started by `daemon`.
+//! while replication goes on; an error is told and tried again, it stops nothing; how old a point is says the target's
+//! clock, not the source's. Units: bytes, times by the target's clock; points are cut into slots by the source's. Runs on a
+//! thread of its own, started by `daemon`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt as _;
@@ -142,7 +143,9 @@ pub fn tidy_log(retention: &Retention) -> Result<(), JournalError> {
         if is_read || journal.newest_in(number).is_some_and(|newest| newest.0 > old) {
             break;
         }
-        journal.release(number, now)?;
+        if !pinned::release(journal, number, now)? {
+            break;
+        }
     }
     pinned::free(retention, old, now)?;
     // Segments are used again; when space is short, those beyond need go back to the drive.
@@ -187,13 +190,15 @@ fn drop_points(
     let mut locked = retention.lock();
     let journal = locked.get()?;
     let Some(known) = journal.shape().disks.get(&disk).cloned() else { return Ok(()) };
-    let common = common_points(journal.shape(), &known);
+    let (common, times) = (common_points(journal.shape(), &known), times_of(journal.shape(), &known));
     let is_held = |point: &PointKept| {
         held.iter().any(|at| at.epoch == point.epoch && at.number == point.number && at.records == 0)
     };
     let candidate = |point: &PointKept| Candidate {
         id: point.point,
-        time: point.source_time,
+        place: (point.epoch, point.number),
+        label: point.source_time,
+        time: times.get(&point.point).copied().unwrap_or(now),
         class: point.class,
         named: !point.name.as_str().is_empty(),
         pinned: point.pinned || is_held(point),
@@ -243,6 +248,19 @@ fn common_points(shape: &Shape, of: &DiskShape) -> BTreeSet<[u8; 16]> {
         }
     }
     counts.into_iter().filter(|(_, count)| *count == disks).map(|(point, _)| point).collect()
+}
+
+/// When the target had the points of a disk, by its own clock: when the last disk of the machine had them, so that all of
+/// these let go of them together.
+fn times_of(shape: &Shape, of: &DiskShape) -> BTreeMap<[u8; 16], Timestamp> {
+    let mut times: BTreeMap<[u8; 16], Timestamp> = BTreeMap::new();
+    for disk in shape.disks.values().filter(|disk| disk.added.machine == of.added.machine) {
+        for point in disk.points.values() {
+            let time = disk.time_of(point).unwrap_or(Timestamp(u64::MAX));
+            times.entry(point.point).and_modify(|known| *known = time.max(*known)).or_insert(time);
+        }
+    }
+    times
 }
 
 /// Makes two runs of a disk one; answers whether there were two.
@@ -313,6 +331,8 @@ mod tests {
         retention: Arc<Retention>,
         appliers: Vec<Applier<Box<dyn BlockFile>>>,
         begun: u64,
+        /// How far the source's clock is behind the target's.
+        behind: u64,
     }
 
     fn disk(number: usize) -> DiskId {
@@ -320,6 +340,10 @@ mod tests {
     }
 
     fn lab(points: u64) -> Lab {
+        lab_behind(points, 0)
+    }
+
+    fn lab_behind(points: u64, behind: u64) -> Lab {
         let dir = tempfile::tempdir().unwrap();
         let ladder = Ladder {
             any_write: HOUR,
@@ -334,7 +358,7 @@ mod tests {
         let (retention, _) = Retention::open(fs_opener(), &dir.path().join("journal"), settings).unwrap();
         // A whole hour, so that slots are known.
         let begun = wall_clock().0 / (60 * MINUTE) * 60 * MINUTE;
-        let mut lab = Lab { dir, retention, appliers: Vec::new(), begun };
+        let mut lab = Lab { dir, retention, appliers: Vec::new(), begun, behind };
         for number in 0..2 {
             let path = lab.dir.path().join(format!("disk-{number}"));
             fs_opener().create(&path, SECTORS * SECTOR_BYTES).unwrap();
@@ -380,7 +404,7 @@ mod tests {
                     number: epoch,
                     sequence: Sequence(epoch),
                     epoch,
-                    source_time: now,
+                    source_time: Timestamp(now.0 - self.behind),
                     class: MarkClass::Crash,
                     pinned: false,
                     degraded: false,
@@ -458,6 +482,21 @@ mod tests {
         lab.thin(31 * 60);
         assert_eq!(lab.left(0), [pinned, 72]);
         assert_eq!(runs(&lab), 2, "up to the pinned point one run, behind it one");
+    }
+
+    #[test]
+    fn a_source_whose_clock_is_behind_by_more_than_all_that_is_kept_loses_no_point_by_that() {
+        let (mut right, mut behind) = (lab(40), lab_behind(40, 400 * 24 * 60 * MINUTE));
+        for minutes in [200, 300, 6 * 60] {
+            right.thin(minutes);
+            behind.thin(minutes);
+            assert_eq!(behind.left(0), right.left(0), "after {minutes} minutes");
+            assert_eq!(behind.left(1), right.left(1));
+        }
+        assert!(behind.left(0).len() >= 4);
+        // Of points that are all too old the newest stays, and that is the one in the last place.
+        behind.thin(48 * 60);
+        assert_eq!(behind.left(0), [40]);
     }
 
     #[test]

@@ -9,7 +9,8 @@
 //!
 //! Invariants: only a segment that is past its time is freed; no more is copied than is gained by it, so that the log
 //! takes at most twice what waits, two segments, and what is within its time; only what cannot be read, or on a drive that
-//! is nearly full, is given up, and never silently. Units: looks (one every two seconds), bytes. Called by `housekeeping`.
+//! is nearly full, is given up, and never silently; what a pinned point inside an undo epoch needs is never given up while it
+//! can be read. Units: looks (one every two seconds), bytes. Called by `housekeeping`.
 
 use std::collections::BTreeSet;
 
@@ -84,8 +85,7 @@ fn free_one(
                 ?disks,
                 "carried forward in the redo log, for these disks do not take what waits"
             );
-            journal.release(segment, now)?;
-            return Ok(true);
+            return release(journal, segment, now);
         }
         Err(error) if !error.is_full() => return Err(error),
         Ok(_) | Err(_) => {}
@@ -96,6 +96,31 @@ fn free_one(
     }
     for disk in disks {
         lose(journal, *disk, "given up: the retention drive was full", now)?;
+    }
+    release(journal, segment, now)
+}
+
+/// Releases a segment that nothing waits in. What pinned points inside undo epochs need of it is carried to the head of the
+/// log before, where more is gained than copied; answers whether it was released.
+///
+/// # Errors
+/// When log or manifest cannot be written.
+pub(crate) fn release(journal: &mut Journal, segment: u64, now: Timestamp) -> Result<bool, JournalError> {
+    let (here, everywhere) = journal.pinned_in(segment);
+    if here > 0 {
+        let bytes = journal.shape().segments.get(&segment).map_or(0, |segment| segment.bytes);
+        if journal.log_bytes() < 2 * everywhere + 2 * bytes {
+            return Ok(false);
+        }
+        match journal.carry_pinned(segment, now) {
+            Ok(unreadable) => {
+                for (disk, reason) in unreadable {
+                    tracing::error!(%disk, reason, "a pinned point inside an undo epoch is lost: its part of the redo log cannot be read");
+                }
+            }
+            Err(error) if error.is_full() => return Ok(false),
+            Err(error) => return Err(error),
+        }
     }
     journal.release(segment, now)?;
     Ok(true)

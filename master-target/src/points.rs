@@ -5,18 +5,20 @@
 //!
 //! Invariants: a fuzzy point is listed only when asked for and never chosen by `newest` or a time; one that is known to be
 //! damaged is listed as that, never chosen so, and handed out only to who accepts it; a machine's point is one that all
-//! its disks have. Units: entry numbers, sequences, times by the source's clock. Called by `admin`.
+//! its disks have; which is newer says the place of points, never their time. Units: entry numbers, sequences, times by the
+//! source's clock. Called by `admin`.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, anyhow, bail};
 use reprotect_engine::format::batch::{MarkCause, MarkClass};
-use reprotect_engine::format::manifest::{Edit, PointKept};
+use reprotect_engine::format::manifest::{Edit, PointDropped, PointKept};
+use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::journal::points::{self, Offer, Point};
-use reprotect_engine::store::journal::view::At;
+use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::{Journal, JournalError};
 use reprotect_engine::units::{DiskId, Sequence, Timestamp};
 
@@ -24,6 +26,7 @@ use crate::api::{DiskTimeline, IntervalInfo, PointInfo, PointPart, RollbackAnswe
 use crate::catalogue::ProtectedDisk;
 use crate::disk_worker::DiskInputs;
 use crate::journaled::Journaled;
+use crate::redo::kept_point;
 use crate::registry::Registry;
 use crate::rot::note_entry;
 
@@ -75,21 +78,52 @@ struct Common {
     parts: Vec<(DiskId, At)>,
 }
 
-/// The points of disks, each with the disks that have it, oldest first by time.
+impl Common {
+    fn add(&mut self, disk: DiskId, point: &Point) {
+        self.point.degraded |= point.degraded;
+        self.point.damaged = self.point.damaged.or(point.damaged);
+        self.point.pinned |= point.pinned;
+        self.point.source_time = self.point.source_time.max(point.source_time);
+        self.parts.push((disk, point.at));
+    }
+}
+
+/// The points of disks, each with the disks that have it, oldest first.
 fn common(registry: &Registry, disks: &[DiskId]) -> anyhow::Result<Vec<Common>> {
-    let mut by_id: BTreeMap<[u8; 16], Common> = BTreeMap::new();
+    let mut all = Vec::new();
     for disk in disks {
-        for point in of_disk(registry, *disk)? {
-            let known = by_id.entry(point.id).or_insert_with(|| Common { point, parts: Vec::new() });
-            known.point.degraded |= point.degraded;
-            known.point.damaged = known.point.damaged.or(point.damaged);
-            known.point.pinned |= point.pinned;
-            known.parts.push((*disk, point.at));
+        all = merged(all, *disk, &of_disk(registry, *disk)?);
+    }
+    Ok(all)
+}
+
+/// Points in their order and those of one more disk, in an order that is right for all: what the disks of a machine have in
+/// common stands in the same order on each of them. Only what lies between two such points is ordered by its time.
+fn merged(mut known: Vec<Common>, disk: DiskId, points: &[Point]) -> Vec<Common> {
+    let of_disk: BTreeMap<[u8; 16], &Point> = points.iter().map(|point| (point.id, point)).collect();
+    let places: BTreeMap<[u8; 16], usize> = known.iter().map(|common| common.point.id).zip(0..).collect();
+    for common in &mut known {
+        if let Some(point) = of_disk.get(&common.point.id) {
+            common.add(disk, point);
         }
     }
-    let mut all: Vec<Common> = by_id.into_values().collect();
-    all.sort_by_key(|common| (common.point.source_time, common.point.at));
-    Ok(all)
+    let mut known = known.into_iter().enumerate().peekable();
+    let mut all = Vec::new();
+    for point in points {
+        let place = places.get(&point.id);
+        let goes_first = |(at, other): &(usize, Common)| match place {
+            Some(place) => at <= place,
+            None => !of_disk.contains_key(&other.point.id) && other.point.source_time <= point.source_time,
+        };
+        while let Some((_, common)) = known.next_if(goes_first) {
+            all.push(common);
+        }
+        if place.is_none() {
+            all.push(Common { point: *point, parts: vec![(disk, point.at)] });
+        }
+    }
+    all.extend(known.map(|(_, common)| common));
+    all
 }
 
 /// The points of disks, newest first; fuzzy ones without a name only when `all` are wanted.
@@ -205,6 +239,9 @@ pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result
             let at = |disk: &DiskId| {
                 with_journal(registry, |journal| {
                     let found = reading(journal, *disk, |journal| points::at_time(journal, *disk, time))?;
+                    let shown = UNIX_EPOCH + Duration::from_nanos(found.source_time.0);
+                    let shown = humantime::format_rfc3339_millis(shown);
+                    tracing::info!(%disk, at = %found.at, %shown, text, "the state of a time was looked up");
                     Ok((*disk, found.at))
                 })
             };
@@ -303,10 +340,10 @@ fn nothing_newest(all: &[Common]) -> anyhow::Error {
     }
 }
 
-/// Changes what is known of a point that outlives the redo log.
+/// Changes what is known of a point that outlives the redo log; one inside an undo epoch outlives it while it is pinned.
 ///
 /// # Errors
-/// When the point is not there or lies inside an undo epoch, or the manifest cannot be written.
+/// When the point is not there, or lies inside an undo epoch and is only to be named, or the manifest cannot be written.
 pub fn change(
     registry: &Registry,
     disks: &[DiskId],
@@ -318,22 +355,56 @@ pub fn change(
     with_journal(registry, |journal| {
         let mut edits = Vec::new();
         for (disk, at) in &places {
-            let known = journal.shape().disks.get(disk).context(NOT_YET)?;
-            let kept = known.points.values().find(|point| At::entry(point.epoch, point.number) == *at);
-            let Some(kept) = kept.copied() else {
-                bail!(
-                    "point {at} lies inside an undo epoch and goes with the redo log; keep it with `export`, or make a lasting one with the agent's `mark --name`"
-                );
-            };
-            edits.push(Edit::PointChanged(PointKept {
-                pinned: pinned.unwrap_or(kept.pinned),
-                name: name.map_or(kept.name, Text::new),
-                ..kept
-            }));
+            edits.extend(changed(journal, *disk, *at, pinned, name)?);
         }
         Ok(journal.edit(&edits, wall_clock())?)
     })?;
     Ok(places)
+}
+
+fn changed(
+    journal: &mut Journal,
+    disk: DiskId,
+    at: At,
+    pinned: Option<bool>,
+    name: Option<&str>,
+) -> anyhow::Result<Option<Edit>> {
+    let known = journal.shape().disks.get(&disk).context(NOT_YET)?;
+    let kept = known.points.values().find(|point| At::entry(point.epoch, point.number) == at).copied();
+    Ok(match (kept, pinned) {
+        // Without its pin it goes with its part of the redo log, like the marks around it.
+        (Some(kept), Some(false)) if known.is_inside(&kept) => {
+            Some(Edit::PointDropped(PointDropped { disk, point: kept.point }))
+        }
+        (Some(kept), pinned) => Some(Edit::PointChanged(PointKept {
+            pinned: pinned.unwrap_or(kept.pinned),
+            name: name.map_or(kept.name, Text::new),
+            ..kept
+        })),
+        (None, Some(true)) => {
+            let kept = mark_inside(journal, disk, at)?;
+            let name = name.map_or(kept.name, Text::new);
+            Some(Edit::PointKept(PointKept { pinned: true, name, ..kept }))
+        }
+        (None, Some(false)) => None,
+        (None, None) => {
+            bail!("point {at} lies inside an undo epoch and goes with the redo log; `pin` it first")
+        }
+    })
+}
+
+/// A mark that only the log knows, as it is kept.
+fn mark_inside(journal: &mut Journal, disk: DiskId, at: At) -> anyhow::Result<PointKept> {
+    View::check(journal, disk, at)?;
+    let entry = journal.entries(disk).iter().find(|entry| entry.number == at.number).copied();
+    let mark = entry.filter(|entry| entry.kind == EntryKind::Mark && at.records == 0);
+    let entry = mark.with_context(|| {
+        format!("{at} is no mark but lies between two; keep it with `export`, or pin one that `points --all` lists")
+    })?;
+    let mark = journal.mark(disk, &entry)?;
+    let known = journal.shape().disks.get(&disk).context(NOT_YET)?;
+    let degraded = known.is_degraded_mark(&mark, at.number);
+    Ok(PointKept { degraded, ..kept_point(disk, at, mark.sequence, &mark) })
 }
 
 /// What is offered, disk by disk.
@@ -428,6 +499,41 @@ fn rollback_disk(registry: &Registry, disk: DiskId, at: At) -> anyhow::Result<Ro
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A point by its identity, shown with a time.
+    fn point(id: u8, number: u64, time: u64) -> Point {
+        Point {
+            at: At::entry(1, number),
+            id: [id; 16],
+            class: MarkClass::Crash,
+            cause: MarkCause::Timer,
+            source_time: Timestamp(time),
+            sequence: Sequence(number),
+            name: Text::new(""),
+            pinned: false,
+            degraded: false,
+            kept: true,
+            damaged: None,
+        }
+    }
+
+    #[test]
+    fn points_of_several_disks_stand_in_their_order_whatever_the_source_calls_the_time() {
+        // Its clock was set back by an hour before point 3, and a year ahead before point 5.
+        let times = [0, 5000, 5010, 1420, 1430, 31_000_000, 1450];
+        let disk = |number: u8, ids: &[u8]| {
+            let of = |id: &u8| point(*id, u64::from(*id) + 10 * u64::from(number), times[usize::from(*id)]);
+            (DiskId([number; 16]), ids.iter().map(of).collect::<Vec<Point>>())
+        };
+        let disks = [disk(1, &[1, 2, 3, 5, 6]), disk(2, &[1, 3, 4, 5, 6]), disk(3, &[2, 3, 5])];
+        for order in [[0, 1, 2], [2, 1, 0], [1, 0, 2], [2, 0, 1]] {
+            let all = order.iter().fold(Vec::new(), |all, at| merged(all, disks[*at].0, &disks[*at].1));
+            let ids: Vec<u8> = all.iter().map(|common| common.point.id[0]).collect();
+            assert_eq!(ids, [1, 2, 3, 4, 5, 6], "{order:?}");
+            let parts: Vec<usize> = all.iter().map(|common| common.parts.len()).collect();
+            assert_eq!(parts, [2, 2, 3, 1, 3, 2], "{order:?}");
+        }
+    }
 
     #[test]
     fn times_are_read_with_and_without_date_signs_and_nonsense_is_refused() {

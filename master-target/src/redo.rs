@@ -89,7 +89,7 @@ pub(crate) fn keep_last_point(
         // Without an entry of its own (a rollback), it does not end at the mark that stands before it.
         return Ok(());
     };
-    if shape.points.values().any(|point| point.epoch == closed.epoch) {
+    if shape.points.values().any(|point| point.epoch == closed.epoch && !shape.is_inside(point)) {
         return Ok(());
     }
     let last = journal.entries(disk).iter().find(|entry| entry.number == closed.last).copied();

@@ -4,6 +4,7 @@
 //! listed with its problem and hinders no other; a session is offered exactly the disks of its agent.
 //! Called by `session` (per connection), `protect` and `admin`.
 
+mod doubts;
 mod failing_back;
 mod growing;
 mod taken_again;
@@ -31,7 +32,8 @@ use reprotect_engine::units::{DiskId, Generation, PeerId, SECTOR_BYTES};
 use tokio::sync::mpsc;
 
 use crate::catalogue::{
-    Catalogue, Failback, FailbackStep, Machine, ProtectedDisk, SourceDisk, hex, kind_from_text, peer, unhex,
+    Catalogue, Doubt, Failback, FailbackStep, Machine, ProtectedDisk, SourceDisk, hex, kind_from_text, peer,
+    unhex,
 };
 use crate::device;
 use crate::disk_status::DiskStatus;
@@ -103,7 +105,7 @@ pub struct DiskView {
     pub problem: Option<String>,
     /// How far its failback is, and the generation it was fenced with.
     pub failback: Option<(FailbackStep, Generation)>,
-    /// What the journal knows to be wrong with it: see [`Retention::losses`].
+    /// What the journal knows to be wrong with it, or does not know of it: see [`Retention::losses`], [`Registry::doubt`].
     pub loss: Option<String>,
 }
 
@@ -127,6 +129,8 @@ pub struct Registry {
     retention: Option<Arc<Retention>>,
     /// What the redo log said of disks that are not started yet.
     recovered: Mutex<BTreeMap<DiskId, DiskLog>>,
+    /// Disks of which nobody knows whether their newest changes are all there.
+    doubts: Mutex<BTreeMap<DiskId, Doubt>>,
     /// Held while the set of disks is planned and changed, so that no two do it at once.
     changes: Mutex<()>,
     /// Points of disks that are released.
@@ -164,9 +168,9 @@ impl Registry {
         let (retention, recovered) = retention.unzip();
         let recovered = Mutex::new(recovered.map(|found| found.disks).unwrap_or_default());
         let (changes, held, inner) = (Mutex::default(), Mutex::default(), Mutex::default());
-        let stopping = AtomicBool::new(false);
+        let (stopping, doubts) = (AtomicBool::new(false), Mutex::default());
         let registry =
-            Self { catalogue, opener, limits, retention, recovered, changes, held, stopping, inner };
+            Self { catalogue, opener, limits, retention, recovered, doubts, changes, held, stopping, inner };
         for machine in registry.catalogue.machines()? {
             if let Some(agent) = peer(&machine.agent) {
                 registry.lock().machines.insert(agent, machine);
@@ -187,6 +191,7 @@ impl Registry {
             tracing::error!(disk = record.disk, "a disk record without a valid UUID is left out");
             return;
         };
+        self.take_up_doubt(disk);
         if self.failback_step(disk).is_some_and(|(step, _)| step == FailbackStep::Released) {
             // Its virtual machine may run from the target, which is not even opened.
             self.lock().disks.insert(disk, KnownDisk { record, worker: None, uuid: None, problem: None });
@@ -449,7 +454,14 @@ impl Registry {
     /// All disks.
     #[must_use]
     pub fn disks(&self) -> Vec<DiskView> {
-        let losses = self.retention.as_ref().map(|retention| retention.losses()).unwrap_or_default();
+        let mut losses = self.retention.as_ref().map(|retention| retention.losses()).unwrap_or_default();
+        let doubtful: Vec<DiskId> =
+            self.doubts.lock().unwrap_or_else(PoisonError::into_inner).keys().copied().collect();
+        for disk in doubtful {
+            if let Some(doubt) = self.doubt(disk) {
+                losses.entry(disk).or_insert(doubt);
+            }
+        }
         let inner = self.lock();
         let view = |(disk, known): (&DiskId, &KnownDisk)| DiskView {
             loss: losses.get(disk).cloned(),

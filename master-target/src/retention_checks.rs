@@ -188,9 +188,9 @@ fn nearest_any(path: &Path) -> &Path {
 mod tests {
     use std::time::Duration;
 
+    use reprotect_engine::format::manifest::DiskAdded;
     use reprotect_engine::store::journal::ladder::Ladder;
     use reprotect_engine::store::journal::{Journal, JournalSettings};
-    use reprotect_engine::format::manifest::DiskAdded;
     use reprotect_engine::units::{DiskId, Timestamp};
 
     use super::*;

@@ -20,13 +20,13 @@ use reprotect_engine::format::message::PassMode;
 use reprotect_engine::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::files::{FileFacts, Files, FilesError};
-use reprotect_engine::store::journal::JournalError;
 use reprotect_engine::store::journal::rot::Found;
 use reprotect_engine::store::journal::scrub::{
     RunPlace, check_entry, check_index, check_own, check_run, unreadable,
 };
-use reprotect_engine::store::journal::undo::{BlockRange, UndoError};
-use reprotect_engine::units::{BLOCK_BYTES, BLOCK_SECTORS, DiskId, SECTOR_BYTES};
+use reprotect_engine::store::journal::undo::UndoError;
+use reprotect_engine::store::journal::{DiskShape, JournalError};
+use reprotect_engine::units::{BLOCK_BYTES, DiskId, SECTOR_BYTES};
 
 use crate::registry::{Registry, fs_opener};
 use crate::retention::Retention;
@@ -289,8 +289,7 @@ impl Round {
             Ok(blocks) => blocks,
             Err(_) => {
                 let shape = self.retention.shape();
-                let sectors = shape.disks.get(&place.disk).map_or(0, |shape| shape.added.size_sectors);
-                vec![BlockRange::new(0, sectors.div_ceil(BLOCK_SECTORS))]
+                shape.disks.get(&place.disk).map(DiskShape::whole).into_iter().collect()
             }
         };
         self.budget.take(0)?; // what a stop interrupts is no damage

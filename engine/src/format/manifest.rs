@@ -300,7 +300,7 @@ wire! {
         /// The last sequence before it.
         sequence: Sequence,
         /// The undo epoch whose images lead to it: it ends with the point, or, for what the target itself kept, begins
-        /// with it.
+        /// with it, or, where it is pinned, has it inside.
         epoch: u64,
         /// Its time by the source's clock.
         source_time: Timestamp,

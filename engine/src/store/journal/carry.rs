@@ -2,7 +2,8 @@
 //!
 //! A disk whose target stands, or whose machine is away in the middle of a stretch, needs its entries for longer than
 //! the others. They are carried to the head of the log, with their numbers; where there is no room for that, they are
-//! given up: the manifest says so, nothing more is taken for the disk, and its next start has it compared.
+//! given up: the manifest says so, nothing more is taken for the disk, and its next start has it compared. A pinned point
+//! inside an undo epoch needs the epoch's entries up to it for good: they are carried whenever their segment is to go.
 //!
 //! Invariants: a copy is durable before the segment it came from is given back; where an entry stands twice, the copy
 //! counts; nothing that is on no target leaves the log without a durable word about it. Units: bytes, entry and segment
@@ -84,17 +85,60 @@ impl Journal {
     /// When the medium is full, or fails between two reads; nothing is lost by that.
     pub fn carry(&mut self, segment: u64, now: Timestamp) -> Result<Vec<(DiskId, String)>, JournalError> {
         self.commit(now)?;
+        let inside = |entry: &&LogEntry| entry.place.segment == segment;
+        let waiting = |disk: &DiskId| (*disk, self.waiting(*disk).iter().filter(inside).copied().collect());
+        let waiting = self.disks.keys().map(waiting).collect();
+        self.carry_entries(waiting, now)
+    }
+
+    /// As [`Self::carry`], of what pinned points inside undo epochs need. What cannot be read is not carried, and the
+    /// points that need it go with the segment: these disks are answered, each with the reason.
+    ///
+    /// # Errors
+    /// As for [`Self::carry`].
+    pub fn carry_pinned(
+        &mut self,
+        segment: u64,
+        now: Timestamp,
+    ) -> Result<Vec<(DiskId, String)>, JournalError> {
+        self.commit(now)?;
         let disks: Vec<DiskId> = self.disks.keys().copied().collect();
+        let needed = |disk: DiskId| self.pinned_entries(disk).filter(|entry| entry.place.segment == segment);
+        let needed = disks.into_iter().map(|disk| (disk, needed(disk).copied().collect())).collect();
+        self.carry_entries(needed, now)
+    }
+
+    /// Bytes of the log that pinned points inside undo epochs need: in a segment, and in the whole log.
+    #[must_use]
+    pub fn pinned_in(&self, segment: u64) -> (u64, u64) {
+        let all = || self.disks.keys().flat_map(|disk| self.pinned_entries(*disk)).map(|entry| entry.place);
+        let here = all().filter(|place| place.segment == segment);
+        (here.map(|place| place.bytes).sum(), all().map(|place| place.bytes).sum())
+    }
+
+    /// The applied entries of a disk that its pinned points inside undo epochs need, ascending, each once.
+    fn pinned_entries(&self, disk: DiskId) -> impl Iterator<Item = &LogEntry> {
+        let known = self.shape().disks.get(&disk);
+        let needed: Vec<(u64, u64)> = known.map(DiskShape::pinned_inside).unwrap_or_default();
+        let is_needed = move |entry: &&LogEntry| {
+            needed.iter().any(|(after, number)| entry.number > *after && entry.number <= *number)
+        };
+        self.applied(disk).iter().filter(is_needed)
+    }
+
+    fn carry_entries(
+        &mut self,
+        wanted: Vec<(DiskId, Vec<LogEntry>)>,
+        now: Timestamp,
+    ) -> Result<Vec<(DiskId, String)>, JournalError> {
         let (mut carried, mut unreadable) = (Vec::new(), Vec::new());
-        for disk in disks {
-            let inside = |entry: &&LogEntry| entry.place.segment == segment;
-            let waiting: Vec<LogEntry> = self.waiting(disk).iter().filter(inside).copied().collect();
+        for (disk, wanted) in wanted {
             // All or none: who tries again must not fill the log with copies of the first of them.
-            if let Some(error) = waiting.iter().find_map(|entry| self.read(entry.place).err()) {
+            if let Some(error) = wanted.iter().find_map(|entry| self.read(entry.place).err()) {
                 unreadable.push((disk, error.to_string()));
                 continue;
             }
-            for entry in waiting {
+            for entry in wanted {
                 let (head, body) = self.read(entry.place)?;
                 let body: &[&[u8]] = &[&body];
                 let (kind, number, room) = (head.kind, entry.number, Room::Data);

@@ -11,8 +11,9 @@
 //! Named and pinned points stay besides. A slot is looked at once all of it is old enough, so that its runs are merged
 //! once.
 //!
-//! Invariants: pure; the newest point of a disk always stays; the disks of a machine keep the same points where they
-//! have the same. Units: nanoseconds of the source's clock, by which slots are cut. Called by retention.
+//! Invariants: pure; the newest point of a disk always stays, and which is the newest says its place, no clock; the disks of
+//! a machine keep the same points where they have the same. Units: nanoseconds. Age is by the target's clock; the source's
+//! only cuts slots, for all disks of a machine alike: it may be wrong, jump, and be set back. Called by retention.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -120,7 +121,11 @@ impl Pressure {
 pub struct Candidate {
     /// The point.
     pub id: [u8; 16],
+    /// Where it stands: undo epoch and entry.
+    pub place: (u64, u64),
     /// Its time by the source's clock.
+    pub label: Timestamp,
+    /// When the target had it, by its own clock; the same for all disks of a machine.
     pub time: Timestamp,
     /// What it promises.
     pub class: MarkClass,
@@ -146,11 +151,11 @@ pub fn dropped(
     pressure: Pressure,
     now: Timestamp,
 ) -> BTreeSet<[u8; 16]> {
-    let Some(newest) = points.iter().max_by_key(|point| point.time) else { return BTreeSet::new() };
+    let Some(newest) = points.iter().max_by_key(|point| point.place) else { return BTreeSet::new() };
     let mut gone = BTreeSet::new();
     let mut slots: BTreeMap<(usize, u64), Vec<&Candidate>> = BTreeMap::new();
     let keep = if pressure >= Pressure::Guaranteed { ladder.guaranteed } else { ladder.keep };
-    let oldest = points.iter().filter(|point| age(point, now) <= keep).min_by_key(|point| point.time);
+    let oldest = points.iter().filter(|point| age(point, now) <= keep).min_by_key(|point| point.place);
     for point in points.iter().filter(|point| !point.pinned && point.id != newest.id) {
         if age(point, now) > keep || pressure >= Pressure::Least {
             let last_resort =
@@ -163,7 +168,7 @@ pub fn dropped(
         }
     }
     for rivals in slots.into_values() {
-        let best = rivals.iter().max_by_key(|point| (point.complete, rank(point.class), point.time));
+        let best = rivals.iter().max_by_key(|point| (point.complete, rank(point.class), point.place));
         let best = best.map(|point| point.id);
         gone.extend(
             rivals.iter().filter(|point| !point.named && Some(point.id) != best).map(|point| point.id),
@@ -172,13 +177,14 @@ pub fn dropped(
     gone
 }
 
-/// The rung and slot a point stands in, if all of the slot is old enough for that rung.
+/// The rung and slot a point stands in, if all of the slot is old enough for that rung: as much later than the point as
+/// the source's clock had to go to its end.
 fn slot(point: &Candidate, ladder: &Ladder, pressure: Pressure, now: Timestamp) -> Option<(usize, u64)> {
     let first = if pressure >= Pressure::ThinEarly { ladder.any_write } else { ladder.every_epoch };
     ladder.begins(first).enumerate().rev().find_map(|(at, (rung, begin))| {
         let every = nanos(rung.every).max(1);
-        let slot = point.time.0 / every;
-        let end = (slot + 1).saturating_mul(every);
+        let slot = point.label.0 / every;
+        let end = point.time.0.saturating_add(every - point.label.0 % every);
         (now.0.saturating_sub(end) >= nanos(begin) && now.0 >= end).then_some((at, slot))
     })
 }
@@ -226,8 +232,17 @@ mod tests {
     fn point(minute: u64) -> Candidate {
         let mut id = [0; 16];
         id[..8].copy_from_slice(&minute.to_le_bytes());
-        let time = Timestamp(minute * MINUTE);
-        Candidate { id, time, class: MarkClass::Crash, named: false, pinned: false, complete: true }
+        let (place, time) = ((minute, minute), Timestamp(minute * MINUTE));
+        Candidate {
+            id,
+            place,
+            label: time,
+            time,
+            class: MarkClass::Crash,
+            named: false,
+            pinned: false,
+            complete: true,
+        }
     }
 
     fn left(points: &[Candidate], pressure: Pressure, now: u64) -> Vec<Candidate> {
@@ -275,6 +290,40 @@ mod tests {
         let ids: Vec<u64> =
             left(&points, Pressure::None, 40 * 60).iter().map(|p| p.time.0 / MINUTE).collect();
         assert_eq!(ids, [615, 620, 625, 2400]);
+    }
+
+    /// Points every five minutes for two days, with the labels of a source whose clock goes as `label` says.
+    fn labelled(label: impl Fn(u64) -> u64) -> Vec<u64> {
+        let mut points = Vec::new();
+        for minute in (0..=2 * 24 * 60).step_by(5) {
+            let label = Timestamp(label(minute) * MINUTE);
+            points.push(Candidate { label, ..point(minute) });
+            if minute % 60 == 0 {
+                points = left(&points, Pressure::None, minute);
+            }
+        }
+        points.iter().map(|point| point.place.0).collect()
+    }
+
+    #[test]
+    fn a_source_clock_that_is_wrong_or_jumps_makes_no_point_older_and_none_the_newest() {
+        const YEAR: u64 = 365 * 24 * 60;
+        let right = labelled(|minute| 10 * YEAR + minute);
+        assert_eq!(right.last(), Some(&2880));
+        assert_eq!(labelled(|minute| minute), right, "behind by ten years, and `keep` is thirty days");
+        assert_eq!(labelled(|minute| 20 * YEAR + minute), right, "ahead of everybody");
+        let hours = |points: &[u64]| {
+            // What stays of each hour by the target's clock.
+            let mut hours: Vec<u64> = points.iter().map(|minute| minute / 60).collect();
+            hours.dedup();
+            hours
+        };
+        let recent = |points: &[u64]| points.iter().filter(|minute| **minute > 2880 - 240).count();
+        let back = labelled(|minute| 10 * YEAR + minute - if minute > 2700 { 60 } else { 0 });
+        assert_eq!(back, right, "set back by an hour within what is kept whole");
+        let ahead =
+            labelled(|minute| if (1440..1500).contains(&minute) { 11 * YEAR } else { 10 * YEAR } + minute);
+        assert_eq!((hours(&ahead), recent(&ahead)), (hours(&right), recent(&right)), "an hour of next year");
     }
 
     #[test]

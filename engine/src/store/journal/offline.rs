@@ -17,7 +17,7 @@ use super::indexed::{FoundIndex, read_index};
 use super::log::segment_path;
 use super::manifest::{Manifest, superblock_copies, walk_manifest};
 use super::ongoing::inspect;
-use super::points::{Point, all_points};
+use super::points::{Point, all_points_and_ruins};
 use super::recovery::{Damage, Scan, Seen, scan, scan_showing};
 use super::strays::{check_known, sort_files};
 use super::undo::{ActiveRun, Hole, SealedRun};
@@ -152,18 +152,25 @@ impl Offline {
     }
 
     /// The points of a disk, oldest first: those that are kept, and the marks in the log. What is not there of that which
-    /// one needs is said; single images are not read: `verify` does that.
+    /// one needs is said, also where a mark itself cannot be read; single images are not read: `verify` does that.
     ///
     /// # Errors
-    /// When the disk is not in the journal, or a mark cannot be read.
+    /// When the disk is not in the journal.
     pub fn points(&mut self, disk: DiskId) -> Result<Vec<Listed>, JournalError> {
-        let found = all_points(&mut self.journal, disk)?;
+        let found = all_points_and_ruins(&mut self.journal, disk)?;
         let runs = &shape(&self.journal, disk)?.runs;
         let broken: Vec<(Run, String)> =
             runs.iter().filter_map(|run| Some((*run, self.run(disk, *run).err()?.to_string()))).collect();
         let listed = |point: Point| {
+            let ruined = point.damaged.filter(|rot| rot.entry == Some(point.at.number));
             let refused = match View::plan(&self.journal, disk, point.at) {
-                Ok(plan) => broken.iter().find(|(run, _)| plan.needs(run)).map(|(_, why)| why.clone()),
+                Ok(plan) => {
+                    let run = broken.iter().find(|(run, _)| plan.needs(run)).map(|(_, why)| why.clone());
+                    let inside = ruined.filter(|_| !plan.is_at_border());
+                    run.or_else(|| {
+                        inside.map(|rot| format!("its mark cannot be read: {}", rot.cause.as_str()))
+                    })
+                }
                 Err(error) => Some(error.to_string()),
             };
             Listed { point, refused }

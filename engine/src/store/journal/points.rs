@@ -5,13 +5,18 @@
 //! before it was one: a mark that is not fuzzy, or another such entry.
 //!
 //! Invariants: a fuzzy mark, and one that is known to be damaged, is listed and never chosen by time, sequence or as the
-//! newest; a state that is offered can be had now. Times are the source's, labels and not order: a look-up by time answers the newest state that says it
-//! is not younger. Units: entry numbers, sequences, times. Called by commands and the offline tools.
+//! newest; a state that is offered can be had now. Order is place in the log and nothing else. Times are the source's and
+//! labels: where its clock was set back, a point is shown with the time of the one before it, so that shown times ascend,
+//! and a look-up by time answers the last state whose shown time is not younger. Units: entry numbers, sequences, times.
+//! Called by commands and the offline tools.
+
+use std::collections::BTreeSet;
 
 use super::Journal;
 use super::applier::shape;
 use super::error::JournalError;
 use super::recovery::LogEntry;
+use super::redo_index::entries_between;
 use super::rot::Rot;
 use super::shape::{DiskShape, Epoch};
 use super::view::{At, View};
@@ -32,7 +37,7 @@ pub struct Point {
     pub class: MarkClass,
     /// Why its mark was placed.
     pub cause: MarkCause,
-    /// Its time by the source's clock.
+    /// Its time by the source's clock, but not before that of the point before it.
     pub source_time: Timestamp,
     /// The last sequence before it.
     pub sequence: Sequence,
@@ -83,6 +88,24 @@ impl Point {
         }
     }
 
+    /// What is left of a mark that cannot be read.
+    fn ruin(disk: DiskId, at: At, entry: &LogEntry, error: &JournalError) -> Self {
+        let cause = Text::new(&error.to_string());
+        Self {
+            at,
+            id: own_id(disk, at),
+            class: MarkClass::Fuzzy,
+            cause: MarkCause::Timer,
+            source_time: entry.time,
+            sequence: Sequence(0),
+            name: Text::new(""),
+            pinned: false,
+            degraded: false,
+            kept: false,
+            damaged: Some(Rot { bytes: 0, entry: Some(entry.number), cause }),
+        }
+    }
+
     fn mark(disk: DiskId, at: At, mark: &Mark) -> Self {
         Self {
             at,
@@ -126,18 +149,50 @@ pub fn points(journal: &mut Journal, disk: DiskId) -> Result<Vec<Point>, Journal
 /// # Errors
 /// As for [`points`].
 pub fn all_points(journal: &mut Journal, disk: DiskId) -> Result<Vec<Point>, JournalError> {
+    // Nobody knows any more what a mark said that is known to be damaged.
+    known_points(journal, disk, |_, is_known, error| if is_known { Ok(()) } else { Err(error) })
+}
+
+/// As [`all_points`]; a mark that cannot be read is among them, of the least class and damaged: it was there, and nobody
+/// knows what it said.
+///
+/// # Errors
+/// When the disk is not in the journal.
+pub(super) fn all_points_and_ruins(journal: &mut Journal, disk: DiskId) -> Result<Vec<Point>, JournalError> {
+    let mut ruins = Vec::new();
+    let mut points = known_points(journal, disk, |(at, entry), _, error| {
+        ruins.push(Point::ruin(disk, at, entry, &error));
+        Ok(())
+    })?;
+    for ruin in &mut ruins {
+        let before = points.iter().rfind(|point| point.at < ruin.at);
+        ruin.source_time = before.map_or(ruin.source_time, |point| point.source_time);
+    }
+    points.extend(ruins);
+    points.sort_by_key(|point| point.at);
+    Ok(points)
+}
+
+fn known_points(
+    journal: &mut Journal,
+    disk: DiskId,
+    mut unreadable: impl FnMut((At, &LogEntry), bool, JournalError) -> Result<(), JournalError>,
+) -> Result<Vec<Point>, JournalError> {
     let known = shape(journal, disk)?.clone();
     let mut points: Vec<Point> = known.points.values().map(Point::kept).collect();
+    let kept: BTreeSet<At> = points.iter().map(|point| point.at).collect();
     for entry in of_kind(journal, disk, EntryKind::Mark) {
         let Some(epoch) = known.epoch_of(entry.number) else { continue };
         let at = At::entry(epoch.opened.epoch, entry.number);
-        if points.iter().any(|point| point.at == at) {
+        if kept.contains(&at) {
             continue;
         }
         let mark = match journal.mark(disk, &entry) {
-            // Nobody knows any more what a damaged mark said.
-            Err(_) if known.rot(at).is_some() => continue,
-            mark => mark?,
+            Ok(mark) => mark,
+            Err(error) => {
+                unreadable((at, &entry), known.rot(at).is_some(), error)?;
+                continue;
+            }
         };
         let degraded = known.is_degraded_mark(&mark, entry.number);
         points.push(Point { degraded, ..Point::mark(disk, at, &mark) });
@@ -146,7 +201,38 @@ pub fn all_points(journal: &mut Journal, disk: DiskId) -> Result<Vec<Point>, Jou
         point.damaged = known.rot(point.at);
     }
     points.sort_by_key(|point| point.at);
+    show_times(&mut points);
     Ok(points)
+}
+
+/// Makes the times of a disk's points, which are in their order, those that are shown: none is before the one in front of
+/// it. What the target itself kept has its time by another clock: it is shown between its neighbours and moves none.
+fn show_times(points: &mut [Point]) {
+    let mut before = Timestamp(0);
+    for point in points.iter_mut().filter(|point| !point.is_targets_own()) {
+        before = before.max(point.source_time);
+        point.source_time = before;
+    }
+    let mut behind = Timestamp(u64::MAX);
+    for point in points.iter_mut().rev() {
+        point.source_time = point.source_time.min(behind);
+        if !point.is_targets_own() {
+            behind = point.source_time;
+        }
+    }
+    let mut before = Timestamp(0);
+    for point in points {
+        point.source_time = point.source_time.max(before);
+        if !point.is_targets_own() {
+            before = point.source_time;
+        }
+    }
+}
+
+/// The shown time of what lies at a place and says `label`: that of the mark before it where its own is older.
+fn shown(marks: &[Point], at: At, label: Timestamp) -> Timestamp {
+    let before = marks.iter().rfind(|point| point.at <= at && !point.is_targets_own());
+    before.map_or(label, |point| point.source_time.max(label))
 }
 
 /// Entries that are states of the disk, each run in its order.
@@ -215,13 +301,15 @@ pub fn ordered_runs(journal: &mut Journal, disk: DiskId) -> Result<Vec<OrderedRu
 pub struct Found {
     /// Where it is.
     pub at: At,
-    /// Its own time, not younger than what was asked for.
+    /// Its shown time: not younger than what was asked for.
     pub source_time: Timestamp,
     /// The last sequence in it.
     pub sequence: Sequence,
 }
 
-/// The newest state that is not younger than `time`: a mark, or a batch of an ORDERED stretch.
+/// The newest state that is not younger than `time`: a mark, or a batch of an ORDERED stretch. Where the source's clock was
+/// set back, the times that are shown count; between two marks labels are taken to ascend, and what is answered never has
+/// a younger one.
 ///
 /// # Errors
 /// When there is none, saying which is the oldest; or when the log cannot be read.
@@ -233,8 +321,17 @@ pub fn at_time(journal: &mut Journal, disk: DiskId, time: Timestamp) -> Result<F
         source_time: point.source_time,
         sequence: point.sequence,
     });
+    // Shown times ascend: what stands before the first of these is old enough, what stands behind the second is not.
+    let mut sources = marks.iter().filter(|point| !point.is_targets_own());
+    let old = sources.clone().rfind(|point| point.source_time <= time).map_or(0, |point| point.at.number);
+    let young = sources.find(|point| point.source_time > time).map_or(u64::MAX, |point| point.at.number);
     for run in ordered_runs(journal, disk)?.iter().rev() {
-        let count = search(run, |entry| Ok(header(journal, entry)?.source_time <= time))?;
+        let is_old = |entry: &LogEntry| match entry.number {
+            number if number < old => Ok(true),
+            number if number > young => Ok(false),
+            _ => Ok(header(journal, entry)?.source_time <= time),
+        };
+        let count = search(run, is_old)?;
         let Some((epoch, entry)) = count.checked_sub(1).and_then(|last| run.entries.get(last)) else {
             continue;
         };
@@ -244,7 +341,8 @@ pub fn at_time(journal: &mut Journal, disk: DiskId, time: Timestamp) -> Result<F
         }
         let at = At::entry(*epoch, entry.number);
         if best.is_none_or(|best| best.at < at) {
-            best = Some(Found { at, source_time: header.source_time, sequence: header.last_sequence() });
+            let source_time = shown(&marks, at, header.source_time);
+            best = Some(Found { at, source_time, sequence: header.last_sequence() });
         }
         break; // older runs lie before it
     }
@@ -259,6 +357,7 @@ pub fn at_time(journal: &mut Journal, disk: DiskId, time: Timestamp) -> Result<F
 /// # Errors
 /// When there is none, or when the log cannot be read.
 pub fn at_sequence(journal: &mut Journal, disk: DiskId, sequence: Sequence) -> Result<Found, JournalError> {
+    let marks = points(journal, disk)?;
     for run in ordered_runs(journal, disk)? {
         let before = search(&run, |entry| Ok(header(journal, entry)?.last_sequence() < sequence))?;
         let Some((epoch, entry)) = run.entries.get(before) else { continue };
@@ -273,9 +372,8 @@ pub fn at_sequence(journal: &mut Journal, disk: DiskId, sequence: Sequence) -> R
         } else {
             At { epoch: *epoch, number: entry.number - 1, records }
         };
-        return Ok(Found { at, source_time: header.source_time, sequence });
+        return Ok(Found { at, source_time: shown(&marks, at, header.source_time), sequence });
     }
-    let marks = points(journal, disk)?;
     let mark = marks.iter().rfind(|point| point.sequence == sequence && point.is_sound());
     mark.map(|point| Found { at: point.at, source_time: point.source_time, sequence })
         .ok_or(JournalError::NoState { disk, oldest: None })
@@ -313,10 +411,11 @@ pub struct Interval {
 /// As for [`points`].
 pub fn timeline(journal: &mut Journal, disk: DiskId) -> Result<Vec<Interval>, JournalError> {
     let marks = points(journal, disk)?;
+    let reaches_to = first_entry(journal, disk);
     let mut intervals: Vec<Interval> = Vec::new();
     for pair in marks.windows(2) {
         let [from, to] = pair else { continue };
-        let offer = match is_whole(journal, disk, from.at, to.at) {
+        let offer = match is_whole(journal, disk, (from.at, to.at), reaches_to) {
             false => Offer::Lost,
             true if to.damaged.is_some() => Offer::Damaged,
             true if to.degraded => Offer::Degraded,
@@ -325,8 +424,12 @@ pub fn timeline(journal: &mut Journal, disk: DiskId) -> Result<Vec<Interval>, Jo
         put(&mut intervals, Interval { offer, from: from.source_time, to: to.source_time });
     }
     for run in ordered_runs(journal, disk)? {
-        let (Some((_, first)), Some((_, last))) = (run.entries.first(), run.entries.last()) else { continue };
-        let (from, to) = (header(journal, first)?.source_time, header(journal, last)?.source_time);
+        let (Some(first), Some(last)) = (run.entries.first(), run.entries.last()) else { continue };
+        let mut time = |(epoch, entry): &(u64, LogEntry)| {
+            let label = header(journal, entry)?.source_time;
+            Ok::<_, JournalError>(shown(&marks, At::entry(*epoch, entry.number), label))
+        };
+        let (from, to) = (time(first)?, time(last)?);
         lay(&mut intervals, Interval { offer: Offer::AnyWrite, from, to: to.max(from) });
     }
     Ok(intervals)
@@ -356,27 +459,37 @@ fn lay(intervals: &mut Vec<Interval>, over: Interval) {
 }
 
 /// Whether every entry between two marks was there for the later one: none is known to be lost, and the log has them all
-/// as far as it reaches back.
-fn is_whole(journal: &Journal, disk: DiskId, from: At, to: At) -> bool {
+/// as far as it reaches back, which is to entry `first`.
+fn is_whole(journal: &Journal, disk: DiskId, (from, to): (At, At), first: u64) -> bool {
     let lost = journal.shape().disks.get(&disk).map_or(&[][..], |known| known.lost.as_slice());
     if lost.iter().any(|loss| loss.entries.first <= to.number && loss.entries.last > from.number) {
         return false;
     }
-    let entries = journal.entries(disk);
-    let inside = entries.iter().filter(|entry| entry.number > from.number && entry.number <= to.number);
-    let first = entries.first().map_or(u64::MAX, |entry| entry.number);
-    from.number + 1 < first || inside.count() as u64 == to.number.saturating_sub(from.number)
+    from.number + 1 < first || entries_between(journal, disk, from.number, to.number).is_ok()
 }
 
+/// The entry back to which the log reaches. What was carried forward, and was applied since, may stand alone before it: what
+/// lay between was released in its time, and is not missing.
 fn first_entry(journal: &Journal, disk: DiskId) -> u64 {
-    journal.entries(disk).first().map_or(u64::MAX, |entry| entry.number)
+    let entries = journal.entries(disk);
+    let is_newest = |entry: &LogEntry| !entry.carried || entry.number == journal.newest(disk);
+    let Some(at) = entries.iter().position(is_newest) else { return u64::MAX };
+    let (carried, newer) = entries.split_at(at);
+    let mut first = newer.first().map_or(u64::MAX, |entry| entry.number);
+    for entry in carried.iter().rev() {
+        if entry.number + 1 != first {
+            break;
+        }
+        first = entry.number;
+    }
+    first
 }
 
 fn of_kind(journal: &Journal, disk: DiskId, kind: EntryKind) -> Vec<LogEntry> {
     journal.entries(disk).iter().filter(|entry| entry.kind == kind).copied().collect()
 }
 
-/// Whether the disk as it was behind an entry can be had; `first` is the oldest entry of the log.
+/// Whether the disk as it was behind an entry can be had; the log reaches back to entry `first`.
 fn can_be_had(known: &DiskShape, epoch: &Epoch, number: u64, first: u64) -> bool {
     let Some(from) = known.runs_from(epoch.opened.epoch, number) else { return false };
     if known.rot(At::entry(epoch.opened.epoch, number)).is_some() {

@@ -4,7 +4,9 @@
 //! torn end of the log only if nothing says otherwise; it is *damage* when (1) a valid group with the segment's salt
 //! and a higher number follows it, (2) superblock or manifest knew it durable, or a later segment was opened behind
 //! it. (The third guard, the peer's own durable position, belongs to the protocol.) A torn end is cut; damage is never
-//! cut: what can still be read behind it is kept, and each disk whose entries do not number on without gap is named.
+//! cut: what can still be read behind it is kept, and each disk whose entries do not number on without gap is named. What
+//! was the last of a disk leaves no gap: then the head of its entry tells, and where not even that can be read, every disk
+//! that has nothing behind the damage is *doubtful*, until its agent has been asked what it knows to be durable.
 //! Either way the log goes on in a new segment with a fresh salt.
 //!
 //! Of a segment that is wholly applied its index is read where it has one (`indexed`): opening is not longer because the
@@ -59,6 +61,11 @@ pub struct DiskLog {
     pub missing: Vec<(u64, u64)>,
     /// The newest entry that is surely on the target.
     pub on_target: u64,
+    /// The newest entry whose head a damaged group still shows, though nothing else of it.
+    pub seen: u64,
+    /// Why nobody knows whether these are all: something durable is lost behind them, and whose it was is lost with it. Until
+    /// the agent was asked, or the disk compared.
+    pub doubtful: Option<String>,
 }
 
 /// Something that was durable and cannot be read.
@@ -172,6 +179,8 @@ pub(super) struct Scanner<'a> {
     /// What the index of the segment that is read would say, and whether it has a sound one.
     index: Option<IndexBuilder>,
     pub(super) has_index: bool,
+    /// The newest place where something was lost of which nobody knows whose it was, as segment and offset, and what.
+    unsure: Option<((u64, u64), String)>,
 }
 
 /// Reads the log: of the segments that are wholly applied their indexes, as far as these can be believed.
@@ -233,8 +242,19 @@ impl<'a> Scanner<'a> {
         see: &'a mut dyn FnMut(Seen<'_>),
     ) -> Self {
         let scan = Scan::default();
-        let (next_group, index, has_index) = (0, None, false);
-        Self { see, files, folder, journal, known_durable, belief, scan, next_group, index, has_index }
+        Self {
+            see,
+            files,
+            folder,
+            journal,
+            known_durable,
+            belief,
+            scan,
+            next_group: 0,
+            index: None,
+            has_index: false,
+            unsure: None,
+        }
     }
 
     /// All segments, oldest first.
@@ -257,6 +277,8 @@ impl<'a> Scanner<'a> {
         if self.scan.last_group < known && known >= first_group {
             let reason =
                 format!("the log ends at group {}, and group {known} was durable", self.scan.last_group);
+            let newest = segments.last().map_or(0, |segment| segment.number);
+            self.unsure = Some(((newest, u64::MAX), reason.clone()));
             self.damaged(self.folder.into(), 0, reason);
             self.scan.last_group = known;
             self.scan.torn = None;
@@ -274,6 +296,16 @@ impl<'a> Scanner<'a> {
         // Of a disk whose entries were all given up the log may say nothing any more.
         for (disk, _) in shape.disks.iter().filter(|(_, known)| !known.lost.is_empty()) {
             self.scan.disks.entry(*disk).or_default();
+        }
+        if let Some((place, reason)) = self.unsure.take() {
+            for disk in shape.disks.keys() {
+                let log = self.scan.disks.entry(*disk).or_default();
+                // What it added later follows on what it had: its agent has been asked.
+                let is_later = |entry: &&LogEntry| (entry.place.segment, entry.place.offset) > place;
+                if !log.entries.iter().rev().any(|entry| !entry.carried && is_later(&entry)) {
+                    log.doubtful = Some(reason.clone());
+                }
+            }
         }
         for (disk, log) in &mut self.scan.disks {
             log.find_missing(shape.disks.get(disk));
@@ -293,7 +325,9 @@ impl Scanner<'_> {
         self.scan.segments.entry(segment.number).or_default();
         let path = segment_path(self.folder, segment.slot);
         if self.files.facts(&path)?.is_none() {
-            self.damaged(path, 0, format!("segment {} is missing", segment.number));
+            let reason = format!("segment {} is missing", segment.number);
+            self.unsure = Some(((segment.number, u64::MAX), reason.clone()));
+            self.damaged(path, 0, reason);
             self.next_group = 0;
             return Ok(());
         }
@@ -371,6 +405,7 @@ impl Scanner<'_> {
     ) -> Result<(), JournalError> {
         if self.next_group != 0 && segment.first_group > self.next_group {
             let reason = format!("groups {} to {} are missing", self.next_group, segment.first_group - 1);
+            self.unsure = Some(((segment.number, 0), reason.clone()));
             self.damaged(path.into(), BLOCK_BYTES, reason);
         }
         self.next_group = segment.first_group;
@@ -384,8 +419,12 @@ impl Scanner<'_> {
                 Err(reason) => {
                     match self.find_group(ahead.file, segment, at + BLOCK_BYTES, self.next_group + 1)? {
                         Some((next, header)) => {
-                            self.damaged(path.into(), at, format!("group {}: {reason}", self.next_group));
-                            self.salvage(path, ahead.file, segment, at, next)?;
+                            let reason = format!("group {}: {reason}", self.next_group);
+                            self.damaged(path.into(), at, reason.clone());
+                            let all = self.salvage(path, ahead.file, segment, at, next)?;
+                            if !all || header.group > self.next_group + 1 {
+                                self.unsure = Some(((segment.number, at), reason));
+                            }
                             self.next_group = header.group;
                             at = next;
                         }
@@ -408,9 +447,12 @@ impl Scanner<'_> {
         newest: bool,
     ) -> Result<(), JournalError> {
         if self.next_group <= self.known_durable && newest {
-            self.damaged(path.into(), at, format!("group {}, known durable: {reason}", self.next_group));
+            let reason = format!("group {}, known durable: {reason}", self.next_group);
+            self.damaged(path.into(), at, reason.clone());
             let end = segment.bytes.min(file.size_bytes());
-            self.salvage(path, file, segment, at, end)?;
+            if !self.salvage(path, file, segment, at, end)? {
+                self.unsure = Some(((segment.number, at), reason));
+            }
         } else if newest && !is_unwritten(file, segment, at)? {
             self.scan.torn = Some((path.into(), at));
         }
@@ -478,7 +520,7 @@ impl Scanner<'_> {
     }
 
     /// Takes the entries out of a damaged group that can be read one by one. Which disks lost one is seen from the
-    /// numbers.
+    /// numbers, those in whole heads included; answers whether all heads are whole, so that nothing else was in it.
     fn salvage(
         &mut self,
         path: &Path,
@@ -486,17 +528,17 @@ impl Scanner<'_> {
         segment: &SegmentOpened,
         at: u64,
         end: u64,
-    ) -> Result<(), JournalError> {
+    ) -> Result<bool, JournalError> {
         let len = (end - at).min(crate::format::segment::GROUP_PAYLOAD_BYTES_MAX + BLOCK_BYTES);
         let mut bytes = vec![0; len as usize];
         file.read(&mut [ReadAt { offset: at, data: &mut bytes }])?;
         // Only a group of this use: its head must be whole, or what follows may be years old.
-        let Ok(header) = GroupHeader::open(&bytes) else { return Ok(()) };
+        let Ok(header) = GroupHeader::open(&bytes) else { return Ok(false) };
         if header.salt != segment.salt || header.group != self.next_group {
-            return Ok(());
+            return Ok(false);
         }
         let payload = bytes.get(GroupHeader::BYTES..GroupHeader::BYTES + header.payload_bytes as usize);
-        let mut from = 0;
+        let (mut from, mut heads) = (0, 0);
         let payload = payload.unwrap_or_default();
         while let Some(rest) = payload.get(from..).filter(|rest| rest.len() >= EntryHead::BYTES) {
             // An entry whose head is whole says where the next one begins, even if its body is damaged.
@@ -504,16 +546,18 @@ impl Scanner<'_> {
             let body =
                 rest.get(EntryHead::BYTES..EntryHead::BYTES + head.body_bytes as usize).unwrap_or_default();
             let offset = at + (GroupHeader::BYTES + from) as u64;
-            if head.check_body(body).is_ok()
-                && let Err(reason) = self.entry(segment.number, offset, header.time, &head, body)
-            {
+            heads += 1;
+            if head.check_body(body).is_err() {
+                let log = self.scan.disks.entry(head.disk).or_default();
+                log.seen = log.seen.max(head.number);
+            } else if let Err(reason) = self.entry(segment.number, offset, header.time, &head, body) {
                 self.damaged(path.into(), offset, reason);
             }
             from += EntryHead::BYTES + head.body_bytes as usize;
         }
         self.scan.last_group = header.group;
         self.scan.previous = header.crc;
-        Ok(())
+        Ok(heads == header.entry_count)
     }
 
     fn entry(
@@ -631,11 +675,11 @@ impl DiskLog {
             }
             next = entry.number + 1;
         }
-        // Something was applied that should still be here, or given up.
+        // Something was applied that should still be here, or given up, or its head is all that is left of it.
         let applied = if first == u64::MAX { 0 } else { applied };
         // Also where a compare made up for it: its number is not another entry's, for as long as the manifest knows of it.
         let lost = known.into_iter().flat_map(|known| &known.lost).map(|loss| loss.entries.last).max();
-        let end = applied.max(lost.unwrap_or(0)) + 1;
+        let end = applied.max(lost.unwrap_or(0)).max(self.seen) + 1;
         if next < end {
             self.missing.push((next, end));
         }

@@ -73,6 +73,12 @@ impl Found {
 }
 
 impl DiskShape {
+    /// All blocks of the disk as large as it is now: what is lost where nobody can say which part.
+    #[must_use]
+    pub fn whole(&self) -> BlockRange {
+        BlockRange::new(0, self.size_sectors().div_ceil(BLOCK_SECTORS))
+    }
+
     /// What is damaged of that which a point is made from; `None` for one that is whole as far as is known.
     #[must_use]
     pub fn rot(&self, at: At) -> Option<Rot> {
@@ -206,8 +212,7 @@ impl Journal {
         error: &JournalError,
         asked: BlockRange,
     ) -> Option<(RunPlace, Found)> {
-        let size_sectors = self.shape().disks.get(&disk)?.added.size_sectors;
-        let whole = BlockRange::new(0, size_sectors.div_ceil(BLOCK_SECTORS));
+        let whole = self.shape().disks.get(&disk)?.whole();
         let (path, blocks) = match error {
             JournalError::Undo(
                 UndoError::Damaged { path, blocks, .. } | UndoError::Lost { path, blocks, .. },

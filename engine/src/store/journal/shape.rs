@@ -11,7 +11,7 @@ use crate::format::manifest::{
     DiskAdded, DiskGrown, Edit, EntriesLost, EntryDamaged, EpochClosed, EpochOpened, EpochsExpired,
     ImagesDamaged, LossMended, PointKept, RunsMerged, SegmentOpened, StretchDegraded,
 };
-use crate::units::{DiskId, LineageId, Sequence};
+use crate::units::{DiskId, LineageId, Sequence, Timestamp};
 
 /// An undo epoch of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,6 +142,36 @@ impl DiskShape {
         epoch.closed.is_none_or(|closed| number <= closed.last).then_some(epoch)
     }
 
+    /// When the disk was as it was at a kept point, by the target's clock: where the undo epoch ends or begins there, that
+    /// is known; inside it, when it ended. `None` where it goes on.
+    #[must_use]
+    pub fn time_of(&self, point: &PointKept) -> Option<Timestamp> {
+        let epoch = self.epochs.iter().find(|epoch| epoch.opened.epoch == point.epoch)?;
+        match epoch.closed {
+            Some(closed) if closed.last == point.number => Some(closed.time),
+            _ if epoch.opened.after == point.number => Some(epoch.opened.time),
+            closed => closed.map(|closed| closed.time),
+        }
+    }
+
+    /// Whether a kept point lies inside its undo epoch: it is made from the epoch's images and the log.
+    #[must_use]
+    pub fn is_inside(&self, point: &PointKept) -> bool {
+        let epoch = self.epochs.iter().find(|epoch| epoch.opened.epoch == point.epoch);
+        epoch.is_some_and(|epoch| {
+            let is_end = epoch.closed.is_some_and(|closed| closed.last == point.number);
+            point.number > epoch.opened.after && !is_end
+        })
+    }
+
+    /// What pinned points inside undo epochs need of the log: behind which entry, and up to which.
+    #[must_use]
+    pub fn pinned_inside(&self) -> Vec<(u64, u64)> {
+        let pinned = self.points.values().filter(|point| point.pinned && self.is_inside(point));
+        let epoch = |point: &PointKept| self.epochs.iter().find(|epoch| epoch.opened.epoch == point.epoch);
+        pinned.filter_map(|point| Some((epoch(point)?.opened.after, point.number))).collect()
+    }
+
     /// The epoch from which on undo runs make up the disk as it was behind an entry of `epoch`: the one behind it at
     /// its end, itself at its beginning and inside it; `None` where the epoch is not kept.
     #[must_use]
@@ -251,13 +281,19 @@ impl Shape {
             Edit::EpochClosed(closed) => self.disk(closed.disk)?.close(closed),
             Edit::RunsMerged(merged) => self.disk(merged.disk)?.merge(merged),
             Edit::EpochsExpired(expired) => self.disk(expired.disk)?.expire(expired),
-            Edit::PointKept(point) | Edit::PointChanged(point) => {
-                let known = self.disk(point.disk)?.points.insert(point.point, *point).is_some();
-                // A point kept twice is the same point: the edit may be repeated after a crash.
-                if matches!(edit, Edit::PointChanged(_)) && !known {
-                    return Err("a point is changed and was not there".to_owned());
-                }
+            Edit::PointKept(point) => {
+                let points = &mut self.disk(point.disk)?.points;
+                // A point kept twice is the same point: the edit may be repeated after a crash, and one that was pinned
+                // inside its undo epoch may be the end of it in the end.
+                let pinned = points.get(&point.point).filter(|known| known.pinned);
+                let name = pinned.map_or(point.name, |known| known.name);
+                let pinned = point.pinned || pinned.is_some();
+                points.insert(point.point, PointKept { pinned, name, ..*point });
                 Ok(())
+            }
+            Edit::PointChanged(point) => {
+                let known = self.disk(point.disk)?.points.insert(point.point, *point);
+                known.map(|_| ()).ok_or_else(|| "a point is changed and was not there".to_owned())
             }
             Edit::StretchDegraded(part) => {
                 let shape = self.disk(part.disk)?;
