@@ -22,6 +22,7 @@
 #define TRACEPOINT(name) SEC("tp_btf/" name)
 #endif
 
+#define ENOENT 2
 #define EEXIST 17
 #define REQ_OP_MASK 0xff
 #define LONG_WORDS_MAX 1024
@@ -259,6 +260,8 @@ static __always_inline void replace_stale(struct control *ctl, struct flights *m
         if (theirs) {
             theirs->stale++;
             theirs->stale_sectors[old->kind == KIND_DISCARD] += remaining;
+            if (old->generation < *(volatile __u64 *)&ctl->doubt_below)
+                theirs->old_stale_sectors[old->kind == KIND_DISCARD] += remaining;
         }
     }
 }
@@ -376,7 +379,10 @@ static __always_inline void bio_done(struct walk *walk, __u64 bio, __u64 private
         return;
     if (before < bytes)
         tally->orphans++; /* more was completed than submitted: one of the two was something else */
-    if (bpf_map_delete_elem(&inflight, &key))
+    long error = bpf_map_delete_elem(&inflight, &key);
+    if (error == -ENOENT)
+        return; /* the agent took it away and counted it */
+    if (error)
         flight->remaining = 0;
     mine->done[generation & (GENERATION_SLOTS - 1)]++;
 }
@@ -504,7 +510,10 @@ int on_bio(__u64 *ctx)
     __u64 generation = flight->generation;
     tally->ended[kind]++;
     tally->ended_sectors[kind] += flight->bytes >> 9;
-    if (bpf_map_delete_elem(&inflight, &key))
+    long error = bpf_map_delete_elem(&inflight, &key);
+    if (error == -ENOENT)
+        return 0;
+    if (error)
         flight->remaining = 0;
     mine->ended[generation & (GENERATION_SLOTS - 1)]++;
     return 0;

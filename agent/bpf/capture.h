@@ -47,6 +47,7 @@ struct control {
     __u64 probe_page;
     __u64 probe_task;
     __u64 probe_page_bytes; /* sizeof(struct page) */
+    __u64 doubt_below; /* entries of older generations that are overwritten are counted apart */
     /* The agent's own: entries given up, by generation, so that their place in the counters can be used again. */
     __u64 written_off[GENERATION_SLOTS];
 };
@@ -82,7 +83,7 @@ struct tally {
     __u64 ended_sectors[KINDS];
     __u64 ended_failed;
     __u64 ended_late;
-    __u64 reserved[2];
+    __u64 old_stale_sectors[2]; /* on_queue: of `stale_sectors`, those of entries older than `doubt_below` */
 };
 
 /* A write on its way, by the address of its bio. */
@@ -112,7 +113,7 @@ struct record {
 #define RECORD_FUA 1
 #define RECORD_PROBE 2
 
-_Static_assert(sizeof(struct control) == 224, "control");
+_Static_assert(sizeof(struct control) == 232, "control");
 _Static_assert(sizeof(struct flights) == 512, "flights");
 _Static_assert(sizeof(struct tally) == 448, "tally");
 _Static_assert(sizeof(struct flight) == 32, "flight");

@@ -35,7 +35,7 @@ use crate::marking::{Asker, MarkOrder};
 use crate::metrics;
 use crate::plan::{Plan, follow_reloads};
 
-/// Longest wait for the capturing thread to save its maps.
+/// Longest wait for the capturing thread to leave its programs to the next process.
 const CAPTURE_GRACE: Duration = Duration::from_secs(1);
 /// Longest wait for a post_thaw hook, which needs nobody to wait for it.
 const RELEASE_GRACE: Duration = Duration::from_millis(500);

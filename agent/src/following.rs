@@ -179,6 +179,9 @@ impl Following {
         if let Some(Step::Refused { why, .. }) = self.steps.get(&disk) {
             return Some((Code::CaptureFellBack, why.clone()));
         }
+        if let Some(why) = self.refused.get(&disk) {
+            return Some((Code::CaptureFellBack, why.clone())); // asked for again, without an answer yet
+        }
         self.missed.get(&disk).map(|why| (Code::CaptureMissed, why.clone()))
     }
 
@@ -211,6 +214,7 @@ impl Following {
         }
         self.unknown.remove(&disk);
         self.missed.remove(&disk);
+        self.refused.remove(&disk);
         self.doubtful.remove(&disk);
         self.streams.remove(&disk);
         self.accounted.remove(&disk);
@@ -322,7 +326,9 @@ impl Machine {
         if following.thread.is_none() || !is_device {
             return self.open_at_target(disk, size_sectors);
         }
-        if matches!(following.steps.get(&disk), Some(Step::Refused { .. })) {
+        let refused =
+            |step: &Step| matches!(step, Step::Refused { since, .. } if since.elapsed() < REFUSED_FOR);
+        if following.steps.get(&disk).is_some_and(refused) {
             return self.open_at_target(disk, size_sectors);
         }
         let pass = matches!(following.steps.get(&disk), Some(Step::Pass | Step::Asked { pass: true, .. }));
@@ -409,7 +415,10 @@ impl Machine {
 
     /// Begins a round over a disk, by what is known to have changed or by reading all of it; answers whether it began.
     pub(crate) fn begin_round(&mut self, disk: DiskId, to_mark: bool) -> bool {
-        self.ask_again(disk);
+        // While a point is being made nothing may wait for a file system.
+        if !to_mark {
+            self.ask_again(disk);
+        }
         let following = &mut self.following;
         let begun = match following.steps.get(&disk) {
             None | Some(Step::Asked { .. } | Step::Refused { .. }) if to_mark => {
@@ -504,13 +513,16 @@ impl Machine {
                 return;
             }
         };
-        self.following.refused.remove(&disk);
+        let was_refused = self.following.refused.remove(&disk).is_some();
         let same = cause.is_none();
         let mode = self.following.mode.base().to_string();
         let text = cause.as_ref().map_or("goes on where it was".to_owned(), CompareCause::to_string);
         self.step(disk, &mode, &text);
         if let Some(cause) = cause {
             tracing::info!(%disk, "followed from now on, what was before is not known: {cause}");
+            self.following.unknown.insert(disk);
+        } else if was_refused && self.core.is_open(disk) {
+            // It was opened without anybody asking where its stream stood.
             self.following.unknown.insert(disk);
         } else {
             self.recall(disk);

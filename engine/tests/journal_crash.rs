@@ -37,7 +37,7 @@ use enumerate::{Enumeration, Sum};
 /// The longest workload.
 const IOS_MAX: usize = 30;
 /// Workloads of the quick form, and subsets of what was not flushed that are tried for each prefix; the long form's.
-const WORKLOADS: u64 = 200;
+const WORKLOADS: u64 = 240;
 const SUBSETS: usize = 3;
 const SUBSETS_LONG: usize = 24;
 

@@ -341,6 +341,27 @@ fn a_file_of_somebody_else_under_a_segments_name_is_moved_aside_and_kept() {
     assert_eq!(files.bytes("/retention/redo-000099.aside"), thesis);
 }
 
+/// Copies of the superblock that were cut off are made again: it opens, and opens again.
+#[test]
+fn a_superblock_that_was_cut_off_behind_a_whole_copy_is_made_whole() {
+    let files = sample();
+    let path = Path::new("/retention/superblock");
+    let whole = files.bytes(path).len() as u64;
+    let mut opened = 0;
+    for bytes in (0..whole).step_by(1024) {
+        let cut = files.snapshot();
+        cut.opener().resize(path, bytes).unwrap();
+        let Ok((journal, _)) = open(&cut) else { continue };
+        drop(journal);
+        for _ in 0..5 {
+            open(&cut).unwrap();
+        }
+        assert_eq!(cut.bytes(path).len() as u64, whole, "after {bytes}");
+        opened += 1;
+    }
+    assert!(opened > 0);
+}
+
 /// Without its superblock a journal is not nothing: nobody makes a new one in its place, and put back it opens.
 #[test]
 fn a_journal_that_lost_its_superblock_is_refused_and_left_alone() {

@@ -4,10 +4,11 @@
 //! both ways are one; counters only grow and are summed over CPUs. Units: sectors, 64-bit words.
 //! Owned by `tracker`; read by `oracle` and `window`.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use aya::maps::{Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapInfo};
+use aya::maps::{Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapError, MapInfo};
 use aya::programs::ProgramInfo;
 use aya::programs::links::PinnedLink;
 use rustix::thread::{MembarrierCommand, membarrier};
@@ -161,7 +162,10 @@ impl Kernel {
         let last = DISKS_MAX as u32 - 1;
         let there = match dirty.get(&last, 0) {
             Ok(there) => there,
-            Err(_) => Array::create(1, bitmap::FLAGS).map_err(CaptureError::map("dirty"))?,
+            Err(MapError::KeyNotFound) => {
+                Array::create(1, bitmap::FLAGS).map_err(CaptureError::map("dirty"))?
+            }
+            Err(error) => return Err(CaptureError::map("dirty")(error)),
         };
         dirty.set(last, &there, 0).map_err(CaptureError::map("dirty"))
     }
@@ -240,8 +244,10 @@ impl Kernel {
     /// Entries of the in-flight map.
     pub(crate) fn flights(&self) -> Vec<(u64, Flight)> {
         // Entries come and go meanwhile; one that is met twice or not at all is met by the next look.
+        // A walk that loses its place begins again: each counts once.
         let entries = self.inflight.iter().take(FLIGHTS_SEEN_MAX).flatten();
-        entries.map(|(key, value)| (key, Flight::decode(value))).collect()
+        let entries: BTreeMap<u64, [u64; 4]> = entries.collect();
+        entries.into_iter().map(|(key, value)| (key, Flight::decode(value))).collect()
     }
 
     /// Takes an entry away; answers whether it was there, for it may have gone by itself.
@@ -252,12 +258,16 @@ impl Kernel {
     /// Takes away the entries of a disk that no program follows any more: their completions are not seen, and nothing is to
     /// wait for them.
     pub(crate) fn forget_flights_of(&mut self, slot: usize) {
-        for (key, flight) in self.flights() {
-            if flight.slot == slot
-                && self.forget_flight(key)
-                && flight.generation >= self.get(Control::ReapedBelow)
-            {
-                self.written_off(flight.generation).fetch_add(1, Ordering::SeqCst);
+        let reaped_below = self.get(Control::ReapedBelow);
+        for (key, known) in self.flights().into_iter().filter(|(_, flight)| flight.slot == slot) {
+            // Another disk's write may have its address by now.
+            let now = self.inflight.get(&key, 0).ok().map(Flight::decode);
+            if now != Some(known) || !self.forget_flight(key) {
+                continue;
+            }
+            // One without a rest was counted when it was done, and could only not be taken away.
+            if known.generation >= reaped_below && known.remaining > 0 {
+                self.written_off(known.generation).fetch_add(1, Ordering::SeqCst);
             }
         }
     }

@@ -12,7 +12,7 @@ pub(crate) const GENERATION_SLOTS: usize = 16;
 /// Words of the control value.
 pub(crate) const CONTROL_WORDS: usize = WRITTEN_OFF + GENERATION_SLOTS;
 /// Where the counts of entries that were given up begin in it.
-pub(crate) const WRITTEN_OFF: usize = 12;
+pub(crate) const WRITTEN_OFF: usize = 13;
 /// Words of one CPU's generation counters.
 pub(crate) const FLIGHTS_WORDS: usize = 4 * GENERATION_SLOTS;
 /// Words of one CPU's counters of one disk.
@@ -45,6 +45,8 @@ pub(crate) enum Control {
     ProbeTask = 10,
     /// Self-test: size of a page's description.
     ProbePageBytes = 11,
+    /// Entries of older generations that are overwritten are counted apart.
+    DoubtBelow = 12,
 }
 
 /// Kinds of operations a block device is asked for, as the programs count them.
@@ -143,6 +145,8 @@ pub(crate) enum Tally {
     EndedSectors = 44,
     EndedFailed = 52,
     EndedLate = 53,
+    OldStaleWritten = 54,
+    OldStaleDiscarded = 55,
 }
 
 /// A write on its way, as the in-flight map holds it.
@@ -236,6 +240,7 @@ mod tests {
             ("ended_sectors", Tally::EndedSectors),
             ("ended_failed", Tally::EndedFailed),
             ("ended_late", Tally::EndedLate),
+            ("old_stale_sectors", Tally::OldStaleWritten),
         ];
         for (name, field) in fields {
             assert_eq!(places.get(name), Some(&(field as usize)), "{name}");

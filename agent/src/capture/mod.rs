@@ -2,11 +2,12 @@
 //!
 //! A write's way: the program at submission marks its blocks and remembers it as in flight (`bpf/capture.bpf.c`); the one
 //! at completion marks them again; `tracker` harvests the marks, `tracked` keeps them pending until they are durable;
-//! `oracle` compares what was seen with the kernel's own account; `session_file` says what may be continued after a
+//! `accounting` and `oracle` compare what was seen with the kernel's own account; `session_file` says what may be continued after a
 //! restart. `loader` and `kernel` are all that talks to the kernel.
 //!
 //! Invariants: a write is never missed without being noticed (see `oracle`); nothing here blocks or delays a write.
 
+mod accounting;
 mod bitmap;
 mod costs;
 mod error;

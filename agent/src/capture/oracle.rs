@@ -174,7 +174,7 @@ const fn anchor_of(reading: &Reading, now: Timestamp) -> Anchor {
     Anchor { written, discarded, stale, unranged, at: now.0 }
 }
 
-/// Compares with `anchor`, which moves on where the result is exact. `reaped` are the sectors of entries that were given
+/// Compares with `anchor`, which moves on where the result is exact; answers what is missing, too. `reaped` are the sectors of entries that were given
 /// up since.
 pub(crate) fn check(
     kernel: &Kernel,
@@ -183,18 +183,18 @@ pub(crate) fn check(
     anchor: &mut Anchor,
     reaped: Account,
     now: Timestamp,
-) -> Result<Check, CaptureError> {
+) -> Result<(Check, Account), CaptureError> {
     let reading = read(kernel, disk, slot)?;
     let last_clean = Some(anchor.at());
-    let verdict = judge(anchor, &reading, reaped);
+    let (verdict, short) = judge(anchor, &reading, reaped);
     let exact = reading.written.is_exact() && reading.discarded.is_exact();
     if let Verdict::Clean { .. } = verdict
         && exact
     {
         *anchor = anchor_of(&reading, now);
-        return Ok(Check { verdict, last_clean: Some(now) });
+        return Ok((Check { verdict, last_clean: Some(now) }, short));
     }
-    Ok(Check { verdict, last_clean })
+    Ok((Check { verdict, last_clean }, short))
 }
 
 /// After a disk was found short: what is missing stays missing, so the anchor moves to what is read now.
@@ -207,10 +207,11 @@ pub(crate) fn accept(
     anchor(kernel, disk, slot, now)
 }
 
-fn judge(anchor: &Anchor, reading: &Reading, reaped: Account) -> Verdict {
+/// The verdict, and the sectors that are missing without an explanation.
+fn judge(anchor: &Anchor, reading: &Reading, reaped: Account) -> (Verdict, Account) {
     let commands = reading.unranged.saturating_sub(anchor.unranged);
     if commands > 0 {
-        return Verdict::Unranged { commands };
+        return (Verdict::Unranged { commands }, Account::default());
     }
     let explained = Account {
         written: reading.stale.written.saturating_sub(anchor.stale.written) + reaped.written,
@@ -220,14 +221,17 @@ fn judge(anchor: &Anchor, reading: &Reading, reaped: Account) -> Verdict {
     let missing = |now: Bounds, then: Bounds| u64::try_from(now.low.saturating_sub(then.high)).unwrap_or(0);
     let written = missing(reading.written, anchor.written);
     let discarded = missing(reading.discarded, anchor.discarded);
-    let short = written.saturating_sub(explained.written) + discarded.saturating_sub(explained.discarded);
-    if short > 0 {
-        return Verdict::Short { sectors: short };
+    let short = Account {
+        written: written.saturating_sub(explained.written),
+        discarded: discarded.saturating_sub(explained.discarded),
+    };
+    if short != Account::default() {
+        return (Verdict::Short { sectors: short.written + short.discarded }, short);
     }
     if reading.written.is_exact() && reading.discarded.is_exact() {
-        Verdict::Clean { explained: written + discarded }
+        (Verdict::Clean { explained: written + discarded }, short)
     } else {
-        Verdict::Undecided
+        (Verdict::Undecided, short)
     }
 }
 
@@ -259,7 +263,7 @@ mod tests {
             (Reading { unranged: 2, ..reading(100, 100, 0) }, none, Verdict::Unranged { commands: 2 }),
         ];
         for (reading, reaped, expected) in cases {
-            assert_eq!(judge(&anchor, &reading, reaped), expected, "{reading:?}");
+            assert_eq!(judge(&anchor, &reading, reaped).0, expected, "{reading:?}");
         }
     }
 
@@ -268,15 +272,14 @@ mod tests {
         let anchor = Anchor::exact(Account { written: 100, discarded: 50 });
         let reading = Reading { discarded: Bounds::exact(50), ..reading(108, 108, 0) };
         let reaped = Account { written: 0, discarded: 8 };
-        assert_eq!(judge(&anchor, &reading, reaped), Verdict::Short { sectors: 8 });
+        let short = Account { written: 8, discarded: 0 };
+        assert_eq!(judge(&anchor, &reading, reaped), (Verdict::Short { sectors: 8 }, short));
     }
 
     #[test]
     fn a_vague_anchor_never_accuses() {
         let anchor = Anchor { written: Bounds { low: 90, high: 130 }, ..Anchor::exact(Account::default()) };
-        assert_eq!(
-            judge(&anchor, &reading(120, 120, 0), Account::default()),
-            Verdict::Clean { explained: 0 }
-        );
+        let (verdict, _) = judge(&anchor, &reading(120, 120, 0), Account::default());
+        assert_eq!(verdict, Verdict::Clean { explained: 0 });
     }
 }

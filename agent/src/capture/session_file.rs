@@ -19,7 +19,7 @@ const SESSION_FILE: &str = "capture.json";
 /// Largest file read: 64 disks need a few KiB.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 /// Version of the file and of the layout of maps; another version is as no file.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 /// Begins a saved map.
 const MAP_MAGIC: [u8; 8] = *b"RPDIRTY1";
 
@@ -30,6 +30,9 @@ pub(crate) struct Session {
     pub(crate) boot: String,
     /// Numbers of the pinned maps and programs.
     pub(crate) pins: Vec<u32>,
+    /// Which build of the programs they are.
+    #[serde(default)]
+    pub(crate) object: String,
     /// Nothing is attached any more, and the maps were saved.
     pub(crate) stopped: bool,
     pub(crate) disks: Vec<SessionDisk>,
@@ -52,6 +55,9 @@ pub(crate) struct SessionDisk {
     /// It was seen without a write in flight since it is followed: every one since then is known by its generation.
     #[serde(default)]
     pub(crate) seen_quiet: bool,
+    /// Sectors of entries that were given up since the anchor was taken.
+    #[serde(default)]
+    pub(crate) reaped: Account,
 }
 
 impl SessionDisk {
@@ -91,10 +97,9 @@ impl std::fmt::Display for CompareCause {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::FirstTime => f.write_str("the disk was not followed before"),
-            Self::NewBoot { stopped: true } => f.write_str(
-                "the machine was started since capture was stopped, and wrote before the agent ran",
-            ),
-            Self::NewBoot { stopped: false } => f.write_str("the machine went down without stopping capture"),
+            Self::NewBoot { .. } => {
+                f.write_str("the machine was started since, and wrote before the agent ran")
+            }
             Self::WrittenWhileStopped => f.write_str("the disk was written to while the agent was stopped"),
             Self::PinsChanged { what } => write!(f, "capture was interrupted: {what}"),
             Self::OtherDisk => f.write_str("the disk shrank or was replaced"),
@@ -224,8 +229,10 @@ mod tests {
             anchor: Some(Anchor::exact(Account { written: 8, discarded: 0 })),
             saved_at: Some(Account::default()),
             seen_quiet: true,
+            reaped: Account { written: 16, discarded: 8 },
         };
-        Session { version: VERSION, boot: "b".into(), pins: vec![1, 2], stopped: true, disks: vec![disk] }
+        let (boot, object) = ("b".into(), "o".into());
+        Session { version: VERSION, boot, pins: vec![1, 2], object, stopped: true, disks: vec![disk] }
     }
 
     #[test]

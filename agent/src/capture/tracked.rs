@@ -22,12 +22,12 @@ pub struct Stretch(pub(crate) usize);
 /// A check that found sectors missing while writes were in flight all the time.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Undecided {
-    /// Generation in force then: a write that is older and in flight at the next check is a lost completion.
+    /// Begun after it: a write that is older and in flight at the next check is a lost completion.
     pub(crate) generation: u64,
     /// Sectors that were missing.
-    pub(crate) short: u64,
-    /// Sectors of overwritten entries counted then.
-    pub(crate) stale: u64,
+    pub(crate) short: Account,
+    /// Sectors of entries that were overwritten although they were old, counted then.
+    pub(crate) old_stale: Account,
 }
 
 /// The maps and the identity of a followed disk.
@@ -119,6 +119,15 @@ impl Tracked {
             pending,
             _claim: claim,
         })
+    }
+
+    /// Whether the kernel shows writes in flight, or cannot say. A disk that is gone has none.
+    pub(crate) fn is_busy(&self) -> bool {
+        match self.disk.writes_in_flight() {
+            Ok(writes) => writes != 0,
+            Err(CaptureError::File { source, .. }) => source.kind() != std::io::ErrorKind::NotFound,
+            Err(_) => true,
+        }
     }
 
     /// Removes the pins of a place.

@@ -8,25 +8,21 @@
 //! All calls block, briefly; none is for an async runtime. Units: sectors. Called by the agent's daemon.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
 
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::range_set::RangeSet;
-use reprotect_engine::units::{SectorCount, SectorRange, Timestamp};
+use reprotect_engine::units::{SectorCount, SectorRange};
 
 use super::kernel::Kernel;
-use super::layout::{Control, DISKS_MAX, Flight, Kind, Mode, ModeWord, Tally};
+use super::layout::{Control, DISKS_MAX, Kind, Mode, ModeWord, Tally};
 use super::loader::{self, LoadOptions, check_machine};
-use super::oracle::{self, Check};
+use super::oracle;
 use super::pins::{self, Claim};
 use super::ring::Ring;
 use super::session_file::{CompareCause, Continuity, Session, SessionDisk, SessionStore, VERSION};
 use super::sysfs::{Account, boot_id};
-use super::tracked::{Stretch, Tracked, Undecided};
-use super::{BlockDisk, CaptureError, ProgramCost, Verdict, costs};
-
-/// How often the kernel is asked whether writes are still in flight.
-const POLL: Duration = Duration::from_millis(2);
+use super::tracked::{Stretch, Tracked};
+use super::{BlockDisk, CaptureError, ProgramCost, costs, object};
 
 /// How capture is set up.
 #[derive(Clone, Debug)]
@@ -150,7 +146,7 @@ impl Capture {
             hooks: settings.test_hooks,
             only: settings.plainest.then(loader::plainest),
         };
-        let boot = boot_id()?;
+        let (boot, object) = (boot_id()?, object::build());
         let before = store.load();
         let (fresh, left) = match &before {
             None => (CompareCause::FirstTime, Vec::new()),
@@ -161,6 +157,11 @@ impl Capture {
             Some(session) => match Self::reopen(&place, session) {
                 Ok(kernel) => {
                     tracing::info!(place = %place.path().display(), "capture goes on with the programs that ran meanwhile");
+                    if session.object != object {
+                        tracing::info!(
+                            "these are programs of another build of the agent, and work as before; this one's are loaded after a reboot, or a stop and `reprotect-agent unfollow`, which costs a compare"
+                        );
+                    }
                     let (session, left) = (session.clone(), session.disks.clone());
                     return Self::over(
                         place,
@@ -176,7 +177,7 @@ impl Capture {
             },
         };
         let mut session =
-            Session { version: VERSION, boot, pins: Vec::new(), stopped: false, disks: Vec::new() };
+            Session { version: VERSION, boot, pins: Vec::new(), object, stopped: false, disks: Vec::new() };
         let kernel = Kernel::begin(&place, &options, |kernel| {
             session.pins = kernel.ids().to_vec();
             // The maps of a clean stop stay valid until something is followed anew.
@@ -282,7 +283,8 @@ impl Capture {
     ) -> Result<(DiskSlot, Continuity), CaptureError> {
         let size = SectorCount(known.size_sectors);
         let mut tracked = Tracked::open(&self.place, claim, disk, &known.identity, known.slot, size)?;
-        (tracked.anchor, tracked.seen_quiet) = (known.anchor, known.seen_quiet);
+        (tracked.anchor, tracked.reaped) = (known.anchor, known.reaped);
+        tracked.seen_quiet = known.seen_quiet;
         let dirty_blocks = tracked.live().view().count();
         self.disks.push(tracked);
         let slot = DiskSlot(known.slot);
@@ -340,14 +342,24 @@ impl Capture {
         let key = tracked.disk.key();
         self.kernel.set_dirty(slot, tracked.live().map())?;
         self.disks.push(tracked);
-        self.store_session()?;
-        self.kernel.follow(key, Some(slot))?;
-        self.kernel.settle()?;
-        let anchor = oracle::anchor(&self.kernel, &self.tracked(DiskSlot(slot))?.disk, slot, wall_clock())?;
-        self.tracked_mut(DiskSlot(slot))?.anchor = Some(anchor);
-        // An anchored disk in the file is one that a killed process may continue.
-        self.store_session()?;
+        if let Err(error) = self.begin_following(DiskSlot(slot), key) {
+            // As if it had not been tried; what cannot be undone either is compared whenever it is followed.
+            let _gone = self.kernel.follow(key, None).and_then(|()| self.kernel.settle());
+            self.disks.retain(|tracked| tracked.slot != slot);
+            let _gone = Tracked::remove_pins(&self.place, slot);
+            return Err(error);
+        }
         Ok(DiskSlot(slot))
+    }
+
+    fn begin_following(&mut self, slot: DiskSlot, key: u32) -> Result<(), CaptureError> {
+        self.store_session()?;
+        self.kernel.follow(key, Some(slot.0))?;
+        self.kernel.settle()?;
+        let anchor = oracle::anchor(&self.kernel, &self.tracked(slot)?.disk, slot.0, wall_clock())?;
+        self.tracked_mut(slot)?.anchor = Some(anchor);
+        // An anchored disk in the file is one that a killed process may continue.
+        self.store_session()
     }
 
     /// Follows a disk no longer.
@@ -356,11 +368,12 @@ impl Capture {
     /// What the kernel or the file system says.
     pub fn unfollow(&mut self, slot: DiskSlot) -> Result<(), CaptureError> {
         let Some(at) = self.disks.iter().position(|tracked| tracked.slot == slot.0) else { return Ok(()) };
-        let tracked = self.disks.remove(at);
-        self.store_session()?;
-        self.kernel.follow(tracked.disk.key(), None)?;
+        // The kernel first: its place is free for another disk only when no program knows this one by it.
+        self.kernel.follow(self.disks[at].disk.key(), None)?;
         self.kernel.settle()?;
         self.kernel.forget_flights_of(slot.0);
+        drop(self.disks.remove(at));
+        self.keep_session();
         Tracked::remove_pins(&self.place, slot.0)
     }
 
@@ -368,11 +381,11 @@ impl Capture {
         self.disks.iter().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))
     }
 
-    fn tracked_mut(&mut self, slot: DiskSlot) -> Result<&mut Tracked, CaptureError> {
+    pub(super) fn tracked_mut(&mut self, slot: DiskSlot) -> Result<&mut Tracked, CaptureError> {
         self.disks.iter_mut().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))
     }
 
-    fn store_session(&mut self) -> Result<(), CaptureError> {
+    pub(super) fn store_session(&mut self) -> Result<(), CaptureError> {
         self.session.stopped = false;
         self.session.disks = self.disks.iter().map(|tracked| session_disk(tracked, None)).collect();
         self.session.disks.extend(self.left.iter().cloned());
@@ -462,183 +475,6 @@ impl Capture {
     #[must_use]
     pub fn is_whole(&self) -> bool {
         self.kernel.check_links(&self.place).is_ok()
-    }
-
-    /// Whether everything the kernel wrote was seen. What lost completions left behind is marked first; a disk that is
-    /// still short must be compared, and says so once.
-    ///
-    /// # Errors
-    /// When the disk is gone, or its pins.
-    pub fn check(&mut self, slot: DiskSlot, patience: Duration) -> Result<Check, CaptureError> {
-        self.kernel.check_links(&self.place)?;
-        self.tracked(slot)?.disk.check_counting()?;
-        self.see_quiet()?;
-        let now = wall_clock();
-        let first = self.check_once(slot, now)?;
-        if let Verdict::Unranged { .. } = first.verdict {
-            return self.accept(slot, first);
-        }
-        if !matches!(first.verdict, Verdict::Short { .. }) {
-            self.tracked_mut(slot)?.undecided = None;
-            return Ok(first);
-        }
-        let reaped = self.reap(patience)?;
-        let quiet = reaped.is_some();
-        for (of, sectors) in reaped.into_iter().flatten() {
-            if let Some(tracked) = self.disks.iter_mut().find(|tracked| tracked.slot == of) {
-                tracked.reaped.written += sectors.written;
-                tracked.reaped.discarded += sectors.discarded;
-            }
-        }
-        let second = self.check_once(slot, wall_clock())?;
-        if let Verdict::Short { sectors } = second.verdict {
-            if !quiet && self.may_be_lost_completions(slot, sectors)? {
-                return Ok(Check { verdict: Verdict::Undecided, ..second });
-            }
-            let disk = &self.tracked(slot)?.disk;
-            tracing::error!(disk = %disk.name, sectors, "the kernel wrote what capture did not see; the disk must be compared");
-            return self.accept(slot, second);
-        }
-        self.keep_session();
-        Ok(second)
-    }
-
-    /// What a check found is told once: the account goes on from here.
-    fn accept(&mut self, slot: DiskSlot, check: Check) -> Result<Check, CaptureError> {
-        let anchor = oracle::accept(&self.kernel, &self.tracked(slot)?.disk, slot.0, wall_clock())?;
-        let tracked = self.tracked_mut(slot)?;
-        (tracked.anchor, tracked.reaped, tracked.undecided) = (Some(anchor), Account::default(), None);
-        self.keep_session();
-        Ok(check)
-    }
-
-    /// Keeps what a check found for the next process. Where the state directory is full or read-only, that one begins with
-    /// an older account: it may compare a disk once more than it had to.
-    fn keep_session(&mut self) {
-        if let Err(error) = self.store_session() {
-            tracing::warn!(%error, "what was seen of the disks' writes is not kept for the next start");
-        }
-    }
-
-    fn check_once(&mut self, slot: DiskSlot, now: Timestamp) -> Result<Check, CaptureError> {
-        let tracked =
-            self.disks.iter_mut().find(|tracked| tracked.slot == slot.0).ok_or_else(|| gone(slot))?;
-        let Some(anchor) = &mut tracked.anchor else { return Err(gone(slot)) };
-        let check = oracle::check(&self.kernel, &tracked.disk, slot.0, anchor, tracked.reaped, now)?;
-        if check.last_clean == Some(now) {
-            // The new anchor has it in.
-            tracked.reaped = Account::default();
-        }
-        Ok(check)
-    }
-
-    /// Gives up entries of writes that the kernel does not know any more, and marks their blocks. Answers the sectors of
-    /// each place; `None` when writes were in flight on some disk all the time.
-    pub(crate) fn reap(&mut self, patience: Duration) -> Result<Option<Vec<(usize, Account)>>, CaptureError> {
-        let generation = self.kernel.switch(self.kernel.mode().mode)?;
-        if !self.await_quiet(patience) {
-            return Ok(None);
-        }
-        self.reap_older(generation).map(Some)
-    }
-
-    /// Whether `short` missing sectors may be completions that were lost, on a disk that is never without a write in flight:
-    /// what was missing at the check before is in flight ever since, or was overwritten. At the first such check: perhaps.
-    fn may_be_lost_completions(&mut self, slot: DiskSlot, short: u64) -> Result<bool, CaptureError> {
-        let stale = self.kernel.tally(slot.0, Tally::StaleWritten, 0)
-            + self.kernel.tally(slot.0, Tally::StaleDiscarded, 0);
-        let now = Undecided { generation: self.kernel.mode().generation, short, stale };
-        let Some(before) = self.tracked_mut(slot)?.undecided.replace(now) else { return Ok(true) };
-        let is_old = |flight: &Flight| flight.slot == slot.0 && flight.generation < before.generation;
-        let flights = self.kernel.flights();
-        let old: u64 =
-            flights.iter().filter(|(_, flight)| is_old(flight)).map(|(_, flight)| flight.remaining).sum();
-        Ok(old + stale.saturating_sub(before.stale) >= before.short)
-    }
-
-    /// As [`Self::reap`], of generations before `generation`, if the kernel shows no write in flight in time.
-    pub(crate) fn give_up_older(
-        &mut self,
-        generation: u64,
-        patience: Duration,
-    ) -> Result<bool, CaptureError> {
-        if !self.await_quiet(patience) {
-            return Ok(false);
-        }
-        for (slot, sectors) in self.reap_older(generation)? {
-            tracing::warn!(slot, ?sectors, "writes were never seen completing; their blocks are read again");
-            if let Some(tracked) = self.disks.iter_mut().find(|tracked| tracked.slot == slot) {
-                tracked.reaped.written += sectors.written;
-                tracked.reaped.discarded += sectors.discarded;
-            }
-        }
-        Ok(true)
-    }
-
-    fn reap_older(&mut self, generation: u64) -> Result<Vec<(usize, Account)>, CaptureError> {
-        let before = self.kernel.give_up_before(generation)?;
-        let mut found: Vec<(usize, Account)> = Vec::new();
-        for (key, flight) in self.kernel.flights() {
-            if flight.generation >= generation {
-                continue;
-            }
-            if flight.generation < before {
-                // A tombstone of an earlier time; whatever its completion was, it does not come any more.
-                self.kernel.forget_flight(key);
-                continue;
-            }
-            if let Some(tracked) = self.disks.iter().find(|tracked| tracked.slot == flight.slot) {
-                tracked.mark(flight.range);
-            }
-            let sectors = Account {
-                written: if flight.discard { 0 } else { flight.remaining },
-                discarded: if flight.discard { flight.remaining } else { 0 },
-            };
-            match found.iter_mut().find(|(slot, _)| *slot == flight.slot) {
-                Some((_, sum)) => {
-                    sum.written += sectors.written;
-                    sum.discarded += sectors.discarded;
-                }
-                None => found.push((flight.slot, sectors)),
-            }
-        }
-        Ok(found)
-    }
-
-    /// Disks on which writes may be in flight that were submitted before they were followed.
-    pub(crate) fn newly_followed(&self) -> Vec<usize> {
-        self.disks.iter().filter(|tracked| !tracked.seen_quiet).map(|tracked| tracked.slot).collect()
-    }
-
-    /// Looks at these disks once; whether all have been seen without writes in flight.
-    pub(crate) fn see_quiet(&mut self) -> Result<bool, CaptureError> {
-        for tracked in self.disks.iter_mut().filter(|tracked| !tracked.seen_quiet) {
-            // One that is gone is not the others' affair: its own check says so.
-            tracked.seen_quiet = tracked.disk.writes_in_flight().is_ok_and(|writes| writes == 0);
-        }
-        Ok(self.newly_followed().is_empty())
-    }
-
-    /// Waits until every disk was once seen without writes in flight. One that is gone has none.
-    pub(crate) fn await_quiet(&self, patience: Duration) -> bool {
-        let deadline = Instant::now() + patience;
-        let mut busy: Vec<&Tracked> = self.disks.iter().collect();
-        loop {
-            let mut still = Vec::new();
-            for tracked in busy {
-                if tracked.disk.writes_in_flight().is_ok_and(|writes| writes != 0) {
-                    still.push(tracked);
-                }
-            }
-            if still.is_empty() {
-                return true;
-            }
-            if Instant::now() >= deadline {
-                return false;
-            }
-            busy = still;
-            std::thread::sleep(POLL);
-        }
     }
 
     /// Counters of a disk.
@@ -762,9 +598,10 @@ fn session_disk(tracked: &Tracked, saved_at: Option<Account>) -> SessionDisk {
         anchor: tracked.anchor,
         saved_at,
         seen_quiet: tracked.seen_quiet,
+        reaped: tracked.reaped,
     }
 }
 
-fn gone(slot: DiskSlot) -> CaptureError {
+pub(super) fn gone(slot: DiskSlot) -> CaptureError {
     CaptureError::NotFollowed { disk: format!("disk number {}", slot.0) }
 }

@@ -234,6 +234,9 @@ impl WindowSink for Gatherer<'_> {
     }
 
     fn record(&mut self, record: &Record<'_>) -> Result<(), CaptureError> {
+        if !self.files.contains_key(&record.slot.index()) {
+            return Ok(()); // of a disk that nobody asked for yet
+        }
         self.count(record.data.len() as u64)?;
         let Some((disk, _, whole)) = disk_at(&mut self.files, record.slot) else { return Ok(()) };
         if is_outgrown(record, whole) {

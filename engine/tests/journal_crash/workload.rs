@@ -71,7 +71,7 @@ const STEPS: [(Step, u64); 25] = [
     (Step::Seal, 3),
     (Step::Apply, 18),
     (Step::Epoch, 10),
-    (Step::Merge, 6),
+    (Step::Merge, 12),
     (Step::Drop, 3),
     (Step::Expire, 3),
     (Step::Release, 5),

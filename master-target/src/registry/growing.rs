@@ -4,17 +4,20 @@
 //! a target of either size; where the record still names it at a start, the target's own size decides. One disk
 //! grows at a time. Units: bytes, sectors. Used by `session`.
 
+use std::path::Path;
+
 use anyhow::{Context as _, bail};
 use reprotect_engine::format::message::GrowDisk;
 use reprotect_engine::host::output::bytes;
 use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::proto::target_disk::SessionId;
-use reprotect_engine::store::target::{TargetSpec, target_bytes};
+use reprotect_engine::store::target::{TargetKind, TargetSpec, target_bytes};
 use reprotect_engine::units::{DiskId, PeerId, SECTOR_BYTES};
 
 use super::{News, Registry};
 use crate::catalogue::{ProtectedDisk, kind_from_text};
 use crate::explain::explain;
+use crate::plan::reserved_bytes;
 
 impl Registry {
     /// An agent asks that a disk grow with its source: its sessions are offered the disk anew, or the one that asked is told
@@ -39,6 +42,7 @@ impl Registry {
         }
         let (inputs, _) = self.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
         let before = record.size_bytes;
+        self.check_room(&record, size_bytes - before)?;
         record.grows_to_bytes = Some(size_bytes);
         self.put_record(disk, &record)?;
         tracing::info!(%disk, from = bytes(before), to = bytes(size_bytes), "the disk grows with its source");
@@ -77,6 +81,15 @@ impl Registry {
         Ok(known.record.clone())
     }
 
+    /// What other disks of the same file system were promised and have not filled yet is not free.
+    fn check_room(&self, record: &ProtectedDisk, more_bytes: u64) -> anyhow::Result<()> {
+        if record.kind == TargetKind::Device.to_string() {
+            return Ok(());
+        }
+        let Some(free) = self.opener().free_bytes(&record.path)? else { return Ok(()) };
+        check_fits(&record.path, more_bytes, reserved_bytes(self, &record.path), free)
+    }
+
     fn is_failed(&self, disk: DiskId) -> bool {
         let inner = self.lock();
         let worker = inner.disks.get(&disk).and_then(|known| known.worker.as_ref());
@@ -103,6 +116,10 @@ impl Registry {
                 record.size_bytes
             );
         }
+        // It may stand in a cache only, and the record must not name a size that a power cut takes back.
+        if kind != TargetKind::Device {
+            sync_file_system(&record.path)?;
+        }
         tracing::warn!(
             disk = record.disk,
             found = bytes(found),
@@ -110,5 +127,43 @@ impl Registry {
         );
         (record.size_bytes, record.grows_to_bytes) = (found, None);
         self.catalogue.save_record(record)
+    }
+}
+
+/// Everything that was written to the file system of a file is on its medium.
+fn sync_file_system(path: &Path) -> anyhow::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let synced = std::fs::File::open(folder).and_then(|folder| Ok(rustix::fs::syncfs(&folder)?));
+    synced.with_context(|| {
+        format!("the file system of {} cannot be flushed; look at its medium", path.display())
+    })
+}
+
+/// Whether a disk can have more where so much is promised to others.
+fn check_fits(path: &Path, more_bytes: u64, promised: u64, free: u64) -> anyhow::Result<()> {
+    if more_bytes.saturating_add(promised) <= free {
+        return Ok(());
+    }
+    bail!(
+        "{} needs {} more, {} are promised to the disks there that are not full yet, and {} are free: free some space on its file system; it is tried again when the agent is reloaded",
+        path.display(),
+        bytes(more_bytes),
+        bytes(promised),
+        bytes(free)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_promised_to_others_is_not_free_for_growth() {
+        let path = Path::new("/mnt/ds1/web1.vmdk");
+        assert!(check_fits(path, 10, 90, 100).is_ok());
+        let said = check_fits(path, 11, 90, 100).unwrap_err().to_string();
+        assert!(said.contains("web1.vmdk") && said.contains("free some space"), "{said}");
+        assert!(check_fits(path, u64::MAX, 1, u64::MAX).is_ok(), "a file system that does not count");
+        assert!(check_fits(path, u64::MAX, u64::MAX, 5).is_err());
     }
 }

@@ -144,7 +144,7 @@ impl Manifest {
         if files.facts(&path)?.is_none() {
             return Err(read::without_superblock(&*files, folder)?);
         }
-        let superblock_file = files.open(&path, true)?;
+        let mut superblock_file = files.open(&path, true)?;
         let superblock = read_superblock(&*files, folder)?;
         if superblock.read_only_compatible != 0 {
             let source = FormatError::Field {
@@ -157,6 +157,12 @@ impl Manifest {
         }
         let read = read_manifest(&*files, folder, &superblock)?;
         let file = files.open(&manifest_path(folder, superblock.manifest), true)?;
+        if superblock_file.size_bytes() < SUPERBLOCK_COPIES * BLOCK_BYTES {
+            // It was cut off behind a whole copy; the next copies need their places.
+            drop(superblock_file);
+            files.resize(&path, SUPERBLOCK_COPIES * BLOCK_BYTES)?;
+            superblock_file = files.open(&path, true)?;
+        }
         let (mut manifest, opened) = Self::of(files, folder, superblock_file, superblock, file, read);
         manifest.ahead_bytes = ahead_bytes.min(MANIFEST_PREPARED_BYTES);
         Ok((manifest, opened))
