@@ -115,6 +115,20 @@ def attack(root, rng):
     return len(files)
 
 
+def why_not_live():
+    """What is missing here for following a live disk; None where nothing is."""
+    if not is_root():
+        return "NOT ROOT"
+    if run("losetup", "--find", check=False).returncode != 0:
+        return "NO LOOP DEVICES (losetup --find says why)"
+    if not Path("/sys/kernel/btf/vmlinux").exists():
+        return "NO TYPE INFORMATION of the kernel (/sys/kernel/btf/vmlinux)"
+    lockdown = Path("/sys/kernel/security/lockdown")
+    if lockdown.exists() and "[confidentiality]" in lockdown.read_text():
+        return "A KERNEL IN LOCKDOWN (confidentiality)"
+    return None
+
+
 def live_demo(lab, size, kind, relay, seed):
     story, rng, begun = Story(9), random.Random(seed), time.monotonic()
     lab.need_space(size * 7 // 2, f"a demo of {mib(size)}")
@@ -177,15 +191,16 @@ def live_demo(lab, size, kind, relay, seed):
     say(f"\nThe disk came home into {where}, as it was before the attack, in {time.monotonic() - begun:.0f} s.")
 
 
-def demo(lab, size, kind, relay, seed):
+def demo(lab, size, kind, relay, seed, why):
     story, rng, begun = Story(8), random.Random(seed), time.monotonic()
     lab.need_space(size * 5 // 2, f"a demo of {mib(size)}")
     story(f"A machine in the cloud has a disk of {mib(size)}, half full (seed {seed}).")
     image = lab.dir / "disk.raw"
     make_image(image, size, 50, seed)
     source = ImageSource(lab, image)
-    say("      NOT ROOT, so NOT SHOWN: live capture, crash-consistent points, the way back to before an attack.")
-    say("      The disk is an image file, debugfs changes it, and it is scanned. Run `make demo` as root for the rest.")
+    say(f"      {why}, so NOT SHOWN: live capture, crash-consistent points, the way back to before an attack.")
+    say("      The disk is an image file, debugfs changes it, and it is scanned. Run `make demo` as root, on a kernel with eBPF and "
+        "loop devices, for the rest.")
     pipeline, disk, sync_begun = begin(story, lab, source.path, size, kind, relay, {"scan_interval": "500ms"})
     story("The machine goes on working; the agent follows with scan rounds.")
     for wave in (1, 2):
@@ -226,7 +241,11 @@ def main():
         if shutil.which("qemu-img") is None:
             raise LabError("qemu-img is not installed; run `make setup`")
         with Lab("demo", keep) as lab:
-            (live_demo if is_root() else demo)(lab, size, kind, relay, int(os.environ.get("SEED") or 1))
+            seed, why = int(os.environ.get("SEED") or 1), why_not_live()
+            if why is None:
+                live_demo(lab, size, kind, relay, seed)
+            else:
+                demo(lab, size, kind, relay, seed, why)
     except Exception as error:
         # A failure of any kind ends with one readable line; LAB_TRACE=1 shows where it came from.
         if os.environ.get("LAB_TRACE"):
