@@ -1,7 +1,7 @@
 //! What a journal consists of: the sum of its manifest's edits.
 //!
 //! Invariants: the same edits in the same order make the same shape; an edit that contradicts what is there is refused
-//! and changes nothing (a batch of them is taken back through [`Parts`]); [`Shape::edits`] makes an equal shape from nothing, in which what a merge would have folded away
+//! and changes nothing (a batch of them is taken back through `Parts`); [`Shape::edits`] makes an equal shape from nothing, in which what a merge would have folded away
 //! already is. Epochs and runs of a disk ascend and do not overlap. Pure: no files, no clocks. Called by `manifest` and whoever asks what the journal holds.
 
 use std::collections::{BTreeMap, BTreeSet};
