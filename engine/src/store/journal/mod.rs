@@ -55,11 +55,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub use carry::LostPin;
 pub use error::JournalError;
 pub(super) use error::random_u64;
 pub use log::{Place, Room};
 pub use recovery::{Damage, DiskLog, LogEntry};
-pub use shape::{DiskShape, Epoch, Loss, Run, RunFile, Shape};
+pub use shape::{DiskShape, Epoch, Loss, Needed, Run, RunFile, Shape};
 
 use crate::format::batch::Mark;
 use crate::format::disk_state::DiskState;
