@@ -211,8 +211,9 @@ impl Journal {
         let slots = log::finished_slots(&*files, folder, &manifest, slots)?;
         let mut set_aside = Vec::new();
         for path in strangers {
-            // Behind a torn end stands perhaps what named them.
-            if !opened.torn && strays::is_leftover(&*files, &path, &manifest, &opened.removed)? {
+            // Behind a torn end stands perhaps what named them, but for those that were named before and are not any more.
+            let is_certain = !opened.torn || strays::was_let_go(&path, &manifest);
+            if is_certain && strays::is_leftover(&*files, &path, &manifest, &opened.removed)? {
                 files.remove(&path)?;
                 continue;
             }
