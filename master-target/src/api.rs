@@ -415,6 +415,9 @@ pub struct RetentionAnswer {
     pub free_bytes: u64,
     /// What the drive's fill does.
     pub pressure: String,
+    /// What is pinned and stays whatever the fill; `None` where nothing is.
+    #[serde(default)]
+    pub pins: Option<String>,
     /// Bytes of redo log and of undo runs.
     pub log_bytes: u64,
     /// Bytes of undo runs.

@@ -76,7 +76,9 @@ fn look_at_drive(retention: &Retention) -> bool {
     let folder = retention.folder().display();
     let (free, total) = (room.free_bytes, room.total_bytes);
     match pressure.cmp(&before) {
-        std::cmp::Ordering::Greater => tracing::warn!(%folder, free, total, "{}", pressure.text()),
+        std::cmp::Ordering::Greater => {
+            tracing::warn!(%folder, free, total, pins = retention.pins(), "{}", pressure.text());
+        }
         std::cmp::Ordering::Less => tracing::info!(%folder, free, total, "{}", pressure.text()),
         std::cmp::Ordering::Equal => {}
     }
@@ -134,7 +136,7 @@ pub fn tidy_log(retention: &Retention) -> Result<(), JournalError> {
     let now = wall_clock();
     let old = now.0.saturating_sub(nanos(log_kept(&ladder, pressure)));
     // What is read of the log for a mount stays: on a drive that is nearly full the mount fails before replication does.
-    let held = retention.oldest_held().filter(|_| pressure < Pressure::Least);
+    let held = retention.oldest_held();
     loop {
         let mut locked = retention.lock();
         let journal = locked.get()?;
@@ -143,7 +145,7 @@ pub fn tidy_log(retention: &Retention) -> Result<(), JournalError> {
         if is_read || journal.newest_in(number).is_some_and(|newest| newest.0 > old) {
             break;
         }
-        if !pinned::release(journal, number, now)? {
+        if !pinned::release(retention, journal, number, now)? {
             break;
         }
     }

@@ -5,7 +5,8 @@
 //! `housekeeping` gives back what is past its time, on a thread of its own.
 //!
 //! Invariants: what [`Retention::commit`] answered for is durable; a failed commit stops every disk of the journal (I6);
-//! only the log is held while it is flushed, no target is; a point somebody reads is held until it is let go.
+//! only the log is held while it is flushed, no target is; a point somebody reads is held until it is let go,
+//! and the log below it unless the drive is nearly full.
 //! Units: bytes, times by the target's clock. Started by `daemon`, used by the disks' threads and by commands.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -70,8 +71,10 @@ pub struct Retention {
     pressure: Mutex<Pressure>,
     /// Disks that keep the log from being given back, and in how many looks they did.
     asked: Mutex<BTreeMap<DiskId, u32>>,
-    /// Points that are read now, by who reads them.
-    held: Mutex<BTreeMap<u64, (DiskId, At)>>,
+    /// Points that are held now, by who holds them.
+    held: Mutex<BTreeMap<u64, Held>>,
+    /// The segment of which what pins need could not be read, and at how many looks it could not.
+    unreadable: Mutex<(u64, u32)>,
     progress: Mutex<Progress>,
     changed: Condvar,
 }
@@ -128,6 +131,7 @@ impl Retention {
             pressure: Mutex::default(),
             asked: Mutex::default(),
             held: Mutex::default(),
+            unreadable: Mutex::default(),
             progress: Mutex::default(),
             changed: Condvar::new(),
         };
@@ -254,25 +258,62 @@ impl Retention {
 
     /// Why nothing is taken in.
     pub(crate) fn no_room(&self) -> String {
-        format!("the retention drive at {} is full", self.folder.display())
+        let pins = self.pins().map_or_else(String::new, |pins| format!("; {pins}"));
+        format!("the retention drive at {} is full{pins}", self.folder.display())
+    }
+
+    /// What is pinned, for people whose drive is short; `None` where nothing is.
+    pub(crate) fn pins(&self) -> Option<String> {
+        let mut locked = self.lock();
+        let journal = locked.get().ok()?;
+        let points = journal.shape().disks.values().flat_map(|disk| disk.points.values());
+        let count = points.filter(|point| point.pinned).count();
+        let mib = journal.pinned_bytes().div_ceil(1 << 20);
+        (count > 0).then(|| {
+            format!(
+                "{count} points of disks are pinned and stay, with {mib} MiB of the redo log and all undo runs behind them: `unpin` those that are not needed"
+            )
+        })
+    }
+
+    /// One more look at which what pins need of a segment could not be read; answers how many there were.
+    pub(crate) fn could_not_read(&self, segment: u64) -> u32 {
+        let mut unreadable = unpoisoned(&self.unreadable);
+        *unreadable = (segment, if unreadable.0 == segment { unreadable.1 + 1 } else { 1 });
+        unreadable.1
     }
 
     /// Holds a point while somebody reads it: its runs are neither merged away nor forgotten, and what it needs of the log
     /// stays there, unless the drive is nearly full.
     pub fn hold(self: &Arc<Self>, disk: DiskId, at: At) -> Hold {
+        self.hold_as(disk, at, Holds::ToRead)
+    }
+
+    /// As [`Self::hold`], while a disk goes back to it: it would stop on its way, so it is held however full the drive is.
+    pub(crate) fn hold_to_go_back(self: &Arc<Self>, disk: DiskId, at: At) -> Hold {
+        self.hold_as(disk, at, Holds::ToGoBack)
+    }
+
+    /// As [`Self::hold`], for as long as somebody wants to have it: of its runs only. Days may pass, and the log is
+    /// everybody's; what a pinned point needs of it is carried on.
+    pub(crate) fn hold_runs(self: &Arc<Self>, disk: DiskId, at: At) -> Hold {
+        self.hold_as(disk, at, Holds::Runs)
+    }
+
+    fn hold_as(self: &Arc<Self>, disk: DiskId, at: At, holds: Holds) -> Hold {
         let mut held = unpoisoned(&self.held);
         let id = held.last_key_value().map_or(1, |(newest, _)| newest + 1);
-        held.insert(id, (disk, at));
+        held.insert(id, Held { disk, at, holds });
         drop(held);
         Hold { retention: Arc::clone(self), id }
     }
 
-    /// The points of a disk that are read now, and the one that a rollback goes to which did not get there yet: without it the
+    /// The points of a disk that are held now, and the one that a rollback goes to which did not get there yet: without it the
     /// rollback could never be finished.
     pub(crate) fn held(&self, disk: DiskId) -> Vec<At> {
         let goes_to = self.lock().get().ok().and_then(|journal| goes_to(journal, disk).ok().flatten());
         let held = unpoisoned(&self.held);
-        held.values().filter(|(of, _)| *of == disk).map(|(_, at)| *at).chain(goes_to).collect()
+        held.values().filter(|held| held.disk == disk).map(|held| held.at).chain(goes_to).collect()
     }
 
     /// A point of a disk, opened. What is read of the log for that is read without the lock. Blocks.
@@ -284,14 +325,19 @@ impl Retention {
         plan.open().inspect_err(|error| note_error(self, disk, error, (0, 0)))
     }
 
-    /// The oldest segment of the log that the points of [`Self::held`] need.
+    /// The oldest segment of the log that must stay in its place: for what is read, as long as the drive is not nearly full,
+    /// and for rollbacks that go on. What pins and a rollback that stopped on its way need is carried instead.
     pub(crate) fn oldest_held(&self) -> Option<u64> {
-        let mut held: Vec<(DiskId, At)> = unpoisoned(&self.held).values().copied().collect();
+        let has_room = self.pressure() < Pressure::Least;
+        let mut held: Vec<Held> = unpoisoned(&self.held).values().copied().collect();
+        held.retain(|held| match held.holds {
+            Holds::ToRead => has_room,
+            Holds::ToGoBack => true,
+            Holds::Runs => false,
+        });
         let mut locked = self.lock();
         let journal = locked.get().ok()?;
-        let disks = journal.shape().disks.keys();
-        held.extend(disks.filter_map(|disk| Some((*disk, goes_to(journal, *disk).ok()??))));
-        held.iter().filter_map(|(disk, at)| View::oldest_segment(journal, *disk, *at)).min()
+        held.iter().filter_map(|held| View::oldest_segment(journal, held.disk, held.at)).min()
     }
 
     /// The journal, for short changes and reads.
@@ -427,6 +473,25 @@ impl Retention {
             tracing::error!(%error, "the retention journal could not be closed in order");
         }
     }
+}
+
+/// What is held of a point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Holds {
+    /// Its runs, and its part of the log unless the drive is nearly full.
+    ToRead,
+    /// Both, whatever happens.
+    ToGoBack,
+    /// Its runs.
+    Runs,
+}
+
+/// A point that is held.
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    disk: DiskId,
+    at: At,
+    holds: Holds,
 }
 
 /// Somebody reads a point; dropped, it is let go.

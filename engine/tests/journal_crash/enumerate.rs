@@ -96,6 +96,7 @@ impl Sum {
             ("points from before a growth", self.views.of_other_sizes),
             ("losses that are known", self.views.losses),
             ("entries that were carried", self.views.carried),
+            ("entries that were carried for a pin inside an undo epoch", self.views.carried_for_pins),
         ];
         let mut unseen: Vec<String> =
             counts.iter().filter(|count| count.1 == 0).map(|count| count.0.to_owned()).collect();
@@ -122,6 +123,7 @@ impl Sum {
             Step::Damage,
             Step::Sound,
             Step::Pin,
+            Step::PinInside,
             Step::Anew,
             Step::Reopen,
             Step::Close,
@@ -152,14 +154,14 @@ impl fmt::Display for Sum {
             "  {} recoveries judged; {once} crashed before that, {twice} twice, {thrice} three times; {} after a kill",
             self.recoveries, self.kills
         )?;
-        let Views { all, inside_entries, of_other_sizes, losses, carried } = self.views;
+        let Views { all, inside_entries, of_other_sizes, losses, carried, carried_for_pins } = self.views;
         writeln!(
             f,
             "  {all} views compared, {inside_entries} of them between two records of an entry, {of_other_sizes} from before a growth"
         )?;
         write!(
             f,
-            "  {losses} losses and {carried} carried entries met, {} folders read offline, {} used further",
+            "  {losses} losses and {carried} carried entries met, {carried_for_pins} of them for pins, {} folders read offline, {} used further",
             self.offline, self.went_on
         )
     }

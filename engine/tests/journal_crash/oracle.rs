@@ -156,6 +156,16 @@ impl Disk {
         self.lost.iter().any(concerns)
     }
 
+    /// Whether a place inside an undo epoch is made from an entry that is known to be damaged.
+    fn lacks_entry(&self, shape: &DiskShape, at: At) -> bool {
+        let Some(epoch) = shape.epochs.iter().find(|epoch| epoch.opened.epoch == at.epoch) else {
+            return false;
+        };
+        let is_end = epoch.closed.is_some_and(|closed| closed.last == at.number);
+        let (after, through) = (epoch.opened.after, at.number);
+        !is_end && after < through && self.damaged_entries.range(after + 1..=through).next().is_some()
+    }
+
     /// `part`: the disk behind some of the entry's records, where a point may lie.
     pub(crate) fn appends(&mut self, number: u64, content: Content, part: Option<(u32, Content)>) {
         self.after.insert(number, content);
@@ -254,6 +264,8 @@ pub(crate) struct Views {
     /// Losses that are known, and entries that stand where they were carried to.
     pub(crate) losses: usize,
     pub(crate) carried: usize,
+    /// Of these, those that a point pinned inside its undo epoch is made from.
+    pub(crate) carried_for_pins: usize,
 }
 
 impl Views {
@@ -263,6 +275,7 @@ impl Views {
         self.of_other_sizes += other.of_other_sizes;
         self.losses += other.losses;
         self.carried += other.carried;
+        self.carried_for_pins += other.carried_for_pins;
     }
 }
 
@@ -329,7 +342,11 @@ impl Promise<'_> {
             self.judge_points(&mut store, disk);
             self.judge_damage(&shape, disk);
             views.losses += shape.lost.len();
-            views.carried += store.journal.entries(id(disk)).iter().filter(|entry| entry.carried).count();
+            let carried = store.journal.entries(id(disk)).iter().filter(|entry| entry.carried);
+            views.carried += carried.clone().count();
+            let pins = shape.needed_inside();
+            let of_pins = carried.filter(|entry| pins.iter().any(|needed| needed.has(entry.number)));
+            views.carried_for_pins += of_pins.count();
         }
         if goes_on {
             go_on(files, store, disks);
@@ -414,7 +431,10 @@ impl Promise<'_> {
                 degraded: listed.degraded,
                 damaged: listed.damaged.is_some(),
             });
-            let allowed = [Some(*kept), after.kept.get(point).copied()];
+            let shape = &store.journal.shape().disks[&id(disk)];
+            let allowed = [(before, Some(kept)), (after, after.kept.get(point))].map(|(known, kept)| {
+                kept.map(|kept| Kept { damaged: kept.damaged || known.lacks_entry(shape, kept.at), ..*kept })
+            });
             assert!(allowed.contains(&found), "a kept point of disk {disk}: {found:?}, not {allowed:?}");
         }
         for mark in listed.iter().filter(|listed| !listed.kept) {

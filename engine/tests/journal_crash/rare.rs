@@ -1,5 +1,5 @@
 //! Steps of a workload that a journal seldom comes to: entries carried forward or given up, the compare behind that, a
-//! disk that grows, damage that is found and found sound again, points that are pinned, a manifest that is written anew.
+//! disk that grows, damage that is found and found sound again, points that are pinned, also inside undo epochs, a manifest that is written anew.
 //!
 //! Invariants: each does what the master target does, in its order; which points an image concerns is reckoned here anew.
 //! Units: sectors, blocks, entry numbers. Called by the workload.
@@ -8,20 +8,23 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use reprotect_engine::format::batch::{BulkHeader, encode_bulk};
+use reprotect_engine::format::batch::{BulkHeader, MarkCause, MarkClass, encode_bulk};
 use reprotect_engine::format::extent::Record;
-use reprotect_engine::format::manifest::{Edit, LossMended, PointKept};
+use reprotect_engine::format::manifest::{Edit, LossMended, PointDropped, PointKept};
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::format::undo::FRAMES_START;
+use reprotect_engine::format::wire::Text;
 use reprotect_engine::io::{BlockFile as _, WriteAt};
 use reprotect_engine::store::files::Files as _;
 use reprotect_engine::store::journal::entry::bulk_prefix;
 use reprotect_engine::store::journal::offline::Offline;
+use reprotect_engine::store::journal::points::own_id;
 use reprotect_engine::store::journal::rot::{Found, reach};
 use reprotect_engine::store::journal::scrub::{EntryPlace, RunPlace};
 use reprotect_engine::store::journal::undo::BlockRange;
+use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{DiskShape, Journal, JournalError, Run};
-use reprotect_engine::units::{BLOCK_BYTES, DiskId, SECTOR_BYTES, SectorRange, Sequence};
+use reprotect_engine::units::{BLOCK_BYTES, DiskId, SECTOR_BYTES, SectorRange, Sequence, Timestamp};
 
 use crate::journal_lab::{NOW, POSITION, id};
 use crate::oracle::Kept;
@@ -84,6 +87,7 @@ impl Player {
         let Some((segment, _)) = self.store().journal.pinned() else { return };
         let journal = &mut self.store().journal;
         assert_eq!(journal.carry(segment, NOW).unwrap(), [], "what waits cannot be read");
+        assert_eq!(journal.carry_pinned(segment, NOW).unwrap(), [], "what a pin needs cannot be read");
         journal.release(segment, NOW).unwrap();
         self.oracle.committed();
     }
@@ -256,7 +260,42 @@ impl Player {
         });
     }
 
-    /// A kept point is pinned, or is not any more.
+    /// A place inside an undo epoch is kept as a pinned point: it is made from the epoch's images and the log.
+    pub(crate) fn pin_inside(&mut self, disk: usize) {
+        let share = self.rng.next() as usize;
+        self.commit(); // what is said to be applied is durably so
+        let known = &self.oracle.disks[disk];
+        let shape = self.store.as_ref().unwrap().journal.shape().disks[&id(disk)].clone();
+        let kept = |at: &At| PointKept {
+            disk: id(disk),
+            point: own_id(id(disk), *at),
+            number: at.number,
+            sequence: Sequence(at.number),
+            epoch: at.epoch,
+            source_time: Timestamp(at.number),
+            class: MarkClass::Crash,
+            pinned: true,
+            degraded: known.is_doubtful(at.number),
+            name: Text::new("inside"),
+            cause: MarkCause::Command,
+        };
+        // What is damaged already is left to the points that become so.
+        let whole = |at: &&At| at.records == 0 && at.number <= known.applied && shape.rot(**at).is_none();
+        let points: Vec<PointKept> = known
+            .due
+            .iter()
+            .filter(whole)
+            .map(kept)
+            .filter(|point| shape.is_inside(point) && !known.kept.contains_key(&point.point))
+            .collect();
+        let Some(point) = points.get(share % points.len().max(1)).copied() else { return };
+        let (at, degraded) = (At::entry(point.epoch, point.number), point.degraded);
+        self.store().journal.edit(&[Edit::PointKept(point)], NOW).unwrap();
+        let kept = Kept { at, pinned: true, degraded, damaged: false };
+        self.oracle.disks[disk].kept.insert(point.point, kept);
+    }
+
+    /// A kept point is pinned, or is not any more; one inside its undo epoch is none then.
     pub(crate) fn pin(&mut self, disk: usize) {
         let share = self.rng.next() as usize;
         let known = &mut self.oracle.disks[disk];
@@ -265,7 +304,13 @@ impl Player {
         kept.pinned = !kept.pinned;
         let (point, pinned) = (*point, kept.pinned);
         let journal = &mut self.store().journal;
-        let changed = journal.shape().disks[&id(disk)].points[&point];
+        let shape = &journal.shape().disks[&id(disk)];
+        let changed = shape.points[&point];
+        if shape.is_inside(&changed) {
+            journal.edit(&[Edit::PointDropped(PointDropped { disk: id(disk), point })], NOW).unwrap();
+            self.oracle.disks[disk].kept.remove(&point);
+            return;
+        }
         let changed = PointKept { pinned, ..changed };
         journal.edit(&[Edit::PointChanged(changed)], NOW).unwrap();
     }

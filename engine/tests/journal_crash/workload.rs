@@ -56,6 +56,7 @@ pub(crate) enum Step {
     Damage,
     Sound,
     Pin,
+    PinInside,
     Anew,
     Reopen,
     Close,
@@ -63,7 +64,7 @@ pub(crate) enum Step {
 }
 
 /// Every step but the making of a journal, and how often it is taken.
-const STEPS: [(Step, u64); 25] = [
+const STEPS: [(Step, u64); 26] = [
     (Step::Write, 30),
     (Step::Mark, 6),
     (Step::State, 4),
@@ -86,6 +87,7 @@ const STEPS: [(Step, u64); 25] = [
     (Step::Damage, 5),
     (Step::Sound, 2),
     (Step::Pin, 3),
+    (Step::PinInside, 4),
     (Step::Anew, 2),
     (Step::Reopen, 2),
     (Step::Close, 2),
@@ -215,6 +217,7 @@ impl Player {
             Step::Damage => self.damage(disk),
             Step::Sound => self.sound(disk),
             Step::Pin => self.pin(disk),
+            Step::PinInside => self.pin_inside(disk),
             Step::Anew => self.write_anew(),
             Step::Reopen | Step::Close => self.reopen(step == Step::Close),
         }
@@ -237,6 +240,10 @@ impl Player {
             let shape = &store.journal.shape().disks[&id(disk)];
             let mut gone = known.due.difference(&due).filter(|at| !is_bare(shape, at.epoch));
             assert!(takes || gone.next().is_none(), "{step:?} takes places of disk {disk} away");
+            let pinned = known.kept.values().filter(|kept| kept.pinned && known.due.contains(&kept.at));
+            for Kept { at, .. } in pinned {
+                assert!(due.contains(at), "{step:?} takes the pinned point {at} of disk {disk} away");
+            }
             known.due = due;
             let segments = &store.journal.shape().segments;
             known.damaged_entries.retain(|_, segment| segments.contains_key(segment));
@@ -444,7 +451,9 @@ impl Player {
         };
         store.disks[disk].close_epoch_at(&mut store.journal, keeps.then_some(point), NOW).unwrap();
         if keeps {
-            known.kept.insert(point.point, Kept { at, pinned: false, degraded, damaged: false });
+            // One that was pinned while the epoch went on stays pinned.
+            let pinned = known.kept.get(&point.point).is_some_and(|kept| kept.pinned);
+            known.kept.insert(point.point, Kept { at, pinned, degraded, damaged: false });
         }
     }
 
@@ -494,12 +503,13 @@ impl Player {
         }
     }
 
-    /// Segments are given back, from the oldest on.
+    /// Segments are given back, from the oldest on; what pins inside undo epochs need of them is carried before.
     pub(crate) fn release(&mut self) {
         let count = 1 + self.rng.below(3) as usize;
         self.commit();
         let journal = &mut self.store().journal;
         for segment in journal.releasable().into_iter().take(count) {
+            assert_eq!(journal.carry_pinned(segment, NOW).unwrap(), [], "what a pin needs cannot be read");
             journal.release(segment, NOW).unwrap();
         }
         self.oracle.committed();

@@ -52,7 +52,7 @@ fn render(answer: &RetentionAnswer) -> String {
     format!(
         "every write for {}, every undo epoch for {}{}; nothing unpinned beyond {keep}{}\n{without_effect}\
          on a full drive the last {} go last\n\
-         {}: {} of {} free, redo log {}, undo runs {}; {}\n\
+         {}: {} of {} free, redo log {}, undo runs {}; {}\n{}\
          last hour: {} of redo log, {} of undo runs; {reach}",
         text(&ladder.any_write),
         text(&ladder.every_epoch),
@@ -69,6 +69,7 @@ fn render(answer: &RetentionAnswer) -> String {
         bytes(answer.log_bytes),
         bytes(answer.undo_bytes),
         answer.pressure,
+        answer.pins.as_ref().map_or_else(String::new, |pins| format!("{pins}\n")),
         bytes(answer.log_bytes_last_hour),
         bytes(answer.undo_bytes_last_hour),
     )

@@ -29,6 +29,7 @@ impl Journaled {
     /// When the point is not kept, or there is no room for what it would overwrite (nothing has changed then); when
     /// something cannot be written.
     pub fn rollback(&mut self, at: At) -> Result<RolledBack, JournalError> {
+        let _hold = self.retention.hold_to_go_back(self.id, at);
         // What waits comes first, or it would be applied over the point.
         if let Err(NotDone::Full(why) | NotDone::Failed(why) | NotDone::GivenUp(why)) = self.apply_all() {
             return Err(JournalError::Failed { path: "the target".into(), why });
@@ -109,7 +110,7 @@ pub(super) fn go_on_back(
 ) -> Result<RolledBack, JournalError> {
     let at = rollback::goes_to(retention.lock().get()?, applier.disk())?;
     let Some(at) = at else { return Ok(RolledBack::default()) };
-    let _hold = retention.hold(applier.disk(), at);
+    let _hold = retention.hold_to_go_back(applier.disk(), at);
     let view = retention.view(applier.disk(), at)?;
     take_back(retention, applier, view)
 }

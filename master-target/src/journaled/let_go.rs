@@ -12,12 +12,14 @@ use reprotect_engine::store::journal::JournalError;
 use reprotect_engine::store::journal::view::At;
 
 use super::Journaled;
+use super::back::unfinished;
 use crate::disk_store::NotDone;
 
 impl Journaled {
     /// Keeps nothing of the log from being given back, where that was asked for.
     pub(super) fn let_go_if_asked(&mut self) -> Result<(), NotDone> {
-        if !self.retention.is_asked(self.id) {
+        // What a rollback goes to that stopped on its way cannot be let go of; it is carried.
+        if !self.retention.is_asked(self.id) || unfinished(self.retention.lock().get()?, self.id).is_some() {
             return Ok(());
         }
         self.apply_ready()?;

@@ -95,8 +95,9 @@ impl Registry {
         let shape = retention.shape();
         let points = released.iter().filter_map(|disk| shape.disks.get(disk));
         let points = points.flat_map(|disk| disk.points.values());
-        let held =
-            points.map(|point| retention.hold(point.disk, At::entry(point.epoch, point.number))).collect();
+        let held = points
+            .map(|point| retention.hold_runs(point.disk, At::entry(point.epoch, point.number)))
+            .collect();
         *self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = held;
     }
 

@@ -3,7 +3,8 @@
 //! A disk whose target stands, or whose machine is away in the middle of a stretch, needs its entries for longer than
 //! the others. They are carried to the head of the log, with their numbers; where there is no room for that, they are
 //! given up: the manifest says so, nothing more is taken for the disk, and its next start has it compared. A pinned point
-//! inside an undo epoch needs the epoch's entries up to it for good: they are carried whenever their segment is to go.
+//! inside an undo epoch needs the epoch's entries up to it for good, and so does one that a rollback goes to until it is
+//! there: they are carried whenever their segment is to go.
 //!
 //! Invariants: a copy is durable before the segment it came from is given back; where an entry stands twice, the copy
 //! counts; nothing that is on no target leaves the log without a durable word about it. Units: bytes, entry and segment
@@ -20,6 +21,17 @@ use crate::format::disk_state::DiskState;
 use crate::format::manifest::{Edit, EntriesLost};
 use crate::format::wire::Text;
 use crate::units::{DiskId, Timestamp};
+
+/// A point inside an undo epoch that was to be kept, and whose part of the redo log cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostPin {
+    /// The disk.
+    pub disk: DiskId,
+    /// The pinned point; `None` for the one that a rollback goes to which did not get there.
+    pub point: Option<[u8; 16]>,
+    /// Why not.
+    pub reason: String,
+}
 
 impl Journal {
     /// The oldest segment, where it is no longer written and cannot be released, and the disks that need it.
@@ -87,57 +99,99 @@ impl Journal {
         self.commit(now)?;
         let inside = |entry: &&LogEntry| entry.place.segment == segment;
         let waiting = |disk: &DiskId| (*disk, self.waiting(*disk).iter().filter(inside).copied().collect());
-        let waiting = self.disks.keys().map(waiting).collect();
-        self.carry_entries(waiting, now)
+        let mut waiting: Vec<(DiskId, Vec<LogEntry>)> = self.disks.keys().map(waiting).collect();
+        let mut unreadable = Vec::new();
+        // All or none: who tries again must not fill the log with copies of the first of them.
+        waiting.retain(|(disk, entries)| {
+            let error = entries.iter().find_map(|entry| self.read(entry.place).err());
+            error.map(|error| unreadable.push((*disk, error.to_string()))).is_none()
+        });
+        self.copy_to_head(waiting, now)?;
+        Ok(unreadable)
     }
 
-    /// As [`Self::carry`], of what pinned points inside undo epochs need. What cannot be read is not carried, and the
-    /// points that need it go with the segment: these disks are answered, each with the reason.
+    /// As [`Self::carry`], of what pinned points inside undo epochs need, and a rollback that is not at its end. A point of
+    /// which something there cannot be read is answered, and nothing is carried that only such points need: it is to be
+    /// dropped before the segment is released.
     ///
     /// # Errors
     /// As for [`Self::carry`].
-    pub fn carry_pinned(
-        &mut self,
-        segment: u64,
-        now: Timestamp,
-    ) -> Result<Vec<(DiskId, String)>, JournalError> {
+    pub fn carry_pinned(&mut self, segment: u64, now: Timestamp) -> Result<Vec<LostPin>, JournalError> {
         self.commit(now)?;
+        let (mut wanted, mut lost) = (Vec::new(), Vec::new());
         let disks: Vec<DiskId> = self.disks.keys().copied().collect();
-        let needed = |disk: DiskId| self.pinned_entries(disk).filter(|entry| entry.place.segment == segment);
-        let needed = disks.into_iter().map(|disk| (disk, needed(disk).copied().collect())).collect();
-        self.carry_entries(needed, now)
+        for disk in disks {
+            let (entries, unreadable) = self.readable_of_pins(disk, segment);
+            wanted.push((disk, entries));
+            lost.extend(unreadable);
+        }
+        self.copy_to_head(wanted, now)?;
+        Ok(lost)
     }
 
-    /// Bytes of the log that pinned points inside undo epochs need: in a segment, and in the whole log.
+    /// What pins of a disk need of a segment, without that of pins which lack something there; and these.
+    fn readable_of_pins(&mut self, disk: DiskId, segment: u64) -> (Vec<LogEntry>, Vec<LostPin>) {
+        let inside = |entry: &&LogEntry| entry.place.segment == segment;
+        let mut entries: Vec<LogEntry> = self.pinned_entries(disk).filter(inside).copied().collect();
+        if entries.is_empty() {
+            return (entries, Vec::new());
+        }
+        let unreadable = |entry: &LogEntry| Some((entry.number, self.read(entry.place).err()?.to_string()));
+        let bad: Vec<(u64, String)> = entries.iter().filter_map(unreadable).collect();
+        let (mut sound, mut lost) = (Vec::new(), Vec::new());
+        for needed in self.shape().disks.get(&disk).map(DiskShape::needed_inside).unwrap_or_default() {
+            match bad.iter().find(|(number, _)| needed.has(*number)) {
+                Some((_, reason)) => {
+                    lost.push(LostPin { disk, point: needed.point, reason: reason.clone() });
+                }
+                None => sound.push(needed),
+            }
+        }
+        entries.retain(|entry| sound.iter().any(|needed| needed.has(entry.number)));
+        (entries, lost)
+    }
+
+    /// Bytes of the log that pinned points inside undo epochs need, and a rollback that is not at its end: in a segment,
+    /// and in the whole log.
     #[must_use]
     pub fn pinned_in(&self, segment: u64) -> (u64, u64) {
-        let all = || self.disks.keys().flat_map(|disk| self.pinned_entries(*disk)).map(|entry| entry.place);
-        let here = all().filter(|place| place.segment == segment);
-        (here.map(|place| place.bytes).sum(), all().map(|place| place.bytes).sum())
+        let places = self.disks.keys().flat_map(|disk| self.pinned_entries(*disk)).map(|entry| entry.place);
+        places.fold((0, 0), |(here, everywhere), place| {
+            (here + if place.segment == segment { place.bytes } else { 0 }, everywhere + place.bytes)
+        })
     }
 
-    /// The applied entries of a disk that its pinned points inside undo epochs need, ascending, each once.
+    /// As [`Self::pinned_in`], of the whole log.
+    #[must_use]
+    pub fn pinned_bytes(&self) -> u64 {
+        self.disks.keys().flat_map(|disk| self.pinned_entries(*disk)).map(|entry| entry.place.bytes).sum()
+    }
+
+    /// The applied entries of a disk that its pinned points inside undo epochs need, and a rollback that is not at its end,
+    /// ascending, each once. Costs nothing where there are none.
     fn pinned_entries(&self, disk: DiskId) -> impl Iterator<Item = &LogEntry> {
-        let known = self.shape().disks.get(&disk);
-        let needed: Vec<(u64, u64)> = known.map(DiskShape::pinned_inside).unwrap_or_default();
-        let is_needed = move |entry: &&LogEntry| {
-            needed.iter().any(|(after, number)| entry.number > *after && entry.number <= *number)
-        };
-        self.applied(disk).iter().filter(is_needed)
+        let needed = self.shape().disks.get(&disk).map(DiskShape::needed_inside).unwrap_or_default();
+        let applied = self.applied(disk);
+        let behind = |number: u64| applied.partition_point(|entry| entry.number <= number);
+        let mut parts: Vec<(usize, usize)> =
+            needed.iter().map(|needed| (behind(needed.after), behind(needed.through))).collect();
+        parts.sort_unstable();
+        let mut done = 0;
+        parts.into_iter().flat_map(move |(from, to)| {
+            let from = from.max(done);
+            done = done.max(to);
+            applied.get(from..to).unwrap_or_default()
+        })
     }
 
-    fn carry_entries(
+    /// Adds entries that can be read to the head of the log, durably; their copies count from then on.
+    fn copy_to_head(
         &mut self,
         wanted: Vec<(DiskId, Vec<LogEntry>)>,
         now: Timestamp,
-    ) -> Result<Vec<(DiskId, String)>, JournalError> {
-        let (mut carried, mut unreadable) = (Vec::new(), Vec::new());
+    ) -> Result<(), JournalError> {
+        let mut carried = Vec::new();
         for (disk, wanted) in wanted {
-            // All or none: who tries again must not fill the log with copies of the first of them.
-            if let Some(error) = wanted.iter().find_map(|entry| self.read(entry.place).err()) {
-                unreadable.push((disk, error.to_string()));
-                continue;
-            }
             for entry in wanted {
                 let (head, body) = self.read(entry.place)?;
                 let body: &[&[u8]] = &[&body];
@@ -157,7 +211,7 @@ impl Journal {
             let newest = self.segments.entry(place.segment).or_default().entry(disk).or_default();
             *newest = (*newest).max(number);
         }
-        Ok(unreadable)
+        Ok(())
     }
 
     /// Gives up what waits for the target of a disk: durably lost from here on, up to the compare after the disk's next

@@ -55,11 +55,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub use carry::LostPin;
 pub use error::JournalError;
 pub(super) use error::random_u64;
 pub use log::{Place, Room};
 pub use recovery::{Damage, DiskLog, LogEntry};
-pub use shape::{DiskShape, Epoch, Loss, Run, RunFile, Shape};
+pub use shape::{DiskShape, Epoch, Loss, Needed, Run, RunFile, Shape};
 
 use crate::format::batch::Mark;
 use crate::format::disk_state::DiskState;
@@ -210,8 +211,9 @@ impl Journal {
         let slots = log::finished_slots(&*files, folder, &manifest, slots)?;
         let mut set_aside = Vec::new();
         for path in strangers {
-            // Behind a torn end stands perhaps what named them.
-            if !opened.torn && strays::is_leftover(&*files, &path, &manifest, &opened.removed)? {
+            // Behind a torn end stands perhaps what named them, but for those that were named before and are not any more.
+            let is_certain = !opened.torn || strays::was_let_go(&path, &manifest);
+            if is_certain && strays::is_leftover(&*files, &path, &manifest, &opened.removed)? {
                 files.remove(&path)?;
                 continue;
             }

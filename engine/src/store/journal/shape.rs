@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::format::batch::Mark;
 use crate::format::manifest::{
-    DiskAdded, DiskGrown, Edit, EntriesLost, EntryDamaged, EpochClosed, EpochOpened, EpochsExpired,
-    ImagesDamaged, LossMended, PointKept, RunsMerged, SegmentOpened, StretchDegraded,
+    DiskAdded, DiskGrown, Edit, EntriesLost, EntryDamaged, EpochCause, EpochClosed, EpochOpened,
+    EpochsExpired, ImagesDamaged, LossMended, PointKept, RunsMerged, SegmentOpened, StretchDegraded,
 };
 use crate::units::{DiskId, LineageId, Sequence, Timestamp};
 
@@ -51,6 +51,25 @@ pub struct Loss {
     pub entries: EntriesLost,
     /// The first mark after the disk was compared with its source; `None` as long as it was not.
     pub mended: Option<u64>,
+}
+
+/// Applied entries without which a point inside its undo epoch is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needed {
+    /// The pinned point; `None` for the one that a rollback goes to.
+    pub point: Option<[u8; 16]>,
+    /// The entry before the first.
+    pub after: u64,
+    /// The last one.
+    pub through: u64,
+}
+
+impl Needed {
+    /// Whether an entry is one of them.
+    #[must_use]
+    pub const fn has(&self, number: u64) -> bool {
+        number > self.after && number <= self.through
+    }
 }
 
 /// What a journal holds of a disk.
@@ -164,12 +183,24 @@ impl DiskShape {
         })
     }
 
-    /// What pinned points inside undo epochs need of the log: behind which entry, and up to which.
+    /// What pinned points inside undo epochs need of the log, and a point that a rollback goes to which did not get
+    /// there yet.
     #[must_use]
-    pub fn pinned_inside(&self) -> Vec<(u64, u64)> {
+    pub fn needed_inside(&self) -> Vec<Needed> {
         let pinned = self.points.values().filter(|point| point.pinned && self.is_inside(point));
-        let epoch = |point: &PointKept| self.epochs.iter().find(|epoch| epoch.opened.epoch == point.epoch);
-        pinned.filter_map(|point| Some((epoch(point)?.opened.after, point.number))).collect()
+        let epoch = |number: u64| self.epochs.iter().find(|epoch| epoch.opened.epoch == number);
+        let needed = |point: &PointKept| {
+            let after = epoch(point.epoch)?.opened.after;
+            Some(Needed { point: Some(point.point), after, through: point.number })
+        };
+        let open = self.open_epoch().map(|epoch| epoch.opened);
+        let back = open.filter(|opened| opened.cause == EpochCause::Rollback).and_then(|opened| {
+            let to = epoch(opened.to_epoch)?;
+            let at_end = opened.to_records == 0 && to.closed.is_some_and(|end| end.last == opened.to_number);
+            let (after, through) = (to.opened.after, opened.to_number + u64::from(opened.to_records > 0));
+            (through > after && !at_end).then_some(Needed { point: None, after, through })
+        });
+        pinned.filter_map(needed).chain(back).collect()
     }
 
     /// The epoch from which on undo runs make up the disk as it was behind an entry of `epoch`: the one behind it at

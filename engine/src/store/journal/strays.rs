@@ -137,6 +137,14 @@ pub(super) fn is_leftover(
     Ok(once_named && (is_empty || run_of(files, path, manifest)?.is_some()))
 }
 
+/// Whether a file is called as the run of an undo epoch that the manifest knows to be over, and does not name: a later edit
+/// cannot name it again, for epochs ascend.
+pub(super) fn was_let_go(path: &Path, manifest: &Manifest) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let Some((disk, RunFile::Epoch(epoch))) = applier::run_of_name(&name) else { return false };
+    manifest.shape().disks.get(&disk).is_some_and(|shape| epoch <= newest_epoch(shape))
+}
+
 /// Whether a file is a segment that this journal used, or made and did not use yet: its head is this journal's or zeros.
 fn is_free_segment(files: &dyn Files, path: &Path, manifest: &Manifest) -> Result<bool, JournalError> {
     let head = files.read_head(path, SegmentHeader::BYTES)?;
