@@ -16,17 +16,21 @@ mod place;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use journal_lab::{NOW, POSITION, id};
 use place::{Lab, Place, noise};
-use reprotect_engine::format::manifest::EpochCause;
+use reprotect_engine::format::batch::{MarkCause, MarkClass};
+use reprotect_engine::format::manifest::{Edit, EpochCause, EpochsExpired, PointKept};
 use reprotect_engine::format::undo::FRAMES_START;
+use reprotect_engine::format::wire::Text;
 use reprotect_engine::io::{BlockFile as _, ReadAt};
 
 use reprotect_engine::store::files::memory::{Event, MemoryFiles, Unflushed};
 use reprotect_engine::store::journal::JournalError;
 use reprotect_engine::store::journal::RunFile;
 use reprotect_engine::store::journal::applier::run_path;
+use reprotect_engine::store::journal::offline::Offline;
 use reprotect_engine::store::journal::rollback::{resume, rollback};
 use reprotect_engine::store::journal::view::At;
 
@@ -272,4 +276,125 @@ fn what_is_applied_after_a_start_names_the_epoch_that_goes_on() {
     let said = lab.found.disks[&id(0)].applied.unwrap().0;
     assert_eq!((said.number, said.epoch), (4, 3));
     assert!(said.undo_bytes > FRAMES_START && !lab.holes[0].is_empty(), "{said:?}");
+}
+
+/// What the manifest says of a disk whose newest segment is gone.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Says {
+    /// The undo epoch with its last entries is over.
+    Ended,
+    /// All that were over expired; one goes on behind them.
+    Begun,
+    /// A point inside the one that goes on is pinned.
+    Pinned,
+}
+
+/// A disk with entries 1 to 5, of which the file with 3 to 5 is gone; and what it was at each place.
+fn without_newest_segment(says: Says) -> (Place, Vec<u8>, BTreeMap<At, Vec<u8>>) {
+    let files = MemoryFiles::default();
+    let place = Place { segment_bytes: 96 << 10, ..place(&files) };
+    let mut disk = noise(77, BYTES);
+    files.put("/datastore/disk", &disk);
+    let mut lab = place.create().unwrap();
+    let mut points = BTreeMap::from([(At::entry(1, 0), disk.clone())]);
+    for (number, start) in [(1, 3), (2, 60), (3, 20), (4, 22), (5, 90)] {
+        if number == 3 {
+            lab.epoch(0).unwrap();
+            points.insert(At::entry(2, 2), disk.clone());
+            drop(lab);
+            lab = place.open().unwrap();
+        }
+        lab.write(0, start, 12, number).unwrap();
+        put(&mut disk, start, 12, number);
+        lab.commit().unwrap();
+        lab.apply(0).unwrap();
+        lab.commit().unwrap();
+        if says == Says::Pinned && number == 4 {
+            let kept = kept_inside(2, 4);
+            lab.journal.edit(&[Edit::PointKept(kept)], NOW).unwrap();
+        }
+    }
+    if says != Says::Pinned {
+        lab.epoch(0).unwrap();
+        points.insert(At::entry(2, 5), disk.clone());
+    }
+    if says == Says::Begun {
+        lab.journal.edit(&[Edit::EpochsExpired(EpochsExpired { disk: id(0), through: 2 })], NOW).unwrap();
+        points.clear();
+        points.insert(At::entry(3, 5), disk.clone());
+    }
+    let newest = lab.journal.log().current_segment().unwrap();
+    let slot = lab.journal.shape().segments[&newest].slot;
+    drop(lab);
+    let path = place.folder.join(format!("redo-{slot:06}"));
+    assert!(files.opener().facts(&path).unwrap().is_some());
+    files.opener().remove(&path).unwrap();
+    (place, disk, points)
+}
+
+fn kept_inside(epoch: u64, number: u64) -> PointKept {
+    PointKept {
+        disk: id(0),
+        point: [9; 16],
+        number,
+        sequence: POSITION.sequence,
+        epoch,
+        source_time: NOW,
+        class: MarkClass::Crash,
+        pinned: true,
+        degraded: false,
+        name: Text::new("pinned"),
+        cause: MarkCause::Command,
+    }
+}
+
+/// Found by reading: the numbers of entries that only the manifest still knew of were given again, and what got them was
+/// never applied.
+#[test]
+fn a_number_is_not_given_again_though_the_segment_with_its_entry_is_gone() {
+    for says in [Says::Ended, Says::Begun] {
+        for restarts in [false, true] {
+            let what = format!("{says:?}, with a restart: {restarts}");
+            let (place, mut disk, mut points) = without_newest_segment(says);
+            let mut lab = place.open().unwrap();
+            assert!(!lab.found.damage.is_empty(), "{what}: it is not seen");
+            let numbers = Offline::open(Arc::clone(&place.files), &place.folder);
+            assert_eq!(numbers.unwrap().numbers(id(0)), (5, 5), "{what}");
+            for (number, start) in [(6, 24), (7, 58)] {
+                assert_eq!(lab.write(0, start, 9, number).unwrap(), number, "{what}");
+                put(&mut disk, start, 9, number);
+                lab.commit().unwrap();
+            }
+            if restarts {
+                drop(lab);
+                lab = place.open().unwrap();
+                assert_eq!(lab.found.disks[&id(0)].lost().count(), 0, "{what}: they are on the target");
+            }
+            lab.apply(0).unwrap();
+            lab.commit().unwrap();
+            points.insert(At::entry(3, 7), disk.clone());
+            for round in 0..2 {
+                let mut target = vec![0; BYTES];
+                lab.disks[0].target().read(&mut [ReadAt { offset: 0, data: &mut target }]).unwrap();
+                assert!(target == disk, "{what}, round {round}: the target");
+                for (at, content) in &points {
+                    assert!(lab.view(0, *at).unwrap() == *content, "{what}, round {round}: {at}");
+                }
+                lab.epoch(0).unwrap();
+                drop(lab);
+                lab = place.open().unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn the_number_of_a_pinned_point_is_not_another_entrys_though_its_segment_is_gone() {
+    let (place, ..) = without_newest_segment(Says::Pinned);
+    let mut lab = place.open().unwrap();
+    assert_eq!(lab.found.disks[&id(0)].lost().collect::<Vec<_>>(), [(3, 4)]);
+    assert_eq!(lab.write(0, 24, 9, 5).unwrap(), 5);
+    lab.commit().unwrap();
+    lab.apply(0).unwrap();
+    assert!(lab.view(0, At::entry(2, 4)).is_err(), "what it was is lost");
 }

@@ -29,6 +29,7 @@ use reprotect_engine::store::files::Files;
 use reprotect_engine::store::files::fs::FsFiles;
 use reprotect_engine::store::files::memory::MemoryFiles;
 use reprotect_engine::store::journal::applier::run_path;
+use reprotect_engine::store::journal::scrub::check_own;
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings, RunFile};
 use reprotect_engine::units::Sequence;
@@ -151,6 +152,37 @@ fn an_edit_without_room_changes_nothing_and_is_tried_again() {
     assert_eq!(*reopen(&place).shape(), shape);
 }
 
+/// An edit that does not fit is tried again, again and again; the segment that it was to name is used once there is room.
+#[test]
+fn a_segment_that_the_manifest_has_no_room_to_name_stays_free() {
+    let (_, drive, place) = in_memory();
+    let mut lab = filled(&place);
+    lab.journal.prepare(4).unwrap();
+    drive.fill(true);
+    let mut kept = 0;
+    while keep(&mut lab.journal, kept + 1).is_ok() {
+        kept += 1;
+    }
+    let mut seed = 5;
+    let error = loop {
+        match lab.write(0, 30, 20, seed).and_then(|_| lab.commit()) {
+            Ok(()) => seed += 1,
+            Err(error) => break error,
+        }
+        assert!(seed < 100, "the segment never ends");
+    };
+    let free = lab.journal.log().free_segments();
+    for attempt in 0..10 {
+        assert!(error.is_full() && lab.write(0, 30, 20, seed).unwrap_err().is_full(), "{error}");
+        assert_eq!(lab.journal.log().free_segments(), free, "attempt {attempt}");
+    }
+    assert!(free >= 4, "{free}");
+    drive.fill(false);
+    lab.write(0, 30, 20, seed).and_then(|_| lab.commit()).unwrap();
+    drop(lab);
+    assert!(place.open().unwrap().found.damage.is_empty());
+}
+
 /// A file system that takes new room also for what was written before: the first of two edits was written, the other was not.
 #[test]
 fn a_part_of_what_did_not_fit_is_not_found_later() {
@@ -228,6 +260,48 @@ fn a_checkpoint_that_fails_takes_back_nothing_that_is_durable() {
     assert_eq!(*reopen(&place).shape(), shape);
 }
 
+fn on_disk() -> Arc<dyn Files> {
+    Arc::new(FsFiles::new(|path, writable| {
+        open(path, &if writable { OpenOptions::writing() } else { OpenOptions::reading() })
+    }))
+}
+
+/// The file itself is gone, or another one stands in its place: what is written to the one that is open reaches nobody.
+#[test]
+fn a_superblock_that_is_gone_or_replaced_is_made_anew_while_the_journal_is_open() {
+    let is_aside = |name: &String| name.starts_with("superblock") && name.contains(".aside");
+    for what in ["gone", "empty", "foreign", "older"] {
+        let dir = tempfile::tempdir().unwrap();
+        let (folder, target) = (dir.path().join("retention"), dir.path().join("disk"));
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(&target, noise(9, SECTORS as usize * 512)).unwrap();
+        let place = Place { folder: folder.clone(), targets: vec![target], ..place(on_disk()) };
+        let mut lab = filled(&place);
+        let superblock = folder.join("superblock");
+        let older = std::fs::read(&superblock).unwrap();
+        lab.write(0, 7, 9, 9).and_then(|_| lab.commit()).unwrap();
+        lab.apply(0).unwrap();
+        lab.epoch(0).unwrap();
+        let shape = lab.journal.shape().clone();
+        std::fs::remove_file(&superblock).unwrap();
+        match what {
+            "empty" => std::fs::write(&superblock, vec![0; older.len()]).unwrap(),
+            "foreign" => std::fs::write(&superblock, noise(3, older.len())).unwrap(),
+            "older" => std::fs::write(&superblock, &older).unwrap(),
+            _ => {}
+        }
+        assert!(!lab.journal.heal_own(NOW).unwrap().is_empty(), "{what}");
+        assert_eq!(check_own(&*place.files, &folder), [], "{what}: it is said to be whole");
+        assert_eq!(lab.journal.heal_own(NOW).unwrap(), [], "{what}: once is enough");
+        let names = place.files.neighbours(&superblock).unwrap();
+        assert_eq!(names.iter().any(is_aside), what != "gone", "{what}: {names:?}");
+        lab.write(0, 0, 8, 99).and_then(|_| lab.commit()).unwrap();
+        assert!(place.open().err().unwrap().to_string().contains("superblock"), "{what}: it is not locked");
+        drop(lab);
+        assert_eq!(place.open().unwrap().journal.shape().disks, shape.disks, "{what}");
+    }
+}
+
 fn run(program: &str, arguments: &[&str]) -> Result<(), String> {
     let output = Command::new(program).args(arguments).output().map_err(|error| error.to_string())?;
     let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
@@ -286,10 +360,7 @@ fn on_a_file_system_without_a_free_byte_points_expire_and_a_restart_works() {
         std::fs::write(&target, noise(9, SECTORS as usize * 512)).unwrap();
         let folder = drive.path().join("retention");
         std::fs::create_dir(&folder).unwrap();
-        let files = Arc::new(FsFiles::new(|path, writable| {
-            open(path, &if writable { OpenOptions::writing() } else { OpenOptions::reading() })
-        }));
-        let place = Place { folder, targets: vec![target], segment_bytes: 1 << 20, ..place(files) };
+        let place = Place { folder, targets: vec![target], segment_bytes: 1 << 20, ..place(on_disk()) };
         let mut journal = filled(&place).journal;
         let oldest = run_path(&journal, id(0), RunFile::Epoch(1));
         drive.fill();

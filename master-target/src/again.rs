@@ -1,7 +1,8 @@
-//! Disks whose waiting entries were given up are taken again as soon as the retention drive has room, without a restart.
+//! Disks whose waiting entries were given up are taken again as soon as the retention drive has room, without a restart; and
+//! so are those that a start could not open because a drive was full.
 //!
-//! Invariants: not while the drive is as full as when they were given up; one that cannot be opened is tried again after a
-//! pause; it stops nothing else. Units: none. Runs on a thread of its own, started by `daemon`.
+//! Invariants: the former not while the drive is as full as when they were given up; one that cannot be opened is tried again
+//! after a pause; it stops nothing else. Units: none. Runs on a thread of its own, started by `daemon`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -41,7 +42,8 @@ pub(crate) fn start(
 
 fn run(registry: &Registry, retention: &Retention) {
     while !retention.is_stopping() {
-        let all_open = take_again(registry, retention).iter().all(|(_, is_open)| *is_open);
+        let tried = [take_again(registry, retention), start_again(registry)].concat();
+        let all_open = tried.iter().all(|(_, is_open)| *is_open);
         let until = Instant::now() + if all_open { LOOK_EVERY } else { RETRY };
         while Instant::now() < until && !retention.is_stopping() {
             std::thread::sleep(STOP_CHECK);
@@ -66,4 +68,16 @@ pub(crate) fn take_again(registry: &Registry, retention: &Retention) -> Vec<(Dis
         (disk, taken)
     };
     given_up.into_iter().map(take).collect()
+}
+
+/// One look at those that wait for space since the start; answers as [`take_again`] does.
+pub(crate) fn start_again(registry: &Registry) -> Vec<(DiskId, bool)> {
+    let start = |disk: DiskId| {
+        let started = registry.start_again(disk).unwrap_or_else(|error| {
+            tracing::warn!(%disk, "a disk that waits for space cannot be opened: {error:#}");
+            false
+        });
+        (disk, started)
+    };
+    registry.waiting_for_space().into_iter().map(start).collect()
 }

@@ -206,11 +206,11 @@ impl Writer {
                     self.status.wrote(&pieces);
                     self.disk.handle_written(cost);
                 }
-                DiskAction::Hash { session, request, units } => match self.hash(&request, &units) {
-                    Ok(hashes) => self.disk.handle_hashed(session, &request, hashes),
-                    Err(NotDone::Full(text) | NotDone::Failed(text)) => self.fail(&text),
-                    Err(NotDone::GivenUp(text)) => self.stop(&text),
-                },
+                DiskAction::Hash { session, request, units } => {
+                    if let Some(hashes) = self.hash(&request, &units, inputs) {
+                        self.disk.handle_hashed(session, &request, hashes);
+                    }
+                }
                 DiskAction::Checkpoint { state } => self.checkpoint(&state, Some(inputs)),
                 DiskAction::Reply { session, message } => {
                     if let Some((_, replies)) = self.sessions.iter().find(|(known, _)| *known == session) {
@@ -334,7 +334,38 @@ impl Writer {
         }
     }
 
-    fn hash(&mut self, request: &CompareRequestHead, units: &[u16]) -> Result<Vec<UnitHash>, NotDone> {
+    /// What a compare asks for; waits while the medium is too full for what must be applied before. `None`: the disk is
+    /// stopped.
+    fn hash(
+        &mut self,
+        request: &CompareRequestHead,
+        units: &[u16],
+        inputs: &sync_mpsc::Receiver<Opened>,
+    ) -> Option<Vec<UnitHash>> {
+        loop {
+            match self.hash_once(request, units) {
+                Ok(hashes) => {
+                    self.there_is_space();
+                    return Some(hashes);
+                }
+                Err(NotDone::Full(text)) => {
+                    if !self.wait_for_space(&text, Some(inputs)) {
+                        return None;
+                    }
+                }
+                Err(NotDone::Failed(text)) => {
+                    self.fail(&text);
+                    return None;
+                }
+                Err(NotDone::GivenUp(text)) => {
+                    self.stop(&text);
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn hash_once(&mut self, request: &CompareRequestHead, units: &[u16]) -> Result<Vec<UnitHash>, NotDone> {
         let spans = hash_spans(request.range, request.unit_bytes.into(), units);
         let range = byte_range(request.range);
         self.chunk.resize(CHUNK_BYTES as usize, 0);
@@ -440,3 +471,6 @@ fn broken(panic: &str) -> String {
         "a defect of the master target stopped this disk: {panic}; restart it and report this with its log"
     )
 }
+
+#[cfg(test)]
+mod full;

@@ -19,7 +19,7 @@ use reprotect_engine::format::manifest::{Edit, EpochsExpired, PointDropped, Poin
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::journal::applier::run_path;
 use reprotect_engine::store::journal::ladder::{Candidate, Ladder, Pressure, dropped, log_kept};
-use reprotect_engine::store::journal::{DiskShape, JournalError, RunFile, Shape, thin};
+use reprotect_engine::store::journal::{DiskShape, Journal, JournalError, RunFile, Shape, thin};
 use reprotect_engine::units::{DiskId, Timestamp};
 
 use crate::pinned;
@@ -29,6 +29,8 @@ use crate::retention::Retention;
 const TICK: Duration = Duration::from_secs(2);
 /// How often points are thinned.
 const THIN_EVERY: Duration = Duration::from_secs(30);
+/// Points that are dropped with one edit of the manifest, which has room taken ahead for a few times as many.
+const DROPPED_AT_ONCE: usize = 64;
 /// How often the end of the daemon is noticed.
 const STOP_CHECK: Duration = Duration::from_millis(100);
 /// Segments kept free ahead of need, the one for control entries included.
@@ -171,14 +173,37 @@ pub fn tidy_log(retention: &Retention) -> Result<(), JournalError> {
 pub(crate) fn thin_all(retention: &Retention, now: Timestamp) -> Result<(), JournalError> {
     let (ladder, pressure) = (retention.ladder(), retention.pressure());
     let disks: Vec<DiskId> = retention.shape().disks.keys().copied().collect();
+    // One disk's trouble is not the others'.
+    let mut first = Ok(());
     for disk in &disks {
-        drop_points(retention, *disk, &ladder, pressure, now)?;
+        let dropped = drop_points(retention, *disk, &ladder, pressure, now);
+        keep_first(&mut first, *disk, dropped);
     }
     let before = Timestamp(now.0.saturating_sub(nanos(log_kept(&ladder, pressure))));
     for disk in disks {
-        while !retention.is_stopping() && merge_one(retention, disk, before, now)? {}
+        let merged = merge_all(retention, disk, before, now);
+        keep_first(&mut first, disk, merged);
     }
+    first
+}
+
+fn merge_all(
+    retention: &Retention,
+    disk: DiskId,
+    before: Timestamp,
+    now: Timestamp,
+) -> Result<(), JournalError> {
+    while !retention.is_stopping() && merge_one(retention, disk, before, now)? {}
     Ok(())
+}
+
+/// The first of several errors is answered, the others are told here.
+fn keep_first(first: &mut Result<(), JournalError>, disk: DiskId, next: Result<(), JournalError>) {
+    match (&first, next) {
+        (Ok(()), next) => *first = next,
+        (Err(_), Err(error)) => tracing::warn!(%disk, %error, "points of a disk could not be thinned"),
+        (Err(_), Ok(())) => {}
+    }
 }
 
 fn drop_points(
@@ -207,27 +232,67 @@ fn drop_points(
         complete: common.contains(&point.point),
     };
     let candidates: Vec<Candidate> = known.points.values().map(candidate).collect();
-    let gone = dropped(&candidates, ladder, pressure, now);
-    let mut edits: Vec<Edit> =
-        gone.iter().map(|point| Edit::PointDropped(PointDropped { disk, point: *point })).collect();
-    let oldest = known.points.values().filter(|point| !gone.contains(&point.point));
-    let oldest = oldest.map(|point| point.epoch).chain(held.iter().map(|at| at.epoch)).min();
-    let through = oldest.map_or(0, |oldest| expirable(&known, oldest));
-    let expires = through > known.expired && known.epochs.iter().any(|epoch| epoch.opened.epoch <= through);
-    if expires {
-        edits.push(Edit::EpochsExpired(EpochsExpired { disk, through }));
+    let mut gone: Vec<[u8; 16]> = dropped(&candidates, ladder, pressure, now).into_iter().collect();
+    let place = |id: &[u8; 16]| known.points.get(id).map(|point| (point.epoch, point.number));
+    gone.sort_by_key(place);
+    let held: Vec<u64> = held.iter().map(|at| at.epoch).collect();
+    let dropping = Dropping { disk, held: &held, now };
+    // The oldest first, and what only they needed with them: that makes the room for the next ones on a full drive.
+    let (mut rest, mut count) = (gone.as_slice(), DROPPED_AT_ONCE);
+    loop {
+        let (these, others) = rest.split_at(count.min(rest.len()));
+        match dropping.edit(journal, these) {
+            Ok(()) => rest = others,
+            Err(error) if error.is_full() && these.len() > 1 => {
+                count = these.len() / 2;
+                continue;
+            }
+            Err(error) => return Err(error),
+        }
+        if rest.is_empty() {
+            break;
+        }
     }
-    if edits.is_empty() {
-        return Ok(());
-    }
-    journal.edit(&edits, now)?;
-    tracing::info!(%disk, points = gone.len(), through, "points past their time were dropped");
-    let files: Vec<RunFile> =
-        known.runs.iter().filter(|run| expires && run.last <= through).map(|run| run.file).collect();
-    for file in files {
-        journal.files().remove(&run_path(journal, disk, file))?;
+    if !gone.is_empty() {
+        tracing::info!(%disk, points = gone.len(), "points past their time were dropped");
     }
     Ok(())
+}
+
+/// Points of a disk that go, and what only they needed.
+struct Dropping<'a> {
+    disk: DiskId,
+    /// Undo epochs in which points are read.
+    held: &'a [u64],
+    now: Timestamp,
+}
+
+impl Dropping<'_> {
+    /// Drops these points and lets expire what no other needs; with one edit, and the files after it.
+    fn edit(&self, journal: &mut Journal, points: &[[u8; 16]]) -> Result<(), JournalError> {
+        let disk = self.disk;
+        let Some(known) = journal.shape().disks.get(&disk) else { return Ok(()) };
+        let mut edits: Vec<Edit> =
+            points.iter().map(|point| Edit::PointDropped(PointDropped { disk, point: *point })).collect();
+        let stay = known.points.values().filter(|point| !points.contains(&point.point));
+        let oldest = stay.map(|point| point.epoch).chain(self.held.iter().copied()).min();
+        let through = oldest.map_or(0, |oldest| expirable(known, oldest));
+        let expires =
+            through > known.expired && known.epochs.iter().any(|epoch| epoch.opened.epoch <= through);
+        if expires {
+            edits.push(Edit::EpochsExpired(EpochsExpired { disk, through }));
+        }
+        if edits.is_empty() {
+            return Ok(());
+        }
+        let files: Vec<RunFile> =
+            known.runs.iter().filter(|run| expires && run.last <= through).map(|run| run.file).collect();
+        journal.edit(&edits, self.now)?;
+        for file in files {
+            journal.files().remove(&run_path(journal, disk, file))?;
+        }
+        Ok(())
+    }
 }
 
 /// The newest epoch that nothing from `oldest` on needs; no merged run is cut.
@@ -311,6 +376,7 @@ mod tests {
     use reprotect_engine::format::manifest::{DiskAdded, EpochCause};
     use reprotect_engine::format::wire::Text;
     use reprotect_engine::io::BlockFile;
+    use reprotect_engine::store::files::Files;
     use reprotect_engine::store::journal::applier::{Applier, Position};
     use reprotect_engine::store::journal::entry::{Content, Write};
     use reprotect_engine::store::journal::ladder::Rung;
@@ -319,6 +385,7 @@ mod tests {
     use reprotect_engine::units::{Generation, LineageId, SECTOR_BYTES, SectorRange, Sequence};
 
     use super::*;
+    use crate::journaled::full::lab::drive;
     use crate::registry::fs_opener;
     use crate::retention::RetentionSettings;
     use crate::scrub::ScrubSettings;
@@ -346,6 +413,10 @@ mod tests {
     }
 
     fn lab_behind(points: u64, behind: u64) -> Lab {
+        lab_on(fs_opener(), points, behind)
+    }
+
+    fn lab_on(drive: Arc<dyn Files>, points: u64, behind: u64) -> Lab {
         let dir = tempfile::tempdir().unwrap();
         let ladder = Ladder {
             any_write: HOUR,
@@ -357,7 +428,7 @@ mod tests {
         let scrub = ScrubSettings { bytes_per_second: 0, pause: HOUR };
         let settings =
             RetentionSettings { undo_epoch: HOUR, ladder, segment_bytes: 1 << 20, reserve_bytes: 0, scrub };
-        let (retention, _) = Retention::open(fs_opener(), &dir.path().join("journal"), settings).unwrap();
+        let (retention, _) = Retention::open(drive, &dir.path().join("journal"), settings).unwrap();
         // A whole hour, so that slots are known.
         let begun = wall_clock().0 / (60 * MINUTE) * 60 * MINUTE;
         let mut lab = Lab { dir, retention, appliers: Vec::new(), begun, behind };
@@ -447,6 +518,32 @@ mod tests {
                 .filter(|name| name.as_ref().unwrap().file_name().to_string_lossy().starts_with(&prefix));
             assert_eq!(files.count(), shape.runs.len() + 1, "a file for each run and the open one");
             epochs
+        }
+    }
+
+    /// More points go at once than the manifest has room for on a full drive: what the oldest needed makes the room.
+    #[test]
+    fn on_a_full_drive_any_number_of_points_goes() {
+        let (faulty, files) = drive();
+        let mut lab = lab_on(files, 72, 0);
+        let shape = lab.retention.shape().disks[&disk(0)].clone();
+        for point in shape.points.values() {
+            let more = (1..=3).map(|more| {
+                let mut id = point.point;
+                id[0] = 100 + more;
+                Edit::PointKept(PointKept { point: id, ..*point })
+            });
+            let edits: Vec<Edit> = more.collect();
+            lab.retention.lock().get().unwrap().edit(&edits, Timestamp(lab.begun)).unwrap();
+        }
+        assert_eq!(lab.retention.shape().disks[&disk(0)].points.len(), 4 * 72);
+        faulty.fill();
+        lab.thin(100 * 60);
+        assert!(faulty.failed() > 0, "the drive was never full");
+        for number in 0..2 {
+            assert_eq!(lab.left(number).last(), Some(&72));
+            assert!(lab.retention.shape().disks[&disk(number)].points.len() < 8);
+            assert!(lab.retention.shape().disks[&disk(number)].expired > 60);
         }
     }
 

@@ -10,7 +10,7 @@
 
 pub(crate) mod back;
 #[cfg(test)]
-mod full;
+pub(crate) mod full;
 mod grow;
 mod leave;
 mod let_go;
@@ -30,7 +30,7 @@ use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::io::BlockFile as _;
 use reprotect_engine::limits::MARKS_PENDING_MAX;
-use reprotect_engine::net::wall_clock;
+use reprotect_engine::net::{mono_clock, wall_clock};
 use reprotect_engine::proto::target_disk::Piece;
 use reprotect_engine::store::crc_map::Checked;
 use reprotect_engine::store::journal::applier::{Applier, Position};
@@ -200,10 +200,18 @@ impl Journaled {
     /// # Errors
     /// When the journal cannot be written.
     pub fn keep_as_found(&mut self) -> Result<(), JournalError> {
-        if self.is_tracked()? {
-            return Ok(());
-        }
-        let epoch = self.begin_epoch(EpochCause::First)?;
+        let applied = self.applier.applied().number;
+        // It began, and a stop or a full drive kept its point from being noted.
+        let begun = self.shape_says(|shape| {
+            let is_bare = shape.points.is_empty() && shape.expired == 0;
+            let opened = shape.open_epoch().filter(|_| is_bare).map(|epoch| epoch.opened)?;
+            (opened.cause == EpochCause::First && opened.after == applied).then_some(opened.epoch)
+        })?;
+        let epoch = match begun.flatten() {
+            Some(epoch) => epoch,
+            None if self.is_tracked()? => return Ok(()),
+            None => self.begin_epoch(EpochCause::First)?,
+        };
         let at = At::entry(epoch, self.applier.applied().number);
         self.keep_point(at, wall_clock(), MarkClass::Frozen, "as-found")
     }
@@ -607,7 +615,7 @@ impl Journaled {
     /// Closes undo runs that nobody reads, and tells of damage in one that was opened again.
     fn look_at_runs(&mut self) -> Result<(), JournalError> {
         if self.applier.runs_open() > 0 {
-            self.applier.close_runs(self.retention.lock().get()?);
+            self.applier.close_runs(self.retention.lock().get()?, mono_clock());
         }
         let holes = self.applier.take_holes();
         if holes.is_empty() { Ok(()) } else { note_holes(self.retention.lock().get()?, self.id, &holes) }

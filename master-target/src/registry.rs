@@ -129,6 +129,8 @@ pub struct Registry {
     retention: Option<Arc<Retention>>,
     /// What the redo log said of disks that are not started yet.
     recovered: Mutex<BTreeMap<DiskId, DiskLog>>,
+    /// Disks that could not be started because a drive was full: they are tried again.
+    waiting: Mutex<BTreeSet<DiskId>>,
     /// Disks of which nobody knows whether their newest changes are all there.
     doubts: Mutex<BTreeMap<DiskId, Doubt>>,
     /// Held while the set of disks is planned and changed, so that no two do it at once.
@@ -168,9 +170,20 @@ impl Registry {
         let (retention, recovered) = retention.unzip();
         let recovered = Mutex::new(recovered.map(|found| found.disks).unwrap_or_default());
         let (changes, held, inner) = (Mutex::default(), Mutex::default(), Mutex::default());
-        let (stopping, doubts) = (AtomicBool::new(false), Mutex::default());
-        let registry =
-            Self { catalogue, opener, limits, retention, recovered, doubts, changes, held, stopping, inner };
+        let (stopping, doubts, waiting) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
+        let registry = Self {
+            catalogue,
+            opener,
+            limits,
+            retention,
+            recovered,
+            waiting,
+            doubts,
+            changes,
+            held,
+            stopping,
+            inner,
+        };
         for machine in registry.catalogue.machines()? {
             if let Some(agent) = peer(&machine.agent) {
                 registry.lock().machines.insert(agent, machine);
@@ -204,10 +217,16 @@ impl Registry {
             let uuid = target.facts().uuid;
             Ok((self.start_worker(target, state, &record)?, uuid))
         });
+        let is_full = started.as_ref().err().is_some_and(taken_again::is_full);
+        let waits = is_full && self.retention.is_some(); // nobody looks otherwise
+        self.wait_for_space(disk, waits);
         let known = match started {
             Ok((worker, uuid)) => KnownDisk { record, worker: Some(worker), uuid, problem: None },
             Err(error) => {
-                let problem = explain(&error);
+                let mut problem = explain(&error);
+                if waits {
+                    problem.push_str("; free space there, the disk is opened then by itself");
+                }
                 tracing::error!(%disk, path = %record.path.display(), "{problem}; this disk waits, the others go on");
                 KnownDisk { record, worker: None, uuid: None, problem: Some(problem) }
             }
@@ -268,7 +287,9 @@ impl Registry {
                 DiskStore::direct(target, guard, state_path)
             }
             Some(retention) => {
-                let log = self.recovered.lock().unwrap_or_else(PoisonError::into_inner).remove(&state.disk);
+                let recovered = self.recovered.lock().unwrap_or_else(PoisonError::into_inner);
+                let log = recovered.get(&state.disk).cloned();
+                drop(recovered);
                 if let Some(log) = &log {
                     state = newest_state(retention.lock().get()?, log)?.unwrap_or(state);
                 }

@@ -196,7 +196,7 @@ impl Round {
     /// Superblock and manifest: what they say is known in memory, so they are written anew.
     fn own(&mut self) -> anyhow::Result<()> {
         let folder = self.retention.folder().to_owned();
-        if check_own(&*self.files, &folder).is_empty() {
+        if check_own(&*self.files, &folder).is_empty() && self.retention.lock().get()?.has_own_superblock() {
             return Ok(());
         }
         self.budget.take(0)?; // what a stop interrupts is no damage

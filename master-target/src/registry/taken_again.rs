@@ -1,14 +1,17 @@
 //! The registry's part of a disk whose waiting entries were given up: it is opened again as a start would open it, and
-//! compared with its source.
+//! compared with its source. And of one that a start could not open because a drive was full: it is opened as soon as it can be.
 //!
-//! Invariants: its old threads have ended before its target is opened; one that cannot be opened stays given up, and says
-//! why; nothing is opened any more once the registry stops; a disk that is failed back is left alone. Called by `again`.
+//! Invariants: its old threads have ended before its target is opened; one that cannot be opened stays given up, or goes on
+//! waiting, and says why; what a start found lost of it is known until it is open; nothing is opened any more once the
+//! registry stops; a disk that is failed back is left alone. Called by `again`.
 
+use std::io::ErrorKind;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use anyhow::Context as _;
 use reprotect_engine::net::wall_clock;
+use reprotect_engine::store::journal::{DiskLog, JournalError};
 use reprotect_engine::units::DiskId;
 
 use super::Registry;
@@ -46,6 +49,68 @@ impl Registry {
         }
         Ok(true)
     }
+
+    /// Disks that could not be started because a drive was full.
+    pub(crate) fn waiting_for_space(&self) -> Vec<DiskId> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
+    }
+
+    /// A disk was started, or could not be: `waits`, for want of space.
+    pub(super) fn wait_for_space(&self, disk: DiskId, waits: bool) {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waits {
+            waiting.insert(disk);
+            return;
+        }
+        waiting.remove(&disk);
+        // What it said is older than what happens from here on.
+        self.recovered.lock().unwrap_or_else(PoisonError::into_inner).remove(&disk);
+    }
+
+    /// Opens a disk that [`Self::waiting_for_space`] named; answers whether it is open. Blocks.
+    ///
+    /// # Errors
+    /// When the journal cannot be written.
+    pub(crate) fn start_again(&self, disk: DiskId) -> anyhow::Result<bool> {
+        let _alone = self.changing();
+        if self.stopping.load(Ordering::Acquire) || !self.waiting_for_space().contains(&disk) {
+            return Ok(false);
+        }
+        let known = self
+            .lock()
+            .disks
+            .get(&disk)
+            .filter(|known| known.worker.is_none())
+            .map(|known| known.record.clone());
+        let Some(record) = known else {
+            self.wait_for_space(disk, false); // removed, or opened by somebody else
+            return Ok(false);
+        };
+        let retention = self.retention.as_ref().context(NO_JOURNAL)?;
+        let now = retention.lock().get()?.take_again(disk, wall_clock())?;
+        let mut recovered = self.recovered.lock().unwrap_or_else(PoisonError::into_inner);
+        // Some of it may be applied since; what the start found missing is not to be seen any more.
+        let found = recovered.remove(&disk).unwrap_or_default();
+        recovered.insert(disk, DiskLog { missing: found.missing, seen: found.seen, ..now });
+        drop(recovered);
+        let agent = peer(&record.agent);
+        self.start_known(record, self.catalogue.disk_state(disk));
+        let is_open = self.lock().disks.get(&disk).is_some_and(|known| known.worker.is_some());
+        if let Some(agent) = agent.filter(|_| is_open) {
+            tracing::info!(%disk, "opened: there is space again");
+            self.offer_again(agent);
+        }
+        Ok(is_open)
+    }
+}
+
+/// Whether a full drive is the cause.
+pub(super) fn is_full(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let of_system = cause.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+        matches!(of_system, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+            || cause.downcast_ref::<JournalError>().is_some_and(JournalError::is_full)
+    })
 }
 
 #[cfg(test)]
@@ -55,18 +120,25 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
+    use reprotect_engine::format::batch::{BatchHeader, Stretch, encode_batch};
     use reprotect_engine::format::disk_state::DiskState;
+    use reprotect_engine::format::extent::Record;
     use reprotect_engine::format::message::PassMode;
     use reprotect_engine::format::segment::EntryKind;
+    use reprotect_engine::io::{BlockFile as _, ReadAt};
     use reprotect_engine::proto::credit::FlowLimits;
     use reprotect_engine::proto::target_disk::TargetDisk;
+    use reprotect_engine::store::files::Files;
     use reprotect_engine::store::journal::ladder::{Ladder, Pressure};
-    use reprotect_engine::store::target::{CreateOptions, TargetKind, TargetSpec, create_target};
-    use reprotect_engine::units::{LineageId, PeerId};
+    use reprotect_engine::store::target::{
+        CreateOptions, Expectation, TargetKind, TargetSpec, create_target, open_target,
+    };
+    use reprotect_engine::units::{LineageId, PeerId, Timestamp};
 
     use super::*;
-    use crate::again::take_again;
+    use crate::again::{start_again, take_again};
     use crate::catalogue::{Catalogue, ProtectedDisk};
+    use crate::journaled::full::lab::drive;
     use crate::registry::fs_opener;
     use crate::retention::{Retention, RetentionSettings};
     use crate::scrub::ScrubSettings;
@@ -84,7 +156,16 @@ mod tests {
 
     /// A registry with a synced disk behind a journal.
     fn lab(dir: &Path) -> (Arc<Registry>, Arc<Retention>, std::thread::JoinHandle<()>) {
-        let (retention, found) = Retention::open(fs_opener(), &dir.join("journal"), settings()).unwrap();
+        lab_on(fs_opener(), dir, false)
+    }
+
+    /// As [`lab`]; an `existing` one keeps what its target was found with.
+    fn lab_on(
+        drive: Arc<dyn Files>,
+        dir: &Path,
+        existing: bool,
+    ) -> (Arc<Registry>, Arc<Retention>, std::thread::JoinHandle<()>) {
+        let (retention, found) = Retention::open(drive, &dir.join("journal"), settings()).unwrap();
         let committer = retention.start().unwrap();
         std::fs::create_dir(dir.join("state")).unwrap();
         let catalogue = Catalogue::open(&dir.join("state")).unwrap();
@@ -104,7 +185,7 @@ mod tests {
             kind: spec.kind.to_string(),
             size_bytes: SIZE,
             grows_to_bytes: None,
-            existing: false,
+            existing,
             device: None,
             journal: None,
         };
@@ -163,6 +244,61 @@ mod tests {
         assert!(known.settled.is_empty() && known.mode == PassMode::Compare, "durably");
         registry.stop();
         assert!(!registry.take_again(DISK).unwrap(), "nothing is opened any more");
+        retention.close(vec![committer]);
+    }
+
+    /// One write of the source, as an entry of the log.
+    fn entry(state: &DiskState) -> (EntryKind, bytes::Bytes) {
+        let records = [Record::data(16, vec![7; 4096].into())];
+        let header = BatchHeader {
+            disk: DISK,
+            lineage: state.lineage,
+            generation: state.generation,
+            first_sequence: state.sequence.next(),
+            chain: state.chain,
+            source_time: Timestamp(1),
+            record_count: 1,
+            stretch: Stretch::Ordered,
+        };
+        (EntryKind::Ordered, encode_batch(&header, &records).body())
+    }
+
+    #[test]
+    fn a_disk_that_a_start_on_a_full_drive_could_not_open_is_opened_when_there_is_space() {
+        let dir = tempfile::tempdir().unwrap();
+        let (faulty, files) = drive();
+        let (registry, retention, committer) = lab_on(Arc::clone(&files), dir.path(), true);
+        let catalogue = registry.catalogue.disk_state(DISK).unwrap();
+        registry.stop();
+        // A crash: what was acknowledged is in the log only.
+        let (kind, body) = entry(&catalogue);
+        retention.lock().get().unwrap().append(DISK, kind, &[&body], wall_clock()).unwrap();
+        retention.close(vec![committer]);
+        drop((registry, retention));
+
+        faulty.fill();
+        let (retention, found) = Retention::open(files, &dir.path().join("journal"), settings()).unwrap();
+        let committer = retention.start().unwrap();
+        let catalogue = Catalogue::open(&dir.path().join("state")).unwrap();
+        let journal = Some((Arc::clone(&retention), found));
+        let registry = Registry::open_with(catalogue, FlowLimits::default(), fs_opener(), journal).unwrap();
+        let problem = registry.disks().remove(0).problem.expect("it was opened on a full drive");
+        assert!(problem.contains("opened then by itself"), "{problem}");
+        assert!(take_again(&registry, &retention).is_empty(), "it was not given up");
+        assert_eq!(start_again(&registry), [(DISK, false)], "the drive is still full");
+
+        faulty.mend();
+        assert_eq!(start_again(&registry), [(DISK, true)]);
+        assert!(start_again(&registry).is_empty());
+        let view = registry.disks().remove(0);
+        assert_eq!((view.problem, view.loss), (None, None));
+        assert_eq!(view.status.unwrap().snapshot().mode, PassMode::Done, "nothing is to be compared");
+        registry.stop();
+        let spec = TargetSpec { path: dir.path().join("disk.vmdk"), kind: TargetKind::MonolithicFlat };
+        let mut target = open_target(&fs_opener(), &spec, &Expectation::default()).unwrap();
+        let mut bytes = vec![0; 4096];
+        target.read(&mut [ReadAt { offset: 16 * 512, data: &mut bytes }]).unwrap();
+        assert!(bytes == [7; 4096], "what waited is not on the target");
         retention.close(vec![committer]);
     }
 }

@@ -21,6 +21,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::capture::{Known, capture};
 use super::entry::{Content, Write};
@@ -34,7 +35,7 @@ use super::{DiskShape, Journal};
 use crate::format::manifest::{DiskGrown, Edit, EpochCause, EpochClosed, EpochOpened, PointKept};
 use crate::format::segment::Applied;
 use crate::io::{BlockFile, ByteRange, WriteAt};
-use crate::units::{DiskId, Generation, LineageId, SECTOR_BYTES, Sequence, Timestamp};
+use crate::units::{DiskId, Generation, LineageId, MonoTime, SECTOR_BYTES, Sequence, Timestamp};
 
 /// Bytes written to the target in one call.
 const WRITE_BYTES: usize = 8 << 20;
@@ -50,16 +51,16 @@ pub struct Position {
     pub sequence: Sequence,
 }
 
-/// A sealed run that nobody read for so many calls of [`Applier::close_runs`] is closed. The master target calls it twice a
-/// second: long enough that who reads a point again and again opens each run once.
-pub const LOOKS_MAX: u32 = 120;
+/// A sealed run that nobody read for so long is closed: long enough that who reads a point again and again opens each run
+/// once, however often [`Applier::close_runs`] is called meanwhile.
+pub const RUN_IDLE_MAX: Duration = Duration::from_secs(60);
 
 /// A sealed run that is read.
 struct Opened {
     run: Run,
     sealed: SealedRun,
-    /// How often it was looked for whether somebody reads it, since somebody did.
-    looks: u32,
+    /// When it was first looked whether somebody reads it, since somebody did.
+    idle_since: Option<MonoTime>,
 }
 
 /// One disk of a journal.
@@ -442,7 +443,7 @@ impl<T: BlockFile> Applier<T> {
     /// Opens a sealed run of the disk, once.
     pub(super) fn open_run(&mut self, journal: &Journal, run: Run) -> Result<(), JournalError> {
         if let Some(known) = self.sealed.get_mut(&run.first).filter(|known| known.run == run) {
-            known.looks = 0;
+            known.idle_since = None;
             return Ok(());
         }
         let path = run_path(journal, self.disk, run.file);
@@ -450,13 +451,13 @@ impl<T: BlockFile> Applier<T> {
         let sealed = SealedRun::open(&**journal.files(), &path, &identity)?;
         // A run of the same epochs under another name was merged away.
         self.sealed.retain(|_, known| known.run.last < run.first || known.run.first > run.last);
-        self.sealed.insert(run.first, Opened { run, sealed, looks: 0 });
+        self.sealed.insert(run.first, Opened { run, sealed, idle_since: None });
         Ok(())
     }
 
     /// Closes the sealed runs that the manifest does not name any more, so that the medium has their space back, and those
-    /// that nobody read for the last [`LOOKS_MAX`] calls. Cheap where none is open.
-    pub fn close_runs(&mut self, journal: &Journal) {
+    /// that nobody has read for [`RUN_IDLE_MAX`]. Cheap where none is open.
+    pub fn close_runs(&mut self, journal: &Journal, now: MonoTime) {
         if self.sealed.is_empty() {
             return;
         }
@@ -465,8 +466,8 @@ impl<T: BlockFile> Applier<T> {
             named.binary_search_by_key(&run.first, |named| named.first).is_ok_and(|at| named[at] == *run)
         };
         self.sealed.retain(|_, known| {
-            known.looks += 1;
-            known.looks <= LOOKS_MAX && is_named(&known.run)
+            let since = *known.idle_since.get_or_insert(now);
+            u128::from(now.nanos_since(since)) < RUN_IDLE_MAX.as_nanos() && is_named(&known.run)
         });
     }
 

@@ -308,7 +308,7 @@ impl Log {
         while self.free.len() <= kept_back {
             self.prepare()?;
         }
-        let Some(slot) = self.free.pop() else {
+        let Some(slot) = self.free.last().copied() else {
             return Err(JournalError::damaged(&self.folder, "no segment is free"));
         };
         let path = segment_path(&self.folder, slot);
@@ -320,7 +320,9 @@ impl Log {
             first_group: self.next_group,
             bytes: file.size_bytes(),
         };
+        // It stays free where the manifest has no room to name it: the next attempt takes the same one.
         manifest.append(&[Edit::SegmentOpened(opened)], now, self.durable_group)?;
+        self.free.pop();
         let header = SegmentHeader {
             magic: SEGMENT_MAGIC,
             crc: 0,

@@ -421,16 +421,45 @@ impl Manifest {
         Ok(Written { file, at, index, prepared })
     }
 
-    /// Puts superblock and manifest back as they are known here, each copy and each edit.
+    /// Puts superblock and manifest back as they are known here, each copy and each edit; also where the superblock is gone,
+    /// or another file stands in its place, which is moved aside.
     ///
     /// # Errors
     /// When they cannot be written; what was there stays.
     pub(super) fn write_anew(&mut self, now: Timestamp, durable_group: u64) -> Result<(), JournalError> {
         self.check()?;
+        self.write_superblock(now, durable_group, false)?;
+        if !self.has_its_superblock() {
+            self.remake_superblock()?;
+        }
         self.checkpoint(now, durable_group, remove)?;
         for _ in 0..SUPERBLOCK_COPIES {
             self.write_superblock(now, durable_group, false)?;
         }
+        Ok(())
+    }
+
+    /// Whether what was written last is what stands under the superblock's name.
+    pub(super) fn has_its_superblock(&self) -> bool {
+        let stands = read_superblock(&*self.files, &self.folder);
+        stands.is_ok_and(|stands| stands.crc == self.superblock.crc)
+    }
+
+    /// Makes the file anew, with the copy that counts: the one that is open has no name any more.
+    fn remake_superblock(&mut self) -> Result<(), JournalError> {
+        let path = self.folder.join(SUPERBLOCK_NAME);
+        let mut blocks = vec![0; (SUPERBLOCK_COPIES * BLOCK_BYTES) as usize];
+        let counts = (self.superblock.generation % SUPERBLOCK_COPIES) as usize;
+        if let Some(block) = blocks.chunks_mut(BLOCK_BYTES as usize).nth(counts) {
+            block.copy_from_slice(&self.superblock.to_block());
+        }
+        if self.files.facts(&path)?.is_some() {
+            self.files.set_aside(&path, ASIDE)?;
+        }
+        self.files.replace(&path, &blocks)?;
+        // The lock on the one without a name is given back before the new one is locked.
+        self.superblock_file = self.files.open(&path, false)?;
+        self.superblock_file = self.files.open(&path, true)?;
         Ok(())
     }
 

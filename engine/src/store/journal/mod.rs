@@ -111,9 +111,9 @@ pub struct Journal {
 struct DiskNumbers {
     /// Number of its newest entry.
     newest: u64,
-    /// What the newest APPLIED says, and in which commit it became durable.
+    /// What the newest APPLIED says; at an opening more, where the manifest knows more.
     applied: u64,
-    /// The newest APPLIED that is durable.
+    /// As much of that as is durable.
     applied_durable: u64,
     /// Its newest state as it stands in the log, and where: what is written again needs not be read.
     state: Option<(Vec<u8>, Place)>,
@@ -253,9 +253,6 @@ impl Journal {
         );
         let mut logs = scan.disks;
         logs.retain(|disk, _| manifest.shape().disks.contains_key(disk));
-        for disk in manifest.shape().disks.keys() {
-            logs.entry(*disk).or_default();
-        }
         let disks = logs.iter().map(|(disk, log)| (*disk, DiskNumbers::recovered(log))).collect();
         let entries = logs.iter().map(|(disk, log)| (*disk, log.entries.clone())).collect();
         let segments = scan.segments;
@@ -575,11 +572,10 @@ impl Journal {
 
 impl DiskNumbers {
     fn recovered(log: &DiskLog) -> Self {
-        let applied = log.applied.map_or(0, |(applied, _)| applied.number);
         Self {
             newest: log.newest(),
-            applied,
-            applied_durable: applied,
+            applied: log.on_target,
+            applied_durable: log.on_target,
             state: log.state.as_ref().map(|(state, place)| (state.to_bytes(), *place)),
             applied_entry: log.applied,
         }

@@ -148,7 +148,7 @@ impl Offline {
     #[must_use]
     pub fn numbers(&self, disk: DiskId) -> (u64, u64) {
         let Some(log) = self.found.disks.get(&disk) else { return (0, 0) };
-        (log.newest().max(log.on_target), log.on_target)
+        (log.newest(), log.on_target)
     }
 
     /// The points of a disk, oldest first: those that are kept, and the marks in the log. What is not there of that which

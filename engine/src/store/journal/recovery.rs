@@ -293,8 +293,8 @@ impl<'a> Scanner<'a> {
     }
 
     fn finish(mut self, shape: &Shape) -> Scan {
-        // Of a disk whose entries were all given up the log may say nothing any more.
-        for (disk, _) in shape.disks.iter().filter(|(_, known)| !known.lost.is_empty()) {
+        // Of a disk the log may say nothing any more, and the manifest how far it is.
+        for disk in shape.disks.keys() {
             self.scan.disks.entry(*disk).or_default();
         }
         if let Some((place, reason)) = self.unsure.take() {
@@ -631,12 +631,12 @@ impl DiskLog {
         log
     }
 
-    /// The number of the newest entry, or what was applied or lost before the log began.
+    /// The number of the newest entry, also where the log does not hold it any more: it was applied, or it is lost. What the
+    /// manifest says counts like what the log says, for a number that was given once is never given again.
     #[must_use]
     pub fn newest(&self) -> u64 {
-        let applied = self.applied.map_or(0, |(applied, _)| applied.number);
         let missing = self.missing.last().map_or(0, |(_, end)| end.saturating_sub(1));
-        self.entries.last().map_or(0, |entry| entry.number).max(applied).max(missing)
+        self.entries.last().map_or(0, |entry| entry.number).max(self.on_target).max(missing)
     }
 
     /// The runs of missing entries that are on no target either: first and last of each.
@@ -679,7 +679,9 @@ impl DiskLog {
         let applied = if first == u64::MAX { 0 } else { applied };
         // Also where a compare made up for it: its number is not another entry's, for as long as the manifest knows of it.
         let lost = known.into_iter().flat_map(|known| &known.lost).map(|loss| loss.entries.last).max();
-        let end = applied.max(lost.unwrap_or(0)).max(self.seen) + 1;
+        // A point that is kept inside the undo epoch stands at an entry that was durable.
+        let kept = known.map_or(0, DiskShape::kept_through);
+        let end = applied.max(lost.unwrap_or(0)).max(kept).max(self.seen) + 1;
         if next < end {
             self.missing.push((next, end));
         }

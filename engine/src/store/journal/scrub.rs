@@ -116,11 +116,17 @@ pub struct IndexPlace {
 }
 
 impl Journal {
+    /// Whether the superblock is what was written last: an older one in its place is whole, and will be wrong.
+    #[must_use]
+    pub fn has_own_superblock(&self) -> bool {
+        self.manifest.has_its_superblock()
+    }
+
     /// Reads superblock and manifest again, and where they are damaged writes them anew from memory. Answers what was
-    /// damaged and is whole now.
+    /// damaged and is whole now: it was read once more.
     ///
     /// # Errors
-    /// When they cannot be written; what was there stays.
+    /// When they cannot be written, what was there stays then; or when they are not whole afterwards.
     pub fn heal_own(&mut self, now: Timestamp) -> Result<Vec<Damage>, JournalError> {
         let mut damage = check_own(&*self.files, &self.folder);
         if damage.is_empty() {
@@ -131,10 +137,16 @@ impl Journal {
                 let path = manifest_path(&self.folder, superblock.manifest);
                 let reason = format!("it has {edits} edits, and {known} were written");
                 damage.push(Damage { path, offset: 0, reason });
+            } else if !self.has_own_superblock() {
+                let path = self.folder.join(SUPERBLOCK_NAME);
+                damage.push(Damage { path, offset: 0, reason: "it is not what was written last".to_owned() });
             }
         }
         if !damage.is_empty() {
             self.manifest.write_anew(now, self.log.durable_group())?;
+            if let Some(left) = check_own(&*self.files, &self.folder).into_iter().next() {
+                return Err(JournalError::damaged(&left.path, left.reason));
+            }
         }
         Ok(damage)
     }

@@ -141,10 +141,18 @@ impl DiskShape {
         open.map(|loss| loss.entries.last).max()
     }
 
-    /// The newest entry that is surely on the target, whatever the log says: undo epochs end only when all of them are.
+    /// The newest entry that is surely on the target, whatever the log says: undo epochs end, and begin, and a disk grows,
+    /// only when all of them are. Where all that ended is expired, the beginning of the one that goes on still says it.
     #[must_use]
     pub fn closed_through(&self) -> u64 {
-        self.epochs.iter().rev().find_map(|epoch| epoch.closed).map_or(0, |closed| closed.last)
+        let ended = self.epochs.iter().rev().find_map(|epoch| epoch.closed).map_or(0, |closed| closed.last);
+        let begun = self.epochs.last().map_or(0, |epoch| epoch.opened.after);
+        ended.max(begun).max(self.grown.last().map_or(0, |grown| grown.after))
+    }
+
+    /// The newest entry that a kept point stands at: its number is not another entry's.
+    pub(super) fn kept_through(&self) -> u64 {
+        self.points.values().map(|point| point.number).max().unwrap_or(0)
     }
 
     /// Whether the mark that is entry `number` promises less than its class says: it was found out later, or it says so

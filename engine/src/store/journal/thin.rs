@@ -149,7 +149,19 @@ impl Merge {
         }
         let (disk, epochs) = (self.disk, (self.older.first, self.newer.last));
         let merged = RunsMerged { disk, first: epochs.0, last: epochs.1, run: self.number, run_bytes };
-        journal.edit(&[Edit::RunsMerged(merged)], now)?;
+        if let Err(error) = journal.edit(&[Edit::RunsMerged(merged)], now) {
+            let is_named = journal.shape().disks.get(&disk).is_some_and(|known| {
+                known
+                    .runs
+                    .iter()
+                    .any(|run| (run.first, run.last) == epochs && run.file == RunFile::Merged(self.number))
+            });
+            if !is_named {
+                // It would take room on a drive that may have none; the error that matters is the one above.
+                let _ = self.files.remove(path);
+            }
+            return Err(error);
+        }
         self.files.remove(older_path)?;
         self.files.remove(newer_path)?;
         let lost = self.runs.iter().map(|run| run.damage().len()).sum();

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Error;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -27,11 +28,11 @@ use crate::registry::fs_opener;
 use crate::retention::RetentionSettings;
 use crate::scrub::ScrubSettings;
 
-pub(super) const DISK: DiskId = DiskId([1; 16]);
+pub(crate) const DISK: DiskId = DiskId([1; 16]);
 const LINEAGE: LineageId = LineageId([4; 16]);
-pub(super) const SECTORS: u64 = 512;
-pub(super) const ENOSPC: i32 = 28;
-pub(super) const EIO: i32 = 5;
+pub(crate) const SECTORS: u64 = 512;
+pub(crate) const ENOSPC: i32 = 28;
+pub(crate) const EIO: i32 = 5;
 
 /// Files of which those with a name fail from one operation on.
 #[derive(Default)]
@@ -42,9 +43,11 @@ struct Fault {
     left: usize,
     /// How many failed.
     failed: usize,
+    /// Bytes that the drive has left, whatever the file; none: as many as anybody wants.
+    room: Option<u64>,
 }
 
-pub(super) struct Faulty {
+pub(crate) struct Faulty {
     files: Arc<dyn Files>,
     fault: Mutex<Fault>,
 }
@@ -55,17 +58,43 @@ impl Faulty {
     }
 
     /// Files of such a name fail from one operation on.
-    pub(super) fn set(&self, on: (&'static str, i32), left: usize) {
-        *self.fault() = Fault { on: Some(on), left, failed: 0 };
+    pub(crate) fn set(&self, on: (&'static str, i32), left: usize) {
+        *self.fault() = Fault { on: Some(on), left, ..Fault::default() };
     }
 
     /// Nothing fails any more.
-    pub(super) fn mend(&self) {
-        self.fault().on = None;
+    pub(crate) fn mend(&self) {
+        let mut fault = self.fault();
+        (fault.on, fault.room) = (None, None);
+    }
+
+    /// No file is made and none gets longer before another is removed; what was written once can be written again.
+    pub(crate) fn fill(&self) {
+        *self.fault() = Fault { room: Some(0), ..Fault::default() };
+    }
+
+    /// What bytes meet that need room of the drive.
+    fn takes_room(&self, bytes: u64) -> std::io::Result<()> {
+        let mut fault = self.fault();
+        match fault.room {
+            None => {}
+            Some(room) if room >= bytes.max(1) => fault.room = Some(room - bytes),
+            Some(_) => {
+                fault.failed += 1;
+                return Err(Error::from_raw_os_error(ENOSPC));
+            }
+        }
+        Ok(())
+    }
+
+    fn gives_room(&self, path: &Path) {
+        let bytes = std::fs::metadata(path).map_or(0, |facts| facts.blocks() * 512);
+        let mut fault = self.fault();
+        fault.room = fault.room.map(|room| room + bytes);
     }
 
     /// How many operations failed.
-    pub(super) fn failed(&self) -> usize {
+    pub(crate) fn failed(&self) -> usize {
         self.fault().failed
     }
 
@@ -88,6 +117,12 @@ impl Faulty {
 
 /// The retention drive.
 struct Drive(Arc<Faulty>);
+
+/// A drive that can fail, and its files.
+pub(crate) fn drive() -> (Arc<Faulty>, Arc<dyn Files>) {
+    let faulty = Arc::new(Faulty { files: fs_opener(), fault: Mutex::default() });
+    (Arc::clone(&faulty), Arc::new(Drive(faulty)))
+}
 
 impl Files for Drive {
     fn facts(&self, path: &Path) -> Result<Option<FileFacts>, FilesError> {
@@ -112,22 +147,26 @@ impl Files for Drive {
     }
 
     fn create(&self, path: &Path, size_bytes: u64) -> Result<(), FilesError> {
-        self.0.meets(path, true).map_err(|source| FilesError::system("create", path, source))?;
+        let met = self.0.meets(path, true).and_then(|()| self.0.takes_room(0));
+        met.map_err(|source| FilesError::system("create", path, source))?;
         self.0.files.create(path, size_bytes)
     }
 
     fn resize(&self, path: &Path, size_bytes: u64) -> Result<(), FilesError> {
-        self.0.meets(path, true).map_err(|source| FilesError::system("set the length of", path, source))?;
+        let met = self.0.meets(path, true).and_then(|()| self.0.takes_room(0));
+        met.map_err(|source| FilesError::system("set the length of", path, source))?;
         self.0.files.resize(path, size_bytes)
     }
 
     fn replace(&self, path: &Path, content: &[u8]) -> Result<(), FilesError> {
-        self.0.meets(path, true).map_err(|source| FilesError::system("replace", path, source))?;
+        let met = self.0.meets(path, true).and_then(|()| self.0.takes_room(0));
+        met.map_err(|source| FilesError::system("replace", path, source))?;
         self.0.files.replace(path, content)
     }
 
     fn remove(&self, path: &Path) -> Result<(), FilesError> {
         self.0.meets(path, false).map_err(|source| FilesError::system("remove", path, source))?;
+        self.0.gives_room(path);
         self.0.files.remove(path)
     }
 
@@ -143,10 +182,19 @@ struct FaultyFile {
 }
 
 impl FaultyFile {
+    fn named(&self, op: BlockOp) -> impl Fn(std::io::Error) -> BlockError {
+        let name = self.path.display().to_string();
+        move |source| BlockError { name: name.clone(), op, offset: 0, len: 0, source }
+    }
+
     fn meets(&self, op: BlockOp) -> Result<(), BlockError> {
-        let named =
-            |source| BlockError { name: self.path.display().to_string(), op, offset: 0, len: 0, source };
-        self.faulty.meets(&self.path, op != BlockOp::Flush).map_err(named)
+        self.faulty.meets(&self.path, op != BlockOp::Flush).map_err(self.named(op))
+    }
+
+    /// Whether these bytes need room of the drive.
+    fn is_new(&mut self, write: &WriteAt<'_>) -> Result<bool, BlockError> {
+        let range = ByteRange { start: write.offset, end: write.offset + write.data.len() as u64 };
+        Ok(self.file.allocated(range)? != [range])
     }
 }
 
@@ -171,6 +219,12 @@ impl BlockFile for FaultyFile {
                 self.file.write(&parts)?;
             }
             return Err(error);
+        }
+        for write in writes {
+            if self.faulty.fault().room.is_some() && self.is_new(write)? {
+                let bytes = write.data.len() as u64;
+                self.faulty.takes_room(bytes).map_err(self.named(BlockOp::Write))?;
+            }
         }
         self.file.write(writes)
     }
@@ -202,15 +256,15 @@ fn noise(seed: u64, sectors: u64) -> Vec<u8> {
 }
 
 /// A disk behind a journal on a drive that can fail, and what it must show.
-pub(super) struct Lab {
-    pub(super) faulty: Arc<Faulty>,
-    pub(super) folder: PathBuf,
+pub(crate) struct Lab {
+    pub(crate) faulty: Arc<Faulty>,
+    pub(crate) folder: PathBuf,
     spec: TargetSpec,
     open: Option<(Arc<Retention>, JoinHandle<()>, Journaled)>,
     sequence: Sequence,
     content: Vec<u8>,
     /// What the disk held at entries that are marks, and at the beginning.
-    pub(super) at: BTreeMap<u64, Vec<u8>>,
+    pub(crate) at: BTreeMap<u64, Vec<u8>>,
 }
 
 fn settings() -> RetentionSettings {
@@ -222,7 +276,7 @@ fn settings() -> RetentionSettings {
 }
 
 impl Lab {
-    pub(super) fn new(dir: &Path) -> Self {
+    pub(crate) fn new(dir: &Path) -> Self {
         let spec = TargetSpec { path: dir.join("web.vmdk"), kind: TargetKind::MonolithicFlat };
         let (none, options) = (BTreeSet::new(), CreateOptions::default());
         create_target(&fs_opener(), &spec, SECTORS * SECTOR_BYTES, &none, &options).unwrap().close().unwrap();
@@ -241,7 +295,7 @@ impl Lab {
         lab
     }
 
-    pub(super) fn start(&mut self) {
+    pub(crate) fn start(&mut self) {
         let files: Arc<dyn Files> = Arc::new(Drive(Arc::clone(&self.faulty)));
         let (retention, found) = Retention::open(files, &self.folder, settings()).unwrap();
         let committer = retention.start().unwrap();
@@ -257,18 +311,18 @@ impl Lab {
         self.open = Some((retention, committer, disk));
     }
 
-    pub(super) fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         let (retention, committer, disk) = self.open.take().unwrap();
         disk.into_target().close().unwrap();
         retention.close(vec![committer]);
     }
 
-    pub(super) fn retention(&self) -> Arc<Retention> {
+    pub(crate) fn retention(&self) -> Arc<Retention> {
         Arc::clone(&self.open.as_ref().unwrap().0)
     }
 
     /// What the target holds.
-    pub(super) fn target(&mut self) -> Vec<u8> {
+    pub(crate) fn target(&mut self) -> Vec<u8> {
         let target = self.disk().target();
         let mut bytes = vec![0; target.size_bytes() as usize];
         target.read(&mut [ReadAt { offset: 0, data: &mut bytes }]).unwrap();
@@ -276,21 +330,21 @@ impl Lab {
     }
 
     /// The disk is larger; what is new is zeros.
-    pub(super) fn grown(&mut self, sectors: u64) {
+    pub(crate) fn grown(&mut self, sectors: u64) {
         self.content.resize((sectors * SECTOR_BYTES) as usize, 0);
     }
 
-    pub(super) fn disk(&mut self) -> &mut Journaled {
+    pub(crate) fn disk(&mut self) -> &mut Journaled {
         &mut self.open.as_mut().unwrap().2
     }
 
     /// Every kept point, by its entry, shows what the disk held there; answers how many there are.
-    pub(super) fn check(&mut self, what: &str) -> usize {
+    pub(crate) fn check(&mut self, what: &str) -> usize {
         self.check_shown(what, false)
     }
 
     /// As [`Self::check`]; of a disk that stopped, a point may also be refused.
-    pub(super) fn check_shown(&mut self, what: &str, is_stopped: bool) -> usize {
+    pub(crate) fn check_shown(&mut self, what: &str, is_stopped: bool) -> usize {
         let (retention, _, disk) = self.open.as_mut().unwrap();
         let points: Vec<PointKept> = retention.shape().disks[&DISK].points.values().copied().collect();
         for point in &points {
@@ -308,7 +362,7 @@ impl Lab {
 
     /// Does something until it is done, as the writer does: while the drive is full it waits and tries again. There is space
     /// again at the third time. Answers whether it got there, or why the disk stopped.
-    pub(super) fn persist(
+    pub(crate) fn persist(
         &mut self,
         what: &str,
         mut work: impl FnMut(&mut Journaled) -> Result<(), NotDone>,
@@ -330,12 +384,22 @@ impl Lab {
     }
 
     /// The source writes, and a mark follows on command: the undo epoch ends there.
-    pub(super) fn step(&mut self, seed: u64, what: &str) -> Result<(), String> {
+    pub(crate) fn step(&mut self, seed: u64, what: &str) -> Result<(), String> {
         self.write_and_mark(seed, MarkCause::Command, what)
     }
 
-    /// The source writes, and a mark follows.
-    pub(super) fn write_and_mark(&mut self, seed: u64, cause: MarkCause, what: &str) -> Result<(), String> {
+    /// What the source holds.
+    pub(crate) fn content(&self) -> &[u8] {
+        &self.content
+    }
+
+    /// The open journal and its disk, for who drives them otherwise.
+    pub(crate) fn take(&mut self) -> (Arc<Retention>, JoinHandle<()>, Journaled) {
+        self.open.take().unwrap()
+    }
+
+    /// The source writes: it is in the log, and waits.
+    pub(crate) fn write(&mut self, seed: u64, what: &str) -> Result<DiskState, String> {
         let (start, sectors) = (seed * 40 % (SECTORS - 128), 128);
         let data = noise(seed, sectors);
         let records = [Record::data(start, data.clone().into())];
@@ -361,6 +425,13 @@ impl Lab {
         self.content[from..from + data.len()].copy_from_slice(&data);
         let number = self.disk().newest.0;
         self.at.extend([(number, self.content.clone()), (number + 1, self.content.clone())]);
+        Ok(state)
+    }
+
+    /// The source writes, and a mark follows.
+    pub(crate) fn write_and_mark(&mut self, seed: u64, cause: MarkCause, what: &str) -> Result<(), String> {
+        let state = self.write(seed, what)?;
+        let sequence = self.sequence;
         self.persist(what, |disk| disk.apply().map(drop))?;
         let mark = Mark {
             disk: DISK,
