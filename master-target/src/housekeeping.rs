@@ -63,6 +63,9 @@ fn run(retention: &Retention) {
                 tracing::warn!(%error, "points of the retention journal could not be thinned");
             }
         }
+        for notice in retention.lock().get().map(Journal::take_notices).unwrap_or_default() {
+            tracing::warn!("{notice}");
+        }
         let until = Instant::now() + TICK;
         while Instant::now() < until && !retention.is_stopping() {
             std::thread::sleep(STOP_CHECK);

@@ -36,6 +36,25 @@ use crate::units::{BLOCK_BYTES, DiskId, Timestamp};
 pub(super) const TO_READ: &str = "it was opened for reading only";
 /// After a checkpoint that failed the next one is tried when so many more bytes of edits were written.
 const CHECKPOINT_AGAIN_BYTES: u64 = 64 << 10;
+/// Things that an operator should know of and that stop nothing, for who has a log to write them to.
+#[derive(Debug, Default)]
+pub(super) struct Notices(Vec<String>);
+
+impl Notices {
+    /// Most that are kept until somebody takes them.
+    const MAX: usize = 16;
+
+    fn note(&mut self, what: &str, error: &dyn std::error::Error) {
+        if self.0.len() < Self::MAX {
+            self.0.push(format!("{what}: {error}"));
+        }
+    }
+
+    pub(super) fn take(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.0)
+    }
+}
+
 /// Name of the superblock's file.
 pub(super) const SUPERBLOCK_NAME: &str = "superblock";
 
@@ -59,6 +78,8 @@ pub struct Manifest {
     /// How many bytes behind the newest edit are written ahead.
     ahead_bytes: u64,
     shape: Shape,
+    /// What went wrong and hinders nobody.
+    pub(super) notices: Notices,
     failed: Option<String>,
 }
 
@@ -122,6 +143,7 @@ impl Manifest {
             prepared,
             ahead_bytes,
             shape: Shape::default(),
+            notices: Notices::default(),
             failed: None,
         };
         manifest.due = manifest.checkpoint_due();
@@ -238,6 +260,7 @@ impl Manifest {
             prepared: read.at,
             ahead_bytes: 0,
             shape: read.shape,
+            notices: Notices::default(),
             failed: None,
         };
         manifest.due = manifest.checkpoint_due();
@@ -294,7 +317,8 @@ impl Manifest {
         match self.write_superblock(now, durable_group, false) {
             // The edits are durable; what is missing is who else knows it, and the next edit says it.
             Err(error) if error.is_full() && self.failed.is_none() => {
-                tracing::warn!(%error, "the superblock does not know the newest edits of the manifest yet");
+                self.notices
+                    .note("the superblock does not know the newest edits of the manifest yet", &error);
             }
             written => written?,
         }
@@ -350,7 +374,8 @@ impl Manifest {
             return;
         }
         if let Err(error) = self.checkpoint(now, durable_group, remove) {
-            tracing::warn!(%error, "the manifest could not be written anew; it goes on, and that is tried again");
+            self.notices
+                .note("the manifest could not be written anew; it goes on, and that is tried again", &error);
             self.due = self.at + CHECKPOINT_AGAIN_BYTES;
         }
     }
@@ -390,7 +415,7 @@ impl Manifest {
         // Twice: one copy that rots must not lead to a manifest that is gone.
         match self.write_superblock(now, durable_group, false) {
             Err(error) if error.is_full() && self.failed.is_none() => {
-                tracing::warn!(%error, "one copy of the superblock names the new manifest");
+                self.notices.note("one copy of the superblock names the new manifest", &error);
             }
             written => written?,
         }
@@ -398,7 +423,7 @@ impl Manifest {
         match retire(&*self.files, &manifest_path(&self.folder, old.manifest)) {
             Ok(done) => Ok(Some(done)),
             Err(error) => {
-                tracing::warn!(%error, "a manifest that was replaced stays until the next start");
+                self.notices.note("a manifest that was replaced stays until the next start", &error);
                 Ok(None)
             }
         }
@@ -474,7 +499,7 @@ impl Manifest {
             && self.prepared < self.at + self.ahead_bytes / 2
             && let Err(error) = self.prepare_to(self.at + self.ahead_bytes)
         {
-            tracing::warn!(%error, "no room could be taken ahead for the manifest");
+            self.notices.note("no room could be taken ahead for the manifest", &error);
         }
     }
 

@@ -427,6 +427,11 @@ impl Journal {
         Ok(())
     }
 
+    /// What went wrong since this was last asked and hinders nobody, for a log; at most a few.
+    pub fn take_notices(&mut self) -> Vec<String> {
+        self.manifest.notices.take()
+    }
+
     /// Makes everything added so far durable.
     ///
     /// # Errors
