@@ -415,8 +415,8 @@ impl Machine {
 
     /// Begins a round over a disk, by what is known to have changed or by reading all of it; answers whether it began.
     pub(crate) fn begin_round(&mut self, disk: DiskId, to_mark: bool) -> bool {
-        // While a point is being made nothing may wait for a file system.
-        if !to_mark {
+        // Following writes a file, and must not wait for a file system that is frozen.
+        if !self.holds_a_freeze() {
             self.ask_again(disk);
         }
         let following = &mut self.following;

@@ -322,6 +322,11 @@ impl Machine {
         }
     }
 
+    /// Whether file systems are frozen for the run that goes on.
+    pub(crate) fn holds_a_freeze(&self) -> bool {
+        self.marking.as_ref().is_some_and(|run| run.quiet.freeze.is_some())
+    }
+
     /// Begins rounds of disks of the run, those that can begin now.
     fn begin_rounds(&mut self, disks: Vec<DiskId>, to_mark: bool) {
         for disk in disks {
