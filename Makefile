@@ -34,6 +34,9 @@ accept: build readers ## every kind of target judged by others: [SIZE=8G] [FILL=
 kill-test: build ## kill -9 during the initial sync: [KILLS=20] [SIZE=8G] [TARGET=flat] [SEED=n]
 	@$(SCRIPTS)/kill_test.py
 
+failover-test: build ## the process server in use is killed under load, the agent goes on with another, as root: [KILLS=20] [RATE=50] [SIZE=512M] [MODE=data|window] [SEED=n]
+	@$(SCRIPTS)/failover_test.py
+
 delta-test: build ## an existing target, a share of its blocks changed: [SIZE=8G] [PERCENT=5] [LEVEL=adaptive] [RELAY=1] [SEED=n]
 	@$(SCRIPTS)/delta_test.py
 

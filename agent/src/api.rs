@@ -73,6 +73,29 @@ pub struct DiskInfo {
     pub problem: Option<String>,
 }
 
+/// A peer this agent may use.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpstreamInfo {
+    /// As configured.
+    pub address: String,
+    /// It has the session.
+    pub used: bool,
+    /// A connection is kept, so that a session can begin at once.
+    pub ready: bool,
+    /// Round trip to it, in microseconds; the shortest of the last ones.
+    pub round_trip_us: Option<u64>,
+    /// Round trip to the master target through it; none where it is not reached.
+    pub to_target_us: Option<u64>,
+    /// Sessions it serves.
+    pub sessions: Option<u32>,
+    /// Thousandths of its memory that are free.
+    pub room_permille: Option<u16>,
+    /// Whether it would take another session.
+    pub accepts: bool,
+    /// Why it cannot be used.
+    pub problem: Option<String>,
+}
+
 /// A part of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ByteRange {
@@ -99,6 +122,12 @@ pub struct StatusInfo {
     pub upstream_role: Option<String>,
     /// Sessions begun.
     pub sessions: u64,
+    /// The peers this agent may use, the best first.
+    #[serde(default)]
+    pub upstreams: Vec<UpstreamInfo>,
+    /// How often the session moved because another peer served better.
+    #[serde(default)]
+    pub moves: u64,
     /// Why the last session ended, while none is up.
     pub problem: Option<String>,
     /// What the configuration asks for and cannot be had; the configuration that was refused, if one was.

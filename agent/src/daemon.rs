@@ -19,7 +19,6 @@ use reprotect_engine::host::places::Program;
 use reprotect_engine::host::run_lock::RunLock;
 use reprotect_engine::host::shutdown::{Notifier, Shutdown, reloads};
 use reprotect_engine::net::credentials::Credentials;
-use reprotect_engine::net::endpoint::CloseCode;
 use reprotect_engine::net::identity::{IDENTITY_FILE, Identity, Role};
 use reprotect_engine::proto::agent::Agent;
 use reprotect_engine::units::PeerId;
@@ -27,13 +26,15 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::api::{MarkAnswer, MarkRequest, StatusInfo};
 use crate::config::Settings;
-use crate::dial::{Dial, Ended, KeyProver, Rota, SharedIdentity};
+use crate::dial::{Dial, KeyProver, SharedIdentity};
 use crate::following::Following;
 use crate::freeze::thaw_left_behind;
 use crate::machine::Machine;
 use crate::marking::{Asker, MarkOrder};
 use crate::metrics;
 use crate::plan::{Plan, follow_reloads};
+use crate::rota::{Ended, Rota};
+use crate::upstreams::{Ready, Upstreams};
 
 /// Longest wait for the capturing thread to leave its programs to the next process.
 const CAPTURE_GRACE: Duration = Duration::from_secs(1);
@@ -104,13 +105,13 @@ pub async fn run_reloading(
     let instance = identity.own().peer.to_string();
     let mut machine = Machine::new(core, &instance, &host_name, plan, from_operators, status)?;
     machine.release_left_behind();
-    let mut dial = Dial::new(shared, credentials, host_name.clone())?;
+    let dial = Arc::new(Dial::new(shared, credentials, host_name.clone())?);
     let reloading = tokio::spawn(follow_reloads(reloads, plans));
     let notifier = Notifier::from_env()?;
     notifier.send("READY=1")?;
     tracing::info!(agent = %identity.own().peer, host_name, "ready");
     tokio::select! {
-        () = sessions(&mut machine, &mut dial) => {}
+        () = sessions(&mut machine, &dial, identity.own().peer) => {}
         () = notifier.watch(&shutdown) => {}
         () = shutdown.requested() => {}
     }
@@ -225,21 +226,32 @@ pub fn load_identity(credentials: &Credentials) -> anyhow::Result<Identity> {
 }
 
 /// One session after another; ends only when there is nobody to dial.
-async fn sessions(machine: &mut Machine, dial: &mut Dial) {
+async fn sessions(machine: &mut Machine, dial: &Arc<Dial>, agent: PeerId) {
+    let mut upstreams = Upstreams::new(agent, Arc::clone(dial));
     let mut rota = Rota::default();
+    upstreams.configure(&machine.plan().upstream);
+    upstreams.first_look().await;
     loop {
-        let Some((address, at)) = rota.next(&machine.plan().upstream, Instant::now()) else { return };
+        let Some((address, at)) = rota.next(&upstreams.ranked(), Instant::now()) else { return };
         if !wait_until(machine, at).await {
+            upstreams.configure(&machine.plan().upstream);
             rota.hurry();
             continue;
         }
         let began = Instant::now();
-        let ended = attempt(machine, dial, &address).await;
+        let ended = attempt(machine, dial, &mut upstreams, &address).await;
+        let lost = matches!(ended, Ended::Lost(_) | Ended::Refused(_)).then(|| ended.reason());
+        upstreams.give_back(&address, lost);
         rota.ended(&address, &ended, began, Instant::now());
+        machine.status().send_modify(|status| {
+            status.upstreams = upstreams.describe();
+            status.moves = upstreams.moves();
+        });
         match &ended {
             Ended::Lost(reason) => tracing::warn!(address, reason, "no session; trying again"),
             Ended::Refused(reason) => tracing::error!(address, reason, "refused; asked again every 60 s"),
             Ended::Replanned(reason) => tracing::info!(address, reason, "session ended"),
+            Ended::Moved(reason) => tracing::warn!(address, reason, "the session moves"),
         }
     }
 }
@@ -264,15 +276,22 @@ async fn wait_until(machine: &mut Machine, at: Instant) -> bool {
     }
 }
 
-async fn attempt(machine: &mut Machine, dial: &mut Dial, address: &str) -> Ended {
-    match dial.connect(address).await {
-        Ok(peer) => {
+async fn attempt(machine: &mut Machine, dial: &Dial, upstreams: &mut Upstreams, address: &str) -> Ended {
+    let ready = match upstreams.take(address).await {
+        Some(ready) => Ok(ready),
+        None => match dial.connect(address).await {
+            Ok(peer) => Ready::open(peer.clone()).await.map_err(|error| {
+                peer.refusal().map_or_else(|| Ended::Lost(format!("{address}: {error}")), Ended::Refused)
+            }),
+            Err(ended) => Err(ended),
+        },
+    };
+    match ready {
+        Ok(ready) => {
             let mut name = [0_u8; 16];
             // Only a name for the logs of both ends.
             let _ = rustix::rand::getrandom(&mut name, rustix::rand::GetRandomFlags::empty());
-            let ended = machine.run_session(&peer, address, name).await;
-            CloseCode::Finished.close(&peer.connection);
-            ended
+            machine.run_session(ready, upstreams, address, name).await
         }
         Err(ended) => {
             machine.unreachable(ended.reason());

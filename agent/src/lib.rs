@@ -3,7 +3,7 @@
 //! A write's way: `reader` (the disk) → `workers` (hash, cut, checksum, compress) → `session` (the protocol core and
 //! the lanes), all kept by `machine`. What changed is told by `capture`, whose thread is
 //! `capturing`; `following` makes rounds of it. Which disks there are is told by `disks` and `sources`; what to do by
-//! `plan`; what operators see is made by `telling`; whom to talk to by `dial`; points of the machine are made by `marking`, and brought about by `quiescing`,
+//! `plan`; what operators see is made by `telling`; whom to talk to by `upstreams`, `rota` and `dial`; points of the machine are made by `marking`, and brought about by `quiescing`,
 //! `hooks` and `freeze`; operators come in through `commands` and `service`.
 
 /// For what the tests of the capture thread share with those of capture.
@@ -40,6 +40,7 @@ mod quiescing;
 pub mod reader;
 mod reading;
 mod recent;
+pub mod rota;
 mod salvage;
 pub mod service;
 mod session;
@@ -47,4 +48,5 @@ pub mod sources;
 mod telling;
 pub mod throttle;
 mod unread;
+mod upstreams;
 pub mod workers;

@@ -1,33 +1,45 @@
 //! One session with a master target: the protocol core between the lanes and the machine's threads.
 //!
-//! Invariants: a peer that stays silent in the handshake is given up; whatever is ready is taken in one go before
+//! Invariants: a peer that stays silent in the handshake is given up, and so is one of which nothing comes any more while
+//! there is another to go to; whatever is ready is taken in one go before
 //! frames are made, so that a burst costs one turn; a refusal is told apart from a loss, because only a person can
 //! mend it. Called by `daemon`, which dials again when it returns.
 
 use std::time::{Duration, Instant};
 
 use reprotect_engine::error::{Answer, Severity};
+use reprotect_engine::format::frame::FrameKind;
+use reprotect_engine::format::message::ErrorCode;
 use reprotect_engine::limits::HANDSHAKE_NANOS_MAX;
-use reprotect_engine::net::endpoint::PeerConnection;
+use reprotect_engine::net::endpoint::{CloseCode, PeerConnection};
 use reprotect_engine::net::identity::Role;
-use reprotect_engine::net::lanes::{self, Arrival, LaneReader, LaneWriter};
-use reprotect_engine::proto::ProtoError;
+use reprotect_engine::net::lanes::{Arrival, LaneReader, LaneWriter};
+use reprotect_engine::net::silence::Silence;
+use reprotect_engine::net::standby::Probing;
+use reprotect_engine::proto::agent::AgentEvent;
+use reprotect_engine::proto::{Outgoing, ProtoError};
+use reprotect_engine::units::DiskId;
 use tokio::sync::mpsc;
 
 use crate::config::Compress;
-use crate::dial::Ended;
 use crate::machine::Machine;
+use crate::rota::Ended;
+use crate::upstreams::{Ready, Upstreams};
 
 /// How often status, level and everything timed is looked at.
 const TICK: Duration = Duration::from_millis(100);
 /// Events of one kind taken in one turn at most, so that none starves another.
 const BURST: usize = 64;
+/// Ticks in a row without a sign of life from the peer after which another is used. The transport would take 5 s.
+const SILENT_TICKS: u32 = 10;
+/// Ticks between two probes of the peer.
+const PROBE_TICKS: u32 = 10;
 /// How long the connection's own reason is waited for after a lane ended.
 const REASON_WAIT: Duration = Duration::from_millis(200);
 
 /// The session's connection.
 struct Link<'a> {
-    peer: &'a PeerConnection,
+    peer: PeerConnection,
     address: &'a str,
     reader: LaneReader,
     writer: LaneWriter<usize>,
@@ -35,36 +47,52 @@ struct Link<'a> {
     unwritten_bytes: usize,
     relayed: bool,
     compress: bool,
+    silence: Silence,
+    probing: Probing,
+    ticks: u32,
+}
+
+impl Link<'_> {
+    fn send(&mut self, outgoing: Outgoing) {
+        let bytes = outgoing.frame.encoded_bytes();
+        self.unwritten_bytes += bytes;
+        self.writer.send(outgoing, bytes);
+    }
 }
 
 impl Machine {
-    /// Runs one session with `peer`, dialled as `address`, to its end.
-    pub async fn run_session(&mut self, peer: &PeerConnection, address: &str, session: [u8; 16]) -> Ended {
-        let ended = match lanes::dialled::<usize>(&peer.connection).await {
-            Ok((reader, writer, written)) => {
-                let relayed = peer.peer.role == Role::ProcessServer;
-                let mut link = Link {
-                    peer,
-                    address,
-                    reader,
-                    writer,
-                    written,
-                    unwritten_bytes: 0,
-                    relayed,
-                    compress: self.compresses(relayed),
-                };
-                self.core.handle_connected(session);
-                let ended = self.drive(&mut link).await;
-                self.end_session();
-                self.publish(link.compress);
-                ended
-            }
-            Err(error) => lost(peer, error.to_string()).await,
+    /// Runs one session over `ready`, dialled as `address`, to its end.
+    pub(crate) async fn run_session(
+        &mut self,
+        ready: Ready,
+        upstreams: &mut Upstreams,
+        address: &str,
+        session: [u8; 16],
+    ) -> Ended {
+        let (peer, (reader, writer, written)) = ready.into_lanes();
+        let relayed = peer.peer.role == Role::ProcessServer;
+        let mut link = Link {
+            peer,
+            address,
+            reader,
+            writer,
+            written,
+            unwritten_bytes: 0,
+            relayed,
+            compress: self.compresses(relayed),
+            silence: Silence::default(),
+            probing: Probing::default(),
+            ticks: 0,
         };
+        self.core.handle_connected(session);
+        let ended = self.drive(&mut link, upstreams).await;
+        self.end_session();
+        self.publish(link.compress);
         self.status().send_modify(|status| {
             status.connected = false;
             status.problem = Some(ended.reason().to_owned());
         });
+        CloseCode::Finished.close(&link.peer.connection);
         ended
     }
 
@@ -76,21 +104,29 @@ impl Machine {
         }
     }
 
-    async fn drive(&mut self, link: &mut Link<'_>) -> Ended {
+    async fn drive(&mut self, link: &mut Link<'_>, upstreams: &mut Upstreams) -> Ended {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let began = Instant::now();
         let mut ready = false;
         loop {
-            self.advance(link);
+            if let Some(disk) = self.advance(link)
+                && upstreams.has_room_elsewhere(link.address, Instant::now())
+            {
+                return Ended::Moved(format!("{} has no room for disk {disk}", link.address));
+            }
             tokio::select! {
                 arrival = link.reader.next() => match arrival {
+                    Arrival::Frame(FrameKind::Load, body) => {
+                        // One that answers with garbage is found by what it sends next.
+                        let _ = link.probing.handle_load(&body, Instant::now());
+                    }
                     Arrival::Frame(kind, body) => {
                         if let Err(error) = self.core.handle_frame(kind, &body) {
                             return judge(&error);
                         }
                     }
-                    Arrival::Over(error) => return lost(link.peer, error.to_string()).await,
+                    Arrival::Over(error) => return lost(&link.peer, error.to_string()).await,
                 },
                 Some(bytes) = link.written.recv() => {
                     link.unwritten_bytes -= bytes;
@@ -106,6 +142,7 @@ impl Machine {
                 Some(news) = self.inputs.capture.recv() => self.handle_capture(news),
                 Ok(()) = self.plans.changed() => {
                     let stopped = self.replan();
+                    upstreams.configure(&self.plan().upstream);
                     link.compress = self.compresses(link.relayed);
                     if !self.plan().upstream.iter().any(|address| address == link.address) {
                         return Ended::Replanned(format!("`upstream` does not name {} any more", link.address));
@@ -117,6 +154,9 @@ impl Machine {
                 _ = tick.tick() => {
                     if !ready && began.elapsed() >= Duration::from_nanos(HANDSHAKE_NANOS_MAX) {
                         return Ended::Lost(format!("{} did not answer the handshake in time", link.address));
+                    }
+                    if let Some(ended) = self.watch_peer(link, upstreams) {
+                        return ended;
                     }
                     self.handle_tick();
                     self.adapt_level(link.compress, link.unwritten_bytes as u64);
@@ -143,6 +183,33 @@ impl Machine {
         }
     }
 
+    /// Whether the session goes on with this peer; with a choice only.
+    fn watch_peer(&mut self, link: &mut Link<'_>, upstreams: &mut Upstreams) -> Option<Ended> {
+        if !upstreams.has_choice() {
+            return None;
+        }
+        if link.silence.look(&link.peer.connection) >= SILENT_TICKS {
+            return Some(Ended::Lost(format!("nothing came from {} for 1 s", link.address)));
+        }
+        let now = Instant::now();
+        if let Some(reason) = upstreams.advise(link.address, &link.probing, now) {
+            return Some(Ended::Moved(reason));
+        }
+        if link.ticks.is_multiple_of(PROBE_TICKS) {
+            // One that was not answered yet tells by its age that the peer is slow.
+            if link.probing.waits_since().is_none() {
+                let probe = link.probing.ask(now);
+                link.send(probe);
+            }
+            self.status().send_modify(|status| {
+                status.upstreams = upstreams.describe();
+                status.moves = upstreams.moves();
+            });
+        }
+        link.ticks = link.ticks.wrapping_add(1);
+        None
+    }
+
     /// The peer believes us: the session counts.
     fn connected(&self, link: &Link<'_>) {
         self.status().send_modify(|status| {
@@ -154,16 +221,21 @@ impl Machine {
         });
     }
 
-    /// Does all that the core wants done now.
-    fn advance(&mut self, link: &mut Link<'_>) {
+    /// Does all that the core wants done now; answers a disk that the relay has no room for.
+    fn advance(&mut self, link: &mut Link<'_>) -> Option<DiskId> {
+        let mut homeless = None;
         while let Some(event) = self.core.poll_event() {
+            if let AgentEvent::Stopped { disk, code: ErrorCode::Limit, .. } = &event
+                && link.relayed
+            {
+                homeless = Some(*disk);
+            }
             self.handle_event(event, link.compress);
         }
         while let Some(outgoing) = self.core.poll_transmit() {
-            let bytes = outgoing.frame.encoded_bytes();
-            link.unwritten_bytes += bytes;
-            link.writer.send(outgoing, bytes);
+            link.send(outgoing);
         }
+        homeless
     }
 }
 

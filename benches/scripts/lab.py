@@ -137,13 +137,13 @@ def end_fuse(folder, fuse):
 class Daemon:
     """One of the three programs, with its state folder, configuration and log."""
 
-    def __init__(self, lab, name, config):
-        self.name, self.lab = name, lab
+    def __init__(self, lab, name, config, instance=None):
+        self.name, self.lab, self.instance = name, lab, instance or name
         self.binary = lab.binaries / f"reprotect-{name}"
         if not self.binary.exists():
             raise LabError(f"{self.binary} is missing; run `cargo build --workspace --bins`")
-        self.state = lab.states / name
-        self.log = lab.dir / f"{name}.log"
+        self.state = lab.states / self.instance
+        self.log = lab.dir / f"{self.instance}.log"
         self.process = None
         self.state.mkdir(mode=0o700)
         self.configure(config)
@@ -161,11 +161,11 @@ class Daemon:
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen([self.binary, "run", "--state-dir", self.state], stdin=subprocess.DEVNULL,
                                             stdout=log, stderr=log, preexec_fn=die_with_parent)
-        self.lab.undo(f"end {self.name}", self.kill)
+        self.lab.undo(f"end {self.instance}", self.kill)
 
     def start_and_wait(self):
         self.start()
-        wait_for(f"{self.name} answers on its admin socket", self.is_answering, log=self.log)
+        wait_for(f"{self.instance} answers on its admin socket", self.is_answering, log=self.log)
         return self
 
     def is_answering(self):
@@ -323,9 +323,11 @@ class Lab:
         step[1]()
         self.steps.remove(step)
 
-    def add(self, name, config):
-        self.daemons[name] = Daemon(self, name, config)
-        return self.daemons[name]
+    def add(self, name, config, instance=None):
+        """A daemon; `instance` tells it from others of the same program."""
+        daemon = Daemon(self, name, config, instance)
+        self.daemons[daemon.instance] = daemon
+        return daemon
 
     def __getattr__(self, name):
         names = {"agent": AGENT, "relay": RELAY, "target": TARGET}

@@ -44,11 +44,14 @@ class Progress:
 
 
 class Pipeline:
-    """Agent, perhaps a process server, and master target around one source."""
+    """Agent, perhaps process servers, and master target around one source.
+
+    `relay` is how many process servers there are; the agent may use all of them, or the target itself where there are none."""
 
     def __init__(self, lab, source, relay=True, agent=None, process_server=None, target=None):
-        self.lab, self.source, self.with_relay = lab, str(source), relay
+        self.lab, self.source, self.with_relay, self.relays = lab, str(source), bool(relay), int(relay)
         self.target_port, self.relay_port = free_port(), free_port()
+        self.relay_of = {}
         self.configs = {AGENT: agent or {}, RELAY: process_server or {}, TARGET: target or {}}
         self.disk = None
         self.datastore = lab.dir / "datastore"
@@ -58,14 +61,16 @@ class Pipeline:
         """Starts everything; certificates are fresh."""
         target = self.lab.add(TARGET, {"listen": f"127.0.0.1:{self.target_port}", **self.configs[TARGET]})
         target.start_and_wait()
-        upstream = self.target_port
-        if self.with_relay:
-            relay = self.lab.add(RELAY, {"listen": f"127.0.0.1:{self.relay_port}",
-                                         "targets": [f"127.0.0.1:{self.target_port}"], **self.configs[RELAY]})
+        for number in range(self.relays):
+            port = free_port() if number else self.relay_port
+            instance = f"{RELAY}-{number + 1}" if number else RELAY
+            relay = self.lab.add(RELAY, {"listen": f"127.0.0.1:{port}", "targets": [f"127.0.0.1:{self.target_port}"],
+                                         **self.configs[RELAY]}, instance)
             self.enroll(relay)
             relay.start_and_wait()
-            upstream = self.relay_port
-        config = {"upstream": [f"127.0.0.1:{upstream}"], **self.configs[AGENT]}
+            self.relay_of[f"127.0.0.1:{port}"] = relay
+        upstream = list(self.relay_of) or [f"127.0.0.1:{self.target_port}"]
+        config = {"upstream": upstream, **self.configs[AGENT]}
         if "scan_interval" in config:
             # The script is about rounds that read everything, whether the disk could be followed or not.
             config.setdefault("capture", {"mode": "scan"})
@@ -169,10 +174,10 @@ class Pipeline:
         return result
 
     def stop(self):
-        """Ends agent, relay and target in this order, as an administrator would."""
-        for daemon in (self.lab.agent, self.lab.relay, self.lab.target):
-            if daemon is not None:
-                daemon.stop()
+        """Ends agent, relays and target in this order, as an administrator would."""
+        relays = [daemon for daemon in self.lab.daemons.values() if daemon.name == RELAY]
+        for daemon in (self.lab.agent, *relays, self.lab.target):
+            daemon.stop()
 
     def forget(self):
         """Removes state and logs of the ended daemons, so that others can take their place."""

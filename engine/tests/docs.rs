@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use reprotect_engine::format::undo::{frame as undo_frame, index as undo_index};
 use reprotect_engine::format::wire::{Row, ValueRow};
 use reprotect_engine::format::{
-    batch, crc_map, disk_state, extent, frame, handshake, manifest, message, segment, segment_index, undo,
+    batch, crc_map, disk_state, extent, frame, handshake, manifest, message, segment, segment_index, standby, undo,
 };
 
 enum Table {
@@ -38,6 +38,7 @@ fn tables() -> Vec<(&'static str, Table)> {
             Nack Fenced CompareRequestHead CompareHashesHead PassBegin PassState PassEnd PointDegrade Policy MarkRequest
             MarkRefused GrowDisk ErrorHead
             | PassMode PassCause NackReason ErrorCode;
+        standby: Probe Load |;
         batch: BatchHeader BulkHeader Mark | Stretch MarkClass;
         extent: RecordHeader | RecordKind Codec;
         disk_state: DiskStateHead |;

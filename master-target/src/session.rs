@@ -9,11 +9,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use reprotect_engine::error::Answer;
+use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::handshake::Role;
 use reprotect_engine::format::message::{ErrorCode, GrowDisk, Message};
+use reprotect_engine::format::standby::{Load, Probe};
 use reprotect_engine::net::endpoint::{CloseCode, PeerConnection};
-use reprotect_engine::net::lanes::{self, Arrival, LaneReader, LaneWriter};
+use reprotect_engine::net::lanes::{self, Arrival, LaneError, LaneReader, LaneWriter};
 use reprotect_engine::net::revocations::Revocations;
+use reprotect_engine::net::standby::{self, stand_by};
 use reprotect_engine::net::{identity, mono_clock};
 use reprotect_engine::proto::master_target::{DiskInput, SessionEvent, TargetSession, Transport};
 use reprotect_engine::proto::target_disk::SessionId;
@@ -44,12 +47,20 @@ pub async fn serve(
         identity::Role::MasterTarget => return CloseCode::Violation.close(&peer.connection),
     };
     let relay = (role == Role::ProcessServer).then_some(peer.peer.peer);
-    let Ok(Ok((reader, writer, written))) =
+    let Ok(Ok(mut lanes)) =
         tokio::time::timeout(CONTROL_WAIT, lanes::accepted::<u64>(&peer.connection)).await
     else {
         tracing::info!(%address, "a connection opened no control stream in time");
         return CloseCode::Violation.close(&peer.connection);
     };
+    let first = match stand_by(&mut lanes, || 0, |probe| load(&registry, probe)).await {
+        Ok((kind, body)) => Arrival::Frame(kind, body),
+        Err(error) => {
+            tracing::debug!(%address, %error, "a connection that stood by is over");
+            return CloseCode::Finished.close(&peer.connection);
+        }
+    };
+    let (reader, writer, written) = lanes;
     let mut nonce = [0_u8; 32];
     if getrandom::fill(&mut nonce).is_err() {
         tracing::error!("the system has no randomness; the session is refused");
@@ -69,7 +80,7 @@ pub async fn serve(
         unwritten_bytes: 0,
         replies,
     };
-    let result = session.run(reader, news, from_disks).await;
+    let result = session.run((first, reader), news, from_disks).await;
     if let Err(error) = &result {
         let message = Message::error(DiskId::NONE, error.code(), &error.to_string());
         session.queue(Outgoing::control(message.encode()));
@@ -84,6 +95,12 @@ pub async fn serve(
     session.tell_disks().await;
     registry.end_session(id);
     CloseCode::Finished.close(&peer.connection);
+}
+
+/// How this master target stands.
+fn load(registry: &Registry, probe: Probe) -> Load {
+    let sessions = u32::try_from(registry.sessions().len()).unwrap_or(u32::MAX);
+    Load { token: probe.token, target_micros: 0, sessions, room_permille: 1000, accepts: true }
 }
 
 struct Session {
@@ -102,10 +119,15 @@ struct Session {
 impl Session {
     async fn run(
         &mut self,
-        mut reader: LaneReader,
+        (first, mut reader): (Arrival, LaneReader),
         mut news: mpsc::UnboundedReceiver<News>,
         mut from_disks: mpsc::UnboundedReceiver<Message>,
     ) -> Result<(), ProtoError> {
+        if let Arrival::Frame(kind, body) = first {
+            self.core.handle_frame(kind, body)?;
+            self.handle_events().await;
+            self.transmit();
+        }
         loop {
             let now = mono_clock();
             let wait = self
@@ -125,6 +147,13 @@ impl Session {
                     return Ok(());
                 }
                 arrival = reader.next(), if !congested => match arrival {
+                    Arrival::Frame(FrameKind::Probe, body) => {
+                        match standby::answer(&body, |probe| load(&self.registry, probe)) {
+                            Ok(answer) => self.queue(answer),
+                            Err(LaneError::Format(error)) => return Err(error.into()),
+                            Err(LaneError::Ended(_)) => {}
+                        }
+                    }
                     Arrival::Frame(kind, body) => self.core.handle_frame(kind, body)?,
                     Arrival::Over(error) => {
                         tracing::info!(session = self.id.0, agent = ?self.core.agent(), %error, "session over");

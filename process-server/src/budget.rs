@@ -102,6 +102,19 @@ impl Budget {
         self.shares().reserved
     }
 
+    /// Thousandths of it that are not promised.
+    #[must_use]
+    pub fn room_permille(&self) -> u16 {
+        let free = self.total - self.reserved_bytes().min(self.total);
+        u16::try_from(free * 1000 / self.total.max(1)).unwrap_or(1000)
+    }
+
+    /// Whether [`Self::session`] would give one now.
+    #[must_use]
+    pub fn has_room_for_a_session(&self) -> bool {
+        self.reserved_bytes() + BUDGET_BYTES_MIN <= self.total
+    }
+
     /// A new session's send window and the window of its first disk; `None` when there is no room for both.
     #[must_use]
     pub fn session(self: &Arc<Self>) -> Option<(Share, Share)> {

@@ -36,7 +36,7 @@ use crate::enrolment::{self, EnrolmentError, Own};
 use crate::recode::{Governor, RecodePool};
 use crate::relay::Relay;
 use crate::status::{Register, Status};
-use crate::upstream::{self, Upstream};
+use crate::upstream::{self, Reach, Upstream};
 
 /// How often the compression level is looked at.
 const OBSERVE: Duration = Duration::from_millis(250);
@@ -124,6 +124,10 @@ pub async fn run(settings: Settings, shutdown: Shutdown) -> Result<(), RunError>
     let mut tasks = JoinSet::new();
     tasks.spawn(Arc::clone(&daemon).follow_load(shutdown.clone()));
     tasks.spawn(Arc::clone(&daemon).renew_when_due(shutdown.clone()));
+    tasks.spawn({
+        let relay = Arc::clone(&daemon.relay);
+        async move { relay.upstream.follow_target().await }
+    });
     let serving = tokio::spawn(admin.serve(router, shutdown.clone()));
     let accepting = accept_all(&daemon, &shutdown);
     tokio::join!(accepting, notifier.watch(&shutdown));
@@ -261,6 +265,11 @@ impl Daemon {
     fn status(&self) -> Status {
         let (sessions, totals) = self.relay.register.read();
         let identity = self.own.identity();
+        let (target_micros, target_problem) = match self.relay.upstream.reach() {
+            Reach::Unknown => (None, None),
+            Reach::Reached(time) => (Some(u32::try_from(time.as_micros()).unwrap_or(u32::MAX)), None),
+            Reach::Lost(reason) => (None, Some(reason)),
+        };
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             peer: identity.own().peer.to_string(),
@@ -272,6 +281,8 @@ impl Daemon {
             level: self.relay.pool.level(),
             adaptive: self.adaptive,
             workers: self.relay.pool.workers(),
+            target_micros,
+            target_problem,
             sessions,
             totals,
         }

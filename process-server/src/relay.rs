@@ -1,7 +1,8 @@
 //! One relayed session: an agent's connection, an own connection to the master target, and the frames between them.
 //!
-//! Order of a session: the agent's HELLO → its share of the memory → the target is dialled → HELLO passes on → frames
-//! both ways until either side is gone. The protocol is `proto::process_server`; this file moves its frames.
+//! Order of a session: the agent stands by, if it likes → its HELLO → its share of the memory → the target is dialled →
+//! HELLO passes on → frames both ways until either side is gone. The protocol is `proto::process_server`; this file
+//! moves its frames, and answers probes, which are not passed on.
 //!
 //! Invariants: an agent has exactly one upstream connection and nobody shares it, so a slow target disk holds back one
 //! machine only; every open disk has its window in the memory budget before the target hears of it; frames of a side
@@ -19,10 +20,13 @@ use reprotect_engine::format::frame::{FrameHeader, FrameKind};
 use reprotect_engine::format::message::{ErrorCode, Message};
 use reprotect_engine::host::output::Estimate;
 use reprotect_engine::host::shutdown::Shutdown;
+use reprotect_engine::format::standby::{Load, Probe};
 use reprotect_engine::limits::HANDSHAKE_NANOS_MAX;
 use reprotect_engine::net::endpoint::{CloseCode, PeerConnection};
 use reprotect_engine::net::lanes::{self, Arrival, LaneError, LaneReader, LaneWriter};
 use reprotect_engine::net::mono_clock;
+use reprotect_engine::net::silence::Silence;
+use reprotect_engine::net::standby::{self, Lanes, stand_by};
 use reprotect_engine::proto::process_server::{RelayAction, RelaySession, Side};
 use reprotect_engine::proto::{Lane, Outgoing, ProtoError};
 use reprotect_engine::units::{DiskId, PeerId};
@@ -38,6 +42,8 @@ use crate::upstream::{Upstream, UpstreamError};
 const TICK: Duration = Duration::from_millis(250);
 /// How long an agent is given to read why its session ended.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// Ticks in a row without a sign of life from the target after which it counts as lost. The transport would take 5 s.
+const SILENT_TICKS: u32 = 8;
 /// Control frames waiting for one side; beyond, nothing more is read from the other.
 const CONTROL_BYTES_MAX: u64 = 4 << 20;
 
@@ -97,6 +103,11 @@ struct Token {
     wire_bytes: u64,
 }
 
+impl Token {
+    /// Of a frame that nobody waits for.
+    const IDLE: Self = Self { lane: Lane::Control, disk: DiskId::NONE, cost: 0, wire_bytes: 0 };
+}
+
 /// One side's connection with its lanes.
 #[derive(Debug)]
 struct Line {
@@ -109,11 +120,7 @@ struct Line {
 }
 
 impl Line {
-    fn new(
-        peer: PeerConnection,
-        lanes: (LaneReader, LaneWriter<Token>, mpsc::UnboundedReceiver<Token>),
-    ) -> Self {
-        let (reader, writer, written) = lanes;
+    fn new(peer: PeerConnection, (reader, writer, written): Lanes<Token>) -> Self {
         Self { peer, reader, writer, written, control_bytes: 0 }
     }
 
@@ -153,6 +160,7 @@ struct Session {
     core: RelaySession,
     agent: Line,
     target: Option<Line>,
+    target_silence: Silence,
     send_share: Share,
     /// Reserved with the session, for the first disk it opens.
     first_window: Option<Share>,
@@ -169,26 +177,22 @@ impl Relay {
     pub async fn serve(self: Arc<Self>, peer: PeerConnection, shutdown: Shutdown) {
         let agent = peer.peer.peer;
         let address = peer.connection.remote_address();
+        let begun = tokio::select! {
+            begun = self.begin(&peer) => begun,
+            () = shutdown.requested() => return CloseCode::ShuttingDown.close(&peer.connection),
+        };
+        let (lanes, first) = match begun {
+            Ok(begun) => begun,
+            Err(error) => {
+                tracing::info!(%agent, %address, %error, "no session begun");
+                return CloseCode::Violation.close(&peer.connection);
+            }
+        };
         let entry = self.register.enter(SessionStatus {
             agent: agent.to_string(),
             address: address.to_string(),
             ..SessionStatus::default()
         });
-        let opened = tokio::select! {
-            opened = timeout(Duration::from_nanos(HANDSHAKE_NANOS_MAX), lanes::accepted(&peer.connection)) => opened,
-            () = shutdown.requested() => return CloseCode::ShuttingDown.close(&peer.connection),
-        };
-        let lanes = match opened {
-            Ok(Ok(lanes)) => lanes,
-            Ok(Err(error)) => {
-                tracing::info!(%agent, %address, %error, "session not begun");
-                return;
-            }
-            Err(_) => {
-                tracing::info!(%agent, %address, "session not begun: no control stream within 10 s");
-                return CloseCode::Violation.close(&peer.connection);
-            }
-        };
         let mut line = Line::new(peer, lanes);
         let Some((send_share, first_window)) = self.budget.session() else {
             self.register.count_refused();
@@ -202,8 +206,29 @@ impl Relay {
         };
         tracing::info!(%agent, %address, "session began");
         let mut session = Session::new(self, line, (send_share, first_window), entry);
-        let end = session.run(&shutdown).await;
+        let end = session.run(first, &shutdown).await;
         session.finish(&end).await;
+    }
+
+    /// Opens the lanes and answers probes until the agent sends a session's first frame.
+    async fn begin(&self, peer: &PeerConnection) -> Result<(Lanes<Token>, Arrival), LaneError> {
+        let limit = Duration::from_nanos(HANDSHAKE_NANOS_MAX);
+        let mut lanes = timeout(limit, lanes::accepted(&peer.connection))
+            .await
+            .map_err(|_| LaneError::Ended("no control stream within 10 s".to_owned()))??;
+        let (kind, body) = stand_by(&mut lanes, || Token::IDLE, |probe| self.load(probe)).await?;
+        Ok((lanes, Arrival::Frame(kind, body)))
+    }
+
+    /// How this process server stands.
+    fn load(&self, probe: Probe) -> Load {
+        Load {
+            token: probe.token,
+            target_micros: self.upstream.target_micros(),
+            sessions: self.register.sessions(),
+            room_permille: self.budget.room_permille(),
+            accepts: self.budget.has_room_for_a_session(),
+        }
     }
 }
 
@@ -238,6 +263,7 @@ impl Session {
             relay,
             agent,
             target: None,
+            target_silence: Silence::default(),
             send_share,
             first_window: Some(first_window),
             disks: BTreeMap::new(),
@@ -249,20 +275,16 @@ impl Session {
         }
     }
 
-    async fn run(&mut self, shutdown: &Shutdown) -> End {
-        match self.open(shutdown).await {
+    async fn run(&mut self, first: Arrival, shutdown: &Shutdown) -> End {
+        match self.open(first, shutdown).await {
             Ok(()) => self.pass_frames(shutdown).await,
             Err(end) => end,
         }
     }
 
     /// Takes the agent's HELLO and connects with the target it leads to.
-    async fn open(&mut self, shutdown: &Shutdown) -> Result<(), End> {
-        let arrival = tokio::select! {
-            arrival = timeout(self.time_left(), self.agent.reader.next()) => arrival,
-            () = shutdown.requested() => return Err(End::Stopping),
-        };
-        self.handle_arrival(Side::Agent, arrival.map_err(|_| ProtoError::Timeout)?)?;
+    async fn open(&mut self, first: Arrival, shutdown: &Shutdown) -> Result<(), End> {
+        self.handle_arrival(Side::Agent, first)?;
         let Some(RelayAction::Dial(wanted)) = self.core.poll_action() else {
             return Err(ProtoError::Unexpected { got: "a frame", state: "waiting for HELLO" }.into());
         };
@@ -292,11 +314,6 @@ impl Session {
         self.target = Some(Line::new(peer, lanes));
         self.core.handle_dialled();
         Ok(())
-    }
-
-    fn time_left(&self) -> Duration {
-        let nanos = self.core.poll_timeout().map_or(u64::MAX, |at| at.nanos_since(mono_clock()));
-        Duration::from_nanos(nanos)
     }
 
     async fn pass_frames(&mut self, shutdown: &Shutdown) -> End {
@@ -361,6 +378,11 @@ impl Session {
     }
 
     fn handle_agent_frame(&mut self, kind: FrameKind, body: Bytes) -> Result<(), End> {
+        if kind == FrameKind::Probe {
+            let answer = standby::answer(&body, |probe| self.relay.load(probe));
+            self.agent.send(answer.map_err(|error| self.over(Side::Agent, error))?, DiskId::NONE, 0);
+            return Ok(());
+        }
         if kind == FrameKind::OpenDisk
             && let Message::OpenDisk(head, _) = Message::decode(kind, &body).map_err(ProtoError::from)?
             && !self.disks.contains_key(&head.disk)
@@ -496,6 +518,11 @@ impl Session {
 
     fn handle_tick(&mut self) -> Result<(), End> {
         self.core.handle_timeout(mono_clock())?;
+        if let Some(target) = &self.target
+            && self.target_silence.look(&target.peer.connection) >= SILENT_TICKS
+        {
+            return Err(self.over(Side::Target, LaneError::Ended("nothing came from it for 2 s".to_owned())));
+        }
         // A side that is not being read for the other's congestion is noticed here when it is gone.
         if self.target.as_ref().is_some_and(Line::is_congested)
             && let Some(reason) = self.agent.peer.connection.close_reason()

@@ -32,6 +32,12 @@ pub struct Status {
     pub adaptive: bool,
     /// Compression threads.
     pub workers: usize,
+    /// Round trip to the master target in microseconds; none while it is not known or the target cannot be reached.
+    #[serde(default)]
+    pub target_micros: Option<u32>,
+    /// Why it cannot be reached.
+    #[serde(default)]
+    pub target_problem: Option<String>,
     /// Sessions now.
     pub sessions: Vec<SessionStatus>,
     /// Sums since the start, running sessions included.
@@ -178,6 +184,12 @@ impl Register {
     /// Counts a refusal.
     pub fn count_refused(&self) {
         self.inner().ended.refused += 1;
+    }
+
+    /// How many sessions there are now.
+    #[must_use]
+    pub fn sessions(&self) -> u32 {
+        u32::try_from(self.inner().live.len()).unwrap_or(u32::MAX)
     }
 
     /// Sessions now, and the totals.

@@ -5,13 +5,15 @@
 //! what to do. One UDP socket per address family serves all sessions. Called by `relay`, `check` and the renewal.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use reprotect_engine::error::{Answer, Severity};
+use reprotect_engine::format::standby::{ROUND_TRIP_NONE, ROUND_TRIP_UNKNOWN};
 use reprotect_engine::host::values::HostPort;
-use reprotect_engine::net::endpoint::{Dialer, EndpointError, PeerConnection, TransportSettings};
+use reprotect_engine::net::endpoint::{CloseCode, Dialer, EndpointError, PeerConnection, TransportSettings};
 use reprotect_engine::net::identity::Role;
+use reprotect_engine::net::standby::Standing;
 use reprotect_engine::net::tls;
 use reprotect_engine::net::trust::{PeerRule, Trust};
 use reprotect_engine::units::PeerId;
@@ -21,6 +23,10 @@ use crate::enrolment::Own;
 
 /// Longest wait for one address; two dead ones still leave time in the agent's handshake of 10 s.
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(4);
+/// Pause between two probes of the target, and before it is dialled again.
+const PROBE_PAUSE: Duration = Duration::from_secs(1);
+/// A target that takes longer to answer a probe is lost.
+const PROBE_LIMIT: Duration = Duration::from_secs(2);
 /// Most addresses one name may stand for.
 const RESOLVED_MAX: usize = 4;
 
@@ -49,6 +55,19 @@ pub struct Upstream {
     v4: Dialer,
     /// Missing where the system has no IPv6.
     v6: Option<Dialer>,
+    reach: Mutex<Reach>,
+}
+
+/// How the target was found when it was last probed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Reach {
+    /// Not probed yet.
+    #[default]
+    Unknown,
+    /// It answered after so long.
+    Reached(Duration),
+    /// It cannot be reached, and why.
+    Lost(String),
 }
 
 /// Transport towards a target: it sends much and receives acknowledgements and hashes only.
@@ -85,7 +104,7 @@ impl Upstream {
     pub fn new(targets: Vec<HostPort>, own: Arc<Own>, trust: Arc<Trust>) -> Result<Self, EndpointError> {
         let v4 = Dialer::bind((Ipv4Addr::UNSPECIFIED, 0).into(), transport())?;
         let v6 = Dialer::bind((Ipv6Addr::UNSPECIFIED, 0).into(), transport()).ok();
-        Ok(Self { targets, own, trust, v4, v6 })
+        Ok(Self { targets, own, trust, v4, v6, reach: Mutex::default() })
     }
 
     /// The addresses in use.
@@ -145,6 +164,56 @@ impl Upstream {
             .connect(address, config, expected, self.trust.revocations())
             .await
             .map_err(|error| error.to_string())
+    }
+
+    /// How the target was found when it was last probed.
+    #[must_use]
+    pub fn reach(&self) -> Reach {
+        self.reach.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn found(&self, reach: Reach) {
+        *self.reach.lock().unwrap_or_else(PoisonError::into_inner) = reach;
+    }
+
+    /// The round trip to the target as LOAD says it.
+    #[must_use]
+    pub fn target_micros(&self) -> u32 {
+        match self.reach() {
+            Reach::Unknown => ROUND_TRIP_UNKNOWN,
+            // None is said of what is the target itself.
+            Reach::Reached(time) => u32::try_from(time.as_micros()).map_or(u32::MAX / 2, |micros| micros.max(1)),
+            Reach::Lost(_) => ROUND_TRIP_NONE,
+        }
+    }
+
+    /// Keeps a connection to the target and measures it, so that agents learn how long the way is, and whether there is
+    /// one. Runs until it is dropped.
+    pub async fn follow_target(&self) {
+        loop {
+            let reason = match self.dial(PeerId::NONE).await {
+                Ok(peer) => self.probe_while_reached(peer).await,
+                Err(error) => error.tried,
+            };
+            self.found(Reach::Lost(reason));
+            tokio::time::sleep(PROBE_PAUSE).await;
+        }
+    }
+
+    /// Probes until the connection fails; answers why.
+    async fn probe_while_reached(&self, peer: PeerConnection) -> String {
+        let mut standing = match Standing::<()>::open(peer).await {
+            Ok(standing) => standing,
+            Err(error) => return error.to_string(),
+        };
+        loop {
+            if let Err(error) = standing.probe(PROBE_LIMIT).await {
+                CloseCode::Finished.close(&standing.peer.connection);
+                return error.to_string();
+            }
+            self.found(standing.probing.round_trip().map_or(Reach::Unknown, Reach::Reached));
+            tokio::time::sleep(PROBE_PAUSE).await;
+        }
     }
 
     /// Closes every connection and waits until the targets know.

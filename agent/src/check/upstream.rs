@@ -10,8 +10,9 @@ use reprotect_engine::net::endpoint::{CloseCode, PeerConnection};
 
 use crate::config::Settings;
 use crate::daemon::{host_name, load_identity};
-use crate::dial::{Dial, Ended};
+use crate::dial::Dial;
 use crate::plan;
+use crate::rota::Ended;
 
 /// Round trips beyond this slow down every write's way to the relay: a process server near the VM helps.
 const RTT_WANTED: Duration = Duration::from_millis(50);
@@ -25,7 +26,7 @@ pub(super) async fn findings(settings: &Settings) -> Vec<Finding> {
     let Ok(addresses) = plan::upstream(settings) else { return Vec::new() };
     let shared = Arc::new(RwLock::new(Arc::new(identity)));
     let dial = Dial::new(shared, settings.credentials.clone(), host_name());
-    let mut dial = match dial {
+    let dial = match dial {
         Ok(dial) => dial.without_renewal(),
         Err(error) => {
             return vec![Finding::fail(
@@ -37,13 +38,13 @@ pub(super) async fn findings(settings: &Settings) -> Vec<Finding> {
     };
     let mut findings = Vec::new();
     for address in &addresses {
-        findings.push(one(&mut dial, address).await);
+        findings.push(one(&dial, address).await);
     }
     dial.close().await;
     findings
 }
 
-async fn one(dial: &mut Dial, address: &str) -> Finding {
+async fn one(dial: &Dial, address: &str) -> Finding {
     let remedy = "check that the peer runs, that UDP is open from here to it, and that `upstream` is right";
     match dial.connect(address).await {
         Ok(peer) => {

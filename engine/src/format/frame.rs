@@ -70,6 +70,10 @@ wire_enum! {
         MarkRefused = 26,
         /// The source disk is larger than the target: it is to grow.
         GrowDisk = 27,
+        /// How a peer stands, asked by an agent of its neighbour.
+        Probe = 28,
+        /// The answer.
+        Load = 29,
     }
 }
 

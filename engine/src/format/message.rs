@@ -9,12 +9,19 @@ use super::FormatError;
 use super::batch::{Chain, Mark, MarkCause};
 use super::frame::{Frame, FrameKind};
 use super::handshake::{Hello, HelloAck};
+use super::standby::{Load, Probe};
 use super::wire::{Text, put_items, take_items, wire, wire_enum};
 use crate::checksum::UnitHash;
-use crate::limits::{
-    CHUNK_BYTES, COMPARE_FINE_BYTES, DISK_BYTES_MAX, DISKS_PER_AGENT_MAX, RANGES_PER_MESSAGE_MAX,
+use crate::limits::{CHUNK_BYTES, COMPARE_FINE_BYTES, RANGES_PER_MESSAGE_MAX};
+use crate::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence};
+
+mod tails;
+
+pub(in crate::format) use tails::check_size;
+use tails::{
+    all_items, bounded, put_auth, take_auth, take_blob, take_blob_of, take_compare_request, take_inventory,
+    take_point_degrade,
 };
-use crate::units::{DiskId, Generation, LineageId, PeerId, SECTOR_BYTES, SectorRange, Sequence};
 
 /// Identifies a source disk on its agent: derived from what the disk itself says, stable over reboots.
 pub type SourceId = [u8; 16];
@@ -485,6 +492,8 @@ pub enum Message {
     MarkRequest(MarkRequest),
     MarkRefused(MarkRefused),
     GrowDisk(GrowDisk),
+    Probe(Probe),
+    Load(Load),
     Error(ErrorHead, String),
 }
 
@@ -557,6 +566,8 @@ impl Message {
             Self::MarkRequest(m) => put(&mut out, FrameKind::MarkRequest, &m.to_bytes()),
             Self::MarkRefused(m) => put(&mut out, FrameKind::MarkRefused, &m.to_bytes()),
             Self::GrowDisk(m) => put(&mut out, FrameKind::GrowDisk, &m.to_bytes()),
+            Self::Probe(m) => put(&mut out, FrameKind::Probe, &m.to_bytes()),
+            Self::Load(m) => put(&mut out, FrameKind::Load, &m.to_bytes()),
             Self::Error(m, text) => {
                 put(&mut out, FrameKind::Error, &m.to_bytes());
                 put(&mut out, FrameKind::Error, text.as_bytes())
@@ -619,6 +630,8 @@ impl Message {
                 check_size("GrowDisk", grow.size_sectors)?;
                 Self::GrowDisk(grow)
             }
+            FrameKind::Probe => Self::Probe(Probe::read_exact(body)?),
+            FrameKind::Load => Self::Load(Load::read_exact(body)?),
             FrameKind::Error => {
                 let (head, rest) = ErrorHead::read_prefix(body)?;
                 let text = take_blob_of(rest, head.text_bytes.into(), usize::from(u16::MAX), "Error")?;
@@ -652,145 +665,4 @@ impl Message {
 fn put(out: &mut BytesMut, kind: FrameKind, bytes: &[u8]) -> FrameKind {
     out.put_slice(bytes);
     kind
-}
-
-fn put_auth(out: &mut BytesMut, auth: &Auth) -> FrameKind {
-    let head = AuthHead {
-        agent: auth.agent,
-        signature_bytes: auth.signature.len() as u16,
-        certificate_count: auth.certificates.len() as u16,
-    };
-    out.put_slice(&head.to_bytes());
-    out.put_slice(&auth.signature);
-    for certificate in &auth.certificates {
-        out.put_u16_le(certificate.len() as u16);
-        out.put_slice(certificate);
-    }
-    FrameKind::Auth
-}
-
-fn take_auth(body: &Bytes) -> Result<Auth, FormatError> {
-    const WHAT: &str = "Auth";
-    let (head, rest) = AuthHead::read_prefix(body)?;
-    bounded(head.signature_bytes.into(), SIGNATURE_BYTES_MAX, WHAT)?;
-    let count = bounded(head.certificate_count.into(), CERTIFICATES_MAX, WHAT)?;
-    let (signature, mut rest) = split(rest, head.signature_bytes.into(), WHAT)?;
-    let mut certificates = Vec::with_capacity(count);
-    for _ in 0..count {
-        let (len, after) = take_items::<u16>(rest, 1, WHAT)?;
-        let len = usize::from(len.first().copied().unwrap_or(0));
-        bounded(len as u32, CERTIFICATE_BYTES_MAX, WHAT)?;
-        let (certificate, after) = split(after, len, WHAT)?;
-        certificates.push(Bytes::copy_from_slice(certificate));
-        rest = after;
-    }
-    if !rest.is_empty() {
-        return Err(FormatError::Trailing { what: WHAT, got: rest.len() });
-    }
-    Ok(Auth { agent: head.agent, signature: Bytes::copy_from_slice(signature), certificates })
-}
-
-fn take_inventory(body: &Bytes) -> Result<Message, FormatError> {
-    let (head, mut rest) = InventoryHead::read_prefix(body)?;
-    let count = bounded(head.disk_count, DISKS_PER_AGENT_MAX, "Inventory")?;
-    let mut disks = Vec::with_capacity(count);
-    for _ in 0..count {
-        let (disk, after) = InventoryDisk::read_prefix(rest)?;
-        if disk.fs_count > 8 {
-            return Err(FormatError::Field {
-                what: "InventoryDisk",
-                field: "fs_count",
-                got: disk.fs_count.into(),
-                expected: "at most 8",
-            });
-        }
-        disks.push(disk);
-        rest = after;
-    }
-    if rest.is_empty() {
-        Ok(Message::Inventory(head, disks))
-    } else {
-        Err(FormatError::Trailing { what: "Inventory", got: rest.len() })
-    }
-}
-
-fn take_compare_request(body: &Bytes) -> Result<Message, FormatError> {
-    const WHAT: &str = "CompareRequest";
-    let (head, rest) = CompareRequestHead::read_prefix(body)?;
-    let field = |field, got, expected| Err(FormatError::Field { what: WHAT, field, got, expected });
-    if head.range.is_empty() || head.range.bytes() > CHUNK_BYTES {
-        return field("range", head.range.len(), "one sector to one chunk");
-    }
-    if u64::from(head.unit_bytes) != crate::limits::COMPARE_UNIT_BYTES
-        && u64::from(head.unit_bytes) != COMPARE_FINE_BYTES
-    {
-        return field("unit_bytes", head.unit_bytes.into(), "65536 or 4096");
-    }
-    let units: Vec<u16> = all_items(rest, bounded(head.unit_count.into(), HASHES_MAX, WHAT)?, WHAT)?;
-    if units.windows(2).any(|pair| matches!(pair, [a, b] if a >= b)) {
-        return field("units", 0, "ascending units");
-    }
-    Ok(Message::CompareRequest(head, units))
-}
-
-fn take_point_degrade(body: &Bytes) -> Result<PointDegrade, FormatError> {
-    let degrade = PointDegrade::read_exact(body)?;
-    if degrade.from > degrade.to {
-        return Err(FormatError::Field {
-            what: "PointDegrade",
-            field: "from",
-            got: degrade.from.0,
-            expected: "no sequence behind the last one",
-        });
-    }
-    Ok(degrade)
-}
-
-/// Refuses a disk larger than any that may be protected: sizes and addresses below may then be computed with.
-pub(super) fn check_size(what: &'static str, size_sectors: u64) -> Result<(), FormatError> {
-    if size_sectors <= DISK_BYTES_MAX / SECTOR_BYTES {
-        return Ok(());
-    }
-    Err(FormatError::Field { what, field: "size_sectors", got: size_sectors, expected: "at most 64 TiB" })
-}
-
-fn bounded(count: u32, max: usize, what: &'static str) -> Result<usize, FormatError> {
-    let count = count as usize;
-    if count <= max {
-        Ok(count)
-    } else {
-        Err(FormatError::Field {
-            what,
-            field: "count",
-            got: count as u64,
-            expected: "no more than the limit",
-        })
-    }
-}
-
-fn split<'a>(bytes: &'a [u8], len: usize, what: &'static str) -> Result<(&'a [u8], &'a [u8]), FormatError> {
-    bytes.split_at_checked(len).ok_or(FormatError::Short { what, got: bytes.len(), expected: len })
-}
-
-fn all_items<T: super::wire::WireField>(
-    bytes: &[u8],
-    count: usize,
-    what: &'static str,
-) -> Result<Vec<T>, FormatError> {
-    let (items, rest) = take_items(bytes, count, what)?;
-    if rest.is_empty() { Ok(items) } else { Err(FormatError::Trailing { what, got: rest.len() }) }
-}
-
-fn take_blob(bytes: &[u8], len: u16, what: &'static str) -> Result<Bytes, FormatError> {
-    take_blob_of(bytes, len.into(), GRANT_BYTES_MAX, what)
-}
-
-fn take_blob_of(bytes: &[u8], len: usize, max: usize, what: &'static str) -> Result<Bytes, FormatError> {
-    bounded(len as u32, max, what)?;
-    let (blob, rest) = split(bytes, len, what)?;
-    if rest.is_empty() {
-        Ok(Bytes::copy_from_slice(blob))
-    } else {
-        Err(FormatError::Trailing { what, got: rest.len() })
-    }
 }

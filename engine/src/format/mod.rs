@@ -17,6 +17,7 @@ pub mod message;
 pub mod nbd;
 pub mod segment;
 pub mod segment_index;
+pub mod standby;
 pub mod undo;
 pub mod vmdk;
 pub mod wire;

@@ -14,6 +14,7 @@
 //! | [`ca`] | the master target's certificate authority |
 //! | [`tls`] | rustls configurations |
 //! | [`lanes`] | the frames of a session over a connection |
+//! | [`standby`], [`silence`] | connections kept ready, and when a peer counts as dead |
 //! | [`nbd`] | disks served to NBD clients |
 //! | [`endpoint`], `socket` | transport limits, accepting and dialling; UDP |
 //! | [`token`], [`invitations`], [`enroll`], [`enroll_wire`] | how a new machine gets its certificate |
@@ -31,7 +32,9 @@ pub mod invitations;
 pub mod lanes;
 pub mod nbd;
 pub mod revocations;
+pub mod silence;
 mod socket;
+pub mod standby;
 pub mod tls;
 pub mod token;
 pub mod trust;

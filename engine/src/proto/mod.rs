@@ -202,5 +202,7 @@ const fn frame_name(kind: FrameKind) -> &'static str {
         FrameKind::MarkRequest => "MARK_REQUEST",
         FrameKind::MarkRefused => "MARK_REFUSED",
         FrameKind::GrowDisk => "GROW_DISK",
+        FrameKind::Probe => "PROBE",
+        FrameKind::Load => "LOAD",
     }
 }

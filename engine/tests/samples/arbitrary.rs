@@ -8,6 +8,7 @@ use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::FormatError;
 use reprotect_engine::format::batch::{Mark, MarkCause, MarkClass};
 use reprotect_engine::format::extent::{Codec, Record};
+use reprotect_engine::format::standby::{Load, Probe};
 use reprotect_engine::format::message::{
     Ack, Auth, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead,
     GrowDisk, InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason, OfferHead,
@@ -213,8 +214,16 @@ pub(crate) fn passes() -> impl Strategy<Value = Message> {
     let grow = (key(), 0..=DISK_SECTORS_MAX).prop_map(|((disk, generation), size_sectors)| {
         Message::GrowDisk(GrowDisk { disk, generation, size_sectors })
     });
+    let probe = any::<u64>().prop_map(|token| Message::Probe(Probe { token }));
+    let load = (any::<u64>(), any::<u32>(), any::<u32>(), any::<u16>(), any::<bool>()).prop_map(
+        |(token, target_micros, sessions, room_permille, accepts)| {
+            Message::Load(Load { token, target_micros, sessions, room_permille, accepts })
+        },
+    );
     let welcome = any::<u32>().prop_map(|offers| Message::Welcome(Welcome { offers }));
-    prop_oneof![request, hashes, begin, state, end, policy, degrade, wanted, refused, grow, error, welcome]
+    prop_oneof![
+        request, hashes, begin, state, end, policy, degrade, wanted, refused, grow, probe, load, error, welcome
+    ]
 }
 
 pub(crate) fn message() -> impl Strategy<Value = Message> {

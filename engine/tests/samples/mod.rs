@@ -11,6 +11,7 @@ use reprotect_engine::format::batch::{
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::handshake::{HELLO_MAGIC, Hello, HelloAck, Role};
+use reprotect_engine::format::standby::{Load, Probe};
 use reprotect_engine::format::message::{
     Ack, Auth, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead,
     GrowDisk, InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason, OfferHead,
@@ -187,6 +188,17 @@ fn disk_messages() -> Vec<(&'static str, Message)> {
             Message::MarkRefused(MarkRefused { point: [0x57; 16], reason: Text::new("sdb is paused") }),
         ),
         ("GROW_DISK", Message::GrowDisk(GrowDisk { disk, generation, size_sectors: 1 << 22 })),
+        ("PROBE", Message::Probe(Probe { token: 0x70be })),
+        (
+            "LOAD",
+            Message::Load(Load {
+                token: 0x70be,
+                target_micros: 1_250,
+                sessions: 200,
+                room_permille: 875,
+                accepts: true,
+            }),
+        ),
         ("ERROR", Message::error(disk, ErrorCode::Size, "the source has 8 sectors, the target 16")),
     ]
 }
