@@ -194,9 +194,9 @@ pub const KEYS: [KeyDoc; 22] = [
     },
     KeyDoc {
         key: "upstream",
-        about: "Process servers and master targets to dial, tried in this order; empty: the addresses in the enrolment token.",
+        about: "Process servers and master targets that may be used. With several the agent uses the best (process servers first, then by round trip to the master target and by load), keeps the next one ready, and goes on with it when the one in use dies; empty: the addresses in the enrolment token.",
         unit: "list of \"host\" or \"host:port\"; without a port 7443, a master target (a process server listens on 7444)",
-        cost: "none",
+        cost: "with several, one idle connection and a few packets a second",
         example: "",
     },
     KeyDoc {

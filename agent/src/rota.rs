@@ -52,12 +52,7 @@ pub struct Rota {
 
 impl Default for Rota {
     fn default() -> Self {
-        Self {
-            tried: BTreeSet::new(),
-            pause: PAUSE_FIRST,
-            not_before: None,
-            refused_until: HashMap::new(),
-        }
+        Self { tried: BTreeSet::new(), pause: PAUSE_FIRST, not_before: None, refused_until: HashMap::new() }
     }
 }
 

@@ -18,7 +18,7 @@ use reprotect_engine::net::identity::Role;
 use reprotect_engine::net::token::Token;
 use serde_json::json;
 
-use crate::api::{DiskInfo, MarkAnswer, MarkRequest, StatusInfo};
+use crate::api::{DiskInfo, MarkAnswer, MarkRequest, StatusInfo, UpstreamInfo};
 use crate::capture;
 use crate::check;
 use crate::cli::{EnrollArgs, MarkArgs, RunArgs, StatusArgs};
@@ -216,6 +216,11 @@ fn render(info: &StatusInfo) -> String {
             disk.problem.clone().unwrap_or_default(),
         ]);
     }
+    let upstreams = if info.upstreams.len() > 1 {
+        info.upstreams.iter().map(|peer| format!("\n{}", upstream_line(peer))).collect()
+    } else {
+        String::new()
+    };
     let rounds = match info.policy_revision {
         0 => String::new(),
         revision => format!(
@@ -230,7 +235,27 @@ fn render(info: &StatusInfo) -> String {
     } else {
         table.render()
     };
-    format!("agent {}, {link}{rounds}{warnings}{health}\n{disks}", info.agent)
+    format!("agent {}, {link}{rounds}{upstreams}{warnings}{health}\n{disks}", info.agent)
+}
+
+/// How a peer stands.
+fn upstream_line(peer: &UpstreamInfo) -> String {
+    let standing = match (&peer.problem, peer.used, peer.ready) {
+        (_, true, _) => "in use".to_owned(),
+        (Some(problem), ..) => format!("cannot be used: {problem}"),
+        (None, _, true) => "ready".to_owned(),
+        (None, ..) => "not in use".to_owned(),
+    };
+    let millis = |micros: u64| format!("{:.1} ms", micros as f64 / 1000.0);
+    let way = peer.round_trip_us.map_or_else(String::new, |micros| format!(", {} away", millis(micros)));
+    let target = match (peer.round_trip_us, peer.to_target_us) {
+        (Some(_), Some(micros)) => format!(", {} to the master target", millis(micros)),
+        (Some(_), None) => ", does not reach the master target".to_owned(),
+        _ => String::new(),
+    };
+    let room =
+        peer.room_permille.map_or_else(String::new, |room| format!(", {} % of its memory free", room / 10));
+    format!("upstream {}: {standing}{way}{target}{room}", peer.address)
 }
 
 fn health_line(event: &HealthEvent) -> String {

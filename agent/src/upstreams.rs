@@ -175,12 +175,8 @@ impl Upstreams {
             for address in addresses {
                 self.watchers.entry(address.clone()).or_insert_with(|| {
                     let (wants, wanted) = mpsc::channel(1);
-                    let watch = watch_one(
-                        address.clone(),
-                        Arc::clone(&self.shared),
-                        Arc::clone(&self.dial),
-                        wanted,
-                    );
+                    let watch =
+                        watch_one(address.clone(), Arc::clone(&self.shared), Arc::clone(&self.dial), wanted);
                     Watcher { wants, task: tokio::spawn(watch) }
                 });
             }
@@ -361,10 +357,7 @@ async fn watch_one(
 }
 
 /// Waits for `what` while there is no connection to hand over; none when one was wanted, which then gets nothing.
-async fn idle<F: Future>(
-    wants: &mut mpsc::Receiver<oneshot::Sender<Ready>>,
-    what: F,
-) -> Option<F::Output> {
+async fn idle<F: Future>(wants: &mut mpsc::Receiver<oneshot::Sender<Ready>>, what: F) -> Option<F::Output> {
     tokio::select! {
         Some(_nothing) = wants.recv() => None,
         output = what => Some(output),

@@ -12,7 +12,8 @@ use std::path::PathBuf;
 use reprotect_engine::format::undo::{frame as undo_frame, index as undo_index};
 use reprotect_engine::format::wire::{Row, ValueRow};
 use reprotect_engine::format::{
-    batch, crc_map, disk_state, extent, frame, handshake, manifest, message, segment, segment_index, standby, undo,
+    batch, crc_map, disk_state, extent, frame, handshake, manifest, message, segment, segment_index, standby,
+    undo,
 };
 
 enum Table {

@@ -104,6 +104,11 @@ fn single_writes_of_a_live_disk_are_states_it_was_in() {
 }
 
 #[test]
+fn when_the_process_server_in_use_dies_the_agent_goes_on_with_the_other() {
+    script("failover_test.py", &[("SIZE", "128M"), ("KILLS", "3"), ("RATE", "10")]);
+}
+
+#[test]
 fn a_guest_that_loses_its_power_ends_identical_and_its_points_stay() {
     script("guest_test.py", &[("KERNELS", "6.1"), ("CUTS", "1"), ("SIZE", "96M"), ("LOAD", "1")]);
 }

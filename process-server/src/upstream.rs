@@ -182,7 +182,9 @@ impl Upstream {
         match self.reach() {
             Reach::Unknown => ROUND_TRIP_UNKNOWN,
             // None is said of what is the target itself.
-            Reach::Reached(time) => u32::try_from(time.as_micros()).map_or(u32::MAX / 2, |micros| micros.max(1)),
+            Reach::Reached(time) => {
+                u32::try_from(time.as_micros()).map_or(u32::MAX / 2, |micros| micros.max(1))
+            }
             Reach::Lost(_) => ROUND_TRIP_NONE,
         }
     }

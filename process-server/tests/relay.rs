@@ -16,9 +16,11 @@ use reprotect_engine::format::extent::{Codec, Record};
 use reprotect_engine::format::frame::{Frame, FrameKind};
 use reprotect_engine::format::handshake::Hello;
 use reprotect_engine::format::message::{ErrorCode, Message, Policy};
+use reprotect_engine::format::standby::{Load, Probe, ROUND_TRIP_NONE, ROUND_TRIP_UNKNOWN};
 use reprotect_engine::net::endpoint::TransportSettings;
 use reprotect_engine::net::identity::Role;
 use reprotect_engine::net::lanes::{self, Arrival};
+use reprotect_engine::net::standby::Standing;
 use reprotect_engine::proto::agent::AgentEvent;
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::{Lane, Outgoing};
@@ -520,6 +522,87 @@ fn when_the_budget_is_given_away_newcomers_are_refused_politely() {
         let disk = target.protect(agent.id, MIB);
         agent.add_disk(disk, compressible(MIB));
         drop(patiently("the newcomer", agent.sync(server.address)).await);
+        server.stop().await;
+    });
+}
+
+#[test]
+fn an_agent_that_stands_by_learns_how_the_relay_stands_and_takes_no_memory_until_it_begins() {
+    run(async {
+        let site = Site::new();
+        let target = FakeTarget::start(&site);
+        let server = Server::start(&site.state_dir("ps"), target.address, "memory = \"64 MiB\"").await;
+        let identity = site.identity(Role::Agent);
+        let (peer, _dialer) = dial(&identity, &site.trust(), server.address).await.unwrap();
+        let mut standing = Standing::<()>::open(peer).await.unwrap();
+        let load = patiently("an answer", standing.probe(common::PATIENCE)).await.unwrap();
+        assert!(load.accepts && load.sessions == 0 && load.room_permille == 1000, "{load:?}");
+        let status = server.status().await;
+        assert!(status.sessions.is_empty() && status.totals.sessions == 0 && status.reserved_bytes == 0);
+
+        // Others take the memory; what stands by learns that, also from within a session.
+        let mut links = Vec::new();
+        let load = loop {
+            let mut agent = FakeAgent::new(&site, target.id);
+            let disk = target.protect(agent.id, MIB);
+            agent.add_disk(disk, compressible(MIB));
+            links.push(patiently("initial sync", agent.sync(server.address)).await);
+            let load = patiently("an answer", standing.probe(common::PATIENCE)).await.unwrap();
+            if !load.accepts {
+                break load;
+            }
+        };
+        assert!(load.sessions == links.len() as u32 && load.room_permille < 500, "{load:?}");
+        let mut link = links.pop().unwrap();
+        let probe = Message::Probe(Probe { token: 9 }).encode();
+        link.writer.send(Outgoing::control(probe), ());
+        let body = loop {
+            match patiently("an answer in the session", link.reader.next()).await {
+                Arrival::Frame(FrameKind::Load, body) => break body,
+                Arrival::Frame(..) => {}
+                Arrival::Over(error) => panic!("{error}"),
+            }
+        };
+        assert_eq!(Message::decode(FrameKind::Load, &body), Ok(Message::Load(Load { token: 9, ..load })));
+
+        // Its HELLO begins a session on the same connection, which is then refused for want of memory.
+        let (_, (mut reader, mut writer, _written)) = standing.into_lanes();
+        let hello = Hello::new(identity.own().peer, target.id, [7; 16]);
+        writer.send(Outgoing::control(Message::Hello(hello).encode()), ());
+        match patiently("a refusal", reader.next()).await {
+            Arrival::Frame(FrameKind::Error, body) => {
+                let Ok(Message::Error(head, text)) = Message::decode(FrameKind::Error, &body) else {
+                    panic!("no error: {body:?}")
+                };
+                assert_eq!(head.code, ErrorCode::Limit, "{text}");
+            }
+            other => panic!("{other:?}"),
+        }
+        server.stop().await;
+    });
+}
+
+#[test]
+fn a_relay_says_how_far_its_target_is_and_that_it_is_gone() {
+    run(async {
+        let site = Site::new();
+        let target = FakeTarget::start(&site);
+        let server = Server::start(&site.state_dir("ps"), target.address, "").await;
+        let identity = site.identity(Role::Agent);
+        let (peer, _dialer) = dial(&identity, &site.trust(), server.address).await.unwrap();
+        let mut standing = Standing::<()>::open(peer).await.unwrap();
+        let mut until = async |wanted: fn(u32) -> bool| loop {
+            let load = standing.probe(common::PATIENCE).await.unwrap();
+            if wanted(load.target_micros) {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        };
+        patiently("the way is measured", until(|micros| (1..ROUND_TRIP_UNKNOWN).contains(&micros))).await;
+        assert!(server.status().await.target_micros.is_some());
+        target.kill().await;
+        patiently("the way is gone", until(|micros| micros == ROUND_TRIP_NONE)).await;
+        assert!(server.status().await.target_problem.is_some());
         server.stop().await;
     });
 }

@@ -1,8 +1,9 @@
 //! Which peer serves best: the order in which they are tried, and when it is worth to move.
 //!
-//! Invariants: pure; who can be reached, has room and reaches the target comes before who does not; of those, who is near
-//! before who is far, by powers of two, so that noise moves nobody; of those, who is less busy; of those, each agent
-//! has an order of its own, so that many agents spread. A move needs a clear advantage that lasts. Called by [`super`].
+//! Invariants: pure; who can be reached, has room and reaches the target comes before who does not; of those, process servers
+//! (which compress) before the master target itself; of those, who is near before who is far, by powers of two, so that
+//! noise moves nobody; of those, who is less busy; of those, each agent has an order of its own, so that many agents spread.
+//! A move needs a clear advantage that lasts. Called by [`super`].
 
 use std::cmp::Reverse;
 use std::time::Duration;
@@ -46,13 +47,18 @@ impl Way {
         self.accepts() && self.to_target().is_some()
     }
 
+    /// Whether it is the master target itself.
+    const fn is_target(&self) -> bool {
+        matches!(self, Self::Reached { load, .. } if load.target_micros == 0)
+    }
+
     fn class(&self) -> u8 {
         match self {
-            _ if self.is_usable() => 0,
-            Self::Unknown => 1,
-            Self::Reached { .. } if self.to_target().is_some() => 2, // full
-            Self::Reached { .. } => 3,
-            Self::Lost(_) => 4,
+            _ if self.is_usable() => u8::from(self.is_target()),
+            Self::Unknown => 2,
+            Self::Reached { .. } if self.to_target().is_some() => 3, // full
+            Self::Reached { .. } => 4,
+            Self::Lost(_) => 5,
         }
     }
 }
@@ -83,7 +89,9 @@ pub(crate) fn worth_after(active: &Way, waited: Duration, other: &Way) -> Option
     let here = here.max(waited);
     if here > 4 * there + Duration::from_millis(50) {
         Some(AFTER_SLOW)
-    } else if here > 2 * there + Duration::from_millis(20) {
+    } else if active.is_target() && !other.is_target() {
+        (there <= 2 * here + Duration::from_millis(20)).then_some(AFTER_BETTER)
+    } else if here > 2 * there + Duration::from_millis(20) && active.is_target() == other.is_target() {
         Some(AFTER_BETTER)
     } else {
         None
@@ -99,6 +107,7 @@ const AFTER_BETTER: Duration = Duration::from_secs(60);
 mod tests {
     use super::*;
 
+    /// Without a round trip behind it, it is the target itself.
     fn way(millis: u64, target_micros: u32, accepts: bool, sessions: u32, room_permille: u16) -> Way {
         let load = Load { token: 0, target_micros, sessions, room_permille, accepts };
         Way::Reached { round_trip: Duration::from_millis(millis), load }
@@ -107,11 +116,12 @@ mod tests {
     #[test]
     fn every_row_of_the_order() {
         let rows = [
-            ("a master target near by", way(1, 0, true, 0, 1000)),
-            ("a relay with less room", way(1, 500, true, 0, 300)),
+            ("a relay near by", way(1, 500, true, 0, 1000)),
+            ("one with less room", way(1, 500, true, 0, 300)),
             ("a busy one", way(1, 500, true, 40, 300)),
             ("a far one with room", way(9, 500, true, 0, 1000)),
             ("one far from its target", way(1, 90_000, true, 0, 1000)),
+            ("the master target itself", way(1, 0, true, 0, 1000)),
             ("nobody knows yet", Way::Unknown),
             ("a full one", way(1, 500, false, 9, 0)),
             ("one that does not reach its target", way(1, ROUND_TRIP_NONE, true, 0, 1000)),
@@ -131,24 +141,23 @@ mod tests {
 
     #[test]
     fn every_row_of_the_reasons_to_move() {
-        let (now, near, far) = (Duration::ZERO, way(2, 0, true, 0, 1000), way(200, 0, true, 0, 1000));
+        let relay = |millis| way(millis, 1, true, 0, 1000);
+        let (now, near, far, target) = (Duration::ZERO, relay(2), relay(200), way(2, 0, true, 0, 1000));
         let rows = [
             ("as near", &near, now, &near, None),
             ("the other is farther", &near, now, &far, None),
             ("far and slow", &far, now, &near, Some(AFTER_SLOW)),
-            ("clearly nearer", &way(40, 0, true, 0, 1000), now, &near, Some(AFTER_BETTER)),
-            ("a little nearer", &way(8, 0, true, 0, 1000), now, &near, None),
+            ("clearly nearer", &relay(40), now, &near, Some(AFTER_BETTER)),
+            ("a little nearer", &relay(8), now, &near, None),
             ("stuck", &near, Duration::from_secs(1), &near, Some(AFTER_SLOW)),
-            (
-                "its target is gone",
-                &way(2, ROUND_TRIP_NONE, true, 0, 1000),
-                now,
-                &near,
-                Some(AFTER_SLOW),
-            ),
+            ("its target is gone", &way(2, ROUND_TRIP_NONE, true, 0, 1000), now, &near, Some(AFTER_SLOW)),
             ("just begun", &Way::Unknown, now, &near, None),
-            ("the other is full", &far, now, &way(2, 0, false, 0, 0), None),
+            ("the other is full", &far, now, &way(2, 1, false, 0, 0), None),
             ("the other is lost", &far, now, &Way::Lost(String::new()), None),
+            ("a process server is back", &target, now, &near, Some(AFTER_BETTER)),
+            ("a process server is back, far away", &target, now, &far, None),
+            ("the target itself is a little nearer", &relay(40), now, &target, None),
+            ("far and slow, the target itself is near", &far, now, &target, Some(AFTER_SLOW)),
         ];
         for (name, active, waited, other, expected) in rows {
             assert_eq!(worth_after(active, waited, other), expected, "{name}");

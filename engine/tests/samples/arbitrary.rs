@@ -8,12 +8,12 @@ use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::FormatError;
 use reprotect_engine::format::batch::{Mark, MarkCause, MarkClass};
 use reprotect_engine::format::extent::{Codec, Record};
-use reprotect_engine::format::standby::{Load, Probe};
 use reprotect_engine::format::message::{
     Ack, Auth, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead,
     GrowDisk, InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason, OfferHead,
     OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade, Policy, Welcome,
 };
+use reprotect_engine::format::standby::{Load, Probe};
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::limits::DISK_BYTES_MAX;
 use reprotect_engine::units::{
@@ -222,7 +222,8 @@ pub(crate) fn passes() -> impl Strategy<Value = Message> {
     );
     let welcome = any::<u32>().prop_map(|offers| Message::Welcome(Welcome { offers }));
     prop_oneof![
-        request, hashes, begin, state, end, policy, degrade, wanted, refused, grow, probe, load, error, welcome
+        request, hashes, begin, state, end, policy, degrade, wanted, refused, grow, probe, load, error,
+        welcome
     ]
 }
 

@@ -11,12 +11,12 @@ use reprotect_engine::format::batch::{
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::handshake::{HELLO_MAGIC, Hello, HelloAck, Role};
-use reprotect_engine::format::standby::{Load, Probe};
 use reprotect_engine::format::message::{
     Ack, Auth, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead,
     GrowDisk, InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason, OfferHead,
     OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade, Policy, Welcome,
 };
+use reprotect_engine::format::standby::{Load, Probe};
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence, Timestamp};
 

@@ -16,9 +16,11 @@ use reprotect_engine::format::handshake;
 use reprotect_engine::format::message::{
     Auth, ErrorCode, GrowDisk, InventoryDisk, Message, PassMode, PointDegrade, Policy, SourceId,
 };
+use reprotect_engine::format::standby::{Load, Probe};
 use reprotect_engine::net::endpoint::{Accepted, PeerConnection, Server, TransportSettings, bind_server};
 use reprotect_engine::net::identity::{Identity, Purpose, Role};
-use reprotect_engine::net::lanes::{self, Arrival};
+use reprotect_engine::net::lanes::{self, Arrival, LaneReader};
+use reprotect_engine::net::standby::stand_by;
 use reprotect_engine::net::trust::{PeerRule, Trust};
 use reprotect_engine::net::{mono_clock, tls, wall_clock};
 use reprotect_engine::proto::credit::FlowLimits;
@@ -312,6 +314,13 @@ fn listen(
     bind_server(address, tls, Arc::clone(trust.revocations()), settings.clone())
 }
 
+async fn next(first: &mut Option<Arrival>, reader: &mut LaneReader) -> Arrival {
+    match first.take() {
+        Some(first) => first,
+        None => reader.next().await,
+    }
+}
+
 async fn serve(
     peer: PeerConnection,
     id: PeerId,
@@ -319,9 +328,19 @@ async fn serve(
     world: Arc<Mutex<World>>,
     deaf: Arc<AtomicBool>,
 ) {
-    let Ok((mut reader, mut writer, _written)) = lanes::accepted::<()>(&peer.connection).await else {
+    let Ok(mut lanes) = lanes::accepted::<()>(&peer.connection).await else {
         return;
     };
+    let load = |probe: Probe| Load {
+        token: probe.token,
+        target_micros: 0,
+        sessions: 0,
+        room_permille: 1000,
+        accepts: true,
+    };
+    let Ok((kind, body)) = stand_by(&mut lanes, || (), load).await else { return };
+    let (mut reader, mut writer, _written) = lanes;
+    let mut first = Some(Arrival::Frame(kind, body));
     let (replies_in, mut replies) = mpsc::unbounded_channel();
     let session_id = {
         let mut world = world.lock().unwrap();
@@ -341,7 +360,7 @@ async fn serve(
     let mut tick = tokio::time::interval(Duration::from_millis(20));
     loop {
         tokio::select! {
-            arrival = reader.next(), if !deaf.load(Ordering::SeqCst) => {
+            arrival = next(&mut first, &mut reader), if !deaf.load(Ordering::SeqCst) => {
                 let Arrival::Frame(kind, body) = arrival else { break };
                 if let Err(error) = session.handle_frame(kind, body) {
                     let message = Message::error(DiskId::NONE, error.code(), &error.to_string());

@@ -129,7 +129,11 @@ pub(super) fn bounded(count: u32, max: usize, what: &'static str) -> Result<usiz
     }
 }
 
-pub(super) fn split<'a>(bytes: &'a [u8], len: usize, what: &'static str) -> Result<(&'a [u8], &'a [u8]), FormatError> {
+pub(super) fn split<'a>(
+    bytes: &'a [u8],
+    len: usize,
+    what: &'static str,
+) -> Result<(&'a [u8], &'a [u8]), FormatError> {
     bytes.split_at_checked(len).ok_or(FormatError::Short { what, got: bytes.len(), expected: len })
 }
 
@@ -146,7 +150,12 @@ pub(super) fn take_blob(bytes: &[u8], len: u16, what: &'static str) -> Result<By
     take_blob_of(bytes, len.into(), GRANT_BYTES_MAX, what)
 }
 
-pub(super) fn take_blob_of(bytes: &[u8], len: usize, max: usize, what: &'static str) -> Result<Bytes, FormatError> {
+pub(super) fn take_blob_of(
+    bytes: &[u8],
+    len: usize,
+    max: usize,
+    what: &'static str,
+) -> Result<Bytes, FormatError> {
     bounded(len as u32, max, what)?;
     let (blob, rest) = split(bytes, len, what)?;
     if rest.is_empty() {
