@@ -69,6 +69,14 @@ def body(lab):
     pipeline.protect(original=vmdk, overwrite=True)
     disk = pipeline.wait_synced(max(300, size / 5e6), label="compare and repair")
     counted = pipeline.counters()
+    receipts = lab.target.command("receipts")["receipts"]
+    if [(receipt["cause"], receipt["result"]) for receipt in receipts] != [("INITIAL_COMPARE", "done")]:
+        raise LabError(f"there should be one receipt, of the first compare: {receipts}")
+    receipt = receipts[0]
+    if receipt["compared_bytes"] < size or not count * BLOCK <= receipt["moved_bytes"] <= counted["agent_plain"]:
+        raise LabError(f"the receipt does not say what was done: {receipt}")
+    say(f"  receipt: {mib(receipt['compared_bytes'])} compared, {mib(receipt['moved_bytes'])} moved in {receipt['range_count']} ranges, "
+        f"{(receipt['ended_ms'] - receipt['begun_ms']) / 1000:.1f} s")
     if isolated and not relay:
         wire, how = loopback_bytes() - before, "loopback, both directions, all headers"
     else:

@@ -13,7 +13,8 @@ use reprotect_engine::units::DiskId;
 use crate::admin::{AdminState, Shared, blocking, refused};
 use crate::api::{
     MountAnswer, MountInfo, MountRequest, PinAnswer, PinRequest, PointPart, PointsAnswer, PointsRequest,
-    RetentionAnswer, RetentionRequest, RollbackAnswers, RollbackRequest, TimelineAnswer, UnmountRequest,
+    ReceiptsAnswer, ReceiptsRequest, RetentionAnswer, RetentionRequest, RollbackAnswers, RollbackRequest,
+    TimelineAnswer, UnmountRequest,
 };
 use crate::{points, retention_policy};
 
@@ -22,6 +23,7 @@ pub(crate) fn routes() -> Router<Arc<AdminState>> {
     Router::new()
         .route("/v1/points", post(list_points))
         .route("/v1/timeline", post(timeline))
+        .route("/v1/receipts", post(receipts))
         .route("/v1/pin", post(pin))
         .route("/v1/mount", post(mount))
         .route("/v1/unmount", post(unmount))
@@ -44,6 +46,18 @@ async fn list_points(
         let points = points::list(&state.registry, &disks, request.all)?;
         let names: Vec<String> = disks.iter().map(ToString::to_string).collect();
         Ok(PointsAnswer { disk: names.join(","), points, mounts: state.mounts.0.list() })
+    })
+    .await
+}
+
+async fn receipts(
+    State(state): Shared,
+    Json(request): Json<ReceiptsRequest>,
+) -> Result<Json<ReceiptsAnswer>, Refusal> {
+    blocking(move || {
+        let all = request.disk.is_empty();
+        let disks = if all { Vec::new() } else { disks(&state, &request.disk)? };
+        Ok(ReceiptsAnswer { receipts: state.registry.receipts().all(&disks) })
     })
     .await
 }

@@ -539,3 +539,59 @@ pub struct VerifyAnswer {
     /// The points, in the order in which they were read.
     pub points: Vec<VerifiedPoint>,
 }
+
+/// A part of a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ByteRange {
+    /// Its first byte.
+    pub start: u64,
+    /// How many.
+    pub bytes: u64,
+}
+
+/// What is written down of a pass over a whole disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Receipt {
+    /// Counts receipts of this master target.
+    pub number: u64,
+    /// The disk.
+    pub disk: String,
+    /// Why: `INITIAL_COPY`, `INITIAL_COMPARE`, or the cause of a resync.
+    pub cause: String,
+    /// `running`, `done`, or `superseded` by another one before it was.
+    pub result: String,
+    /// The disk's size.
+    pub size_bytes: u64,
+    /// Bytes whose hashes were compared; sent again after a lost session counts again.
+    pub compared_bytes: u64,
+    /// Plain bytes that were moved.
+    pub moved_bytes: u64,
+    /// In how many ranges.
+    pub range_count: u64,
+    /// The first of them, at most 64.
+    pub ranges: Vec<ByteRange>,
+    /// When it began.
+    pub begun_ms: u64,
+    /// When this was last written down.
+    pub updated_ms: u64,
+    /// When it ended; zero while it runs.
+    pub ended_ms: u64,
+    /// Points from before it that could be had after it.
+    pub points_kept: Option<u64>,
+    /// Of these, how many promise less than their marks did.
+    pub points_degraded: Option<u64>,
+}
+
+/// `POST /v1/receipts`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ReceiptsRequest {
+    /// MACHINE, MACHINE:DISK, a disk's UUID or the path of its target; empty for all.
+    pub disk: String,
+}
+
+/// The answer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ReceiptsAnswer {
+    /// Newest first.
+    pub receipts: Vec<Receipt>,
+}

@@ -201,6 +201,12 @@ impl Catalogue {
         Ok(Self { root: state_dir.to_owned() })
     }
 
+    /// The state folder.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// All machines whose file is readable; the others are named in the log.
     ///
     /// # Errors

@@ -90,6 +90,8 @@ pub enum Command {
     Points(PointsArgs),
     /// Draw what can be had of a machine or disk: every write, points only, degraded, damaged, lost.
     Timeline(TimelineArgs),
+    /// List the receipts of passes over whole disks: why, what was compared and moved, and what points are left.
+    Receipts(ReceiptsArgs),
     /// Keep a point until `unpin`, and give it a name.
     Pin(PinArgs),
     /// Let a pinned point go its way again.
@@ -303,6 +305,15 @@ pub struct TimelineArgs {
     /// MACHINE, MACHINE:DISK, the disk's UUID, or the path of its target.
     #[arg(value_name = "DISK")]
     pub disk: String,
+}
+
+/// Arguments of `receipts`.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "Example:\n  reprotect-master-target receipts web1")]
+pub struct ReceiptsArgs {
+    /// MACHINE, MACHINE:DISK, the disk's UUID, or the path of its target; all without it.
+    #[arg(value_name = "DISK")]
+    pub disk: Option<String>,
 }
 
 /// Arguments of `pin`.

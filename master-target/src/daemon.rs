@@ -140,6 +140,7 @@ pub async fn run_reloading(
     tokio::select! {
         () = accept(&server, &keys, authority, &registry) => {}
         () = renew_own(&server, &keys, &rule, &settings) => {}
+        () = Arc::clone(registry.receipts()).count_points(Arc::clone(&registry)) => {}
         () = take_reloads(reload, settings.clone(), &state) => {}
         () = notifier.watch(&shutdown) => {}
         () = shutdown.requested() => {}

@@ -33,6 +33,7 @@ use crate::disk_status::DiskStatus;
 use crate::disk_store::DiskStore;
 use crate::disk_writer::Writer;
 use crate::journaled::Journaled;
+use crate::receipts::Keeper;
 
 /// Messages waiting for one disk. As many as credit allows at the smallest cost of a batch, and then some: an honest
 /// agent never fills it, so a disk that waits for space does not hold up the others of its session.
@@ -194,6 +195,8 @@ pub struct DiskSetup {
     pub limits: FlowLimits,
     /// Why nobody may open it.
     pub fenced: Option<String>,
+    /// Where its passes are written down.
+    pub receipts: Keeper,
 }
 
 impl DiskWorker {
@@ -220,6 +223,7 @@ impl DiskWorker {
             status: Arc::clone(&status),
             stopping: Arc::clone(&stopping),
             fenced: setup.fenced,
+            receipts: setup.receipts,
             fencing: Vec::new(),
             growing: None,
             waiting: false,

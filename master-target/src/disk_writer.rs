@@ -28,6 +28,7 @@ use reprotect_engine::units::{DiskId, Generation, SECTOR_BYTES};
 use crate::disk_status::DiskStatus;
 use crate::disk_store::{DiskStore, NotDone, NotGrown, byte_range};
 use crate::disk_worker::{GrowOrder, Opened, Replies};
+use crate::receipts::Keeper;
 
 /// How often a full medium is tried again, and a stop noticed meanwhile.
 const FULL_RETRY: Duration = Duration::from_millis(500);
@@ -44,6 +45,7 @@ pub(crate) struct Writer {
     pub(crate) stopping: Arc<AtomicBool>,
     /// Why nobody may open the disk.
     pub(crate) fenced: Option<String>,
+    pub(crate) receipts: Keeper,
     /// Who waits for the fence to be durable.
     pub(crate) fencing: Vec<sync_mpsc::SyncSender<Result<Generation, String>>>,
     /// The target is to become larger, once everything that was accepted is durable.
@@ -90,9 +92,14 @@ impl Writer {
                 };
                 self.accept(kind, body, |disk| disk.handle_batch(now, session, &header, records));
             }
-            Opened::Bulk(session, header, records, body) => self.accept(EntryKind::Bulk, body, |disk| {
-                disk.handle_bulk(now, session, &header, records);
-            }),
+            Opened::Bulk(session, header, records, body) => {
+                let before = self.disk.writes_ordered();
+                let moved = records.clone(); // heads and shared payload
+                self.accept(EntryKind::Bulk, body, |disk| disk.handle_bulk(now, session, &header, records));
+                if self.disk.writes_ordered() > before {
+                    self.receipts.moved(&moved);
+                }
+            }
             Opened::Ask(ask) => ask(match &mut self.store {
                 DiskStore::Journaled(store) if self.disk.phase() != TargetDiskPhase::Failed => Some(store),
                 _ => None,
@@ -208,6 +215,9 @@ impl Writer {
                 }
                 DiskAction::Hash { session, request, units } => {
                     if let Some(hashes) = self.hash(&request, &units, inputs) {
+                        if units.is_empty() {
+                            self.receipts.compared(request.range.bytes());
+                        }
                         self.disk.handle_hashed(session, &request, hashes);
                     }
                 }
@@ -222,9 +232,22 @@ impl Writer {
         }
         while let Some(notice) = self.disk.poll_notice() {
             self.log(&notice);
+            self.write_down(&notice);
             self.status.notice(&notice);
         }
+        self.receipts.tick();
         self.status.update(&self.disk);
+    }
+
+    /// Passes have receipts.
+    fn write_down(&mut self, notice: &DiskNotice) {
+        let (mode, size_bytes) = (self.disk.state().mode, self.disk.state().whole().bytes());
+        match notice {
+            DiskNotice::Opened(_) => self.receipts.opened(mode, size_bytes),
+            DiskNotice::Resync(cause) => self.receipts.begin(*cause, size_bytes),
+            DiskNotice::Synced => self.receipts.done(),
+            DiskNotice::FencedSession(_) | DiskNotice::Marked(_) => {}
+        }
     }
 
     fn log(&self, notice: &DiskNotice) {

@@ -34,6 +34,7 @@ mod plan;
 pub mod points;
 pub mod policy;
 pub mod protect;
+pub mod receipts;
 pub mod redo;
 pub mod registry;
 pub mod retention;

@@ -43,6 +43,7 @@ use crate::explain::explain;
 use crate::guard::Guard;
 use crate::journaled::Journaled;
 use crate::lost::begin_repair;
+use crate::receipts::Receipts;
 use crate::redo::newest_state;
 use crate::retention::{Hold, Retention};
 
@@ -124,6 +125,7 @@ struct Inner {
 /// The registry.
 pub struct Registry {
     catalogue: Catalogue,
+    receipts: Arc<Receipts>,
     opener: Arc<dyn Files>,
     limits: FlowLimits,
     retention: Option<Arc<Retention>>,
@@ -171,8 +173,10 @@ impl Registry {
         let recovered = Mutex::new(recovered.map(|found| found.disks).unwrap_or_default());
         let (changes, held, inner) = (Mutex::default(), Mutex::default(), Mutex::default());
         let (stopping, doubts, waiting) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
+        let receipts = Receipts::open(catalogue.root());
         let registry = Self {
             catalogue,
+            receipts,
             opener,
             limits,
             retention,
@@ -303,7 +307,8 @@ impl Registry {
             }
         };
         let fenced = self.fence_text(state.disk);
-        DiskWorker::start(DiskSetup { store, state, limits: self.limits, fenced })
+        let receipts = self.receipts.keeper(state.disk);
+        DiskWorker::start(DiskSetup { store, state, limits: self.limits, fenced, receipts })
     }
 
     /// Records a new disk, starts it and offers it to its agent's live sessions. Blocks.
@@ -353,6 +358,12 @@ impl Registry {
     #[must_use]
     pub fn known_uuids(&self) -> BTreeSet<DiskUuid> {
         self.lock().disks.values().filter_map(|disk| disk.uuid).collect()
+    }
+
+    /// What is written down of passes over whole disks.
+    #[must_use]
+    pub const fn receipts(&self) -> &Arc<Receipts> {
+        &self.receipts
     }
 
     /// Registers a session that began; answers its name and where its news arrive.

@@ -15,6 +15,7 @@ pub mod peers;
 pub mod points;
 pub mod policy;
 pub mod protect;
+pub mod receipts;
 pub mod retention;
 pub mod run;
 pub mod status;
@@ -93,6 +94,7 @@ fn carry_out(cli: Cli) -> anyhow::Result<u8> {
         Command::Policy(args) => wait(policy::policy(&context, &args))?,
         Command::Points(args) => wait(points::points(&context, &args))?,
         Command::Timeline(args) => wait(timeline::timeline(&context, &args))?,
+        Command::Receipts(args) => wait(receipts::receipts(&context, &args))?,
         Command::Pin(args) => wait(points::pin(&context, &args))?,
         Command::Unpin(args) => wait(points::unpin(&context, &args))?,
         Command::Retention(args) => wait(retention::retention(&context, &args))?,

@@ -5,6 +5,7 @@ use reprotect_engine::units::SectorRange;
 
 use super::*;
 use crate::journaled::full::lab::{DISK, ENOSPC, Lab, SECTORS};
+use crate::receipts::Receipts;
 
 #[test]
 fn a_compare_waits_for_space_and_does_not_stop_the_disk() {
@@ -23,6 +24,7 @@ fn a_compare_waits_for_space_and_does_not_stop_the_disk() {
         store: DiskStore::Journaled(Box::new(store)),
         stopping: Arc::default(),
         fenced: None,
+        receipts: Receipts::open(dir.path()).keeper(DISK),
         fencing: Vec::new(),
         growing: None,
         waiting: false,

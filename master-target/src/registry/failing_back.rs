@@ -198,7 +198,10 @@ impl Registry {
         let state = store.state().clone();
         store.take_back(before, changed)?;
         let store = DiskStore::Journaled(Box::new(store));
-        let worker = DiskWorker::start(DiskSetup { store, state, limits: self.limits, fenced: None })?;
+        let worker = {
+            let receipts = self.receipts.keeper(state.disk);
+            DiskWorker::start(DiskSetup { store, state, limits: self.limits, fenced: None, receipts })?
+        };
         self.lock().disks.insert(disk, KnownDisk { record, worker: Some(worker), uuid, problem: None });
         Ok(changed)
     }

@@ -40,6 +40,7 @@ use reprotect_master_target::disk_store::DiskStore;
 use reprotect_master_target::disk_worker::{DiskSetup, DiskWorker};
 use reprotect_master_target::guard::Guard;
 use reprotect_master_target::journaled::Journaled;
+use reprotect_master_target::receipts::Receipts;
 use reprotect_master_target::redo::newest_state;
 use reprotect_master_target::registry::fs_opener;
 use reprotect_master_target::retention::{Retention, RetentionSettings};
@@ -216,7 +217,8 @@ impl Bench {
             None => (DiskStore::direct(target, guard, self.state_path.clone()), state),
             Some(folder) => self.behind_journal(&folder, target, guard, state),
         };
-        let setup = DiskSetup { store, state, limits, fenced: None };
+        let receipts = Receipts::open(self.state_path.parent().unwrap()).keeper(DISK);
+        let setup = DiskSetup { store, state, limits, fenced: None, receipts };
         self.worker = Some(DiskWorker::start(setup).unwrap());
     }
 

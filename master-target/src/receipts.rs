@@ -1,0 +1,466 @@
+//! A receipt for every pass over a whole disk: why it was made, what it compared, what it moved, how long it took, and what
+//! became of the points from before.
+//!
+//! Invariants: a pass has one receipt, whatever restarts in between; it is on disk when the pass begins and when it ends,
+//! in between at least every `SAVED_EVERY`; receipts are kept 30 days and survive the disk's protection; one that cannot
+//! be written is told and stops nothing. Units: bytes, milliseconds since the UNIX epoch.
+//! Written by each disk's writer thread, read by `admin`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use reprotect_engine::format::extent::Record;
+use reprotect_engine::format::message::{PassCause, PassMode};
+use reprotect_engine::io::durable::{Access, read_bounded, replace_file};
+use reprotect_engine::net::wall_clock;
+use reprotect_engine::range_set::RangeSet;
+use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange};
+use serde::{Deserialize, Serialize};
+
+use crate::api::{ByteRange, Receipt};
+use crate::points;
+use crate::registry::Registry;
+
+/// How long receipts are kept.
+const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Receipts kept at most: a disk that is compared again and again fills no drive.
+const RECEIPTS_MAX: usize = 4096;
+/// The file is never longer than this.
+const FILE_BYTES_MAX: u64 = 64 << 20;
+/// How often progress is written down.
+const SAVED_EVERY: Duration = Duration::from_secs(10);
+/// Ranges that are named; all are counted.
+const RANGES_NAMED: usize = 64;
+/// Ranges remembered while a pass runs; beyond, near ones are taken together.
+const RANGES_MAX: usize = 16_384;
+/// How often passes that ended are looked for, to count the points that they left.
+const COUNT_EVERY: Duration = Duration::from_secs(2);
+
+/// The cause of a pass as receipts and operators know it.
+#[must_use]
+pub const fn cause_code(cause: PassCause) -> &'static str {
+    match cause {
+        PassCause::Operator => "OPERATOR",
+        PassCause::TargetLostDurable => "TARGET_LOST_DURABLE",
+        PassCause::ChainMismatch => "CHAIN_MISMATCH",
+        PassCause::TrackingLost => "TRACKING_LOST",
+        PassCause::OtherLineage => "OTHER_LINEAGE",
+        PassCause::OtherSession => "OTHER_SESSION",
+        PassCause::DamagedStream => "DAMAGED_STREAM",
+    }
+}
+
+/// The cause of a disk's first pass.
+const fn first_code(mode: PassMode) -> &'static str {
+    match mode {
+        PassMode::Copy => "INITIAL_COPY",
+        PassMode::Compare | PassMode::Done => "INITIAL_COMPARE",
+    }
+}
+
+fn now_ms() -> u64 {
+    wall_clock().0 / 1_000_000
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct File {
+    receipts: Vec<Receipt>,
+}
+
+/// All receipts of a master target.
+#[derive(Debug)]
+pub struct Receipts {
+    path: PathBuf,
+    list: Mutex<Vec<Receipt>>,
+}
+
+impl Receipts {
+    /// Reads those in the state folder. A file that cannot be read is told, moved aside and begun anew: receipts are
+    /// for people, nothing depends on them.
+    #[must_use]
+    pub fn open(state_dir: &Path) -> Arc<Self> {
+        let path = state_dir.join("receipts.json");
+        let mut list = match read(&path) {
+            Ok(list) => list,
+            Err(error) => {
+                let aside = path.with_extension("json.unreadable");
+                tracing::error!(path = %path.display(), error, aside = %aside.display(), "resync receipts cannot be read; they are begun anew");
+                // Where that fails too, the next write says so.
+                let _ = std::fs::rename(&path, aside);
+                Vec::new()
+            }
+        };
+        prune(&mut list, now_ms());
+        Arc::new(Self { path, list: Mutex::new(list) })
+    }
+
+    fn list(&self) -> MutexGuard<'_, Vec<Receipt>> {
+        // A panic while holding it leaves whole receipts.
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A copy of them, the newest first; of `disks` only, unless there are none named.
+    #[must_use]
+    pub fn all(&self, disks: &[DiskId]) -> Vec<Receipt> {
+        let names: Vec<String> = disks.iter().map(ToString::to_string).collect();
+        let wanted = |receipt: &&Receipt| names.is_empty() || names.contains(&receipt.disk);
+        let mut all: Vec<Receipt> = self.list().iter().filter(wanted).cloned().collect();
+        all.sort_by_key(|receipt| std::cmp::Reverse(receipt.begun_ms));
+        all
+    }
+
+    /// The receipts of one disk's passes, for its writer thread.
+    #[must_use]
+    pub fn keeper(self: &Arc<Self>, disk: DiskId) -> Keeper {
+        let name = disk.to_string();
+        let runs = |known: &&Receipt| known.disk == name && known.ended_ms == 0;
+        let known = self.list().iter().rev().find(runs).cloned();
+        let running = known.map(|receipt| Running {
+            number: receipt.number,
+            before: receipt,
+            ranges: RangeSet::new(),
+            compared: 0,
+            moved: 0,
+            saved: Instant::now(),
+        });
+        Keeper { receipts: Arc::clone(self), disk: name, running }
+    }
+
+    /// Changes one and writes all.
+    fn change(&self, number: u64, change: impl FnOnce(&mut Receipt)) {
+        let mut list = self.list();
+        if let Some(receipt) = list.iter_mut().find(|receipt| receipt.number == number) {
+            change(receipt);
+        }
+        self.save(&mut list);
+    }
+
+    fn add(&self, mut receipt: Receipt) -> u64 {
+        let mut list = self.list();
+        receipt.number = list.iter().map(|known| known.number).max().unwrap_or(0) + 1;
+        let number = receipt.number;
+        list.push(receipt);
+        self.save(&mut list);
+        number
+    }
+
+    fn save(&self, list: &mut Vec<Receipt>) {
+        prune(list, now_ms());
+        let file = File { receipts: list.clone() };
+        let written = serde_json::to_vec(&file).map_err(|error| error.to_string()).and_then(|bytes| {
+            replace_file(&self.path, &bytes, Access::Private).map_err(|error| error.to_string())
+        });
+        if let Err(error) = written {
+            tracing::error!(path = %self.path.display(), error, "resync receipts could not be written; free space there");
+        }
+    }
+
+    /// Counts what points from before each pass that ended can still be had. Runs until it is dropped.
+    pub async fn count_points(self: Arc<Self>, registry: Arc<Registry>) {
+        let mut tick = tokio::time::interval(COUNT_EVERY);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            let ended: Vec<Receipt> = {
+                let uncounted = |known: &&Receipt| known.ended_ms > 0 && known.points_kept.is_none();
+                self.list().iter().filter(uncounted).cloned().collect()
+            };
+            for receipt in ended {
+                let registry = Arc::clone(&registry);
+                let (disk, begun_ms) = (receipt.disk.clone(), receipt.begun_ms);
+                let counted = tokio::task::spawn_blocking(move || count(&registry, &disk, begun_ms)).await;
+                let Ok((kept, degraded)) = counted else { continue };
+                self.change(receipt.number, |receipt| {
+                    receipt.points_kept = Some(kept);
+                    receipt.points_degraded = Some(degraded);
+                });
+            }
+        }
+    }
+}
+
+/// How many points of a disk are from before a moment, and how many of them promise less than their marks did. A disk without
+/// a journal has none, nor has one that is not protected any more.
+fn count(registry: &Registry, disk: &str, before_ms: u64) -> (u64, u64) {
+    let Ok(disk) = DiskId::parse(disk) else { return (0, 0) };
+    let points = points::of_disk(registry, disk).unwrap_or_default();
+    let old = points.iter().filter(|point| point.source_time.0 / 1_000_000 < before_ms);
+    let (mut kept, mut degraded) = (0, 0);
+    for point in old {
+        kept += 1;
+        degraded += u64::from(point.degraded);
+    }
+    (kept, degraded)
+}
+
+fn read(path: &Path) -> Result<Vec<Receipt>, String> {
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let bytes = read_bounded(path, FILE_BYTES_MAX).map_err(|error| error.to_string())?;
+    let file: File = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
+    Ok(file.receipts)
+}
+
+/// Leaves out what is too old, and the oldest of too many; what runs stays.
+fn prune(list: &mut Vec<Receipt>, now_ms: u64) {
+    let kept_ms = u64::try_from(KEPT.as_millis()).unwrap_or(u64::MAX);
+    list.retain(|receipt| receipt.ended_ms == 0 || receipt.ended_ms.saturating_add(kept_ms) >= now_ms);
+    let mut surplus = list.len().saturating_sub(RECEIPTS_MAX);
+    list.retain(|receipt| {
+        let goes = surplus > 0 && receipt.ended_ms > 0;
+        surplus -= usize::from(goes);
+        !goes
+    });
+}
+
+/// A pass under way.
+#[derive(Debug)]
+struct Running {
+    number: u64,
+    /// As it stood when this process began to keep it.
+    before: Receipt,
+    /// What was moved since.
+    ranges: RangeSet,
+    compared: u64,
+    moved: u64,
+    saved: Instant,
+}
+
+impl Running {
+    fn write_into(&self, receipt: &mut Receipt) {
+        receipt.updated_ms = now_ms();
+        receipt.compared_bytes = self.before.compared_bytes + self.compared;
+        receipt.moved_bytes = self.before.moved_bytes + self.moved;
+        receipt.range_count = self.before.range_count + self.ranges.run_count() as u64;
+        let named =
+            |range: SectorRange| ByteRange { start: range.start * SECTOR_BYTES, bytes: range.bytes() };
+        let mut ranges = self.before.ranges.clone();
+        ranges.extend(self.ranges.iter().take(RANGES_NAMED.saturating_sub(ranges.len())).map(named));
+        receipt.ranges = ranges;
+    }
+}
+
+/// Keeps the receipts of one disk's passes.
+#[derive(Debug)]
+pub struct Keeper {
+    receipts: Arc<Receipts>,
+    disk: String,
+    running: Option<Running>,
+}
+
+impl Keeper {
+    /// The disk was opened: where its pass is its first one, that has a receipt from now on.
+    pub(crate) fn opened(&mut self, mode: PassMode, size_bytes: u64) {
+        if mode != PassMode::Done && self.running.is_none() {
+            self.begin_as(first_code(mode), size_bytes);
+        }
+    }
+
+    /// A compare of the whole disk begins, and takes the place of one under way.
+    pub(crate) fn begin(&mut self, cause: PassCause, size_bytes: u64) {
+        self.end("superseded");
+        self.begin_as(cause_code(cause), size_bytes);
+    }
+
+    fn begin_as(&mut self, cause: &str, size_bytes: u64) {
+        let now = now_ms();
+        let receipt = Receipt {
+            disk: self.disk.clone(),
+            cause: cause.to_owned(),
+            result: "running".to_owned(),
+            size_bytes,
+            begun_ms: now,
+            updated_ms: now,
+            ..Receipt::default()
+        };
+        let number = self.receipts.add(receipt.clone());
+        self.running = Some(Running {
+            number,
+            before: receipt,
+            ranges: RangeSet::new(),
+            compared: 0,
+            moved: 0,
+            saved: Instant::now(),
+        });
+    }
+
+    /// Hashes of this many bytes went to the source.
+    pub(crate) const fn compared(&mut self, bytes: u64) {
+        if let Some(running) = &mut self.running {
+            running.compared += bytes;
+        }
+    }
+
+    /// Bulk of these records was accepted.
+    pub(crate) fn moved(&mut self, records: &[Record]) {
+        let Some(running) = &mut self.running else { return };
+        for record in records {
+            running.moved += record.range().bytes();
+            running.ranges.insert(record.range());
+        }
+        if running.ranges.run_count() > RANGES_MAX {
+            running.ranges = coarser(&running.ranges);
+        }
+    }
+
+    /// Writes progress down, now and then.
+    pub(crate) fn tick(&mut self) {
+        if let Some(running) = &mut self.running
+            && running.saved.elapsed() >= SAVED_EVERY
+        {
+            running.saved = Instant::now();
+            self.receipts.change(running.number, |receipt| running.write_into(receipt));
+        }
+    }
+
+    /// The whole disk is on the target.
+    pub(crate) fn done(&mut self) {
+        self.end("done");
+    }
+
+    fn end(&mut self, result: &str) {
+        let Some(running) = self.running.take() else { return };
+        self.receipts.change(running.number, |receipt| {
+            running.write_into(receipt);
+            receipt.result = result.to_owned();
+            receipt.ended_ms = receipt.updated_ms.max(1);
+        });
+    }
+}
+
+impl Drop for Keeper {
+    /// The daemon stops: what was reached so far is not forgotten.
+    fn drop(&mut self) {
+        if let Some(running) = &self.running {
+            self.receipts.change(running.number, |receipt| running.write_into(receipt));
+        }
+    }
+}
+
+/// Ranges with the smaller half of the gaps between them closed.
+fn coarser(ranges: &RangeSet) -> RangeSet {
+    let mut gaps: BTreeMap<u64, usize> = BTreeMap::new();
+    let runs: Vec<SectorRange> = ranges.iter().collect();
+    for pair in runs.windows(2) {
+        if let [one, two] = pair {
+            *gaps.entry(two.start - one.end).or_default() += 1;
+        }
+    }
+    let (mut left, mut limit) = (runs.len() / 2, 0);
+    for (gap, count) in gaps {
+        limit = gap;
+        if count >= left {
+            break;
+        }
+        left -= count;
+    }
+    let mut joined = RangeSet::new();
+    let mut last: Option<SectorRange> = None;
+    for run in runs {
+        last = match last {
+            Some(before) if run.start - before.end <= limit => {
+                Some(SectorRange { start: before.start, end: run.end })
+            }
+            before => {
+                before.into_iter().for_each(|range| joined.insert(range));
+                Some(run)
+            }
+        };
+    }
+    last.into_iter().for_each(|range| joined.insert(range));
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+    use bytes::Bytes;
+
+    use super::*;
+
+    const DISK: DiskId = DiskId([7; 16]);
+
+    fn records(starts: &[u64]) -> Vec<Record> {
+        starts.iter().map(|start| Record::data(*start, Bytes::from(vec![1; 4096]))).collect()
+    }
+
+    #[test]
+    fn a_pass_has_one_receipt_whatever_restarts_in_between() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut keeper = Receipts::open(dir.path()).keeper(DISK);
+        keeper.opened(PassMode::Compare, 1 << 20);
+        keeper.compared(1 << 19);
+        keeper.moved(&records(&[0, 8, 800]));
+        drop(keeper);
+
+        let receipts = Receipts::open(dir.path());
+        let mut keeper = receipts.keeper(DISK);
+        keeper.opened(PassMode::Compare, 1 << 20);
+        keeper.compared(1 << 19);
+        keeper.moved(&records(&[1600]));
+        keeper.done();
+        let all = receipts.all(&[DISK]);
+        let [receipt] = all.as_slice() else { panic!("{all:?}") };
+        assert_eq!((receipt.cause.as_str(), receipt.result.as_str()), ("INITIAL_COMPARE", "done"));
+        assert_eq!((receipt.compared_bytes, receipt.moved_bytes), (1 << 20, 4 * 4096));
+        assert_eq!(receipt.range_count, 3, "two neighbours are one");
+        let starts: Vec<u64> = receipt.ranges.iter().map(|range| range.start).collect();
+        assert_eq!(starts, [0, 800 * 512, 1600 * 512]);
+        assert!(receipt.ended_ms >= receipt.begun_ms);
+        assert_eq!(Receipts::open(dir.path()).all(&[]), all, "as it is on disk");
+    }
+
+    #[test]
+    fn a_synced_disk_that_is_opened_again_gets_none_and_a_new_compare_ends_the_one_under_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let receipts = Receipts::open(dir.path());
+        let mut keeper = receipts.keeper(DISK);
+        keeper.opened(PassMode::Done, 1 << 20);
+        keeper.moved(&records(&[0]));
+        assert!(receipts.all(&[]).is_empty());
+        keeper.begin(PassCause::TrackingLost, 1 << 20);
+        keeper.begin(PassCause::Operator, 1 << 20);
+        keeper.done();
+        let mut told: Vec<_> = receipts
+            .all(&[])
+            .into_iter()
+            .map(|receipt| (receipt.number, receipt.cause, receipt.result))
+            .collect();
+        told.sort();
+        let told: Vec<_> = told.iter().map(|(_, cause, result)| (cause.as_str(), result.as_str())).collect();
+        assert_eq!(told, [("TRACKING_LOST", "superseded"), ("OPERATOR", "done")]);
+    }
+
+    #[test]
+    fn receipts_go_after_thirty_days_unless_their_pass_runs() {
+        let day = 24 * 3600 * 1000;
+        let receipt = |number, ended_ms| Receipt { number, ended_ms, ..Receipt::default() };
+        let mut list = vec![receipt(1, 5 * day), receipt(2, 31 * day), receipt(3, 0)];
+        prune(&mut list, 40 * day);
+        assert_eq!(list.iter().map(|receipt| receipt.number).collect::<Vec<_>>(), [2, 3]);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_moved_aside_and_stops_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("receipts.json"), b"{\"receipts\": [").unwrap();
+        let receipts = Receipts::open(dir.path());
+        assert!(receipts.all(&[]).is_empty() && dir.path().join("receipts.json.unreadable").exists());
+        receipts.keeper(DISK).begin(PassCause::Operator, 512);
+        assert_eq!(Receipts::open(dir.path()).all(&[]).len(), 1);
+    }
+
+    #[test]
+    fn many_scattered_ranges_are_taken_together_and_none_is_lost() {
+        let ranges: RangeSet = (0..1000_u64)
+            .map(|n| SectorRange { start: n * 100 + n % 7 * 9, end: n * 100 + n % 7 * 9 + 8 })
+            .collect();
+        let coarse = coarser(&ranges);
+        assert!(coarse.run_count() <= 600, "{}", coarse.run_count());
+        assert!(ranges.iter().all(|range| coarse.contains(range)));
+    }
+}
