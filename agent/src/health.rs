@@ -35,6 +35,8 @@ pub(crate) enum Code {
     WindowsFail,
     /// The kernel left out runs of the capture programs.
     EventsSkipped,
+    /// Of several upstreams only the one in use can be had.
+    NoStandby,
     /// A hook does not do its work.
     HookFailed,
     /// Parts of a disk cannot be read.
@@ -51,6 +53,7 @@ impl Code {
             Self::CaptureMissed => "CAPTURE_MISSED",
             Self::WindowsFail => "WINDOWS_FAIL",
             Self::EventsSkipped => "EVENTS_SKIPPED",
+            Self::NoStandby => "NO_STANDBY",
             Self::HookFailed => "HOOK_FAILED",
             Self::SourceUnreadable => "SOURCE_UNREADABLE",
             Self::DiskProblem => "DISK_PROBLEM",
@@ -64,6 +67,7 @@ impl Code {
             | Self::CaptureMissed
             | Self::WindowsFail
             | Self::EventsSkipped
+            | Self::NoStandby
             | Self::HookFailed => Severity::Warning,
         }
     }
@@ -80,6 +84,9 @@ impl Code {
             Self::WindowsFail => "see the agent's log for the cause; points are fuzzy until a window closes",
             Self::EventsSkipped => {
                 "nothing to do: what was missed by it is found by the account of each disk, and compared; report it if it grows"
+            }
+            Self::NoStandby => {
+                "mend the other one, or take it out of `upstream`: until then nothing takes over when the one in use dies, and changes are remembered here instead"
             }
             Self::HookFailed => "run the hook by hand; points promise clean file systems only until it works",
             Self::SourceUnreadable => {

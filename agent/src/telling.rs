@@ -9,7 +9,7 @@ use reprotect_engine::host::output;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::units::{DiskId, SECTOR_BYTES};
 
-use crate::api::DiskInfo;
+use crate::api::{DiskInfo, StatusInfo, UpstreamInfo};
 use crate::health::Code;
 use crate::machine::Machine;
 use crate::protected::Protected;
@@ -75,6 +75,7 @@ impl Machine {
         let skipped = self.following.events_skipped;
         let skipped = (skipped > 0).then(|| format!("{skipped} events since the agent's start"));
         found.extend(machine(Code::EventsSkipped, &skipped));
+        found.extend(machine(Code::NoStandby, &no_standby(&self.status().borrow())));
         found.extend(machine(Code::HookFailed, &self.hook_problem));
         found
     }
@@ -115,6 +116,50 @@ impl Machine {
     }
 }
 
+/// Why none of the other upstreams could take over, where there are some.
+fn no_standby(status: &StatusInfo) -> Option<String> {
+    let others: Vec<_> = status.upstreams.iter().filter(|peer| !peer.used).collect();
+    let useless = |peer: &&UpstreamInfo| {
+        peer.problem.is_some() || (peer.round_trip_us.is_some() && peer.to_target_us.is_none())
+    };
+    if others.is_empty() || !status.connected || !others.iter().all(useless) {
+        return None;
+    }
+    let why = |peer: &&UpstreamInfo| {
+        let reason = peer.problem.as_deref().unwrap_or("does not reach the master target");
+        format!("{}: {reason}", peer.address)
+    };
+    Some(others.iter().map(why).collect::<Vec<_>>().join("; "))
+}
+
 fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lonely_upstream_is_told_only_where_others_were_configured_and_looked_at() {
+        let peer = |address: &str, used, problem: Option<&str>, to_target_us| UpstreamInfo {
+            address: address.to_owned(),
+            used,
+            problem: problem.map(str::to_owned),
+            round_trip_us: Some(900),
+            to_target_us,
+            ..UpstreamInfo::default()
+        };
+        let told =
+            |upstreams, connected| no_standby(&StatusInfo { upstreams, connected, ..StatusInfo::default() });
+        let used = || peer("a", true, None, Some(1200));
+        assert_eq!(told(vec![], true), None);
+        assert_eq!(told(vec![used()], true), None);
+        assert_eq!(told(vec![used(), peer("b", false, None, Some(1))], true), None);
+        let new = UpstreamInfo { address: "c".to_owned(), ..UpstreamInfo::default() };
+        assert_eq!(told(vec![used(), new], true), None);
+        let lost = || vec![used(), peer("b", false, Some("no answer"), None), peer("c", false, None, None)];
+        assert_eq!(told(lost(), true).as_deref(), Some("b: no answer; c: does not reach the master target"));
+        assert_eq!(told(lost(), false), None, "without a session that is what is told");
+    }
 }
