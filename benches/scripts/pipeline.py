@@ -48,9 +48,11 @@ class Pipeline:
 
     `relay` is how many process servers there are; the agent may use all of them, or the target itself where there are none."""
 
-    def __init__(self, lab, source, relay=True, agent=None, process_server=None, target=None):
+    def __init__(self, lab, source, relay=True, agent=None, process_server=None, target=None, way=lambda address: address):
         self.lab, self.source, self.with_relay, self.relays = lab, str(source), bool(relay), int(relay)
         self.target_port, self.relay_port = free_port(), free_port()
+        #: Where a daemon dials another one that listens at an address.
+        self.way = way
         self.relay_of = {}
         self.configs = {AGENT: agent or {}, RELAY: process_server or {}, TARGET: target or {}}
         self.disk = None
@@ -64,12 +66,12 @@ class Pipeline:
         for number in range(self.relays):
             port = free_port() if number else self.relay_port
             instance = f"{RELAY}-{number + 1}" if number else RELAY
-            relay = self.lab.add(RELAY, {"listen": f"127.0.0.1:{port}", "targets": [f"127.0.0.1:{self.target_port}"],
+            relay = self.lab.add(RELAY, {"listen": f"127.0.0.1:{port}", "targets": [self.way(f"127.0.0.1:{self.target_port}")],
                                          **self.configs[RELAY]}, instance)
             self.enroll(relay)
             relay.start_and_wait()
-            self.relay_of[f"127.0.0.1:{port}"] = relay
-        upstream = list(self.relay_of) or [f"127.0.0.1:{self.target_port}"]
+            self.relay_of[self.way(f"127.0.0.1:{port}")] = relay
+        upstream = list(self.relay_of) or [self.way(f"127.0.0.1:{self.target_port}")]
         config = {"upstream": upstream, **self.configs[AGENT]}
         if "scan_interval" in config:
             # The script is about rounds that read everything, whether the disk could be followed or not.

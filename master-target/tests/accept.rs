@@ -109,6 +109,11 @@ fn when_the_process_server_in_use_dies_the_agent_goes_on_with_the_other() {
 }
 
 #[test]
+fn whatever_goes_wrong_around_the_daemons_the_newest_point_is_the_disk() {
+    script("chaos.py", &[("SECONDS", "30"), ("SIZE", "128M")]);
+}
+
+#[test]
 fn a_guest_that_loses_its_power_ends_identical_and_its_points_stay() {
     script("guest_test.py", &[("KERNELS", "6.1"), ("CUTS", "1"), ("SIZE", "96M"), ("LOAD", "1")]);
 }
