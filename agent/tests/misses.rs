@@ -1,7 +1,6 @@
-//! The daemon where capture misses something, cannot be had, or is taken away: it says so, compares, and goes on.
+//! The daemon where capture misses something, cannot be had, is taken away, or finds no moment: it says so and goes on.
 //!
-//! Misses are made as they come about: for a moment the programs in the kernel are switched off by their own control word,
-//! or two devices complete so often on one processor that the kernel leaves out runs by itself. Called by `cargo test`;
+//! A miss is made by switching the programs in the kernel off for a moment, by their own control word. Called by `cargo test`;
 //! needs root and eBPF, and says SKIPPED without.
 #![expect(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
@@ -9,15 +8,18 @@ mod capture_lab;
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use aya::maps::MapData;
-use capture_lab::{Direct, Loop, Mounted};
+use capture_lab::{Direct, Loop, Mounted, Nowait};
 use common::target::FakeTarget;
 use common::{AgentDaemon, Site, noise, run, source_id, write_config};
 use reprotect_agent::api::StatusInfo;
 use reprotect_agent::check;
 use reprotect_agent::config::Settings;
+use reprotect_engine::format::batch::MarkClass;
 use reprotect_engine::format::message::PassMode;
 use reprotect_engine::host::config::Overrides;
 use reprotect_engine::host::preflight::Verdict;
@@ -41,6 +43,10 @@ struct Setup {
 impl Setup {
     /// The disk is in memory.
     fn new(capture: &str) -> Self {
+        Self::sized(capture, SIZE)
+    }
+
+    fn sized(capture: &str, size: usize) -> Self {
         let site = Site::new();
         let target = FakeTarget::start(&site);
         let (state_dir, agent) = site.state_dir("agent");
@@ -49,10 +55,10 @@ impl Setup {
         capture_lab::run("mount", &["-t", "tmpfs", "tmpfs", at.to_str().unwrap()]);
         let memory = Mounted { at: at.clone() };
         let image = at.join("disk.img");
-        std::fs::write(&image, noise(SIZE, 5)).unwrap();
+        std::fs::write(&image, noise(size, 5)).unwrap();
         let device = Loop::existing(&image);
         write_config(&state_dir, target.address, &[&device.path], capture);
-        let disk = target.protect_source(agent, source_id(&device.path), vec![0; SIZE], PassMode::Copy);
+        let disk = target.protect_source(agent, source_id(&device.path), vec![0; size], PassMode::Copy);
         Self { site, target, state_dir, device, _memory: memory, disk, agent }
     }
 
@@ -207,39 +213,98 @@ fn a_disk_that_another_agent_follows_is_scanned_until_that_one_lets_go() {
     });
 }
 
-/// Writes to the followed device complete in a thread of the kernel, which completions of the machine's own disk interrupt:
-/// the program that runs there is not run a second time on that processor.
+/// Crash-consistent points so far.
+fn crash(setup: &Setup) -> usize {
+    setup.target.marks().iter().filter(|mark| mark.class == MarkClass::Crash).count()
+}
+
 #[test]
-fn runs_that_the_kernel_left_out_are_told_and_no_false_alarm() {
+fn windows_close_although_writes_are_refused_now_and_then() {
     let _machine = capture_lab::machine();
     if !capture_lab::capable() {
         return;
     }
     run(async {
-        let setup = Setup::new("capture.mode = \"bitmap\"\ncapture.interval = \"1h\"");
+        let setup = Setup::new("capture.mode = \"window\"\ncapture.interval = \"1s\"");
+        setup.device.queue("scheduler", "none");
+        setup.device.queue("nr_requests", "4");
         let agent = AgentDaemon::start(&setup.state_dir);
         agent.until_disk("a round", setup.disk, |info| info.scan_rounds > 0).await;
-        let busy = setup.site.path("busy");
-        std::fs::write(&busy, noise(64 * MIB, 9)).unwrap();
-        let load = capture_lab::fio(&format!(
-            "[global]\ntime_based=1\nruntime=100\nthread=1\ndirect=1\nioengine=libaio\nbs=4k\niodepth=64\nnorandommap=1\n\
-             [followed]\nfilename={}\nrw=randwrite\n[other]\nfilename={}\nrw=randread\n",
-            setup.device.path.display(),
-            busy.display()
-        ));
-        let (mut skipped, until) = (0, Instant::now() + Duration::from_secs(90));
-        while skipped == 0 && Instant::now() < until {
-            tokio::time::sleep(Duration::from_millis(200)).await;
-            skipped = agent.until("a status", |_| true).await.events_skipped;
-        }
-        drop(load);
-        if skipped == 0 {
-            println!("SKIPPED: on this machine no two completions met on one processor");
-            return agent.stop().await;
-        }
-        println!("{skipped} runs left out");
-        let status = agent.until("it is told", |status| has(status, "EVENTS_SKIPPED", "")).await;
-        assert!(status.disks.iter().all(|info| info.unaccounted == 0), "{status:?}");
+        let (stop, refused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let mut writers: Vec<_> = (0..8_u64)
+            .map(|lane| {
+                let (stop, path) = (Arc::clone(&stop), setup.device.path.clone());
+                std::thread::spawn(move || {
+                    let mut direct = Direct::open(&path);
+                    for number in 1.. {
+                        if stop.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        direct.write(lane << 20, number as u8, 64 << 10).unwrap();
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                })
+            })
+            .collect();
+        let (ended, count, path) = (Arc::clone(&stop), Arc::clone(&refused), setup.device.path.clone());
+        writers.push(std::thread::spawn(move || {
+            let mut nowait = Nowait::open(&path);
+            while !ended.load(Ordering::Relaxed) {
+                if nowait.write(12 << 20, 0xee).is_err() {
+                    count.fetch_add(1, Ordering::Relaxed);
+                    std::thread::sleep(Duration::from_millis(200));
+                }
+            }
+        }));
+        common::wait_for("writes are refused", async || (refused.load(Ordering::Relaxed) > 3).then_some(()))
+            .await;
+        let marks = crash(&setup);
+        common::wait_for("points", async || (crash(&setup) > marks + 3).then_some(())).await;
+        let status = agent.until("a status", |_| true).await;
+        println!(
+            "{} writes refused, {} windows failed",
+            refused.load(Ordering::Relaxed),
+            status.windows_failed
+        );
+        stop.store(true, Ordering::Relaxed);
+        writers.into_iter().for_each(|writer| writer.join().unwrap());
+        common::wait_for("the target is equal", async || setup.equal().then_some(())).await;
+        agent.stop().await;
+    });
+}
+
+#[test]
+fn a_disk_that_changes_faster_than_a_window_holds_says_so_and_has_its_points_again_when_it_calms_down() {
+    let _machine = capture_lab::machine();
+    if !capture_lab::capable() {
+        return;
+    }
+    run(async {
+        let size = 256 * MIB;
+        let setup = Setup::sized("capture.mode = \"window\"\ncapture.interval = \"1s\"", size);
+        let agent = AgentDaemon::start(&setup.state_dir);
+        agent.until_disk("a round", setup.disk, |info| info.scan_rounds > 0).await;
+        let stop = Arc::new(AtomicBool::new(false));
+        let (ended, path) = (Arc::clone(&stop), setup.device.path.clone());
+        let writer = std::thread::spawn(move || {
+            let mut direct = Direct::open(&path);
+            for number in 1_u64.. {
+                if ended.load(Ordering::Relaxed) {
+                    return;
+                }
+                direct.write(number % 256 << 20, number as u8, 1 << 20).unwrap();
+            }
+        });
+        let told = |status: &StatusInfo| has(status, "WINDOWS_FAIL", "more than the");
+        agent.until("the cause is named", told).await;
+        stop.store(true, Ordering::Relaxed);
+        writer.join().unwrap();
+        let marks = crash(&setup);
+        agent.until("windows close again", |status| !has(status, "WINDOWS_FAIL", "")).await;
+        common::wait_for("points", async || (crash(&setup) > marks).then_some(())).await;
+        assert!(setup.equal());
+        let info = agent.until_disk("a status", setup.disk, |_| true).await;
+        assert_eq!((info.capture.as_str(), info.unaccounted), ("window", 0), "{info:?}");
         agent.stop().await;
     });
 }
