@@ -7,7 +7,7 @@
 
 #[cfg(test)]
 #[path = "../tests/capture_lab/mod.rs"]
-mod capture_lab;
+pub(crate) mod capture_lab;
 mod gather;
 mod held;
 mod stream;

@@ -292,7 +292,7 @@ fn a_disk_that_changes_faster_than_a_window_holds_says_so_and_has_its_points_aga
                 if ended.load(Ordering::Relaxed) {
                     return;
                 }
-                direct.write(number % 256 << 20, number as u8, 1 << 20).unwrap();
+                direct.write((number % 256) << 20, number as u8, 1 << 20).unwrap();
             }
         });
         let told = |status: &StatusInfo| has(status, "WINDOWS_FAIL", "more than the");

@@ -132,12 +132,9 @@ impl Capture {
 }
 
 #[cfg(test)]
-#[path = "../../tests/capture_lab/mod.rs"]
-mod capture_lab;
-
-#[cfg(test)]
 mod tests {
     use super::*;
+    use crate::capturing::capture_lab;
 
     /// Takes everything and keeps nothing.
     struct Nothing;
