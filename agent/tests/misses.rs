@@ -308,3 +308,25 @@ fn a_disk_that_changes_faster_than_a_window_holds_says_so_and_has_its_points_aga
         agent.stop().await;
     });
 }
+
+/// Programs that nobody takes out run at every write of the machine until it is rebooted.
+#[test]
+fn what_a_test_followed_is_taken_out_of_the_kernel_also_when_it_fails() {
+    let _machine = capture_lab::machine();
+    if !capture_lab::capable() {
+        return;
+    }
+    let place = std::sync::Mutex::new(PathBuf::new());
+    let failed = std::panic::catch_unwind(|| {
+        run(async {
+            let setup = Setup::new("capture.mode = \"window\"\ncapture.interval = \"1s\"");
+            *place.lock().unwrap() = setup.place();
+            let agent = AgentDaemon::start(&setup.state_dir);
+            agent.until_disk("followed", setup.disk, |info| info.capture == "window").await;
+            assert!(!setup.place().join("link_on_queue").exists(), "this fails on purpose");
+        });
+    });
+    assert!(failed.is_err());
+    let place = place.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    assert!(place.is_absolute() && !place.exists(), "{}", place.display());
+}

@@ -86,7 +86,16 @@ impl Loop {
     fn over(image: PathBuf, path: String) -> Self {
         // The mark stays with the number of a loop device, whoever set it.
         run("blockdev", &["--setrw", &path]);
-        Self { path: path.into(), image }
+        let device = Self { path: path.into(), image };
+        device.reset_queue();
+        device
+    }
+
+    /// So does the state of its queue.
+    fn reset_queue(&self) {
+        for (attribute, value) in [("scheduler", "none"), ("nr_requests", "128"), ("iostats", "1")] {
+            let _as_it_is = std::fs::write(format!("/sys/block/{}/queue/{attribute}", self.name()), value);
+        }
     }
 
     pub fn name(&self) -> String {
@@ -110,6 +119,7 @@ impl Loop {
 
 impl Drop for Loop {
     fn drop(&mut self) {
+        self.reset_queue();
         let _ended = Command::new("losetup").arg("-d").arg(&self.path).status();
     }
 }
