@@ -8,9 +8,12 @@ export PATH=$PATH:/usr/sbin:/sbin
 mkdir -p target
 log=target/test.log
 
-# Agents whose capture is in the kernel: their programs run at every write of the machine until somebody takes them out.
+# Capture that nobody owns: its programs run at every write of the machine until somebody takes them out. A place that is
+# locked is a running agent's.
 captured() {
-    find /sys/fs/bpf/reprotect -mindepth 2 -path '*/agent-*' -printf '%h\n' 2>/dev/null | sort -u || true
+    find /sys/fs/bpf/reprotect -mindepth 2 -path '*/agent-*' -printf '%h\n' 2>/dev/null | sort -u | while read -r place; do
+        flock --nonblock "$place" echo "$place" || true
+    done
 }
 captured_before=$(captured)
 
