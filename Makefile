@@ -8,7 +8,7 @@ export SIZE_MIB APPLY_MIB EXTENTS EPOCH_MIB GROW GROWTHS SIZE TARGET TARGETS REL
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test failover-test chaos delta-test points-test failback-test export-test grow-test capture-test guest-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture bench-rpo sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test failover-test chaos delta-test points-test failback-test export-test grow-test capture-test guest-test unseen-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture bench-rpo sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ capture-test: build ## a live ext4 with a database, its crash-consistent points 
 
 guest-test: build ## a guest with LVM loses its power while it writes; needs no root: [KERNELS="6.1 6.12"] [CUTS=2] [SIZE=512M] [LOAD=8] [RELAY=1] [SEED=n]
 	@$(SCRIPTS)/guest_test.py
+
+unseen-test: build ## commands that write past the block layer, noticed in a guest with SCSI, NVMe and zoned disks: [KERNELS="6.1 6.12"]
+	@$(SCRIPTS)/unseen_test.py
 
 scrub-test: build ## the scrub under load, after kills, with rot and outside writes: [SIZE=1G] [SEED=n]
 	@$(SCRIPTS)/scrub_test.py

@@ -9,7 +9,9 @@ use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
-use capture_lab::{Direct, Loop, Mounted, PATIENCE, capable, capture, differences, fio_mix, fio_raw, image};
+use capture_lab::{
+    Captured, Direct, Loop, Mounted, PATIENCE, capable, capture, differences, fio_mix, fio_raw, image,
+};
 use capture_lab::{machine, seed};
 use reprotect_agent::capture::{
     BlockDisk, Capture, CaptureError, CaptureSettings, CompareCause, Continuity, DiskSlot, Verdict,
@@ -70,7 +72,6 @@ fn under_fire(file_system: &str, scheduler: &str) {
     println!("{file_system} {scheduler}: {rounds} harvests, {blocks} blocks");
     assert!(rounds > 1 && blocks > 0);
     assert_equal(&mut capture, slot, &device.path, &copy);
-    capture.stop().unwrap();
 }
 
 #[test]
@@ -104,7 +105,7 @@ fn overlapping_direct_writes_and_discards_of_the_bare_device_are_all_found() {
         let device = Loop::new(dir.path(), "disk", 96);
         device.queue("scheduler", scheduler);
         let settings = CaptureSettings { plainest, ..CaptureSettings::new("raw", dir.path().to_owned()) };
-        let mut capture = Capture::start(&settings).unwrap();
+        let mut capture = Captured::start(&settings).unwrap();
         let (slot, _) = follow(&mut capture, &device);
         let mut load = fio_raw(&device.path, seed, 4, true);
         let copy = image(&device.path, &dir.path().join("copy"));
@@ -114,7 +115,6 @@ fn overlapping_direct_writes_and_discards_of_the_bare_device_are_all_found() {
         }
         load.wait();
         assert_equal(&mut capture, slot, &device.path, &copy);
-        capture.stop().unwrap();
     }
 }
 
@@ -134,38 +134,13 @@ fn what_was_harvested_and_not_confirmed_is_harvested_again_after_the_process_is_
     let stretch = first.open_stretch(slot).unwrap().unwrap();
     assert_eq!(first.harvest(slot, stretch).unwrap().sector_count(), 8);
     direct.write(1 << 20, 2, 65536).unwrap();
-    // As if killed: nothing is closed in order but by the kernel.
-    drop(first);
+    // Nothing is closed in order but by the kernel.
+    first.kill();
     direct.write(2 << 20, 3, 4096).unwrap();
     let mut second = capture("gone", dir.path());
     let (slot, continuity) = follow(&mut second, &device);
     assert_eq!(continuity, Continuity::Continued { dirty_blocks: 1 + 16 + 1 });
     assert_equal(&mut second, slot, &device.path, &copy);
-    second.stop().unwrap();
-}
-
-#[test]
-fn a_clean_stop_is_continued_unless_the_disk_was_written_meanwhile() {
-    let _turn = machine();
-    if !capable() {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let device = Loop::new(dir.path(), "disk", 64);
-    let mut direct = Direct::open(&device.path);
-    let mut capture_one = capture("stop", dir.path());
-    let (_, continuity) = follow(&mut capture_one, &device);
-    assert_eq!(continuity, Continuity::Compare(CompareCause::FirstTime));
-    direct.write(4096, 1, 8192).unwrap();
-    capture_one.stop().unwrap();
-    let mut capture_two = capture("stop", dir.path());
-    assert_eq!(follow(&mut capture_two, &device).1, Continuity::Continued { dirty_blocks: 2 });
-    capture_two.stop().unwrap();
-    direct.write(0, 1, 4096).unwrap();
-    let mut capture_three = capture("stop", dir.path());
-    let (_, continuity) = follow(&mut capture_three, &device);
-    assert_eq!(continuity, Continuity::Compare(CompareCause::WrittenWhileStopped));
-    capture_three.stop().unwrap();
 }
 
 #[test]
@@ -183,9 +158,8 @@ fn two_agents_never_follow_one_disk_and_never_share_their_pins() {
     let mut second = capture("two", other_dir.path());
     let error = second.follow(device.disk(), "x").unwrap_err();
     assert!(matches!(&error, CaptureError::InUse { what, .. } if *what == device.name()), "{error}");
-    first.stop().unwrap();
+    drop(first);
     second.follow(device.disk(), "x").unwrap();
-    second.stop().unwrap();
 }
 
 #[test]
@@ -214,7 +188,6 @@ fn a_disk_that_grew_is_followed_whole_and_its_new_part_is_dirty() {
     copy.set_len(48 << 20).unwrap();
     Direct::open(&device.path).write(47 << 20, 9, 8192).unwrap();
     assert_equal(&mut capture, slot, &device.path, &copy);
-    capture.stop().unwrap();
 }
 
 #[test]
@@ -236,7 +209,6 @@ fn devices_that_cannot_be_followed_are_refused_with_the_reason() {
     let error = capture.check(slot, Duration::ZERO).unwrap_err();
     assert!(error.to_string().contains("iostats"), "{error}");
     device.queue("iostats", "1");
-    capture.stop().unwrap();
     capture_lab::run("blockdev", &["--setro", device.path.to_str().unwrap()]);
     let error = BlockDisk::at(&device.path).unwrap_err().to_string();
     capture_lab::run("blockdev", &["--setrw", device.path.to_str().unwrap()]);

@@ -66,7 +66,6 @@ fn after_a_loss(loss: Loss, expected: impl Fn(Kind) -> Verdict, marked: u64) {
         assert_eq!(check.verdict, Verdict::Clean { explained: 0 }, "{kind:?}");
     }
     println!("{:?}", capture.counts(slot));
-    capture.stop().unwrap();
 }
 
 #[test]
@@ -113,7 +112,6 @@ fn a_lost_submission_is_counted_and_fails_the_window() {
     let end = capture.window(&plan, &mut Losing(Direct::open(&device.path)), &mut ()).unwrap();
     assert!(matches!(end, WindowEnd::Failed(WindowFailure::Unmatched(1))), "{end:?}");
     assert_eq!(capture.counts(slot).orphans, 1);
-    capture.stop().unwrap();
 }
 
 /// A device whose writes beyond 4 MiB fail: its image lies on a file system that is full then.
@@ -168,7 +166,6 @@ fn failed_writes_are_counted_and_marked_again_when_they_end() {
     let plan = WindowPlan { rounds_max: 0, ..WindowPlan::new(vec![(slot, stretch)]) };
     let end = capture.window(&plan, &mut FailingWrites(Direct::open(&device.path)), &mut ()).unwrap();
     assert!(matches!(end, WindowEnd::Failed(WindowFailure::FailedWrites(_))), "{end:?}");
-    capture.stop().unwrap();
 }
 
 /// What the process that is killed does: follows, harvests, says so, and waits for its end.
@@ -222,7 +219,6 @@ fn an_agent_killed_between_harvest_and_confirmation_loses_nothing_and_its_progra
     let found = capture.harvest(slot, stretch).unwrap();
     Direct::open(&device.path).copy_ranges(&found, &copy);
     assert_eq!(differences(&device.path, &copy), Vec::<u64>::new());
-    capture.stop().unwrap();
 }
 
 #[test]
@@ -242,14 +238,46 @@ fn pins_that_were_removed_or_replaced_are_noticed_at_once_and_at_the_next_start(
             assert!(matches!(error, CaptureError::PinChanged { .. }), "{error}");
             assert!(error.to_string().contains(pin), "{error}");
         }
-        drop(first);
+        first.kill();
         let mut second = capture("pins", dir.path());
         let (_, continuity) = second.follow(device.disk(), "x").unwrap();
         let Continuity::Compare(CompareCause::PinsChanged { what }) = continuity else {
             panic!("{continuity:?}")
         };
         assert!(what.contains(pin), "{what}");
-        second.stop().unwrap();
+    }
+}
+
+/// Somebody else's program runs where the agent's did: its events go to other maps.
+#[test]
+fn a_program_a_link_or_a_map_that_another_took_the_place_of_is_noticed_at_once_and_at_the_next_start() {
+    let _turn = machine();
+    if !capable() {
+        return;
+    }
+    for pin in ["on_queue", "link_on_queue", "link_on_request", "link_on_bio", "tallies", "dirty_0"] {
+        let (dir, other_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let device = Loop::new(dir.path(), "disk", 16);
+        let other_device = Loop::new(other_dir.path(), "disk", 16);
+        let mut first = capture("replaced", dir.path());
+        let (slot, _) = first.follow(device.disk(), "x").unwrap();
+        let mut other = capture("replacing", other_dir.path());
+        other.follow(other_device.disk(), "y").unwrap();
+        let place = std::path::Path::new("/sys/fs/bpf/reprotect");
+        std::fs::rename(place.join("agent-replacing").join(pin), place.join("agent-replaced").join(pin))
+            .unwrap();
+        if pin != "dirty_0" {
+            let error = first.check(slot, Duration::ZERO).unwrap_err();
+            assert!(matches!(error, CaptureError::PinChanged { .. }), "{error}");
+            assert!(error.to_string().contains(pin), "{error}");
+        }
+        first.kill();
+        let mut second = capture("replaced", dir.path());
+        let (_, continuity) = second.follow(device.disk(), "x").unwrap();
+        let Continuity::Compare(CompareCause::PinsChanged { what }) = continuity else {
+            panic!("{pin}: {continuity:?}")
+        };
+        assert!(what.contains(pin) || what.contains("agent-replaced"), "{pin}: {what}");
     }
 }
 
@@ -263,7 +291,7 @@ fn a_session_of_another_boot_is_compared() {
     let device = Loop::new(dir.path(), "disk", 16);
     let mut first = capture("boot", dir.path());
     first.follow(device.disk(), "x").unwrap();
-    drop(first);
+    first.kill();
     let path = dir.path().join("capture.json");
     let text = std::fs::read_to_string(&path).unwrap();
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
@@ -271,8 +299,7 @@ fn a_session_of_another_boot_is_compared() {
     std::fs::write(&path, text.replace(boot.trim(), "another")).unwrap();
     let mut second = capture("boot", dir.path());
     let (_, continuity) = second.follow(device.disk(), "x").unwrap();
-    assert_eq!(continuity, Continuity::Compare(CompareCause::NewBoot { stopped: false }));
-    second.stop().unwrap();
+    assert_eq!(continuity, Continuity::Compare(CompareCause::NewBoot));
 }
 
 #[test]
@@ -298,7 +325,6 @@ fn a_write_is_seen_where_it_lands_whatever_partition_it_was_made_through() {
     assert_eq!(found, [reprotect_engine::units::SectorRange::new(40960 + 16, 40960 + 24)]);
     let error = reprotect_agent::capture::BlockDisk::at(partition.as_ref()).unwrap_err();
     assert!(error.to_string().contains("partition"), "{error}");
-    capture.stop().unwrap();
     run("partx", &["-d", path]);
     let copy = image(&device.path, &dir.path().join("copy"));
     let mut byte = [0];

@@ -119,7 +119,7 @@ fn an_agent_that_leaves_and_comes_back_knows_what_was_written_and_closes_windows
     let mut direct = Direct::open(held.path());
     direct.write(8 << 20, 1, 8192).unwrap();
     assert_eq!(first.harvest(slot, stretch).unwrap().sector_count(), 16);
-    first.leave().unwrap();
+    first.leave();
     direct.write(9 << 20, 2, 16384).unwrap();
     held.write();
     let mut second = capture("leaves", dir.path());
@@ -137,7 +137,6 @@ fn an_agent_that_leaves_and_comes_back_knows_what_was_written_and_closes_windows
     assert_eq!(differences(held.path(), &copy).len(), 0);
     let check = second.check(slot, PATIENCE).unwrap();
     assert!(matches!(check.verdict, Verdict::Clean { .. }), "{check:?}");
-    second.stop().unwrap();
 }
 
 /// Takes the device away altogether; the kernel then knows nothing of it any more.
@@ -174,8 +173,6 @@ fn a_disk_that_is_gone_holds_up_nothing_of_the_others() {
     let check = capture.check(slot, PATIENCE).unwrap();
     assert_eq!(check.verdict, Verdict::Clean { explained: 8 });
     assert!(closes(&mut capture, slot));
-    capture.stop().unwrap_err();
-    reprotect_agent::capture::let_go("gone").unwrap();
 }
 
 /// Completions that are lost in a burst leave entries that nothing overwrites soon.
@@ -211,7 +208,6 @@ fn on_a_disk_that_is_never_idle_what_lost_completions_left_behind_is_no_miss() {
     held.rest();
     let check = capture.check(slot, PATIENCE).unwrap();
     assert!(matches!(check.verdict, Verdict::Clean { .. }), "explained once nothing is in flight: {check:?}");
-    capture.stop().unwrap();
 }
 
 #[test]
@@ -247,7 +243,6 @@ fn on_a_disk_that_is_never_idle_lost_completions_are_no_miss_and_a_write_that_no
     drop(load);
     let check = capture.check(slot, PATIENCE).unwrap();
     println!("{check:?}");
-    capture.stop().unwrap();
 }
 
 #[test]
@@ -272,7 +267,6 @@ fn a_disk_that_is_let_go_under_load_holds_up_no_window_of_another() {
     assert!(closes(&mut capture, slot), "writes of a disk that nobody follows are waited for");
     drop(load);
     other.rest();
-    capture.stop().unwrap();
 }
 
 #[test]
@@ -309,7 +303,7 @@ fn a_full_state_directory_ends_nothing() {
     let before = first.counts(leaving);
     Direct::open(&other.path).write(4096, 1, 4096).unwrap();
     assert_eq!(first.counts(leaving), before, "no program looks at it any more");
-    drop(first);
+    first.kill();
     // What was stored once there was room again is what the next process begins with.
     let mut second = capture("full", &state);
     let (slot, continuity) = second.follow(device.disk(), "x").unwrap();
@@ -317,7 +311,6 @@ fn a_full_state_directory_ends_nothing() {
     let check = second.check(slot, PATIENCE).unwrap();
     assert!(matches!(check.verdict, Verdict::Clean { .. }), "told already: {check:?}");
     std::fs::remove_file(state.join("filler")).unwrap();
-    second.stop().unwrap();
 }
 
 #[test]
@@ -333,5 +326,4 @@ fn events_that_the_kernel_left_out_are_told_once() {
     let found = capture.newly_skipped().unwrap();
     assert!(found >= 3, "{there} before, {found} now");
     assert!(capture.newly_skipped().unwrap() < 3);
-    capture.stop().unwrap();
 }

@@ -11,7 +11,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
-use capture_lab::{Direct, Loop, Mounted, capable, capture, differences, fio_mix, image, machine, seed};
+use capture_lab::{
+    Captured, Direct, Loop, Mounted, capable, capture, differences, fio_mix, image, machine, seed,
+};
 use reprotect_agent::capture::{
     Capture, CaptureError, CaptureSettings, DiskSlot, Kind, Loss, Mode, Record, WindowEnd, WindowFailure,
     WindowPlan, WindowSink,
@@ -89,7 +91,7 @@ fn comes_through(plainest: bool) {
     let dir = tempfile::tempdir().unwrap();
     let device = Loop::new(dir.path(), "disk", 64);
     let settings = CaptureSettings { plainest, ..CaptureSettings::new("through", dir.path().to_owned()) };
-    let mut capture = Capture::start(&settings).unwrap();
+    let mut capture = Captured::start(&settings).unwrap();
     let (slot, _) = capture.follow(device.disk(), "x").unwrap();
     assert!(matches!(capture.record_all(true), Err(CaptureError::SelfTest { .. })), "not proven");
     let begun = std::time::Instant::now();
@@ -131,20 +133,25 @@ fn comes_through(plainest: bool) {
     assert_eq!(drained.drops, drops);
     capture.record_all(false).unwrap();
     assert_eq!(capture.mode(), Mode::Bitmap);
-    capture.stop().unwrap();
 }
 
+/// Replays what a load wrote. A file system makes writes longer than a record now and then, when a lot waits to be written
+/// out; then there is no whole stream, which is told, and another load is looked at.
 fn replay(file_system: &str) {
     let _turn = machine();
     if !capable() {
         return;
     }
+    assert!((0..8).any(|_| is_replayed(file_system)), "each time a write was too long for a record");
+}
+
+fn is_replayed(file_system: &str) -> bool {
     let (dir, seed) = (tempfile::tempdir().unwrap(), seed());
     let device = Loop::new(dir.path(), "disk", 320);
     let mounted = Mounted::new(dir.path(), &device, file_system);
     // All that the load writes finds place, however late the reader comes on a busy machine.
     let settings = CaptureSettings::new("replay", dir.path().to_owned());
-    let mut capture = Capture::start(&CaptureSettings { ring_bytes: 512 << 20, ..settings }).unwrap();
+    let mut capture = Captured::start(&CaptureSettings { ring_bytes: 512 << 20, ..settings }).unwrap();
     let (slot, _) = capture.follow(device.disk(), "x").unwrap();
     capture.prove_data(slot).unwrap();
     // Nothing is in flight yet, so the stream is whole from here.
@@ -172,9 +179,14 @@ fn replay(file_system: &str) {
     mounted.unmount();
     let drained = take(&capture, &mut copies);
     println!("{file_system}: {records} records, {:?}, {drained:?}", capture.counts(slot));
-    assert!(drained.complete && drained.drops == drops, "{drops} before");
+    assert!(drained.complete);
+    if drained.drops != drops {
+        let why = capture.unrecorded(drained.drops - drops);
+        assert!(matches!(why, WindowFailure::TooLong(_)), "the ring holds more than was written: {why}");
+        return false;
+    }
     assert_same(&device.path, &copies.disks[&slot].1);
-    capture.stop().unwrap();
+    true
 }
 
 #[test]
@@ -242,7 +254,6 @@ fn windows(file_system: &str) {
     println!("{file_system}: {closed} windows closed, {failed} failed; {:?}", capture.counts(slot));
     assert!(closed > 0);
     assert_same(&device.path, &copies.disks[&slot].1);
-    capture.stop().unwrap();
 }
 
 /// Recovers the log of a copy of the image, then checks it.
@@ -282,7 +293,7 @@ fn a_window_that_overflowed_has_failed_and_has_lost_nothing() {
     let device = Loop::new(dir.path(), "disk", 64);
     let settings =
         CaptureSettings { ring_bytes: 1 << 20, ..CaptureSettings::new("overflow", dir.path().to_owned()) };
-    let mut capture = Capture::start(&settings).unwrap();
+    let mut capture = Captured::start(&settings).unwrap();
     let (slot, _) = capture.follow(device.disk(), "x").unwrap();
     let mut copies = Copies::default();
     copies.add(slot, &device.path, image(&device.path, &dir.path().join("copy")));
@@ -313,7 +324,6 @@ fn a_window_that_overflowed_has_failed_and_has_lost_nothing() {
     assert!(matches!(end, WindowEnd::Closed(_)), "{end:?}");
     copies.overlay();
     assert_same(&device.path, &copies.disks[&slot].1);
-    capture.stop().unwrap();
 }
 
 #[test]
@@ -351,7 +361,6 @@ fn a_window_gives_up_on_lost_completions_only_when_the_kernel_has_none_in_flight
     }
     copies.overlay();
     assert_same(&device.path, &copies.disks[&slot].1);
-    capture.stop().unwrap();
 }
 
 /// An application writes A, waits until it is on the disk, then writes B: no moment has B without its A. The device holds every
@@ -407,7 +416,6 @@ fn over_a_device_that_holds_its_writes_no_window_has_b_without_a() {
         println!("open for {open_for:?}; {:?}", capture.counts(slot));
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
-    capture.stop().unwrap();
 }
 
 #[test]
@@ -455,7 +463,6 @@ fn a_window_fails_while_the_device_holds_an_older_write_and_says_so() {
     writer.join().unwrap();
     copies.overlay();
     assert_same(&slow.file, &copies.disks[&slot].1);
-    capture.stop().unwrap();
 }
 
 #[test]
@@ -508,5 +515,4 @@ fn one_window_closes_two_disks_together() {
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
-    capture.stop().unwrap();
 }

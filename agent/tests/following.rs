@@ -34,13 +34,6 @@ struct Setup {
     agent: PeerId,
 }
 
-impl Drop for Setup {
-    /// What a failed test leaves in the kernel.
-    fn drop(&mut self) {
-        let _ended = capture::let_go(&self.agent.to_string());
-    }
-}
-
 impl Setup {
     fn new(count: usize, capture: &str) -> Self {
         let site = Site::new();

@@ -10,7 +10,6 @@ use std::os::unix::fs::FileExt;
 use capture_lab::Loop;
 use common::target::FakeTarget;
 use common::{AgentDaemon, Site, noise, run, source_id, wait_for, write_config};
-use reprotect_agent::capture;
 use reprotect_engine::format::batch::MarkClass;
 use reprotect_engine::format::message::PassMode;
 use reprotect_engine::units::DiskId;
@@ -83,6 +82,5 @@ fn a_disk_that_is_protected_while_another_is_streamed_joins_the_stream() {
         );
         assert_eq!(status.sessions, 1);
         agent.stop().await;
-        let _ended = capture::let_go(&agent_id.to_string());
     });
 }

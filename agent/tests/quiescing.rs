@@ -14,7 +14,6 @@ use capture_lab::{Loop, Mounted};
 use common::target::FakeTarget;
 use common::{AgentDaemon, Site, run, source_id, write_config};
 use reprotect_agent::api::{MarkAnswer, MarkRequest};
-use reprotect_agent::capture;
 use reprotect_engine::format::batch::{MarkCause, MarkClass};
 use reprotect_engine::format::message::{PassMode, Policy};
 use reprotect_engine::host::admin_client::AdminClient;
@@ -31,13 +30,11 @@ struct Setup {
     mounted: Option<Mounted>,
     _device: Loop,
     disk: DiskId,
-    agent: PeerId,
 }
 
 impl Drop for Setup {
-    /// What a failed test leaves in the kernel.
+    /// Before its device.
     fn drop(&mut self) {
-        let _ended = capture::let_go(&self.agent.to_string());
         self.mounted = None;
     }
 }
@@ -58,7 +55,7 @@ impl Setup {
         );
         let bytes = vec![0; (mib << 20) as usize];
         let disk = target.protect_source(agent, source_id(&device.path), bytes, PassMode::Copy);
-        Self { site, target, state_dir, mounted, _device: device, disk, agent }
+        Self { site, target, state_dir, mounted, _device: device, disk }
     }
 
     /// Applications are brought to rest this often.

@@ -10,7 +10,6 @@ use std::os::unix::fs::FileExt;
 use capture_lab::Loop;
 use common::target::FakeTarget;
 use common::{AgentDaemon, Site, noise, run, source_id, write_config};
-use reprotect_agent::capture;
 use reprotect_engine::format::message::PassMode;
 use reprotect_engine::net::wall_clock;
 
@@ -62,6 +61,5 @@ fn a_compare_after_an_unclean_boot_begins_where_the_disk_was_busy() {
         let content = std::fs::read(&device.path).unwrap();
         assert!(target.with_bytes(disk, |bytes| bytes == content));
         agent.stop().await;
-        let _ended = capture::let_go(&agent_id.to_string());
     });
 }

@@ -16,10 +16,9 @@ use capture_lab::Loop;
 use common::target::FakeTarget;
 use common::{AgentDaemon, Site, noise, run, source_id, wait_for, write_config};
 use reprotect_agent::api::DiskInfo;
-use reprotect_agent::capture;
 use reprotect_engine::format::batch::{Mark, MarkClass};
 use reprotect_engine::format::message::PassMode;
-use reprotect_engine::units::{DiskId, PeerId};
+use reprotect_engine::units::DiskId;
 
 const MIB: usize = 1 << 20;
 const SIZE: usize = 24 * MIB;
@@ -34,18 +33,10 @@ struct Setup {
     _site: Site,
     target: FakeTarget,
     state_dir: PathBuf,
-    agent: PeerId,
     backing: File,
     content: Vec<u8>,
     device: Loop,
     disk: DiskId,
-}
-
-impl Drop for Setup {
-    /// What a failed test leaves in the kernel.
-    fn drop(&mut self) {
-        let _ended = capture::let_go(&self.agent.to_string());
-    }
 }
 
 impl Setup {
@@ -63,7 +54,7 @@ impl Setup {
         write_config(&state_dir, target.address, &[&device.path], more);
         let before = if mode == PassMode::Copy { 0 } else { OLD };
         let disk = target.protect_source(agent, source, vec![before; SIZE], mode);
-        Self { _site: site, target, state_dir, agent, backing, content, device, disk }
+        Self { _site: site, target, state_dir, backing, content, device, disk }
     }
 
     fn start(&self) -> AgentDaemon {

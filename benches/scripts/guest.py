@@ -4,7 +4,8 @@ Why: device mapper, other kernels and the loss of power cannot be had on every h
 minutes. Invariants: nothing is installed and no source of packages of the host is changed; kernels are kept under
 target/guest; what cannot be had is [`Missing`], in words that say what it takes; QEMU dies with this process. A power
 cut here is `kill -9` of QEMU: the guest loses its memory at once, the host's page cache does not, so this is a crash of
-the guest and not a loss of a disk's own cache. Seconds and bytes. Used by `guest_test.py`.
+the guest and not a loss of a disk's own cache. Seconds and bytes. Used by `guest_test.py`
+and `unseen_test.py`.
 
 The guest has two serial lines: the kernel's console goes to a file; over the other one a shell takes commands, one at a
 time, both ways in base64.
@@ -72,8 +73,8 @@ class Kernel:
         self.image = next((root / "boot").glob("vmlinuz-*"))
         self.release = self.image.name.removeprefix("vmlinuz-")
 
-    def modules(self):
-        """Files to load, in order: a module after those it depends on."""
+    def modules(self, names):
+        """Files to load for these, in order: a module after those it depends on."""
         files = {}
         for file in self.root.glob("**/lib/modules/**/*.ko*"):
             files[file.name.partition(".ko")[0].replace("-", "_")] = file
@@ -88,7 +89,7 @@ class Kernel:
                     add(other)
             order.append(file)
 
-        for name in MODULES:
+        for name in names:
             add(name)
         return order
 
@@ -222,7 +223,7 @@ def libraries(program):
     return [Path(word) for word in re.findall(r"(/\S+)(?= \()", done.stdout)]
 
 
-def initramfs(path, kernel_files, programs):
+def initramfs(path, kernel_files, programs, modules=MODULES):
     """Writes an initramfs with busybox, the modules, and programs (path here → path in the guest)."""
     need("busybox", "ldd")
     archive = Archive()
@@ -231,7 +232,7 @@ def initramfs(path, kernel_files, programs):
     archive.file("/init", INIT.encode())
     archive.program(shutil.which("busybox"), "/bin/busybox")
     archive.entry("/bin/sh", stat.S_IFLNK | 0o777, b"busybox")
-    order = kernel_files.modules()
+    order = kernel_files.modules(modules)
     for file in order:
         archive.file(f"/modules/{file.name.partition('.ko')[0]}.ko", module_bytes(file), 0o644)
     names = "".join(f"{file.name.partition('.ko')[0]}.ko\n" for file in order)
@@ -244,24 +245,26 @@ def initramfs(path, kernel_files, programs):
 class Guest:
     """A machine that can be switched on and loses its power."""
 
-    def __init__(self, lab, kernel_files, initrd, drives, environment=None):
-        """`drives` are QEMU's `-drive` options without interface and format, and serial numbers."""
+    def __init__(self, lab, kernel_files, initrd, drives, environment=None, devices=(), append=""):
+        """`drives` are QEMU's `-drive` options without interface and format, and serial numbers; `devices` more of its words;
+        `append` goes to the kernel's command line."""
         need("qemu-system-x86_64")
         self.lab, self.kernel, self.initrd, self.drives = lab, kernel_files, initrd, drives
-        self.environment = environment or {}
+        self.environment, self.devices, self.append = environment or {}, devices, append
         self.console, self.process, self.boots = lab.dir / "console.log", None, 0
         lab.undo("switch off the guest", self.cut)
 
     def start(self):
         words = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", "2", "-m", str(MEMORY_MIB),
                  "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-kernel", self.kernel.image,
-                 "-initrd", self.initrd, "-append", "console=ttyS0 panic=-1 quiet loglevel=5",
+                 "-initrd", self.initrd, "-append", f"console=ttyS0 panic=-1 quiet loglevel=5 {self.append}",
                  "-chardev", f"file,id=console,append=on,path={self.console}", "-serial", "chardev:console",
                  "-chardev", "stdio,id=commands,signal=off", "-serial", "chardev:commands",
                  "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=", "-device", "virtio-rng-pci"]
         for number, (options, serial) in enumerate(self.drives):
             words += ["-drive", f"if=none,id=drive{number},format=raw,{options}",
                       "-device", f"virtio-blk-pci,drive=drive{number},serial={serial}"]
+        words += self.devices
         begun = time.monotonic()
         self.process = subprocess.Popen([str(word) for word in words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT, preexec_fn=die_with_parent)

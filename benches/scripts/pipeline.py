@@ -14,6 +14,7 @@ from lab import AGENT, RELAY, TARGET, LabError, free_port, mib, say, wait_for
 
 VMDK_KINDS = ("flat", "vmfs", "2gb-flat", "sparse", "2gb-sparse")
 KINDS = (*VMDK_KINDS, "device")
+LET_GO = "let go of the disks"
 
 
 class Progress:
@@ -82,7 +83,7 @@ class Pipeline:
         agent.configure({**config, "disks": {"include": [self.source], "exclude": others}})
         self.enroll(agent)
         # A killed agent leaves its programs in the kernel for the one that comes next; here none does.
-        self.lab.undo("let go of the disks", lambda: agent.state.exists() and agent.command("unfollow"))
+        self.lab.undo(LET_GO, lambda: agent.command("unfollow"))
         agent.start_and_wait()
 
     def enroll(self, daemon):
@@ -182,7 +183,9 @@ class Pipeline:
             daemon.stop()
 
     def forget(self):
-        """Removes state and logs of the ended daemons, so that others can take their place."""
+        """Removes state and logs of the ended daemons, so that others can take their place, and what the agent follows."""
+        # Before its state: nobody can name its place in the kernel without that.
+        self.lab.take_back(LET_GO)
         for daemon in self.lab.daemons.values():
             shutil.rmtree(daemon.state)
             daemon.log.unlink(missing_ok=True)

@@ -8,6 +8,15 @@ export PATH=$PATH:/usr/sbin:/sbin
 mkdir -p target
 log=target/test.log
 
+# Capture that nobody owns: its programs run at every write of the machine until somebody takes them out. A place that is
+# locked is a running agent's.
+captured() {
+    find /sys/fs/bpf/reprotect -mindepth 2 -path '*/agent-*' -printf '%h\n' 2>/dev/null | sort -u | while read -r place; do
+        flock --nonblock "$place" echo "$place" || true
+    done
+}
+captured_before=$(captured)
+
 # The workspace together has every feature of every crate but libFuzzer's, so nothing is built twice.
 # The log has everything; the terminal has what a person wants to see.
 status=0
@@ -25,6 +34,12 @@ fi
 echo "tests: $summary, ${#skips[@]} kinds of skips; everything in $log"
 echo "$summary, ${#skips[@]} kinds of skips" >target/test.summary
 
+left=$(comm -13 <(echo "$captured_before") <(captured))
+if [ -n "$left" ]; then
+    echo "tests: FAILED: capture was left in the kernel; find the test, then remove (each with rm -r):" >&2
+    echo "$left" >&2
+fi
+
 if [ "$status" -ne 0 ] || grep -qE '^test result: FAILED|^error' "$log"; then
     # Last on the screen, and so last in what a machine keeps of it: which tests failed, and what each of them said.
     {
@@ -40,6 +55,7 @@ if [ "$status" -ne 0 ] || grep -qE '^test result: FAILED|^error' "$log"; then
     } >&2
     exit 1
 fi
+[ -z "$left" ] || exit 1
 # Root with a loop device: then nothing may be left out for want of them.
 if [ "$(id -u)" -eq 0 ] && losetup --find >/dev/null 2>&1 && grep -qiE 'SKIPPED: .*(loop|mount|root)' "$log"; then
     echo "tests: FAILED: root and loop devices are here, and still tests were skipped for want of them" >&2

@@ -119,6 +119,11 @@ fn a_guest_that_loses_its_power_ends_identical_and_its_points_stay() {
 }
 
 #[test]
+fn commands_that_write_past_the_block_layer_are_noticed() {
+    script("unseen_test.py", &[("KERNELS", "6.1")]);
+}
+
+#[test]
 fn the_demonstration_tells_its_story_to_the_end() {
     script("demo.py", &[("SIZE", "256M"), ("TARGET", "sparse")]);
 }

@@ -4,7 +4,6 @@
 //! Called by `tracked`.
 
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
 use aya::maps::{Array, IterableMap, Map, MapData};
 use reprotect_engine::dirty_map::{DirtyMap, words_for};
@@ -75,11 +74,5 @@ impl Bitmap {
     /// The kernel's number of the map.
     pub(crate) fn id(&self) -> Option<u32> {
         map_id(&self.map)
-    }
-
-    /// The words, for a file.
-    pub(crate) fn copy(&self) -> Vec<u64> {
-        let words = self.mapped.words().iter().take(self.map.len() as usize);
-        words.map(|word| word.load(Ordering::Acquire)).collect()
     }
 }

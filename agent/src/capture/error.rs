@@ -24,6 +24,14 @@ pub enum CaptureError {
         "the kernel is in lockdown mode `confidentiality`, which forbids eBPF programs to read kernel memory; boot with lockdown=integrity, or use mode `scan`"
     )]
     Lockdown,
+    /// The kernel does not allow it to somebody who has the rights.
+    #[error(
+        "the kernel forbids the capture program although the agent has the rights ({reason}): it is in lockdown mode `confidentiality`, or a security module says no; boot with lockdown=integrity, allow bpf() to the agent, or use mode `scan`"
+    )]
+    Forbidden {
+        /// What the kernel said.
+        reason: String,
+    },
     /// No type information.
     #[error(
         "the kernel has no type information (/sys/kernel/btf/vmlinux): {reason}; use a kernel built with CONFIG_DEBUG_INFO_BTF, or mode `scan`"
@@ -141,7 +149,9 @@ pub enum CaptureError {
         max: u64,
     },
     /// Records that cannot be.
-    #[error("the ring holds a record that cannot be: {reason}; everything is compared with the target again")]
+    #[error(
+        "the ring holds a record that cannot be: {reason}; what was written is marked and read again, report this as a defect"
+    )]
     Ring {
         /// What is wrong with it.
         reason: String,
@@ -151,7 +161,8 @@ pub enum CaptureError {
 impl Answer for CaptureError {
     fn severity(&self) -> Severity {
         match self {
-            Self::PinChanged { .. } | Self::Ring { .. } | Self::Map { .. } => Severity::Resync,
+            Self::PinChanged { .. } | Self::Map { .. } => Severity::Resync,
+            Self::Ring { .. } | Self::WindowTooLarge { .. } => Severity::Retry,
             _ => Severity::Stop,
         }
     }

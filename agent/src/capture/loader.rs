@@ -75,18 +75,27 @@ pub(crate) struct LoadOptions {
 /// # Errors
 /// [`CaptureError::Lockdown`], [`CaptureError::NoTypes`] or [`CaptureError::NotPermitted`].
 pub fn check_machine() -> Result<(), CaptureError> {
-    let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
+    check_kernel(Path::new("/sys/kernel"))?;
+    if is_permitted() { Ok(()) } else { Err(CaptureError::NotPermitted) }
+}
+
+/// Whether the kernel whose attributes stand in `dir` has what capture needs, and allows it.
+fn check_kernel(dir: &Path) -> Result<(), CaptureError> {
+    let lockdown = fs::read_to_string(dir.join("security/lockdown")).unwrap_or_default();
     if lockdown.contains("[confidentiality]") {
         return Err(CaptureError::Lockdown);
     }
-    if let Err(error) = fs::metadata("/sys/kernel/btf/vmlinux") {
-        return Err(CaptureError::NoTypes { reason: error.to_string() });
-    }
-    let permitted = rustix::thread::capabilities(None).is_ok_and(|sets| {
+    fs::metadata(dir.join("btf/vmlinux"))
+        .map(drop)
+        .map_err(|error| CaptureError::NoTypes { reason: error.to_string() })
+}
+
+/// Whether this process may load programs, as far as its capabilities say.
+fn is_permitted() -> bool {
+    rustix::thread::capabilities(None).is_ok_and(|sets| {
         use rustix::thread::CapabilitySet as Cap;
         sets.effective.contains(Cap::SYS_ADMIN) || sets.effective.contains(Cap::BPF | Cap::PERFMON)
-    });
-    if permitted { Ok(()) } else { Err(CaptureError::NotPermitted) }
+    })
 }
 
 /// The running kernel's types.
@@ -210,7 +219,8 @@ pub(crate) fn refused(error: impl std::error::Error) -> CaptureError {
         source = cause.source();
     }
     if reason.contains("Operation not permitted") {
-        return CaptureError::NotPermitted;
+        // Lockdown is not always to be read anywhere.
+        return if is_permitted() { CaptureError::Forbidden { reason } } else { CaptureError::NotPermitted };
     }
     // The verifier tells its whole way; what it did not like stands at the end.
     let reason = match reason.char_indices().rev().nth(REASON_CHARS_MAX) {
@@ -223,6 +233,46 @@ pub(crate) fn refused(error: impl std::error::Error) -> CaptureError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A kernel's attributes in a folder of their own.
+    fn kernel(lockdown: Option<&str>, types: bool) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        if let Some(lockdown) = lockdown {
+            fs::create_dir(dir.path().join("security")).unwrap();
+            fs::write(dir.path().join("security/lockdown"), lockdown).unwrap();
+        }
+        if types {
+            fs::create_dir(dir.path().join("btf")).unwrap();
+            fs::write(dir.path().join("btf/vmlinux"), "").unwrap();
+        }
+        dir
+    }
+
+    #[test]
+    fn a_kernel_that_cannot_or_does_not_allow_it_is_told_with_the_remedy() {
+        let said = |lockdown, types| {
+            let dir = kernel(lockdown, types);
+            check_kernel(dir.path()).map_err(|error| error.to_string())
+        };
+        for lockdown in
+            [None, Some("[none] integrity confidentiality\n"), Some("none [integrity] confidentiality\n")]
+        {
+            assert_eq!(said(lockdown, true), Ok(()), "{lockdown:?}");
+        }
+        let locked = said(Some("none integrity [confidentiality]\n"), true).unwrap_err();
+        assert!(locked.contains("lockdown=integrity") && locked.contains("`scan`"), "{locked}");
+        let untyped = said(None, false).unwrap_err();
+        assert!(untyped.contains("CONFIG_DEBUG_INFO_BTF") && untyped.contains("`scan`"), "{untyped}");
+    }
+
+    #[test]
+    fn a_load_that_the_kernel_forbids_is_no_want_of_rights_where_they_are_there() {
+        let refusal = refused(std::io::Error::from_raw_os_error(libc::EPERM)).to_string();
+        let remedy = if is_permitted() { "lockdown=integrity" } else { "system service" };
+        assert!(refusal.contains(remedy), "{refusal}");
+        let other = refused(std::io::Error::from_raw_os_error(libc::EINVAL));
+        assert!(matches!(other, CaptureError::Refused { .. }), "{other}");
+    }
 
     /// What an older kernel gets must pass a newer one's verifier too, so that it is known to load at all.
     #[test]

@@ -2,9 +2,11 @@
 //!
 //! Invariants: the order of records is the order of submission; a record is seen whole or not at all; no reader is woken,
 //! it looks by itself; what is not read in time is not in the ring, and every later record says so (`drops`), its
-//! blocks being marked in the bitmap. Units: bytes, sectors. Called by `stream` and `selftest`.
+//! blocks being marked in the bitmap; nothing that stands in the ring holds the reader up for ever: what cannot be
+//! read is told once and passed. Units: bytes, sectors. Called by `stream` and `selftest`.
 
-use std::sync::atomic::Ordering;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya::maps::MapData;
 use reprotect_engine::units::SectorRange;
@@ -22,6 +24,8 @@ const DISCARDED: u32 = 1 << 30;
 const GIVE_BACK_BYTES: u64 = 128 << 10;
 /// The record of the self-test.
 const FLAG_PROBE: u8 = 2;
+/// Largest record: 4 MiB of data, its head, and what the last slice of a copy may be longer.
+const LARGEST_BYTES: u64 = (4 << 20) + HEADER_BYTES + RECORD_BYTES as u64 + 512;
 
 /// A write as it was submitted.
 #[derive(Clone, Copy, Debug)]
@@ -46,18 +50,48 @@ pub(crate) struct Ring {
     consumer: Mapped,
     producer: Mapped,
     bytes: u64,
+    /// Where the last reader began.
+    begun: AtomicU64,
+    /// Bytes that waited at most, as far as can be said from the places readers began at.
+    fullest: AtomicU64,
 }
 
 impl Ring {
     /// Maps the ring.
     pub(crate) fn open(map: &MapData) -> Result<Self, CaptureError> {
-        let page = rustix::param::page_size();
         let bytes = map.info().map_err(CaptureError::map("ring"))?.max_entries() as usize;
+        Self::over(map.fd(), bytes)
+    }
+
+    /// Maps what is laid out like one of so many bytes.
+    fn over(map: impl AsFd, bytes: usize) -> Result<Self, CaptureError> {
+        let page = rustix::param::page_size();
         // The data follow the producer's page, twice, so that no record is cut by the end.
-        let consumer = Mapped::new(map.fd(), 0, page, true).map_err(CaptureError::map("ring"))?;
+        let consumer = Mapped::new(&map, 0, page, true).map_err(CaptureError::map("ring"))?;
         let producer =
-            Mapped::new(map.fd(), page as u64, page + 2 * bytes, false).map_err(CaptureError::map("ring"))?;
-        Ok(Self { consumer, producer, bytes: bytes as u64 })
+            Mapped::new(&map, page as u64, page + 2 * bytes, false).map_err(CaptureError::map("ring"))?;
+        let (begun, fullest) = (AtomicU64::new(0), AtomicU64::new(0));
+        let ring = Self { consumer, producer, bytes: bytes as u64, begun, fullest };
+        ring.begin_watching();
+        Ok(ring)
+    }
+
+    /// From now on it is watched how full it gets.
+    pub(crate) fn begin_watching(&self) {
+        self.begun.store(self.position(), Ordering::Relaxed);
+        self.fullest.store(0, Ordering::Relaxed);
+    }
+
+    fn watch(&self) {
+        // Between two looks nobody gave more back than up to where the first one began.
+        let waited = self.end().saturating_sub(self.begun.swap(self.position(), Ordering::Relaxed));
+        self.fullest.fetch_max(waited, Ordering::Relaxed);
+    }
+
+    /// Whether every record would have found its place since [`Self::begin_watching`], had it not been too long for any.
+    pub(crate) fn had_room(&self) -> bool {
+        self.watch();
+        self.fullest.load(Ordering::Relaxed) + LARGEST_BYTES <= self.bytes
     }
 
     /// Where the next record will begin: everything submitted before this call is before it.
@@ -75,22 +109,29 @@ impl Ring {
         self.end().saturating_sub(self.position())
     }
 
-    /// Gives everything that waits back to the kernel, unread.
-    pub(crate) fn skip_to_end(&self) {
-        let end = self.end();
-        // A record that is being written ends by itself; its place is given back by the next reader.
-        let _all = self.drain_lengths(end);
-    }
-
-    fn drain_lengths(&self, until: u64) -> bool {
-        let mut position = self.position();
+    /// Gives everything that waits back to the kernel, unread. Answers whether that was all: a record that is being written
+    /// just now ends by itself, and its place is given back by the next reader.
+    pub(crate) fn skip_to_end(&self) -> bool {
+        self.watch();
+        let (mut position, until) = (self.position(), self.end());
         while position < until {
-            let at = rustix::param::page_size() as u64 + position % self.bytes;
-            let Some(length) = self.length_at(at) else { return false };
-            position += (HEADER_BYTES + u64::from(length & !(BUSY | DISCARDED))).next_multiple_of(8);
+            let Some(length) = self.length_at(self.place(position)) else { return false };
+            position = self.after(position, length).unwrap_or(until);
             self.advance(position);
         }
         true
+    }
+
+    /// Where a position stands in the mapping.
+    fn place(&self, position: u64) -> u64 {
+        rustix::param::page_size() as u64 + position % self.bytes
+    }
+
+    /// Where the record behind the one at `position` begins; `None` where it cannot be so long.
+    fn after(&self, position: u64, length: u32) -> Option<u64> {
+        let bytes = u64::from(length & !(BUSY | DISCARDED));
+        let next = position + (HEADER_BYTES + bytes).next_multiple_of(8);
+        (next <= self.end()).then_some(next)
     }
 
     fn advance(&self, to: u64) {
@@ -103,31 +144,41 @@ impl Ring {
     /// committed; if not, the next one is being written just now.
     ///
     /// # Errors
-    /// [`CaptureError::Ring`], or what `take` says; the record it failed at is given again.
+    /// [`CaptureError::Ring`], and what cannot be read is passed: the next reader goes on behind it. Or what `take` says; the
+    /// record it failed at is given again.
     pub(crate) fn drain<E: From<CaptureError>>(
         &self,
         until: u64,
         mut take: impl FnMut(Record<'_>) -> Result<(), E>,
     ) -> Result<bool, E> {
+        self.watch();
         let mut position = self.position();
         let mut given_back = position;
         let all = loop {
             if position >= until {
                 break Ok(true);
             }
-            let at = rustix::param::page_size() as u64 + position % self.bytes;
+            let at = self.place(position);
             let Some(length) = self.length_at(at) else { break Ok(false) };
             let bytes = u64::from(length & !(BUSY | DISCARDED));
+            let Some(next) = self.after(position, length) else {
+                // Nothing behind it can be found any more.
+                let reason = format!("{bytes} bytes at {position}, behind the end");
+                position = self.end();
+                break Err(CaptureError::Ring { reason }.into());
+            };
             if length & DISCARDED == 0 {
                 let body = self.producer.settled((at + HEADER_BYTES) as usize, bytes as usize);
                 let Some(record) = body.and_then(decode) else {
-                    break Err(CaptureError::Ring { reason: format!("{bytes} bytes at {position}") }.into());
+                    let reason = format!("{bytes} bytes at {position}");
+                    position = next;
+                    break Err(CaptureError::Ring { reason }.into());
                 };
                 if let Err(error) = take(record) {
                     break Err(error);
                 }
             }
-            position += (HEADER_BYTES + bytes).next_multiple_of(8);
+            position = next;
             if position - given_back >= GIVE_BACK_BYTES {
                 self.advance(position);
                 given_back = position;
@@ -211,5 +262,93 @@ mod tests {
         for len in 0..RECORD_BYTES {
             assert!(decode(&head(1, 512, 0, 1)[..len]).is_none());
         }
+    }
+
+    /// What is laid out like a ring, in memory.
+    struct Lab {
+        file: std::fs::File,
+        ring: Ring,
+        end: u64,
+    }
+
+    const LAB_BYTES: usize = 16 << 20;
+
+    impl Lab {
+        fn new() -> Self {
+            let page = rustix::param::page_size();
+            let file = tempfile::tempfile().unwrap();
+            file.set_len((2 * page + 2 * LAB_BYTES) as u64).unwrap();
+            let ring = Ring::over(&file, LAB_BYTES).unwrap();
+            Self { file, ring, end: 0 }
+        }
+
+        /// A record as the kernel commits it, or of another length than it has.
+        fn put(&mut self, body: &[u8], length: u32) {
+            use std::os::unix::fs::FileExt;
+            let page = rustix::param::page_size() as u64;
+            let at = 2 * page + self.end % LAB_BYTES as u64;
+            self.file.write_all_at(&u64::from(length).to_ne_bytes(), at).unwrap();
+            self.file.write_all_at(body, at + HEADER_BYTES).unwrap();
+            self.end += (HEADER_BYTES + body.len() as u64).next_multiple_of(8);
+            self.file.write_all_at(&self.end.to_ne_bytes(), page).unwrap();
+        }
+
+        fn discard(&mut self, sector: u64) {
+            let body = head(sector, 512, 0, Kind::Discard as u8);
+            self.put(&body, body.len() as u32);
+        }
+
+        /// Sectors of the records that can be read now.
+        fn read(&self) -> Result<Vec<u64>, CaptureError> {
+            let mut found = Vec::new();
+            let all = self.ring.drain::<CaptureError>(self.ring.end(), |record| {
+                found.push(record.range.start);
+                Ok(())
+            })?;
+            assert!(all);
+            Ok(found)
+        }
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_is_told_once_and_does_not_hold_up_what_is_behind_it() {
+        let mut lab = Lab::new();
+        lab.discard(1);
+        let broken = head(2, 512, 0, 7);
+        lab.put(&broken, broken.len() as u32);
+        lab.discard(3);
+        assert!(matches!(lab.read(), Err(CaptureError::Ring { .. })));
+        assert_eq!(lab.read().unwrap(), [3]);
+        // One whose length points behind the end: nothing behind it can be found, and the next one is written there.
+        let body = head(4, 512, 0, Kind::Discard as u8);
+        lab.put(&body, 1 << 20);
+        lab.discard(5);
+        assert!(matches!(lab.read(), Err(CaptureError::Ring { .. })));
+        assert_eq!(lab.ring.waiting(), 0);
+        lab.discard(6);
+        assert_eq!(lab.read().unwrap(), [6]);
+        lab.put(&body, 1 << 20);
+        assert!(lab.ring.skip_to_end());
+        assert_eq!(lab.ring.waiting(), 0);
+    }
+
+    #[test]
+    fn a_ring_that_had_room_for_the_largest_record_all_the_time_knows_it() {
+        let mut lab = Lab::new();
+        let large = head(1, 0, 0, Kind::Discard as u8);
+        let fill = |lab: &mut Lab, mib: usize| {
+            let mut body = large.clone();
+            body.resize(mib << 20, 0);
+            lab.put(&body, body.len() as u32);
+        };
+        fill(&mut lab, 6);
+        assert!(lab.ring.had_room());
+        lab.read().unwrap();
+        // Nobody looked in between: as much as this may have waited at once.
+        fill(&mut lab, 6);
+        lab.read().unwrap();
+        assert!(!lab.ring.had_room(), "twice 6 MiB since the last reader but one began");
+        lab.ring.begin_watching();
+        assert!(lab.ring.had_room());
     }
 }

@@ -1,14 +1,12 @@
-//! The session file: what was captured, by which programs, in which boot; and the maps that a clean stop saved.
+//! The session file: what was captured, by which programs, in which boot.
 //!
 //! Invariants: the file is durable before a program is attached and before a disk is followed, so that whatever it does not
-//! vouch for is compared; a saved map holds only in the same boot, and only while the kernel's account of the disk has
-//! not changed since: nobody saw the writes in between. Between boots nothing holds: the file system was mounted and its log replayed
-//! before the agent could start. Units: sectors, words of 64 blocks. Called by `tracker`.
+//! vouch for is compared; it vouches only for what programs saw without a break, in the boot it names. Between boots
+//! nothing holds: the file system was mounted and its log replayed before the agent could start. Called by `tracker`.
 
 use std::path::{Path, PathBuf};
 
-use reprotect_engine::io::durable::{Access, DurableError, read_bounded, replace_file};
-use reprotect_engine::units::SectorCount;
+use reprotect_engine::io::durable::{Access, read_bounded, replace_file};
 use serde::{Deserialize, Serialize};
 
 use super::sysfs::Account;
@@ -20,8 +18,6 @@ const SESSION_FILE: &str = "capture.json";
 const FILE_BYTES_MAX: u64 = 1 << 20;
 /// Version of the file and of the layout of maps; another version is as no file.
 pub(crate) const VERSION: u32 = 2;
-/// Begins a saved map.
-const MAP_MAGIC: [u8; 8] = *b"RPDIRTY1";
 
 /// The file's content.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,8 +29,6 @@ pub(crate) struct Session {
     /// Which build of the programs they are.
     #[serde(default)]
     pub(crate) object: String,
-    /// Nothing is attached any more, and the maps were saved.
-    pub(crate) stopped: bool,
     pub(crate) disks: Vec<SessionDisk>,
 }
 
@@ -50,8 +44,6 @@ pub(crate) struct SessionDisk {
     pub(crate) slot: usize,
     /// What its accounting is compared with.
     pub(crate) anchor: Option<Anchor>,
-    /// The kernel's account when its map was saved.
-    pub(crate) saved_at: Option<Account>,
     /// It was seen without a write in flight since it is followed: every one since then is known by its generation.
     #[serde(default)]
     pub(crate) seen_quiet: bool,
@@ -73,12 +65,7 @@ pub enum CompareCause {
     /// It was not followed before.
     FirstTime,
     /// The machine was started since.
-    NewBoot {
-        /// Whether the capture before was stopped cleanly.
-        stopped: bool,
-    },
-    /// The agent was stopped, and the disk was written to before it started again.
-    WrittenWhileStopped,
+    NewBoot,
     /// Programs, maps or the session file are not as they were left.
     PinsChanged {
         /// What is missing or different.
@@ -97,10 +84,7 @@ impl std::fmt::Display for CompareCause {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::FirstTime => f.write_str("the disk was not followed before"),
-            Self::NewBoot { .. } => {
-                f.write_str("the machine was started since, and wrote before the agent ran")
-            }
-            Self::WrittenWhileStopped => f.write_str("the disk was written to while the agent was stopped"),
+            Self::NewBoot => f.write_str("the machine was started since, and wrote before the agent ran"),
             Self::PinsChanged { what } => write!(f, "capture was interrupted: {what}"),
             Self::OtherDisk => f.write_str("the disk shrank or was replaced"),
             Self::Unaccounted { sectors } => {
@@ -122,7 +106,7 @@ pub enum Continuity {
     Compare(CompareCause),
 }
 
-/// The directory of the file and the maps.
+/// The directory of the file.
 #[derive(Clone, Debug)]
 pub(crate) struct SessionStore {
     dir: PathBuf,
@@ -159,59 +143,10 @@ impl SessionStore {
     /// Makes it durable.
     pub(crate) fn store(&self, session: &Session) -> Result<(), CaptureError> {
         let bytes = serde_json::to_vec_pretty(session).unwrap_or_default();
-        self.replace(SESSION_FILE, &bytes)
+        let path = self.dir.join(SESSION_FILE);
+        replace_file(&path, &bytes, Access::Private)
+            .map_err(|error| CaptureError::File { path, source: std::io::Error::other(error) })
     }
-
-    fn replace(&self, name: &str, bytes: &[u8]) -> Result<(), CaptureError> {
-        replace_file(&self.dir.join(name), bytes, Access::Private).map_err(|error| self.failed(name, error))
-    }
-
-    fn failed(&self, name: &str, error: DurableError) -> CaptureError {
-        CaptureError::File { path: self.dir.join(name), source: std::io::Error::other(error) }
-    }
-
-    fn map_file(slot: usize) -> String {
-        format!("capture-{slot}.map")
-    }
-
-    /// Saves a map.
-    pub(crate) fn store_map(
-        &self,
-        slot: usize,
-        disk: SectorCount,
-        words: &[u64],
-    ) -> Result<(), CaptureError> {
-        let mut bytes = Vec::with_capacity(words.len() * 8 + 48);
-        bytes.extend_from_slice(&MAP_MAGIC);
-        bytes.extend_from_slice(&disk.0.to_le_bytes());
-        for word in words {
-            bytes.extend_from_slice(&word.to_le_bytes());
-        }
-        let hash = blake3::hash(&bytes);
-        bytes.extend_from_slice(hash.as_bytes());
-        self.replace(&Self::map_file(slot), &bytes)
-    }
-
-    /// A saved map, if it is whole and of a disk of this size.
-    pub(crate) fn load_map(&self, slot: usize, disk: SectorCount) -> Option<Vec<u64>> {
-        let words = reprotect_engine::dirty_map::words_for(disk);
-        let bytes = read_bounded(&self.dir.join(Self::map_file(slot)), words * 8 + 48).ok()?;
-        decode_map(&bytes, disk)
-    }
-}
-
-/// The words of a saved map: magic, size of the disk, words, hash of all before.
-fn decode_map(bytes: &[u8], disk: SectorCount) -> Option<Vec<u64>> {
-    let (body, hash) = bytes.split_last_chunk::<32>()?;
-    let rest = body.strip_prefix(&MAP_MAGIC)?;
-    let (size, words) = rest.split_first_chunk::<8>()?;
-    let fits = u64::from_le_bytes(*size) == disk.0
-        && words.len() as u64 == reprotect_engine::dirty_map::words_for(disk) * 8;
-    if !fits || blake3::hash(body) != blake3::Hash::from_bytes(*hash) {
-        return None;
-    }
-    let (words, _) = words.as_chunks::<8>();
-    Some(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
 }
 
 #[cfg(test)]
@@ -227,12 +162,11 @@ mod tests {
             size_sectors: 4096,
             slot: 3,
             anchor: Some(Anchor::exact(Account { written: 8, discarded: 0 })),
-            saved_at: Some(Account::default()),
             seen_quiet: true,
             reaped: Account { written: 16, discarded: 8 },
         };
         let (boot, object) = ("b".into(), "o".into());
-        Session { version: VERSION, boot, pins: vec![1, 2], object, stopped: true, disks: vec![disk] }
+        Session { version: VERSION, boot, pins: vec![1, 2], object, disks: vec![disk] }
     }
 
     #[test]
@@ -246,26 +180,5 @@ mod tests {
         assert_eq!(store.load(), None);
         std::fs::write(dir.path().join(SESSION_FILE), "{").unwrap();
         assert_eq!(store.load(), None);
-    }
-
-    #[test]
-    fn a_saved_map_that_is_not_whole_is_none() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = SessionStore::at(dir.path());
-        let (size, words) = (SectorCount(1000), vec![5, 0x1fff_ffff_ffff_ffff]);
-        store.store_map(2, size, &words).unwrap();
-        assert_eq!(store.load_map(2, size), Some(words));
-        assert_eq!(store.load_map(2, SectorCount(900)), None, "of another size");
-        assert_eq!(store.load_map(1, size), None, "of another disk");
-        let path = dir.path().join("capture-2.map");
-        let whole = std::fs::read(&path).unwrap();
-        for at in 0..whole.len() {
-            let mut damaged = whole.clone();
-            damaged[at] ^= 1;
-            std::fs::write(&path, &damaged).unwrap();
-            assert_eq!(store.load_map(2, size), None, "byte {at}");
-            std::fs::write(&path, &whole[..at]).unwrap();
-            assert_eq!(store.load_map(2, size), None, "cut at {at}");
-        }
     }
 }

@@ -4,8 +4,29 @@
 //! in one order; blocks of recorded writes are marked as well, so whoever falls behind loses order, not data.
 //! An extension of [`Capture`]; called by `window` and by the agent's daemon. Units: bytes of the ring.
 
+use std::time::{Duration, Instant};
+
 use super::layout::{Control, Mode};
 use super::{Capture, CaptureError, DiskSlot, Record, selftest};
+
+/// How long a proof that failed is taken at its word: it loads a program and reads some thousand times.
+const PROVE_AGAIN: Duration = Duration::from_secs(3600);
+
+/// What came of the proof of data capture.
+#[derive(Debug)]
+pub(crate) enum Proof {
+    /// Nobody wanted one yet.
+    Untried,
+    /// What is copied is what is written.
+    Done,
+    /// It is not, or that cannot be known; why, and when that was found.
+    Failed {
+        /// Why.
+        reason: String,
+        /// When.
+        at: Instant,
+    },
+}
 
 /// How far the stream was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,18 +39,30 @@ pub struct Drained {
 
 impl Capture {
     /// Proves that what the programs copy is what is written, on one of the followed disks. Reads from it a few times,
-    /// writes nothing. Once per process is enough; `window` and `record_all` call it.
+    /// writes nothing. Once per process is enough, and one that failed is not done again for an hour; `window` calls it.
     ///
     /// # Errors
     /// [`CaptureError::SelfTest`].
     pub fn prove_data(&mut self, slot: DiskSlot) -> Result<(), CaptureError> {
-        if self.proven {
-            return Ok(());
+        match &self.proof {
+            Proof::Done => return Ok(()),
+            Proof::Failed { reason, at } if at.elapsed() < PROVE_AGAIN => {
+                return Err(CaptureError::SelfTest { reason: reason.clone() });
+            }
+            Proof::Failed { .. } | Proof::Untried => {}
         }
         let disk = &self.tracked(slot)?.disk;
-        selftest::prove(&self.kernel, &self.ring, &self.place, &self.options, disk)?;
-        self.proven = true;
-        Ok(())
+        let proven = selftest::prove(&self.kernel, &self.ring, &self.place, &self.options, disk);
+        self.proof = match &proven {
+            Ok(()) => Proof::Done,
+            // Of this disk; another one may be read.
+            Err(CaptureError::File { .. }) => Proof::Untried,
+            Err(CaptureError::SelfTest { reason }) => {
+                Proof::Failed { reason: reason.clone(), at: Instant::now() }
+            }
+            Err(error) => Proof::Failed { reason: error.to_string(), at: Instant::now() },
+        };
+        proven
     }
 
     /// What programs do now.
@@ -44,10 +77,22 @@ impl Capture {
     /// # Errors
     /// [`CaptureError::SelfTest`] before data capture was proven.
     pub fn record_all(&mut self, on: bool) -> Result<(), CaptureError> {
-        if on && !self.proven {
+        if on && !matches!(self.proof, Proof::Done) {
             return Err(CaptureError::SelfTest { reason: "it was not done".into() });
         }
         self.kernel.switch(if on { Mode::Data } else { Mode::Bitmap })?;
+        Ok(())
+    }
+
+    /// Copies no write any more, and forgets what waits to be read: it is marked in the bitmap.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn end_recording(&self) -> Result<(), CaptureError> {
+        self.kernel.switch(Mode::Bitmap)?;
+        while !self.ring.skip_to_end() {
+            std::thread::yield_now();
+        }
         Ok(())
     }
 
@@ -72,7 +117,7 @@ impl Capture {
     /// Gives the records before `until` to `take`, oldest first, and their place back to the kernel.
     ///
     /// # Errors
-    /// [`CaptureError::Ring`], or what `take` says; its record is then given again.
+    /// [`CaptureError::Ring`], and the record that cannot be is passed; or what `take` says, whose record is then given again.
     pub fn drain<E: From<CaptureError>>(
         &self,
         until: u64,
@@ -83,5 +128,54 @@ impl Capture {
             None => Ok(()), // of a self-test
         })?;
         Ok(Drained { complete, drops: self.drops() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capturing::capture_lab;
+
+    /// Takes everything and keeps nothing.
+    struct Nothing;
+
+    impl crate::capture::WindowSink for Nothing {
+        fn read(
+            &mut self,
+            _: DiskSlot,
+            _: &reprotect_engine::range_set::RangeSet,
+        ) -> Result<(), CaptureError> {
+            Ok(())
+        }
+        fn record(&mut self, _: &Record<'_>) -> Result<(), CaptureError> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_proof_that_failed_is_not_done_for_each_window_and_is_done_again_after_an_hour() {
+        let _turn = capture_lab::machine();
+        if !capture_lab::capable() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let device = capture_lab::Loop::new(dir.path(), "disk", 16);
+        let mut capture = capture_lab::capture("unproven", dir.path());
+        let (slot, _) = capture.follow(device.disk(), "x").unwrap();
+        // The probe then looks at another control page than the agent writes to.
+        std::fs::remove_file("/sys/fs/bpf/reprotect/agent-unproven/control").unwrap();
+        let error = capture.prove_data(slot).unwrap_err();
+        let Proof::Failed { reason, at } = &capture.proof else { panic!("{:?}", capture.proof) };
+        assert!(error.to_string().contains(reason.as_str()), "{error}");
+        let (reason, at) = (reason.clone(), *at);
+        let stretch = capture.open_stretch(slot).unwrap().unwrap();
+        let plan = crate::capture::WindowPlan::new(vec![(slot, stretch)]);
+        let error = capture.window(&plan, &mut Nothing, &mut ()).unwrap_err();
+        assert!(error.to_string().contains("self-test") && error.to_string().contains(&reason), "{error}");
+        assert!(matches!(capture.proof, Proof::Failed { at: now, .. } if now == at), "not done again");
+        let Some(before) = Instant::now().checked_sub(PROVE_AGAIN) else { return };
+        capture.proof = Proof::Failed { reason, at: before };
+        capture.prove_data(slot).unwrap_err();
+        assert!(matches!(capture.proof, Proof::Failed { at: now, .. } if now > at), "done again");
     }
 }

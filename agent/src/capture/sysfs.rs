@@ -64,6 +64,12 @@ impl BlockDisk {
                 "it is a mapped device; name the disks below it, whose capture sees its writes too",
             ));
         }
+        // Its requests are those of its paths, which are hidden disks of other numbers: no completion would be seen.
+        if dir.starts_with("/sys/devices/virtual/nvme-subsystem") {
+            return Err(refused(
+                "it is the head of an NVMe multipath, whose paths write for it; boot with nvme_core.multipath=N where it has one path, or protect it in mode `scan`",
+            ));
+        }
         let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let disk = Self {
             size: SectorCount(number_in(&dir.join("size"))?),

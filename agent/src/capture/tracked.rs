@@ -214,17 +214,6 @@ impl Tracked {
         self.disk.size = size;
         Ok(())
     }
-
-    /// Every bit that is not durable at the target.
-    pub(crate) fn all_words(&self) -> Vec<u64> {
-        let mut words = self.live.copy();
-        for map in std::iter::once(&self.incoming).chain(self.pending.iter().flatten()) {
-            for (word, more) in words.iter_mut().zip(map.copy()) {
-                *word |= more;
-            }
-        }
-        words
-    }
 }
 
 fn copy_bits(from: &Bitmap, to: &Bitmap) {

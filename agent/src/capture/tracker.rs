@@ -1,8 +1,8 @@
 //! Live capture of a machine: which disks are followed, what changed on them, and whether everything was seen.
 //!
 //! Call order: [`Capture::start`] → [`Capture::follow`] per disk → any of `open_stretch`, `harvest`, `confirm`, `check`,
-//! `window` → [`Capture::leave`] or drop (programs go on; the next start continues) or [`Capture::stop`] (programs go, maps
-//! are saved).
+//! `window` → [`Capture::leave`] or drop: programs go on, the next start continues. Whoever wants them gone calls
+//! [`super::let_go`] after that.
 //! Invariants: the session file is durable before programs are attached and before a disk is followed; a harvested
 //! block stays pending until its stretch is confirmed; one process owns the pins and each disk.
 //! All calls block, briefly; none is for an async runtime. Units: sectors. Called by the agent's daemon.
@@ -20,7 +20,8 @@ use super::oracle;
 use super::pins::{self, Claim};
 use super::ring::Ring;
 use super::session_file::{CompareCause, Continuity, Session, SessionDisk, SessionStore, VERSION};
-use super::sysfs::{Account, boot_id};
+use super::stream::Proof;
+use super::sysfs::boot_id;
 use super::tracked::{Stretch, Tracked};
 use super::{BlockDisk, CaptureError, ProgramCost, costs, object};
 
@@ -125,7 +126,7 @@ pub struct Capture {
     pub(crate) disks: Vec<Tracked>,
     pub(crate) options: LoadOptions,
     pub(crate) ring: Ring,
-    pub(crate) proven: bool,
+    pub(crate) proof: Proof,
     /// Events for which the kernel did not run a program, as counted when that was last told.
     skipped: u64,
 }
@@ -148,12 +149,9 @@ impl Capture {
         };
         let (boot, object) = (boot_id()?, object::build());
         let before = store.load();
-        let (fresh, left) = match &before {
-            None => (CompareCause::FirstTime, Vec::new()),
-            Some(session) if session.boot != boot => {
-                (CompareCause::NewBoot { stopped: session.stopped }, Vec::new())
-            }
-            Some(session) if session.stopped => (CompareCause::FirstTime, session.disks.clone()),
+        let fresh = match &before {
+            None => CompareCause::FirstTime,
+            Some(session) if session.boot != boot => CompareCause::NewBoot,
             Some(session) => match Self::reopen(&place, session) {
                 Ok(kernel) => {
                     tracing::info!(place = %place.path().display(), "capture goes on with the programs that ran meanwhile");
@@ -173,18 +171,15 @@ impl Capture {
                         options,
                     );
                 }
-                Err(error) => (CompareCause::PinsChanged { what: error.to_string() }, Vec::new()),
+                Err(error) => CompareCause::PinsChanged { what: error.to_string() },
             },
         };
-        let mut session =
-            Session { version: VERSION, boot, pins: Vec::new(), object, stopped: false, disks: Vec::new() };
+        let mut session = Session { version: VERSION, boot, pins: Vec::new(), object, disks: Vec::new() };
         let kernel = Kernel::begin(&place, &options, |kernel| {
             session.pins = kernel.ids().to_vec();
-            // The maps of a clean stop stay valid until something is followed anew.
-            let kept = Session { disks: left.clone(), stopped: !left.is_empty(), ..session.clone() };
-            store.store(&kept)
+            store.store(&session)
         })?;
-        Self::over(place, root, store, kernel, session, (fresh, left), options)
+        Self::over(place, root, store, kernel, session, (fresh, Vec::new()), options)
     }
 
     fn over(
@@ -198,11 +193,13 @@ impl Capture {
     ) -> Result<Self, CaptureError> {
         let ring = Ring::open(kernel.ring())?;
         // What a process before did not read is marked in the bitmap.
-        ring.skip_to_end();
+        while !ring.skip_to_end() {
+            std::thread::yield_now();
+        }
         let disks = Vec::new();
         let skipped = costs::skipped(&place)?;
-        let proven = false;
-        Ok(Self { place, root, store, kernel, session, left, fresh, disks, options, ring, proven, skipped })
+        let proof = Proof::Untried;
+        Ok(Self { place, root, store, kernel, session, left, fresh, disks, options, ring, proof, skipped })
     }
 
     fn reopen(place: &Claim, session: &Session) -> Result<Kernel, CaptureError> {
@@ -237,9 +234,6 @@ impl Capture {
             Some(known) if !known.is(&disk, identity) || known.size_sectors > disk.size.0 => {
                 self.forget(&known)?;
                 CompareCause::OtherDisk
-            }
-            Some(known) if known.saved_at.is_some() => {
-                return self.follow_saved(disk, claim, identity, &known);
             }
             Some(known) => match self.is_followed(&known, &disk) {
                 Ok(()) => return self.follow_left(disk, claim, &known),
@@ -289,39 +283,6 @@ impl Capture {
         self.disks.push(tracked);
         let slot = DiskSlot(known.slot);
         self.check_size(slot)?;
-        Ok((slot, Continuity::Continued { dirty_blocks }))
-    }
-
-    /// After a clean stop the saved map holds if the kernel wrote nothing since; looked at after following began again, so
-    /// that there is no moment in between.
-    fn follow_saved(
-        &mut self,
-        disk: BlockDisk,
-        claim: Claim,
-        identity: &str,
-        known: &SessionDisk,
-    ) -> Result<(DiskSlot, Continuity), CaptureError> {
-        let size = SectorCount(known.size_sectors);
-        let words = self.store.load_map(known.slot, size);
-        let slot = self.follow_anew(disk, claim, identity)?;
-        let tracked = self.tracked(slot)?;
-        let Some(words) = words.filter(|_| tracked.disk.size == size) else {
-            let what = "the saved map is missing, damaged or of another size".into();
-            return Ok((slot, Continuity::Compare(CompareCause::PinsChanged { what })));
-        };
-        let quiet = tracked.disk.account()? == known.saved_at.unwrap_or_default()
-            && tracked.disk.writes_in_flight()? == 0;
-        if !quiet {
-            return Ok((slot, Continuity::Compare(CompareCause::WrittenWhileStopped)));
-        }
-        let tracked = self.tracked(slot)?;
-        for (word, bits) in (0_u64..).zip(&words).filter(|(_, bits)| **bits != 0) {
-            for bit in (0..64).filter(|bit| bits >> bit & 1 == 1) {
-                let block = word * 64 + bit;
-                tracked.mark(SectorRange::new(block * 8, (block + 1) * 8));
-            }
-        }
-        let dirty_blocks = tracked.live().view().count();
         Ok((slot, Continuity::Continued { dirty_blocks }))
     }
 
@@ -386,8 +347,7 @@ impl Capture {
     }
 
     pub(super) fn store_session(&mut self) -> Result<(), CaptureError> {
-        self.session.stopped = false;
-        self.session.disks = self.disks.iter().map(|tracked| session_disk(tracked, None)).collect();
+        self.session.disks = self.disks.iter().map(session_disk).collect();
         self.session.disks.extend(self.left.iter().cloned());
         self.store.store(&self.session)
     }
@@ -553,41 +513,20 @@ impl Capture {
     }
 
     /// Leaves capture to the next process: programs and maps stay in the kernel and go on, so that whatever is written until
-    /// then is known. Where nothing is to be left, [`Self::stop`] it.
+    /// then is known. Where nothing is to be left, [`super::let_go`] follows.
     ///
     /// # Errors
     /// When the kernel or the state directory refuses something; programs go on all the same, and what the next start
     /// cannot be sure of is compared.
     pub fn leave(mut self) -> Result<(), CaptureError> {
         // Nobody reads the ring until then.
-        self.kernel.switch(Mode::Bitmap)?;
-        self.ring.skip_to_end();
+        self.end_recording()?;
         self.see_quiet()?;
         self.store_session()
     }
-
-    /// Ends capture: saves the maps with the kernel's account, then removes programs and maps. The next start continues
-    /// if nothing was written meanwhile.
-    ///
-    /// # Errors
-    /// When the maps cannot be saved; then programs go on.
-    pub fn stop(mut self) -> Result<(), CaptureError> {
-        let mut disks = Vec::new();
-        for tracked in &self.disks {
-            // The account first: what it does not count yet changes it later, and then the map is not believed.
-            let account = tracked.disk.account()?;
-            let in_flight = tracked.disk.writes_in_flight()? > 0;
-            self.store.store_map(tracked.slot, tracked.disk.size, &tracked.all_words())?;
-            disks.push(session_disk(tracked, (!in_flight).then_some(account)));
-        }
-        self.session.stopped = true;
-        self.session.disks = disks;
-        self.store.store(&self.session)?;
-        self.place.clear()
-    }
 }
 
-fn session_disk(tracked: &Tracked, saved_at: Option<Account>) -> SessionDisk {
+fn session_disk(tracked: &Tracked) -> SessionDisk {
     SessionDisk {
         identity: tracked.identity.clone(),
         name: tracked.disk.name.clone(),
@@ -596,7 +535,6 @@ fn session_disk(tracked: &Tracked, saved_at: Option<Account>) -> SessionDisk {
         size_sectors: tracked.disk.size.0,
         slot: tracked.slot,
         anchor: tracked.anchor,
-        saved_at,
         seen_quiet: tracked.seen_quiet,
         reaped: tracked.reaped,
     }

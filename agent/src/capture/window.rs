@@ -106,8 +106,14 @@ pub struct Closed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WindowFailure {
     /// Records found no place.
-    #[error("the ring overflowed: {0} writes were not recorded; read faster or enlarge the ring")]
+    #[error("the ring overflowed: {0} writes were not recorded; their blocks are read again")]
     Dropped(u64),
+    /// Records found no place though there was room for the largest.
+    #[error("{0} writes were longer than the 4 MiB that a record holds; their blocks are read again")]
+    TooLong(u64),
+    /// What was written could not be copied.
+    #[error("the data of {0} writes could not be read; their blocks are read again")]
+    Unreadable(u64),
     /// A write of before t0 does not end.
     #[error(
         "{writes} writes submitted before the window are still in flight after {waited:?}; the device is slow or hangs"
@@ -129,10 +135,26 @@ pub enum WindowFailure {
     TooMany(u64),
 }
 
+impl WindowFailure {
+    /// Whether the next window need not fail for the same reason, so that one may be opened at once.
+    #[must_use]
+    pub const fn may_pass(&self) -> bool {
+        match self {
+            Self::Dropped(_)
+            | Self::TooLong(_)
+            | Self::Unreadable(_)
+            | Self::FailedWrites(_)
+            | Self::Unmatched(_) => true,
+            Self::NotDrained { .. } | Self::TooMany(_) => false,
+        }
+    }
+}
+
 /// The rows that decide about a window: what must not have grown while it was open.
 fn judge(before: &DiskCounts, after: &DiskCounts) -> Option<WindowFailure> {
     type Row = (fn(&DiskCounts) -> u64, fn(u64) -> WindowFailure);
-    let rows: [Row; 5] = [
+    let rows: [Row; 6] = [
+        (|counts| counts.unreadable, WindowFailure::Unreadable),
         (|counts| counts.unrecorded, WindowFailure::Dropped),
         (|counts| counts.full, WindowFailure::TooMany),
         (|counts| counts.failed, WindowFailure::FailedWrites),
@@ -149,7 +171,21 @@ impl Capture {
     /// Why records since `before` may not be the whole truth of a disk; `None` while they are.
     #[must_use]
     pub fn doubt(&self, slot: DiskSlot, before: &DiskCounts) -> Option<WindowFailure> {
-        judge(before, &self.counts(slot))
+        judge(before, &self.counts(slot)).map(|failure| self.named(failure))
+    }
+
+    /// Why this many writes, of any disk, were not recorded since the last window began.
+    #[must_use]
+    pub fn unrecorded(&self, writes: u64) -> WindowFailure {
+        self.named(WindowFailure::Dropped(writes))
+    }
+
+    /// A record that is too long for any ring does not tell so; that there was room for it does.
+    fn named(&self, failure: WindowFailure) -> WindowFailure {
+        match failure {
+            WindowFailure::Dropped(writes) if self.ring.had_room() => WindowFailure::TooLong(writes),
+            failure => failure,
+        }
     }
 
     /// Waits until programs that began before this call have counted what they were to count.
@@ -191,12 +227,8 @@ impl Capture {
         let end = self.inside(plan, sink, moment, blocks);
         let stay = plan.stay && matches!(end, Ok(WindowEnd::Closed(_)));
         if !stay {
-            self.kernel.switch(Mode::Bitmap)?;
             // What came after t1 is marked in the bitmap.
-            let end = self.ring.end();
-            while !self.drain::<CaptureError>(end, |_| Ok(()))?.complete {
-                std::thread::yield_now();
-            }
+            self.end_recording()?;
         }
         end
     }
@@ -241,6 +273,7 @@ impl Capture {
         let mut records = 0;
         let before: Vec<DiskCounts> = plan.disks.iter().map(|(slot, _)| self.counts(*slot)).collect();
         let drops = self.drops();
+        self.ring.begin_watching();
         let begun = Instant::now();
         let generation = self.kernel.switch(Mode::Data)?;
         // The longest round is read while old writes come to their end.
@@ -263,13 +296,14 @@ impl Capture {
         }
         // Programs that began before t1 have counted now what they were to count.
         self.kernel.settle()?;
-        if self.drops() != drops {
-            return Ok(WindowEnd::Failed(WindowFailure::Dropped(self.drops().wrapping_sub(drops))));
-        }
         for ((slot, _), before) in plan.disks.iter().zip(&before) {
-            if let Some(failure) = judge(before, &self.counts(*slot)) {
+            if let Some(failure) = self.doubt(*slot, before) {
                 return Ok(WindowEnd::Failed(failure));
             }
+        }
+        // Of disks that are not in the plan.
+        if self.drops() != drops {
+            return Ok(WindowEnd::Failed(self.unrecorded(self.drops().wrapping_sub(drops))));
         }
         Ok(WindowEnd::Closed(Closed { end, source_time, blocks, records, open_for }))
     }
@@ -315,7 +349,7 @@ mod tests {
     #[test]
     fn whatever_makes_a_window_doubtful_fails_it() {
         let before = DiskCounts { failed: 3, orphans: 2, stale: 1, records: 5, ..DiskCounts::default() };
-        let cases: [(DiskCounts, Option<WindowFailure>); 7] = [
+        let cases: [(DiskCounts, Option<WindowFailure>); 8] = [
             (DiskCounts { records: 90, submitted: 7, written_sectors: 4, ..before }, None),
             (DiskCounts { stale: 4, ..before }, None),
             (DiskCounts { failed: 4, ..before }, Some(WindowFailure::FailedWrites(1))),
@@ -323,6 +357,7 @@ mod tests {
             (DiskCounts { late: 1, ..before }, Some(WindowFailure::Unmatched(1))),
             (DiskCounts { full: 1, ..before }, Some(WindowFailure::TooMany(1))),
             (DiskCounts { unrecorded: 1, ..before }, Some(WindowFailure::Dropped(1))),
+            (DiskCounts { unrecorded: 2, unreadable: 2, ..before }, Some(WindowFailure::Unreadable(2))),
         ];
         for (after, expected) in cases {
             assert_eq!(judge(&before, &after), expected, "{after:?}");

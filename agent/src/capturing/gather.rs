@@ -2,8 +2,8 @@
 //!
 //! Invariants: the blocks that were read come first, later reads of a block behind earlier ones, then the records in
 //! their order: so each disk's batches, one after another, make it what it was when the window closed, except what could
-//! not be read, which is told; memory is bounded by [`WINDOW_BYTES_MAX`], beyond which the window fails. Units: sectors,
-//! bytes. Called by `capturing` only.
+//! not be read, which is told; memory is bounded by [`WINDOW_BYTES_MAX`], beyond which the window fails, and what was to be
+//! read then is told to be read again. Units: sectors, bytes. Called by `capturing` only.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -47,7 +47,7 @@ pub(super) struct Gatherer<'a> {
     files: Files<'a>,
     read: BTreeMap<DiskId, Vec<Change>>,
     recorded: BTreeMap<DiskId, Vec<Change>>,
-    /// What is to be read again in the next round: discarded, or behind the end of a disk as it is known.
+    /// What is to be read again in the next round: discarded, behind the end of a disk as it is known, or too much.
     again: Vec<(DiskSlot, SectorRange)>,
     /// What could not be read, and not later either.
     unread: BTreeMap<DiskId, RangeSet>,
@@ -70,11 +70,20 @@ impl<'a> Gatherer<'a> {
     }
 
     fn count(&mut self, bytes: u64) -> Result<(), CaptureError> {
-        self.bytes += bytes;
-        if self.bytes > WINDOW_BYTES_MAX {
-            return Err(CaptureError::WindowTooLarge { bytes: self.bytes, max: WINDOW_BYTES_MAX });
+        let bytes = self.bytes + bytes;
+        if bytes > WINDOW_BYTES_MAX {
+            return Err(CaptureError::WindowTooLarge { bytes, max: WINDOW_BYTES_MAX });
         }
+        self.bytes = bytes;
         Ok(())
+    }
+
+    /// A window failed, and another one is opened: what is recorded from then on is all that counts. What was discarded is
+    /// read again all the same.
+    pub(super) fn forget_records(&mut self) {
+        let recorded = self.recorded.values().flatten().map(Change::plain_bytes).sum::<u64>();
+        self.bytes = self.bytes.saturating_sub(recorded);
+        self.recorded.clear();
     }
 
     /// What could not be read.
@@ -196,7 +205,10 @@ pub(super) fn changes_of(record: &Record<'_>, whole: SectorRange) -> Vec<Change>
 
 impl WindowSink for Gatherer<'_> {
     fn read(&mut self, slot: DiskSlot, sectors: &RangeSet) -> Result<(), CaptureError> {
-        self.count(sectors.sector_count() * SECTOR_BYTES)?;
+        if let Err(error) = self.count(sectors.sector_count() * SECTOR_BYTES) {
+            self.again.extend(sectors.iter().map(|range| (slot, range)));
+            return Err(error);
+        }
         let Some((disk, file, whole)) = disk_at(&mut self.files, slot) else { return Ok(()) };
         // The disk grew since it is read to there; the last block of its map may be longer than it.
         let behind = SectorRange::new(whole.end.next_multiple_of(BLOCK_SECTORS), u64::MAX);
@@ -301,5 +313,50 @@ mod tests {
         let read = batches.iter().flat_map(|batch| batch.records.iter().map(Change::range));
         assert_eq!(read.collect::<RangeSet>(), set(&[(8, 16), (800, 801)]));
         assert_eq!(again, [(slot, SectorRange::new(808, 840)), (slot, SectorRange::new(4096, 8192))]);
+    }
+
+    #[test]
+    fn a_window_that_is_too_large_has_what_was_read_before_and_says_what_was_not() {
+        let whole = SectorRange::new(0, 1 << 20);
+        let mut file: Box<dyn BlockFile> = Box::new(MemoryFile::new(whole.bytes()));
+        let slot = DiskSlot(0);
+        let mut gatherer = Gatherer::new(BTreeMap::from([(slot.index(), (DISK, &mut file, whole))]));
+        gatherer.read(slot, &set(&[(8, 16)])).unwrap();
+        let max = WINDOW_BYTES_MAX / SECTOR_BYTES;
+        let error = gatherer.read(slot, &set(&[(16, 24), (1024, 1024 + max)])).unwrap_err();
+        assert!(matches!(error, CaptureError::WindowTooLarge { .. }), "{error}");
+        gatherer.read(slot, &set(&[(32, 40)])).unwrap();
+        let (batches, again) = gatherer.into_batches(false);
+        let read = batches.iter().flat_map(|batch| batch.records.iter().map(Change::range));
+        assert_eq!(read.collect::<RangeSet>(), set(&[(8, 16), (32, 40)]));
+        assert_eq!(again, [(slot, SectorRange::new(16, 24)), (slot, SectorRange::new(1024, 1024 + max))]);
+    }
+
+    #[test]
+    fn a_second_window_takes_what_was_read_and_nothing_of_what_the_first_recorded() {
+        let whole = SectorRange::new(0, 4096);
+        let mut file: Box<dyn BlockFile> = Box::new(MemoryFile::new(whole.bytes()));
+        let slot = DiskSlot(0);
+        let mut gatherer = Gatherer::new(BTreeMap::from([(slot.index(), (DISK, &mut file, whole))]));
+        gatherer.read(slot, &set(&[(8, 16)])).unwrap();
+        let record = |kind, start, data: &'static [u8]| Record {
+            slot,
+            kind: Some(kind),
+            range: SectorRange::new(start, start + 8),
+            data,
+            drops: 0,
+            generation: 1,
+        };
+        gatherer.record(&record(Kind::Write, 16, &[1; 4096])).unwrap();
+        gatherer.record(&record(Kind::Discard, 24, &[])).unwrap();
+        let bytes = gatherer.bytes;
+        gatherer.forget_records();
+        assert_eq!(gatherer.bytes, bytes - 4096);
+        gatherer.record(&record(Kind::Write, 32, &[2; 4096])).unwrap();
+        let (batches, again) = gatherer.into_batches(true);
+        let all: Vec<SectorRange> =
+            batches.iter().flat_map(|batch| batch.records.iter().map(Change::range)).collect();
+        assert_eq!(all, [SectorRange::new(8, 16), SectorRange::new(32, 40)]);
+        assert_eq!(again, [(slot, SectorRange::new(24, 32))]);
     }
 }

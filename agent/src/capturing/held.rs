@@ -33,6 +33,11 @@ impl HeldFreeze {
         Self { stage: freeze.map_or(Stage::Nothing, Stage::Prepared), limit }
     }
 
+    /// Whether any moment will do.
+    pub(super) const fn is_any(&self) -> bool {
+        matches!(self.stage, Stage::Nothing)
+    }
+
     /// How it went; `None` where there was nothing to freeze.
     pub(super) fn into_result(self) -> Option<Result<FreezeEnd, String>> {
         match self.stage {

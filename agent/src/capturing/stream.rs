@@ -171,7 +171,7 @@ impl Stream {
     fn batches(&mut self, capture: &Capture) -> Result<Vec<Batch>, Broken> {
         let drops = capture.drops().wrapping_sub(self.drops);
         if drops != 0 {
-            return Err(Broken::Doubtful(format!("the ring overflowed: {drops} writes were not recorded")));
+            return Err(Broken::Doubtful(capture.unrecorded(drops).to_string()));
         }
         for disk in self.disks.values() {
             if disk.outgrown {

@@ -7,13 +7,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use reprotect_agent::capture::{BlockDisk, Capture, CaptureError, CaptureSettings};
+use reprotect_agent::capture::{BlockDisk, Capture, CaptureError, CaptureSettings, let_go};
 use reprotect_engine::range_set::RangeSet;
 
 /// Longer than anything here takes; only a hang reaches it.
@@ -43,11 +44,8 @@ pub fn capable() -> bool {
         }
     }
     let dir = tempfile::tempdir().unwrap();
-    match Capture::start(&CaptureSettings::new("probe", dir.path().to_owned())) {
-        Ok(capture) => {
-            capture.stop().unwrap();
-            true
-        }
+    match Captured::start(&CaptureSettings::new("probe", dir.path().to_owned())) {
+        Ok(_) => true,
         Err(CaptureError::InUse { .. }) => true,
         Err(error) => {
             println!("SKIPPED: {error}");
@@ -88,7 +86,16 @@ impl Loop {
     fn over(image: PathBuf, path: String) -> Self {
         // The mark stays with the number of a loop device, whoever set it.
         run("blockdev", &["--setrw", &path]);
-        Self { path: path.into(), image }
+        let device = Self { path: path.into(), image };
+        device.reset_queue();
+        device
+    }
+
+    /// So does the state of its queue.
+    fn reset_queue(&self) {
+        for (attribute, value) in [("scheduler", "none"), ("nr_requests", "128"), ("iostats", "1")] {
+            let _as_it_is = std::fs::write(format!("/sys/block/{}/queue/{attribute}", self.name()), value);
+        }
     }
 
     pub fn name(&self) -> String {
@@ -112,6 +119,7 @@ impl Loop {
 
 impl Drop for Loop {
     fn drop(&mut self) {
+        self.reset_queue();
         let _ended = Command::new("losetup").arg("-d").arg(&self.path).status();
     }
 }
@@ -253,6 +261,59 @@ impl Direct {
     }
 }
 
+/// A device written past the page cache by somebody who does not wait for room in its queue.
+pub struct Nowait(Direct);
+
+impl Nowait {
+    pub fn open(path: &Path) -> Self {
+        Self(Direct::open(path))
+    }
+
+    /// Writes 4 KiB; an error where there is no room now.
+    pub fn write(&mut self, offset: u64, fill: u8) -> std::io::Result<()> {
+        let Direct { file, buffer, start } = &mut self.0;
+        let slice = &mut buffer[*start..*start + 4096];
+        slice.fill(fill);
+        let bytes = [std::io::IoSlice::new(slice)];
+        let written = rustix::io::pwritev2(file, &bytes, offset, rustix::io::ReadWriteFlags::NOWAIT)?;
+        assert_eq!(written, 4096);
+        Ok(())
+    }
+}
+
+/// Memory in large pages, of which the kernel makes long requests.
+pub struct Huge {
+    start: *mut u8,
+    length: usize,
+}
+
+/// Length and alignment of a large page.
+const HUGE_BYTES: usize = 2 << 20;
+
+impl Huge {
+    #[expect(unsafe_code, reason = "mapping memory")]
+    pub fn new(length: usize, fill: u8) -> Self {
+        use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let none = std::ptr::null_mut();
+        // SAFETY: a new mapping, never given back, of which the part from the first large page on is used.
+        unsafe {
+            let start = mmap_anonymous(none, length + HUGE_BYTES, access, MapFlags::PRIVATE).unwrap();
+            let start = start.cast::<u8>();
+            let start = start.add(start.align_offset(HUGE_BYTES));
+            let _no_matter = madvise(start.cast(), length, Advice::LinuxHugepage);
+            start.write_bytes(fill, length);
+            Self { start, length }
+        }
+    }
+
+    #[expect(unsafe_code, reason = "a view of mapped memory")]
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: mapped and written above.
+        unsafe { std::slice::from_raw_parts(self.start, self.length) }
+    }
+}
+
 /// The whole device as it is now.
 pub fn image(device: &Path, to: &Path) -> File {
     let mut copy = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(to).unwrap();
@@ -308,9 +369,65 @@ pub fn until(what: &str, mut so: impl FnMut() -> bool) {
 }
 
 /// A capture of its own.
-pub fn capture(instance: &str, dir: &Path) -> Capture {
-    Capture::start(&CaptureSettings { test_hooks: true, ..CaptureSettings::new(instance, dir.to_owned()) })
-        .unwrap()
+pub fn capture(instance: &str, dir: &Path) -> Captured {
+    let settings = CaptureSettings::new(instance, dir.to_owned());
+    Captured::start(&CaptureSettings { test_hooks: true, ..settings }).unwrap()
+}
+
+/// Takes the place of that name out of the kernel when the test ends, however it does.
+pub struct Place(String);
+
+impl Place {
+    pub fn new(instance: &str) -> Self {
+        Self(instance.to_owned())
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if !self.0.is_empty() {
+            let _removed = let_go(&self.0);
+        }
+    }
+}
+
+/// Capture that is taken out of the kernel with the value.
+pub struct Captured {
+    // Dropped in this order.
+    capture: Capture,
+    place: Place,
+}
+
+impl Captured {
+    pub fn start(settings: &CaptureSettings) -> Result<Self, CaptureError> {
+        let capture = Capture::start(settings)?;
+        Ok(Self { capture, place: Place::new(&settings.instance) })
+    }
+
+    /// As an agent that stops: the next one goes on from here.
+    pub fn leave(mut self) {
+        self.place.0.clear();
+        self.capture.leave().unwrap();
+    }
+
+    /// As an agent that is killed.
+    pub fn kill(mut self) {
+        self.place.0.clear();
+    }
+}
+
+impl Deref for Captured {
+    type Target = Capture;
+
+    fn deref(&self) -> &Capture {
+        &self.capture
+    }
+}
+
+impl DerefMut for Captured {
+    fn deref_mut(&mut self) -> &mut Capture {
+        &mut self.capture
+    }
 }
 
 /// A device in memory whose writes take their time. Its reads do not overtake them on the way through the loop device, so who

@@ -8,13 +8,15 @@
 #[path = "../../../process-server/tests/common/target.rs"]
 pub mod target;
 
+use std::cell::RefCell;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reprotect_agent::api::{DiskInfo, StatusInfo};
+use reprotect_agent::capture::{self, CaptureError};
 use reprotect_agent::config::{DisksConfig, Settings};
 use reprotect_agent::{daemon, sources};
 use reprotect_engine::format::message::SourceId;
@@ -69,7 +71,9 @@ impl Site {
         let (dir, identity) = (self.path(name), self.identity(Role::Agent));
         identity.save(&dir).unwrap();
         std::fs::copy(self.path("ca").join(ROOTS_FILE), dir.join(ROOTS_FILE)).unwrap();
-        (dir, identity.own().peer)
+        let agent = identity.own().peer;
+        AGENTS.with_borrow_mut(|agents| agents.push(agent.to_string()));
+        (dir, agent)
     }
 }
 
@@ -184,7 +188,31 @@ pub async fn patiently<T>(what: &str, future: impl Future<Output = T>) -> T {
     }
 }
 
+thread_local! {
+    /// Agents that this thread's test made.
+    static AGENTS: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Takes out of the kernel what the test's agents followed, however the test ends.
+struct LetGo;
+
+impl Drop for LetGo {
+    fn drop(&mut self) {
+        for agent in AGENTS.take() {
+            // Threads of a runtime that is gone end by themselves.
+            let deadline = Instant::now() + PATIENCE;
+            while let Err(CaptureError::InUse { .. }) = capture::let_go(&agent)
+                && Instant::now() < deadline
+            {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+}
+
 pub fn run<F: Future>(future: F) -> F::Output {
+    // Dropped after the runtime.
+    let _let_go = LetGo;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let output = runtime.block_on(future);
     runtime.shutdown_background();

@@ -15,7 +15,7 @@ use std::process::{Command, ExitCode};
 
 use disk::MemoryDisk;
 use modes::{MODES, Mode, with_capture};
-use reprotect_agent::capture::{Capture, CaptureSettings, Measuring};
+use reprotect_agent::capture::{self, Capture, CaptureSettings, Measuring};
 
 /// A load of fio, with the share of bare IOPS that is wanted in each mode.
 struct Load {
@@ -142,7 +142,8 @@ fn events(dir: &Path, disk: &MemoryDisk) {
                 load.name,
                 nanos as f64 / submitted as f64 / 1000.0
             );
-            capture.stop().expect("capture ends in order");
+            drop(capture);
+            capture::let_go("bench-events").expect("capture ends in order");
         }
     }
 }
@@ -150,7 +151,9 @@ fn events(dir: &Path, disk: &MemoryDisk) {
 fn main() -> ExitCode {
     let dir = std::env::temp_dir().join(format!("bench-capture-{}", std::process::id()));
     std::fs::create_dir_all(&dir).expect("a folder to measure in");
-    if let Err(error) = Capture::start(&CaptureSettings::new("probe", dir.clone())).and_then(Capture::stop) {
+    if let Err(error) =
+        Capture::start(&CaptureSettings::new("probe", dir.clone())).and_then(|_| capture::let_go("probe"))
+    {
         eprintln!("nothing can be measured here: {error}");
         return ExitCode::FAILURE;
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use reprotect_agent::capture::{
-    BlockDisk, Capture, CaptureError, CaptureSettings, DiskSlot, GROUP_BYTES_MAX, Record, WindowEnd,
+    self, BlockDisk, Capture, CaptureError, CaptureSettings, DiskSlot, GROUP_BYTES_MAX, Record, WindowEnd,
     WindowPlan, WindowSink, groups, spans,
 };
 use reprotect_engine::io::buffer::PoolBuf;
@@ -152,6 +152,7 @@ pub(crate) fn with_capture<T>(dir: &Path, device: &Path, mode: Mode, measure: im
     if counts.unrecorded > 0 {
         println!("  {} of {} writes not recorded", counts.unrecorded, counts.unrecorded + counts.records);
     }
-    capture.stop().expect("capture ends in order");
+    drop(capture);
+    capture::let_go("bench").expect("capture ends in order");
     result
 }
