@@ -53,10 +53,11 @@ impl Ring {
     pub(crate) fn open(map: &MapData) -> Result<Self, CaptureError> {
         let page = rustix::param::page_size();
         let bytes = map.info().map_err(CaptureError::map("ring"))?.max_entries() as usize;
-        // The data follow the producer's page, twice, so that no record is cut by the end.
+        // The data follow the producer's page. The kernel offers them twice, so that no record is cut by the end; once is
+        // enough, because all that is mapped counts as this process's memory, and one record in a ring is cut.
         let consumer = Mapped::new(map.fd(), 0, page, true).map_err(CaptureError::map("ring"))?;
         let producer =
-            Mapped::new(map.fd(), page as u64, page + 2 * bytes, false).map_err(CaptureError::map("ring"))?;
+            Mapped::new(map.fd(), page as u64, page + bytes, false).map_err(CaptureError::map("ring"))?;
         Ok(Self { consumer, producer, bytes: bytes as u64 })
     }
 
@@ -111,6 +112,7 @@ impl Ring {
     ) -> Result<bool, E> {
         let mut position = self.position();
         let mut given_back = position;
+        let mut joined = Vec::new();
         let all = loop {
             if position >= until {
                 break Ok(true);
@@ -119,7 +121,7 @@ impl Ring {
             let Some(length) = self.length_at(at) else { break Ok(false) };
             let bytes = u64::from(length & !(BUSY | DISCARDED));
             if length & DISCARDED == 0 {
-                let body = self.producer.settled((at + HEADER_BYTES) as usize, bytes as usize);
+                let body = self.body(position + HEADER_BYTES, bytes as usize, &mut joined);
                 let Some(record) = body.and_then(decode) else {
                     break Err(CaptureError::Ring { reason: format!("{bytes} bytes at {position}") }.into());
                 };
@@ -137,6 +139,19 @@ impl Ring {
             self.advance(position);
         }
         all
+    }
+
+    /// `len` bytes of a committed record from `position`; put together in `joined` where the ring's end cuts them.
+    fn body<'a>(&'a self, position: u64, len: usize, joined: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+        let (begin, at) = (rustix::param::page_size(), (position % self.bytes) as usize);
+        let until_end = self.bytes as usize - at;
+        if len <= until_end {
+            return self.producer.settled(begin + at, len);
+        }
+        joined.clear();
+        joined.extend_from_slice(self.producer.settled(begin + at, until_end)?);
+        joined.extend_from_slice(self.producer.settled(begin, len - until_end)?);
+        Some(joined)
     }
 
     /// The length word at `at`, if the record is committed.
