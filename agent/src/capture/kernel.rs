@@ -13,8 +13,8 @@ use aya::programs::links::PinnedLink;
 use rustix::thread::{MembarrierCommand, membarrier};
 
 use super::layout::{CONTROL_WORDS, DISKS, DISKS_MAX, FLIGHTS_WORDS, TALLY_WORDS, WRITTEN_OFF};
-use super::layout::{FLIGHT_BUSY, FLIGHT_SET_WORDS, FLIGHT_WAYS, FLIGHT_WORDS};
 use super::layout::{Control, Flight, GENERATION_SLOTS, Kind, Mode, ModeWord, Tally};
+use super::layout::{FLIGHT_BUSY, FLIGHT_SET_WORDS, FLIGHT_WAYS, FLIGHT_WORDS};
 use super::loader::{LoadOptions, MAPS, PROGRAMS, attach, link_pin, load, program};
 use super::mapped::Mapped;
 use super::pins::Claim;

@@ -222,8 +222,7 @@ mod tests {
         let body = header.split(&format!("struct {name} {{")).nth(1).unwrap().split("};").next().unwrap();
         let (mut halves, mut places) = (0, std::collections::BTreeMap::new());
         for line in body.lines() {
-            let Some(declaration) =
-                line.trim().strip_prefix("__u").and_then(|rest| rest.split(';').next())
+            let Some(declaration) = line.trim().strip_prefix("__u").and_then(|rest| rest.split(';').next())
             else {
                 continue;
             };
