@@ -1,7 +1,6 @@
 //! The ring's end cuts records, and they are read whole.
 //!
 //! Called by `cargo test`; needs root, eBPF and fio, and says SKIPPED without.
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod capture_lab;
 
