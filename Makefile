@@ -47,9 +47,9 @@ bench-sync: setup ## speed and cost of the initial sync, release build: [SIZE=8G
 	$(CARGO) build --release --workspace --bins
 	@REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_sync.py
 
-bench-capture: setup ## cost of live capture, release build, as root: [PAIRS=30] [SECONDS=3] [INTERVAL=10] [LOADS=4k-1,4k-32,1m,buffered] [MODES=bitmap,window,data]
+bench-capture: setup ## cost of live capture, release build, as root: [ROUNDS=30] [SECONDS=1] [INTERVAL=10] [LOADS=4k-1,4k-32,1m,buffered] [MODES=bitmap,window,data] [SEED=n]
 	$(CARGO) build --release -p reprotect-benches --bin bench_capture
-	@PAIRS=$(PAIRS) SECONDS=$(SECONDS) INTERVAL=$(INTERVAL) LOADS=$(LOADS) MODES=$(MODES) "$${CARGO_TARGET_DIR:-target}/release/bench_capture"
+	@ROUNDS=$(ROUNDS) SEED=$(SEED) SECONDS=$(SECONDS) INTERVAL=$(INTERVAL) LOADS=$(LOADS) MODES=$(MODES) "$${CARGO_TARGET_DIR:-target}/release/bench_capture"
 
 bench-rpo: setup ## age of the durable state under random writes, release build, as root: [SECONDS=60] [RATES="20 50"] [MODES="data window"] [RELAY=1]
 	$(CARGO) build --release --workspace --bins

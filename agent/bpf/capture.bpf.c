@@ -22,8 +22,6 @@
 #define TRACEPOINT(name) SEC("tp_btf/" name)
 #endif
 
-#define ENOENT 2
-#define EEXIST 17
 #define REQ_OP_MASK 0xff
 #define LONG_WORDS_MAX 1024
 
@@ -34,6 +32,7 @@ const volatile __u8 WITH_LOOP = 1;    /* bpf_loop (5.17) */
 const volatile __u8 WITH_DYNPTR = 1;  /* ring records of any length (5.19) */
 const volatile __u8 WITH_HOOKS = 0;   /* the test hook */
 const volatile __u8 PAGE_SHIFT = 12;
+const volatile __u8 FLIGHT_SET_BITS = 13; /* of the number of a set of the table of writes in flight; at least 1 */
 
 struct {
     __uint(type, BPF_MAP_TYPE_ARRAY);
@@ -42,14 +41,6 @@ struct {
     __type(key, __u32);
     __type(value, struct control);
 } control SEC(".maps");
-
-/* Whole disks by device number, major << 20 | minor. */
-struct {
-    __uint(type, BPF_MAP_TYPE_HASH);
-    __uint(max_entries, DISKS_MAX);
-    __type(key, __u32);
-    __type(value, __u32);
-} disks SEC(".maps");
 
 struct bitmap {
     __uint(type, BPF_MAP_TYPE_ARRAY);
@@ -68,10 +59,11 @@ struct {
 } dirty SEC(".maps");
 
 struct {
-    __uint(type, BPF_MAP_TYPE_HASH);
-    __uint(max_entries, FLIGHTS_DEFAULT);
-    __type(key, __u64);
-    __type(value, struct flight);
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(map_flags, BPF_F_MMAPABLE);
+    __uint(max_entries, FLIGHT_SETS_DEFAULT);
+    __type(key, __u32);
+    __type(value, struct flight_set);
 } inflight SEC(".maps");
 
 /* By CPU. */
@@ -96,6 +88,14 @@ struct {
     __uint(type, BPF_MAP_TYPE_RINGBUF);
     __uint(max_entries, 1 << 26);
 } ring SEC(".maps");
+
+/* The address as a number: the verifier follows pointers, and lets no function of its own have one where it takes a number. */
+static __always_inline __u64 number_of(void *pointer)
+{
+    __u64 number = (__u64)pointer;
+    asm volatile("%0 = -%0\n%0 = -%0" : "+r"(number));
+    return number;
+}
 
 static __always_inline __u32 kind_of(__u32 op)
 {
@@ -139,6 +139,19 @@ static __always_inline struct control *the_control(void)
 {
     __u32 zero = 0;
     return bpf_map_lookup_elem(&control, &zero);
+}
+
+/* The place of a disk; below 0 of one that is not followed. A function of its own, so that the verifier walks its loop once. */
+__attribute__((noinline)) int followed(__u32 number)
+{
+    struct control *ctl = the_control();
+    if (!ctl)
+        return -1;
+    __u64 end = ctl->disks_end;
+    for (__u32 place = 0; place < DISKS_MAX && place < end; place++)
+        if (*(volatile __u64 *)&ctl->disks[place] == number)
+            return place;
+    return -1;
 }
 
 static __always_inline struct flights *my_flights(void)
@@ -244,17 +257,14 @@ static __always_inline int is_lost(struct control *ctl, __u32 kind, __u32 where,
 
 #include "data.bpf.h"
 
+#include "flights.bpf.h"
+
 /* An address that comes again was never seen completing: both ranges are marked, the old generation is credited. */
-static __always_inline void replace_stale(struct control *ctl, struct flights *mine, struct tally *tally, __u64 key)
+static __always_inline void replace_stale(struct control *ctl, struct flights *mine, struct flight *old)
 {
-    struct flight *old = bpf_map_lookup_elem(&inflight, &key);
-    if (!old)
-        return;
     __u32 remaining = old->remaining >> 9, slot = old->slot & (DISKS_MAX - 1);
     mark(slot, old->sector, old->bytes);
     struct tally *theirs = my_tally(slot);
-    if (!remaining)
-        return; /* it was done and credited, and could only not be taken away */
     if (old->generation >= *(volatile __u64 *)&ctl->reaped_below) {
         mine->credited[old->generation & (GENERATION_SLOTS - 1)]++;
         if (theirs) {
@@ -271,15 +281,20 @@ static __always_inline void fly(struct control *ctl, struct tally *tally, __u64 
     struct flights *mine = my_flights();
     if (!mine)
         return;
-    long error = bpf_map_update_elem(&inflight, &bio, flight, BPF_NOEXIST);
-    if (error == -EEXIST) {
-        replace_stale(ctl, mine, tally, bio);
-        error = bpf_map_update_elem(&inflight, &bio, flight, BPF_ANY);
-    }
-    if (error)
+    __u64 key = key_of(bio, flight->generation);
+    int claimed = claim_flight(bio, key | FLIGHT_BUSY);
+    struct flight_set *set = set_at(claimed & ~CLAIMED_STALE);
+    if (claimed < 0 || !set) {
         tally->full++;
-    else
-        mine->submitted[flight->generation & (GENERATION_SLOTS - 1)]++;
+        return;
+    }
+    __u32 way = claimed & (FLIGHT_WAYS - 1);
+    if (claimed & CLAIMED_STALE)
+        replace_stale(ctl, mine, &set->flights[way]);
+    set->flights[way] = *flight;
+    /* An exchange, because a plain store may be seen before what it says is there. */
+    __sync_lock_test_and_set(&set->keys[way], key);
+    mine->submitted[flight->generation & (GENERATION_SLOTS - 1)]++;
 }
 
 TRACEPOINT("block_bio_queue")
@@ -289,15 +304,14 @@ int on_queue(__u64 *ctx)
     __u32 op = GET(bio->bi_opf), kind = kind_of(op);
     if (kind == KIND_NONE)
         return 0;
-    __u32 number = device(disk_of_bio(bio));
-    __u32 *found = bpf_map_lookup_elem(&disks, &number);
+    int place = followed(device(disk_of_bio(bio)));
     struct control *ctl = the_control();
-    if (!found || !ctl)
+    if (place < 0 || !ctl)
         return 0;
     __u64 word = *(volatile __u64 *)&ctl->mode_word;
     if ((word & 0xff) == MODE_OFF || is_lost(ctl, kind, 1, (__u64)bio))
         return 0;
-    __u32 slot = *found & (DISKS_MAX - 1);
+    __u32 slot = place & (DISKS_MAX - 1);
     struct tally *tally = my_tally(slot);
     if (!tally)
         return 0;
@@ -315,7 +329,7 @@ int on_queue(__u64 *ctx)
         return 0;
     }
     tally->queued[kind & 7]++;
-    fly(ctl, tally, (__u64)bio, &flight);
+    fly(ctl, tally, number_of(bio), &flight);
     mark(slot, flight.sector, flight.bytes);
     if ((word & 0xff) == MODE_DATA)
         record(ctl, tally, bio, &flight, word, 0);
@@ -331,18 +345,16 @@ struct walk {
 };
 
 /* A piece that was split off knows its parent by bi_private; so do pieces of pieces. */
-static __always_inline struct flight *find_flight(__u64 bio, __u64 private, __u64 *key)
+static __always_inline int place_of(__u64 bio, __u64 private)
 {
-    *key = bio;
-    struct flight *flight = bpf_map_lookup_elem(&inflight, key);
-    if (flight || !private)
-        return flight;
-    *key = private;
-    flight = bpf_map_lookup_elem(&inflight, key);
-    if (flight)
-        return flight;
-    *key = (__u64)PROBE(((struct bio *)private)->bi_private);
-    return *key ? bpf_map_lookup_elem(&inflight, key) : 0;
+    int place = find_flight(bio);
+    if (place >= 0 || !private)
+        return place;
+    place = find_flight(private);
+    if (place >= 0)
+        return place;
+    __u64 grandparent = (__u64)PROBE(((struct bio *)private)->bi_private);
+    return grandparent ? find_flight(grandparent) : -1;
 }
 
 /* `bytes` of a bio that began at `sector` are done. */
@@ -354,17 +366,23 @@ static __always_inline void bio_done(struct walk *walk, __u64 bio, __u64 private
     if (!ctl || !mine || !tally)
         return;
     mark(walk->slot, sector, bytes);
-    __u64 key;
-    struct flight *flight = find_flight(bio, private, &key);
+    int place = place_of(bio, private);
+    struct flight_set *set = set_at(place);
     tally->done_bios++;
-    if (!flight || flight->slot != walk->slot) {
+    if (place < 0 || !set) {
+        tally->orphans++;
+        return;
+    }
+    __u64 *key = &set->keys[place & (FLIGHT_WAYS - 1)], held = *(volatile __u64 *)key;
+    struct flight *flight = &set->flights[place & (FLIGHT_WAYS - 1)];
+    if (flight->slot != walk->slot) {
         tally->orphans++;
         return;
     }
     __u64 generation = flight->generation;
     if (generation < *(volatile __u64 *)&ctl->reaped_below) {
         tally->late++;
-        bpf_map_delete_elem(&inflight, &key);
+        leave_flight(key, held);
         return;
     }
     if (walk->failed) {
@@ -379,12 +397,8 @@ static __always_inline void bio_done(struct walk *walk, __u64 bio, __u64 private
         return;
     if (before < bytes)
         tally->orphans++; /* more was completed than submitted: one of the two was something else */
-    long error = bpf_map_delete_elem(&inflight, &key);
-    if (error == -ENOENT)
-        return; /* the agent took it away and counted it */
-    if (error)
-        flight->remaining = 0;
-    mine->done[generation & (GENERATION_SLOTS - 1)]++;
+    if (leave_flight(key, held)) /* or the agent took it away and counted it */
+        mine->done[generation & (GENERATION_SLOTS - 1)]++;
 }
 
 /* The same as a function of its own, for the loop over further bios: its arguments are numbers, so that the verifier looks at
@@ -422,15 +436,14 @@ int on_request(__u64 *ctx)
     struct gendisk *disk = disk_of_request(rq);
     if (!disk)
         return 0;
-    __u32 number = device(disk);
-    __u32 *found = bpf_map_lookup_elem(&disks, &number);
+    int place = followed(device(disk));
     struct control *ctl = the_control();
-    if (!found || !ctl || (*(volatile __u64 *)&ctl->mode_word & 0xff) == MODE_OFF)
+    if (place < 0 || !ctl || (*(volatile __u64 *)&ctl->mode_word & 0xff) == MODE_OFF)
         return 0;
     struct bio *bio = GET(rq->bio);
     if (is_lost(ctl, kind, 2, (__u64)bio))
         return 0;
-    struct walk walk = {.slot = *found & (DISKS_MAX - 1), .kind = kind};
+    struct walk walk = {.slot = place & (DISKS_MAX - 1), .kind = kind};
     struct tally *tally = my_tally(walk.slot);
     if (!tally)
         return 0;
@@ -449,13 +462,13 @@ int on_request(__u64 *ctx)
     /* Most requests have one bio, which needs no checked reads. */
     __u32 size = GET(bio->bi_iter.bi_size);
     __u32 bytes = size < walk.left ? size : walk.left;
-    __u64 private = (__u64)GET(bio->bi_private), sector = GET(bio->bi_iter.bi_sector);
+    __u64 private = number_of(GET(bio->bi_private)), sector = GET(bio->bi_iter.bi_sector);
     walk.left -= bytes;
     /* A number, not a pointer that the verifier follows. */
     if (walk.left)
         walk.bio = (__u64)PROBE(bio->bi_next);
     if (bytes)
-        bio_done(&walk, (__u64)bio, private, sector, bytes);
+        bio_done(&walk, number_of(bio), private, sector, bytes);
     if (walk.left && walk.bio) {
         if (WITH_LOOP)
             bpf_loop(1 << 16, next_bio, &walk, 0);
@@ -480,42 +493,41 @@ int on_bio(__u64 *ctx)
     struct bio *bio = (struct bio *)ctx[1];
     if (kind_of(GET(bio->bi_opf)) == KIND_NONE)
         return 0;
-    __u64 key = (__u64)bio;
     __u32 failed = GET(bio->bi_status), part = 0;
-    struct flight *flight = bpf_map_lookup_elem(&inflight, &key);
-    if (!flight && failed) {
+    __u64 whose = number_of(bio);
+    int place = find_flight(whose);
+    if (place < 0 && failed) {
         /* A piece that was split off failed before it became a request: its parent is short of that much. */
-        key = (__u64)GET(bio->bi_private);
-        flight = bpf_map_lookup_elem(&inflight, &key);
+        whose = number_of(GET(bio->bi_private));
+        place = find_flight(whose);
         part = GET(bio->bi_iter.bi_size);
     }
     struct control *ctl = the_control();
     struct flights *mine = my_flights();
-    if (!flight || !ctl || !mine)
+    struct flight_set *set = set_at(place);
+    if (place < 0 || !set || !ctl || !mine)
         return 0;
+    __u64 *key = &set->keys[place & (FLIGHT_WAYS - 1)], held = *(volatile __u64 *)key;
+    struct flight *flight = &set->flights[place & (FLIGHT_WAYS - 1)];
     __u32 slot = flight->slot & (DISKS_MAX - 1), kind = flight->kind & 7;
     struct tally *tally = my_tally(slot);
-    if (!tally || is_lost(ctl, kind, 2, key))
+    if (!tally || is_lost(ctl, kind, 2, whose))
         return 0;
     mark(slot, flight->sector, flight->bytes);
     if (failed)
         tally->ended_failed++;
     if (flight->generation < *(volatile __u64 *)&ctl->reaped_below) {
         tally->ended_late++;
-        bpf_map_delete_elem(&inflight, &key);
+        leave_flight(key, held);
         return 0;
     }
     if (part && __sync_fetch_and_sub(&flight->remaining, part) > part)
         return 0;
-    __u64 generation = flight->generation;
+    __u64 generation = flight->generation, bytes = flight->bytes;
     tally->ended[kind]++;
-    tally->ended_sectors[kind] += flight->bytes >> 9;
-    long error = bpf_map_delete_elem(&inflight, &key);
-    if (error == -ENOENT)
-        return 0;
-    if (error)
-        flight->remaining = 0;
-    mine->ended[generation & (GENERATION_SLOTS - 1)]++;
+    tally->ended_sectors[kind] += bytes >> 9;
+    if (leave_flight(key, held))
+        mine->ended[generation & (GENERATION_SLOTS - 1)]++;
     return 0;
 }
 
@@ -528,18 +540,17 @@ int on_probe(__u64 *ctx)
     struct control *ctl = the_control();
     if (!ctl || (GET(bio->bi_opf) & REQ_OP_MASK) != 0 || bpf_get_current_pid_tgid() >> 32 != ctl->probe_tgid)
         return 0;
-    __u32 number = device(disk_of_bio(bio));
-    __u32 *found = bpf_map_lookup_elem(&disks, &number);
-    if (!found)
+    int place = followed(device(disk_of_bio(bio)));
+    if (place < 0)
         return 0;
-    struct tally *tally = my_tally(*found & (DISKS_MAX - 1));
+    struct tally *tally = my_tally(place & (DISKS_MAX - 1));
     struct bio_vec *vec = GET(bio->bi_io_vec);
     if (!tally)
         return 0;
     struct flight flight = {
         .sector = GET(bio->bi_iter.bi_sector),
         .bytes = GET(bio->bi_iter.bi_size),
-        .slot = *found & (DISKS_MAX - 1),
+        .slot = place & (DISKS_MAX - 1),
         .kind = KIND_NONE,
     };
     ctl->probe_page = (__u64)PROBE(vec->bv_page);

@@ -6,7 +6,8 @@
 #define REPROTECT_CAPTURE_H
 
 #define DISKS_MAX 64
-#define FLIGHTS_DEFAULT 65536
+#define FLIGHT_SETS_DEFAULT 8192
+#define FLIGHT_WAYS 8
 #define GENERATION_SLOTS 16
 #define BLOCK_SECTORS_SHIFT 3
 
@@ -50,6 +51,11 @@ struct control {
     __u64 doubt_below; /* entries of older generations that are overwritten are counted apart */
     /* The agent's own: entries given up, by generation, so that their place in the counters can be used again. */
     __u64 written_off[GENERATION_SLOTS];
+    /* Bios that stand, or once stood, in the set beside their own; 0: nobody needs to look there. Only grows. */
+    __u64 spilled;
+    /* Followed disks by place: device number, major << 20 | minor; 0 where there is none, and from `disks_end` on. */
+    __u64 disks_end;
+    __u64 disks[DISKS_MAX];
 };
 
 /* Writes of each generation, one per CPU. Each field has one writing program, so plain additions do. */
@@ -66,7 +72,7 @@ struct tally {
     __u64 queued[KINDS];
     __u64 stale;            /* an address came again without a completion in between */
     __u64 stale_sectors[2]; /* not seen completing: 0 written, 1 discarded */
-    __u64 full;             /* no place in the in-flight map */
+    __u64 full;             /* no place in the table of writes in flight */
     __u64 records;
     __u64 record_bytes;
     __u64 unrecorded; /* records that could not be made */
@@ -86,7 +92,7 @@ struct tally {
     __u64 old_stale_sectors[2]; /* on_queue: of `stale_sectors`, those of entries older than `doubt_below` */
 };
 
-/* A write on its way, by the address of its bio. */
+/* A write on its way. */
 struct flight {
     __u64 sector;
     __u64 generation;
@@ -95,6 +101,18 @@ struct flight {
     __u32 slot;
     __u32 kind;
 };
+
+/* Writes on their way, by the address of their bios. A key is 0: free; or the address with the low byte of the generation
+ * in place of its top byte, which is the same for all of the kernel's memory; or that and FLIGHT_BUSY: being filled.
+ * Whoever exchanges a key has the place: programs 0 or a stale key for a busy one, programs and the agent a key for 0.
+ * So that a key that is the same later is still the same write, the agent takes away only writes of generations that had
+ * ended before it looked. The keys of a set are one line of the processor's memory. */
+struct flight_set {
+    __u64 keys[FLIGHT_WAYS];
+    struct flight flights[FLIGHT_WAYS];
+};
+#define FLIGHT_BUSY 1ULL
+#define FLIGHT_ADDRESS_BITS 56
 
 /* Begins every record of the ring; `data_bytes` bytes of data follow. */
 struct record {
@@ -113,10 +131,11 @@ struct record {
 #define RECORD_FUA 1
 #define RECORD_PROBE 2
 
-_Static_assert(sizeof(struct control) == 232, "control");
+_Static_assert(sizeof(struct control) == 760, "control");
 _Static_assert(sizeof(struct flights) == 512, "flights");
 _Static_assert(sizeof(struct tally) == 448, "tally");
 _Static_assert(sizeof(struct flight) == 32, "flight");
+_Static_assert(sizeof(struct flight_set) == 320, "flight_set");
 _Static_assert(sizeof(struct record) == RECORD_BYTES, "record");
 
 #endif

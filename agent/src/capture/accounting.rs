@@ -148,13 +148,13 @@ impl Capture {
     fn reap_older(&mut self, generation: u64) -> Result<Vec<(usize, Account)>, CaptureError> {
         let before = self.kernel.give_up_before(generation)?;
         let mut found: Vec<(usize, Account)> = Vec::new();
-        for (key, flight) in self.kernel.flights() {
+        for (entry, flight) in self.kernel.flights() {
             if flight.generation >= generation {
                 continue;
             }
             if flight.generation < before {
                 // A tombstone of an earlier time; whatever its completion was, it does not come any more.
-                self.kernel.forget_flight(key);
+                self.kernel.forget_flight(entry);
                 continue;
             }
             if let Some(tracked) = self.disks.iter().find(|tracked| tracked.slot == flight.slot) {

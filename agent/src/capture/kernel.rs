@@ -4,24 +4,28 @@
 //! both ways are one; counters only grow and are summed over CPUs. Units: sectors, 64-bit words.
 //! Owned by `tracker`; read by `oracle` and `window`.
 
-use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
-use aya::maps::{Array, ArrayOfMaps, HashMap, IterableMap, Map, MapData, MapError, MapInfo};
+use aya::maps::{Array, ArrayOfMaps, IterableMap, Map, MapData, MapError, MapInfo};
 use aya::programs::ProgramInfo;
 use aya::programs::links::PinnedLink;
 use rustix::thread::{MembarrierCommand, membarrier};
 
-use super::layout::{CONTROL_WORDS, DISKS_MAX, FLIGHTS_WORDS, TALLY_WORDS, WRITTEN_OFF};
+use super::layout::{CONTROL_WORDS, DISKS, DISKS_MAX, FLIGHTS_WORDS, TALLY_WORDS, WRITTEN_OFF};
 use super::layout::{Control, Flight, GENERATION_SLOTS, Kind, Mode, ModeWord, Tally};
+use super::layout::{FLIGHT_BUSY, FLIGHT_SET_WORDS, FLIGHT_WAYS, FLIGHT_WORDS};
 use super::loader::{LoadOptions, MAPS, PROGRAMS, attach, link_pin, load, program};
 use super::mapped::Mapped;
 use super::pins::Claim;
 use super::{CaptureError, bitmap};
 
-/// Largest number of entries of the in-flight map that one look takes.
-const FLIGHTS_SEEN_MAX: usize = 1 << 20;
+/// An entry of the table of writes in flight: where its key stands, and the key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FlightKey {
+    at: usize,
+    key: u64,
+}
 
 /// Programs and maps in the kernel.
 #[derive(Debug)]
@@ -29,8 +33,7 @@ pub(crate) struct Kernel {
     control: Mapped,
     flights: Mapped,
     tallies: Mapped,
-    disks: HashMap<MapData, u32, u32>,
-    inflight: HashMap<MapData, u64, [u64; 4]>,
+    inflight: Mapped,
     dirty: ArrayOfMaps<MapData, Array<MapData, u64>>,
     ring: MapData,
     cpus: usize,
@@ -66,6 +69,7 @@ impl Kernel {
             let bytes = (words * 8).next_multiple_of(rustix::param::page_size());
             Mapped::new(data.fd(), 0, bytes, true).map_err(CaptureError::map(name))
         };
+        let sets = map("inflight")?.info().map_err(CaptureError::map("inflight"))?.max_entries() as usize;
         let mut ids = Vec::new();
         for name in MAPS {
             ids.push(pin_id(&place.pin(name))?);
@@ -77,9 +81,7 @@ impl Kernel {
             control: mapped("control", CONTROL_WORDS)?,
             flights: mapped("flights", cpus * FLIGHTS_WORDS)?,
             tallies: mapped("tallies", cpus * DISKS_MAX * TALLY_WORDS)?,
-            disks: HashMap::try_from(Map::HashMap(map("disks")?)).map_err(CaptureError::map("disks"))?,
-            inflight: HashMap::try_from(Map::HashMap(map("inflight")?))
-                .map_err(CaptureError::map("inflight"))?,
+            inflight: mapped("inflight", sets * FLIGHT_SET_WORDS)?,
             dirty: ArrayOfMaps::try_from(Map::ArrayOfMaps(map("dirty")?))
                 .map_err(CaptureError::map("dirty"))?,
             ring: map("ring")?,
@@ -156,7 +158,7 @@ impl Kernel {
     /// Where CPUs run without a tick the barrier is refused: changing a map of maps waits for running programs as well. The
     /// last place is set to what stands there, or to a map of nothing where no disk has it.
     fn settle_by_map(&self) -> Result<(), CaptureError> {
-        let map = MapData::from_id(self.ids[2]).map_err(CaptureError::map("dirty"))?;
+        let map = MapData::from_id(self.ids[1]).map_err(CaptureError::map("dirty"))?;
         let mut dirty: ArrayOfMaps<MapData, Array<MapData, u64>> =
             ArrayOfMaps::try_from(Map::ArrayOfMaps(map)).map_err(CaptureError::map("dirty"))?;
         let last = DISKS_MAX as u32 - 1;
@@ -216,18 +218,26 @@ impl Kernel {
         self.tally(slot, field, kind as usize)
     }
 
-    /// Begins or ends following a disk.
-    pub(crate) fn follow(&mut self, key: u32, slot: Option<usize>) -> Result<(), CaptureError> {
-        let changed = match slot {
-            Some(slot) => self.disks.insert(key, slot as u32, 0),
-            None => self.disks.remove(&key),
-        };
-        changed.map_err(CaptureError::map("disks"))
+    /// Begins following a disk in that place. Programs that begin from now on know it.
+    pub(crate) fn follow(&self, key: u32, slot: usize) {
+        self.disk(slot).store(u64::from(key), Ordering::SeqCst);
+        self.control(Control::DisksEnd).fetch_max(slot as u64 + 1, Ordering::SeqCst);
+    }
+
+    /// Ends following a disk, if it is followed; programs that run just now may still know it, see [`Self::settle`].
+    pub(crate) fn unfollow(&self, key: u32) {
+        if let Some(slot) = self.followed(key) {
+            self.disk(slot).store(0, Ordering::SeqCst);
+        }
     }
 
     /// The place of a followed disk.
     pub(crate) fn followed(&self, key: u32) -> Option<usize> {
-        self.disks.get(&key, 0).ok().map(|slot| slot as usize)
+        (0..DISKS_MAX).find(|slot| self.disk(*slot).load(Ordering::SeqCst) == u64::from(key))
+    }
+
+    fn disk(&self, slot: usize) -> &AtomicU64 {
+        &self.control.words()[DISKS + slot]
     }
 
     /// Puts a dirty map into its place; returns when no program uses the one that was there.
@@ -241,32 +251,42 @@ impl Kernel {
         map_id(&map)
     }
 
-    /// Entries of the in-flight map.
-    pub(crate) fn flights(&self) -> Vec<(u64, Flight)> {
-        // Entries come and go meanwhile; one that is met twice or not at all is met by the next look.
-        // A walk that loses its place begins again: each counts once.
-        let entries = self.inflight.iter().take(FLIGHTS_SEEN_MAX).flatten();
-        let entries: BTreeMap<u64, [u64; 4]> = entries.collect();
-        entries.into_iter().map(|(key, value)| (key, Flight::decode(value))).collect()
+    /// Writes in flight. Entries come and go meanwhile: of generations that had ended before, by [`Self::switch`], none
+    /// comes, and what is answered of them is whole.
+    pub(crate) fn flights(&self) -> Vec<(FlightKey, Flight)> {
+        let words = self.inflight.words();
+        let keys = (0..words.len() / FLIGHT_SET_WORDS * FLIGHT_WAYS)
+            .map(|place| place / FLIGHT_WAYS * FLIGHT_SET_WORDS + place % FLIGHT_WAYS);
+        keys.filter_map(|at| self.flight(at)).collect()
     }
 
-    /// Takes an entry away; answers whether it was there, for it may have gone by itself.
-    pub(crate) fn forget_flight(&mut self, key: u64) -> bool {
-        self.inflight.remove(&key).is_ok()
+    fn flight(&self, at: usize) -> Option<(FlightKey, Flight)> {
+        let words = self.inflight.words();
+        let key = words[at].load(Ordering::Acquire);
+        if key == 0 || key & FLIGHT_BUSY != 0 {
+            return None;
+        }
+        let (set, way) = (at / FLIGHT_SET_WORDS * FLIGHT_SET_WORDS, at % FLIGHT_SET_WORDS);
+        let first = set + FLIGHT_WAYS + way * FLIGHT_WORDS;
+        let value = std::array::from_fn(|word| words[first + word].load(Ordering::Relaxed));
+        fence(Ordering::Acquire);
+        // Otherwise it ended meanwhile, and what was read may be of the next one.
+        (words[at].load(Ordering::Relaxed) == key).then(|| (FlightKey { at, key }, Flight::decode(value)))
     }
 
-    /// Takes away the entries of a disk that no program follows any more: their completions are not seen, and nothing is to
-    /// wait for them.
-    pub(crate) fn forget_flights_of(&mut self, slot: usize) {
+    /// Takes an entry away; answers whether it was there, for it may have gone by itself. The key says its generation, so
+    /// that a later write in the same place is another one.
+    pub(crate) fn forget_flight(&self, entry: FlightKey) -> bool {
+        let key = &self.inflight.words()[entry.at];
+        key.compare_exchange(entry.key, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// Takes away the entries of a disk that no program follows since before this generation: their completions are not
+    /// seen, and nothing is to wait for them.
+    pub(crate) fn forget_flights_of(&self, slot: usize) {
         let reaped_below = self.get(Control::ReapedBelow);
-        for (key, known) in self.flights().into_iter().filter(|(_, flight)| flight.slot == slot) {
-            // Another disk's write may have its address by now.
-            let now = self.inflight.get(&key, 0).ok().map(Flight::decode);
-            if now != Some(known) || !self.forget_flight(key) {
-                continue;
-            }
-            // One without a rest was counted when it was done, and could only not be taken away.
-            if known.generation >= reaped_below && known.remaining > 0 {
+        for (entry, known) in self.flights().into_iter().filter(|(_, flight)| flight.slot == slot) {
+            if self.forget_flight(entry) && known.generation >= reaped_below {
                 self.written_off(known.generation).fetch_add(1, Ordering::SeqCst);
             }
         }

@@ -10,9 +10,19 @@ pub const DISKS_MAX: usize = 64;
 /// Places for counters of generations; a generation uses the one of its number modulo this.
 pub(crate) const GENERATION_SLOTS: usize = 16;
 /// Words of the control value.
-pub(crate) const CONTROL_WORDS: usize = WRITTEN_OFF + GENERATION_SLOTS;
+pub(crate) const CONTROL_WORDS: usize = DISKS + DISKS_MAX;
 /// Where the counts of entries that were given up begin in it.
 pub(crate) const WRITTEN_OFF: usize = 13;
+/// Where the numbers of followed disks begin in it.
+pub(crate) const DISKS: usize = 31;
+/// Places of one set of the table of writes in flight.
+pub(crate) const FLIGHT_WAYS: usize = 8;
+/// Words of such a set: keys, then the writes.
+pub(crate) const FLIGHT_SET_WORDS: usize = FLIGHT_WAYS * (1 + FLIGHT_WORDS);
+/// Words of a write in flight.
+pub(crate) const FLIGHT_WORDS: usize = 4;
+/// In a key: its place is being filled.
+pub(crate) const FLIGHT_BUSY: u64 = 1;
 /// Words of one CPU's generation counters.
 pub(crate) const FLIGHTS_WORDS: usize = 4 * GENERATION_SLOTS;
 /// Words of one CPU's counters of one disk.
@@ -47,6 +57,8 @@ pub(crate) enum Control {
     ProbePageBytes = 11,
     /// Entries of older generations that are overwritten are counted apart.
     DoubtBelow = 12,
+    /// Places of followed disks that programs look at.
+    DisksEnd = 30,
 }
 
 /// Kinds of operations a block device is asked for, as the programs count them.
@@ -149,7 +161,7 @@ pub(crate) enum Tally {
     OldStaleDiscarded = 55,
 }
 
-/// A write on its way, as the in-flight map holds it.
+/// A write on its way, as the table of writes in flight holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Flight {
     pub(crate) range: SectorRange,
@@ -161,8 +173,8 @@ pub(crate) struct Flight {
 }
 
 impl Flight {
-    /// From the map's value.
-    pub(crate) fn decode(value: [u64; 4]) -> Self {
+    /// From the table's words.
+    pub(crate) fn decode(value: [u64; FLIGHT_WORDS]) -> Self {
         let [sector, generation, sizes, place] = value;
         let sectors = (sizes & u64::from(u32::MAX)) >> 9;
         Self {
@@ -192,35 +204,73 @@ mod tests {
         assert_eq!(asserted("control"), CONTROL_WORDS * 8);
         assert_eq!(asserted("flights"), FLIGHTS_WORDS * 8);
         assert_eq!(asserted("tally"), TALLY_WORDS * 8);
-        assert_eq!(asserted("flight"), size_of::<[u64; 4]>());
+        assert_eq!(asserted("flight"), FLIGHT_WORDS * 8);
+        assert_eq!(asserted("flight_set"), FLIGHT_SET_WORDS * 8);
         assert!(
             include_str!("../../bpf/capture.h").contains(&format!("#define RECORD_BYTES {RECORD_BYTES}"))
         );
         assert!(include_str!("../../bpf/capture.h").contains(&format!("#define DISKS_MAX {DISKS_MAX}")));
+        let ways = format!("#define FLIGHT_WAYS {FLIGHT_WAYS}");
+        assert!(include_str!("../../bpf/capture.h").contains(&ways));
+        let busy = format!("#define FLIGHT_BUSY {FLIGHT_BUSY}ULL");
+        assert!(include_str!("../../bpf/capture.h").contains(&busy));
+    }
+
+    /// Where the fields of a structure of 64-bit words stand, and its words; two half words in a line are one.
+    fn places(name: &str) -> (std::collections::BTreeMap<String, usize>, usize) {
+        let header = include_str!("../../bpf/capture.h");
+        let body = header.split(&format!("struct {name} {{")).nth(1).unwrap().split("};").next().unwrap();
+        let (mut halves, mut places) = (0, std::collections::BTreeMap::new());
+        for line in body.lines() {
+            let Some(declaration) = line.trim().strip_prefix("__u").and_then(|rest| rest.split(';').next())
+            else {
+                continue;
+            };
+            let (bits, declaration) = declaration.split_once(' ').unwrap();
+            let (name, count) = match declaration.split_once('[') {
+                Some((name, count)) => {
+                    let count = count.trim_end_matches(']').replace("GENERATION_SLOTS", "16");
+                    let count = count.replace("DISKS_MAX", "64").replace("KINDS", "8");
+                    (name, count.parse().unwrap())
+                }
+                None => (declaration, 1),
+            };
+            places.insert(name.to_owned(), halves / 2);
+            halves += count * bits.parse::<usize>().unwrap() / 32;
+        }
+        (places, halves / 2)
+    }
+
+    #[test]
+    fn fields_of_the_control_stand_where_the_header_has_them() {
+        let (places, words) = places("control");
+        assert_eq!(words, CONTROL_WORDS);
+        let fields = [
+            ("mode_word", Control::ModeWord as usize),
+            ("reaped_below", Control::ReapedBelow as usize),
+            ("drops", Control::Drops as usize),
+            ("address_base", Control::AddressBase as usize),
+            ("skip_countdown", Control::SkipCountdown as usize),
+            ("skip_kind", Control::SkipWhat as usize),
+            ("skipped", Control::Skipped as usize),
+            ("probe_tgid", Control::ProbeTgid as usize),
+            ("probe_page", Control::ProbePage as usize),
+            ("probe_task", Control::ProbeTask as usize),
+            ("probe_page_bytes", Control::ProbePageBytes as usize),
+            ("doubt_below", Control::DoubtBelow as usize),
+            ("written_off", WRITTEN_OFF),
+            ("disks_end", Control::DisksEnd as usize),
+            ("disks", DISKS),
+        ];
+        for (name, place) in fields {
+            assert_eq!(places.get(name), Some(&place), "{name}");
+        }
     }
 
     #[test]
     fn fields_of_the_tally_stand_where_the_header_has_them() {
-        let header = include_str!("../../bpf/capture.h");
-        let body = header.split("struct tally {").nth(1).unwrap().split("};").next().unwrap();
-        let mut at = 0;
-        let mut places = std::collections::BTreeMap::new();
-        for line in body.lines() {
-            let Some(declaration) =
-                line.trim().strip_prefix("__u64 ").and_then(|rest| rest.split(';').next())
-            else {
-                continue;
-            };
-            let (name, count) = match declaration.split_once('[') {
-                Some((name, count)) => {
-                    (name, count.trim_end_matches(']').replace("KINDS", "8").parse().unwrap())
-                }
-                None => (declaration, 1),
-            };
-            places.insert(name.to_owned(), at);
-            at += count;
-        }
-        assert_eq!(at, TALLY_WORDS);
+        let (places, words) = places("tally");
+        assert_eq!(words, TALLY_WORDS);
         let fields = [
             ("queued", Tally::Queued),
             ("stale", Tally::Stale),

@@ -10,11 +10,12 @@ use aya::programs::Program;
 use aya::programs::links::FdLink;
 use aya::{Btf, Ebpf, EbpfLoader};
 
+use super::layout::FLIGHT_WAYS;
 use super::pins::Claim;
 use super::{CaptureError, object};
 
 /// Maps by their names in the object, which are the names of their pins.
-pub(crate) const MAPS: [&str; 7] = ["control", "disks", "dirty", "inflight", "flights", "tallies", "ring"];
+pub(crate) const MAPS: [&str; 6] = ["control", "dirty", "inflight", "flights", "tallies", "ring"];
 /// Programs and the tracepoints they are on.
 pub(crate) const PROGRAMS: [(&str, &str); 3] =
     [("on_request", "block_rq_complete"), ("on_bio", "block_bio_complete"), ("on_queue", "block_bio_queue")];
@@ -54,6 +55,8 @@ impl std::fmt::Display for Variant {
     }
 }
 
+/// Most places in the table of writes in flight: beyond, their numbers would not do.
+const FLIGHTS_MAX: u32 = 1 << 24;
 /// Most of the verifier's words that are kept.
 const REASON_CHARS_MAX: usize = 1500;
 
@@ -62,7 +65,7 @@ const REASON_CHARS_MAX: usize = 1500;
 pub(crate) struct LoadOptions {
     /// Size of the ring.
     pub(crate) ring_bytes: u32,
-    /// Places in the in-flight map.
+    /// Places in the table of writes in flight; rounded up to a number of sets that is a power of two.
     pub(crate) flights_max: u32,
     /// With the hook of the tests.
     pub(crate) hooks: bool,
@@ -149,6 +152,7 @@ pub(crate) fn open_object(
     let cpus = u32::try_from(cpus()?).unwrap_or(u32::MAX);
     let (loops, any_length, hooks) =
         (u8::from(variant.loops), u8::from(variant.any_length), u8::from(options.hooks));
+    let set_bits = set_bits(options.flights_max);
     let page_shift = rustix::param::page_size().trailing_zeros() as u8;
     let mut loader = EbpfLoader::new();
     loader.btf(Some(types));
@@ -158,14 +162,21 @@ pub(crate) fn open_object(
     loader
         .map_max_entries("flights", cpus)
         .map_max_entries("tallies", cpus.saturating_mul(super::layout::DISKS_MAX as u32))
-        .map_max_entries("inflight", options.flights_max)
+        .map_max_entries("inflight", 1 << set_bits)
         .map_max_entries("ring", options.ring_bytes)
         .override_global("WITH_LOOP", &loops, true)
         .override_global("WITH_DYNPTR", &any_length, true)
         .override_global("WITH_HOOKS", &hooks, true)
-        .override_global("PAGE_SHIFT", &page_shift, true);
+        .override_global("PAGE_SHIFT", &page_shift, true)
+        .override_global("FLIGHT_SET_BITS", &set_bits, true);
     let object = if variant.typed { object::TYPED } else { object::RAW };
     loader.load(object).map_err(refused)
+}
+
+/// Bits of the number of a set, so that there are `flights` places; each set has one beside it.
+fn set_bits(flights: u32) -> u8 {
+    let sets = flights.clamp(1, FLIGHTS_MAX).div_ceil(FLIGHT_WAYS as u32).next_power_of_two().max(2);
+    sets.trailing_zeros() as u8
 }
 
 /// The program of that name.
@@ -272,6 +283,13 @@ mod tests {
         assert!(refusal.contains(remedy), "{refusal}");
         let other = refused(std::io::Error::from_raw_os_error(libc::EINVAL));
         assert!(matches!(other, CaptureError::Refused { .. }), "{other}");
+    }
+
+    #[test]
+    fn a_table_of_writes_in_flight_has_the_places_that_are_wanted_and_a_pair_of_sets() {
+        for (flights, sets) in [(0, 2), (1, 2), (16, 2), (17, 4), (1 << 16, 1 << 13), (u32::MAX, 1 << 21)] {
+            assert_eq!(1_u32 << set_bits(flights), sets, "{flights}");
+        }
     }
 
     /// What an older kernel gets must pass a newer one's verifier too, so that it is known to load at all.

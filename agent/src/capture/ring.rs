@@ -66,10 +66,11 @@ impl Ring {
     /// Maps what is laid out like one of so many bytes.
     fn over(map: impl AsFd, bytes: usize) -> Result<Self, CaptureError> {
         let page = rustix::param::page_size();
-        // The data follow the producer's page, twice, so that no record is cut by the end.
+        // The data follow the producer's page. The kernel offers them twice, so that no record is cut by the end; once is
+        // enough, because all that is mapped counts as this process's memory, and one record in a ring is cut.
         let consumer = Mapped::new(&map, 0, page, true).map_err(CaptureError::map("ring"))?;
         let producer =
-            Mapped::new(&map, page as u64, page + 2 * bytes, false).map_err(CaptureError::map("ring"))?;
+            Mapped::new(&map, page as u64, page + bytes, false).map_err(CaptureError::map("ring"))?;
         let (begun, fullest) = (AtomicU64::new(0), AtomicU64::new(0));
         let ring = Self { consumer, producer, bytes: bytes as u64, begun, fullest };
         ring.begin_watching();
@@ -154,6 +155,7 @@ impl Ring {
         self.watch();
         let mut position = self.position();
         let mut given_back = position;
+        let mut joined = Vec::new();
         let all = loop {
             if position >= until {
                 break Ok(true);
@@ -168,7 +170,7 @@ impl Ring {
                 break Err(CaptureError::Ring { reason }.into());
             };
             if length & DISCARDED == 0 {
-                let body = self.producer.settled((at + HEADER_BYTES) as usize, bytes as usize);
+                let body = self.body(position + HEADER_BYTES, bytes as usize, &mut joined);
                 let Some(record) = body.and_then(decode) else {
                     let reason = format!("{bytes} bytes at {position}");
                     position = next;
@@ -188,6 +190,19 @@ impl Ring {
             self.advance(position);
         }
         all
+    }
+
+    /// `len` bytes of a committed record from `position`; put together in `joined` where the ring's end cuts them.
+    fn body<'a>(&'a self, position: u64, len: usize, joined: &'a mut Vec<u8>) -> Option<&'a [u8]> {
+        let (begin, at) = (rustix::param::page_size(), (position % self.bytes) as usize);
+        let until_end = self.bytes as usize - at;
+        if len <= until_end {
+            return self.producer.settled(begin + at, len);
+        }
+        joined.clear();
+        joined.extend_from_slice(self.producer.settled(begin + at, until_end)?);
+        joined.extend_from_slice(self.producer.settled(begin, len - until_end)?);
+        Some(joined)
     }
 
     /// The length word at `at`, if the record is committed.

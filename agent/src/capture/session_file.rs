@@ -17,7 +17,7 @@ const SESSION_FILE: &str = "capture.json";
 /// Largest file read: 64 disks need a few KiB.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 /// Version of the file and of the layout of maps; another version is as no file.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 
 /// The file's content.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -34,7 +34,7 @@ pub struct CaptureSettings {
     pub state_dir: PathBuf,
     /// Size of the ring for written data; a power of two, locked memory.
     pub ring_bytes: u32,
-    /// Writes that can be followed in flight at once; about 100 bytes each.
+    /// Writes that can be followed in flight at once; 40 bytes each, and as many of this process's memory.
     pub flights_max: u32,
     /// Whether events can be lost on purpose, for tests.
     pub test_hooks: bool,
@@ -262,7 +262,7 @@ impl Capture {
         if self.disks.iter().all(|tracked| tracked.slot != known.slot) {
             let key = known.number.0 << 20 | known.number.1;
             if self.kernel.followed(key) == Some(known.slot) {
-                self.kernel.follow(key, None)?;
+                self.kernel.unfollow(key);
             }
             Tracked::remove_pins(&self.place, known.slot)?;
         }
@@ -305,7 +305,8 @@ impl Capture {
         self.disks.push(tracked);
         if let Err(error) = self.begin_following(DiskSlot(slot), key) {
             // As if it had not been tried; what cannot be undone either is compared whenever it is followed.
-            let _gone = self.kernel.follow(key, None).and_then(|()| self.kernel.settle());
+            self.kernel.unfollow(key);
+            let _gone = self.kernel.settle();
             self.disks.retain(|tracked| tracked.slot != slot);
             let _gone = Tracked::remove_pins(&self.place, slot);
             return Err(error);
@@ -315,7 +316,7 @@ impl Capture {
 
     fn begin_following(&mut self, slot: DiskSlot, key: u32) -> Result<(), CaptureError> {
         self.store_session()?;
-        self.kernel.follow(key, Some(slot.0))?;
+        self.kernel.follow(key, slot.0);
         self.kernel.settle()?;
         let anchor = oracle::anchor(&self.kernel, &self.tracked(slot)?.disk, slot.0, wall_clock())?;
         self.tracked_mut(slot)?.anchor = Some(anchor);
@@ -330,8 +331,8 @@ impl Capture {
     pub fn unfollow(&mut self, slot: DiskSlot) -> Result<(), CaptureError> {
         let Some(at) = self.disks.iter().position(|tracked| tracked.slot == slot.0) else { return Ok(()) };
         // The kernel first: its place is free for another disk only when no program knows this one by it.
-        self.kernel.follow(self.disks[at].disk.key(), None)?;
-        self.kernel.settle()?;
+        self.kernel.unfollow(self.disks[at].disk.key());
+        self.kernel.switch(self.kernel.mode().mode)?;
         self.kernel.forget_flights_of(slot.0);
         drop(self.disks.remove(at));
         self.keep_session();

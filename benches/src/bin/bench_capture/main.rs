@@ -1,20 +1,21 @@
 //! What live capture costs the machine that is protected: IOPS and latency of fio with and without it in turns, and
 //! nanoseconds per event as the kernel counts them.
 //!
-//! Pairs alternate which comes first, because two runs of the same thing differ by 10 to 20 per cent here; the mean of the
-//! ratios is printed with its 95 % interval. Modes: `bitmap`; `window`, which is bitmap and a closing window every
-//! `INTERVAL` seconds that reads the changed blocks, as the agent does; `data`, whose ring is drained by the same cores.
-//! Called by `make bench-capture` as root. Environment: PAIRS (30), SECONDS (3), INTERVAL (10), RING_MIB (the agent's
-//! size), LOADS, MODES (comma lists).
+//! Two runs of the same thing differ by 10 to 20 per cent here, so a mode is compared with the bare run of its own round: each
+//! round runs bare and every mode once, in an order drawn anew; the mean of the ratios is printed with its 95 % interval.
+//! Modes: `bitmap`; `window`, which is bitmap and a closing window every `INTERVAL` seconds that reads the changed blocks, as
+//! the agent does; `data`, whose ring is drained by the same cores. Called by `make bench-capture` as root. Environment:
+//! ROUNDS (30; 0: events only), SECONDS (1), INTERVAL (10), SEED, RING_MIB (the agent's size), LOADS, MODES (comma lists).
 
 mod disk;
 mod modes;
+mod rounds;
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use disk::MemoryDisk;
-use modes::{MODES, Mode, with_capture};
+use modes::Mode;
 use reprotect_agent::capture::{self, Capture, CaptureSettings, Measuring};
 
 /// A load of fio, with the share of bare IOPS that is wanted in each mode.
@@ -57,9 +58,10 @@ fn wanted(name: &str, one: &str) -> bool {
 /// IOPS and the 99th percentile in microseconds of one run.
 fn fio(device: &Path, arguments: &[&str], seconds: u64) -> (f64, f64) {
     let (filename, runtime) = (format!("--filename={}", device.display()), format!("--runtime={seconds}"));
+    // A thread instead of a process, and no look at the disk's counters, so that a run is hardly longer than its load.
     let output = Command::new("fio")
         .args(["--name=x", &filename, "--direct=1", "--ioengine=libaio", "--time_based=1", &runtime])
-        .args(["--norandommap=1", "--output-format=json", "--size=512m"])
+        .args(["--norandommap=1", "--output-format=json", "--size=512m", "--thread", "--disk_util=0"])
         .args(arguments)
         .output()
         .expect("fio is installed");
@@ -78,72 +80,49 @@ fn interval(values: &[f64]) -> (f64, f64) {
     (mean, 1.96 * (variance / count).sqrt())
 }
 
-fn pairs(dir: &Path, disk: &MemoryDisk) {
-    let (pairs, seconds) = (number("PAIRS", 30), number("SECONDS", 3));
-    for load in LOADS.iter().filter(|load| wanted("LOADS", load.name)) {
-        for (name, mode) in MODES.into_iter().filter(|(name, _)| wanted("MODES", name)) {
-            let (mut iops, mut p99) = (Vec::new(), Vec::new());
-            // A window's duty must be what it is in service.
-            let seconds = if mode == Mode::Window { seconds.max(number("INTERVAL", 10)) } else { seconds };
-            for pair in 0..pairs {
-                let bare = || fio(&disk.path, load.arguments, seconds);
-                let captured =
-                    || with_capture(dir, &disk.path, mode, || fio(&disk.path, load.arguments, seconds));
-                let (bare, captured) = if pair % 2 == 0 {
-                    let first = bare();
-                    (first, captured())
-                } else {
-                    let first = captured();
-                    (bare(), first)
-                };
-                iops.push(captured.0 / bare.0);
-                p99.push(captured.1 / bare.1);
-            }
-            let ((iops, iops_half), (p99, p99_half)) = (interval(&iops), interval(&p99));
-            let goal = (load.goal)(mode).map_or(String::new(), |goal| {
-                format!("  goal >= {:.0} %: {}", goal * 100.0, if iops >= goal { "met" } else { "MISSED" })
-            });
-            println!(
-                "{:9} {name:7} IOPS {:5.1} % ± {:.1} of bare, p99 {:5.1} % ± {:.1}; {pairs} pairs of {seconds} s{goal}",
-                load.name,
-                iops * 100.0,
-                iops_half * 100.0,
-                p99 * 100.0,
-                p99_half * 100.0
-            );
-        }
+/// One run under measurement: the kernel's time per write in microseconds, and of each program in nanoseconds per run.
+fn measured(dir: &Path, disk: &MemoryDisk, load: &Load, mode: Mode) -> (f64, Vec<(&'static str, f64)>, f64) {
+    let mut capture = Capture::start(&modes::settings("bench-events", dir)).expect("live capture works here");
+    let slot = modes::follow(&mut capture, &disk.path);
+    let before = capture.costs().expect("the kernel tells");
+    let (iops, _) = modes::drained(&mut capture, slot, mode, || {
+        fio(&disk.path, load.arguments, number("SECONDS", rounds::SECONDS))
+    });
+    let (mut programs, mut nanos, mut submitted) = (Vec::new(), 0, 1);
+    for (before, after) in before.iter().zip(capture.costs().expect("the kernel tells")) {
+        let (runs, spent) = (after.runs - before.runs, after.run_ns - before.run_ns);
+        nanos += spent;
+        submitted = submitted.max(runs);
+        programs.push((after.name, spent as f64 / runs.max(1) as f64));
     }
+    drop(capture);
+    capture::let_go("bench-events").expect("capture ends in order");
+    (nanos as f64 / submitted as f64 / 1000.0, programs, iops)
 }
 
-/// Nanoseconds of each program per event, and of all of them per write.
+/// Nanoseconds of each program per event, and of all of them per write; a few runs of each in turns.
 fn events(dir: &Path, disk: &MemoryDisk) {
-    let seconds = number("SECONDS", 3);
+    let times = number("ROUNDS", rounds::ROUNDS).div_ceil(6).max(1);
     let _measuring = Measuring::begin().expect("the kernel measures programs");
     for load in LOADS.iter().filter(|load| wanted("LOADS", load.name) && load.name != "buffered") {
-        for (name, mode) in [("bitmap", Mode::Bitmap), ("data", Mode::Data)] {
-            let mut capture =
-                Capture::start(&modes::settings("bench-events", dir)).expect("live capture works here");
-            let slot = modes::follow(&mut capture, &disk.path);
-            let before = capture.costs().expect("the kernel tells");
-            let (iops, _) =
-                modes::drained(&mut capture, slot, mode, || fio(&disk.path, load.arguments, seconds));
-            let (mut line, mut nanos, mut submitted) = (String::new(), 0, 1);
-            for (before, after) in before.iter().zip(capture.costs().expect("the kernel tells")) {
-                let runs = after.runs - before.runs;
-                if runs > 0 {
-                    let spent = after.run_ns - before.run_ns;
-                    nanos += spent;
-                    submitted = submitted.max(runs);
-                    line += &format!("; {} {:.0} ns", after.name, spent as f64 / runs as f64);
-                }
+        let mut runs = [("bitmap", Mode::Bitmap, Vec::new()), ("data", Mode::Data, Vec::new())];
+        for _ in 0..times {
+            for (_, mode, found) in &mut runs {
+                found.push(measured(dir, disk, load, *mode));
+            }
+        }
+        for (name, _, found) in &runs {
+            let (micros, half) = interval(&found.iter().map(|(micros, ..)| *micros).collect::<Vec<_>>());
+            let iops = found.iter().map(|(.., iops)| iops).sum::<f64>() / times as f64;
+            let mut line = String::new();
+            for at in 0..found[0].1.len() {
+                let of: Vec<f64> = found.iter().map(|(_, programs, _)| programs[at].1).collect();
+                line += &format!("; {} {:.0} ns", found[0].1[at].0, interval(&of).0);
             }
             println!(
-                "{:9} {name:7} {:.2} us of the kernel's time per write at {iops:.0} IOPS{line}",
-                load.name,
-                nanos as f64 / submitted as f64 / 1000.0
+                "{:9} {name:7} {micros:.2} us ± {half:.2} of the kernel's time per write at {iops:.0} IOPS, {times} runs{line}",
+                load.name
             );
-            drop(capture);
-            capture::let_go("bench-events").expect("capture ends in order");
         }
     }
 }
@@ -159,7 +138,7 @@ fn main() -> ExitCode {
     }
     let disk = MemoryDisk::new(&dir);
     events(&dir, &disk);
-    pairs(&dir, &disk);
+    rounds::rounds(&dir, &disk);
     drop(disk);
     // What stays is a folder of our own in the folder for such things.
     let _removed = std::fs::remove_dir_all(&dir);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use reprotect_agent::capture::{
     self, BlockDisk, Capture, CaptureError, CaptureSettings, DiskSlot, GROUP_BYTES_MAX, Record, WindowEnd,
@@ -11,10 +11,13 @@ use reprotect_agent::capture::{
 use reprotect_engine::io::buffer::PoolBuf;
 use reprotect_engine::io::{self, BlockFile, ReadAt};
 use reprotect_engine::range_set::RangeSet;
-use reprotect_engine::units::SECTOR_BYTES;
+use reprotect_engine::units::{SECTOR_BYTES, SectorRange};
 
 /// How often the ring is read.
 const DRAIN_EVERY: Duration = Duration::from_millis(5);
+
+/// A load that wrote so often has begun.
+const LOAD_BEGUN: u64 = 50;
 
 /// How changes are found.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -115,22 +118,28 @@ pub(crate) fn drained<T>(
     })
 }
 
-/// With a window in the middle of the measurement.
+/// With a window in the measurement, over a map in which all is marked.
 fn windowed<T>(capture: &mut Capture, slot: DiskSlot, device: &Path, measure: impl FnOnce() -> T) -> T {
+    let size = BlockDisk::at(device).expect("a disk that can be followed").size;
+    let before = capture.counts(slot).submitted;
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let windows = scope.spawn(|| {
-            let begun = Instant::now();
-            // Once per measurement, which lasts as long as the interval between two windows.
-            while begun.elapsed() < Duration::from_secs(2) && !stop.load(Ordering::Relaxed) {
+            // As soon as the load has begun.
+            while capture.counts(slot).submitted < before + LOAD_BEGUN && !stop.load(Ordering::Relaxed) {
                 std::thread::sleep(DRAIN_EVERY);
             }
-            window(capture, slot, device)
+            capture.mark(slot, SectorRange::new(0, size.0)).expect("it is followed");
+            (window(capture, slot, device), stop.load(Ordering::Relaxed))
         });
         let result = measure();
         stop.store(true, Ordering::Relaxed);
-        if !windows.join().expect("the window's thread ends") {
+        let (closed, outlasted) = windows.join().expect("the window's thread ends");
+        if !closed {
             println!("  a window found no moment");
+        }
+        if outlasted {
+            println!("  a window outlasted its run");
         }
         result
     })
