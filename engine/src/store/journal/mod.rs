@@ -422,7 +422,8 @@ impl Journal {
         let place = self.log.append(&mut self.manifest, now, &entry)?;
         self.segments.entry(place.segment).or_default().entry(disk).or_default();
         let numbers = self.disks.entry(disk).or_default();
-        numbers.applied = applied.number;
+        // What is written again may be older than what the manifest knows, where a newer one was damaged.
+        numbers.applied = numbers.applied.max(applied.number);
         numbers.applied_entry = Some((applied, place));
         Ok(())
     }
