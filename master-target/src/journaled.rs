@@ -446,7 +446,8 @@ impl Journaled {
         match self.backlog.writes() {
             Some(window) => {
                 // The entries, and how much of the undo run is durable, with one commit.
-                if let Some(named) = self.applier.save_images(window)? {
+                let saved = self.applier.save_images(window);
+                if let Some(named) = self.hindered(saved)? {
                     self.retention.lock().get()?.append_applied(self.id, named, wall_clock())?;
                 }
                 self.retention.commit()?;
@@ -468,7 +469,8 @@ impl Journaled {
     fn apply_from_log(&mut self, through: u64) -> Result<(), JournalError> {
         while self.applier.applied().number < through {
             let (window, number) = window_from_log(&self.retention, &self.applier, through)?;
-            if let Some(named) = self.applier.save_images(&window)? {
+            let saved = self.applier.save_images(&window);
+            if let Some(named) = self.hindered(saved)? {
                 let mut locked = self.retention.lock();
                 let journal = locked.get()?;
                 journal.append_applied(self.id, named, wall_clock())?;
@@ -598,8 +600,10 @@ impl Journaled {
     /// Ends the undo epoch; where that fails, it goes on, and may be ended later.
     fn close_epoch(&mut self, point: Option<PointKept>) -> Result<(), JournalError> {
         let now = wall_clock();
-        self.applier.seal_run(now)?; // others commit meanwhile
-        self.applier.close_epoch_at(self.retention.lock().get()?, point, now)?;
+        let sealed = self.applier.seal_run(now); // others commit meanwhile
+        self.hindered(sealed)?;
+        let closed = self.applier.close_epoch_at(self.retention.lock().get()?, point, now);
+        self.hindered(closed)?;
         self.last_mark = None;
         Ok(())
     }
@@ -607,7 +611,8 @@ impl Journaled {
     /// After an undo epoch that ended without the next beginning.
     fn begin_next_epoch(&mut self) -> Result<(), JournalError> {
         if self.applier.is_tracked() && self.applier.open_epoch().is_none() && !self.is_left {
-            self.begin_epoch(EpochCause::Time)?;
+            let begun = self.begin_epoch(EpochCause::Time);
+            self.hindered(begun)?;
         }
         Ok(())
     }
