@@ -67,7 +67,7 @@ impl BlockFile for Tolerant {
 
     fn read(&mut self, reads: &mut [ReadAt<'_>]) -> Result<(), BlockError> {
         for ReadAt { offset, data } in reads {
-            if self.file.read(&mut [ReadAt { offset: *offset, data: &mut **data }]).is_err() {
+            if self.file.read(&mut [ReadAt { offset: *offset, data }]).is_err() {
                 self.read_in_pieces(*offset, data);
             }
         }
