@@ -21,9 +21,10 @@ use place::{Lab, Place, noise};
 use reprotect_engine::error::{Answer as _, Severity};
 use reprotect_engine::format::manifest::{ManifestHeader, Superblock};
 use reprotect_engine::format::segment::SegmentHeader;
-use reprotect_engine::io::BlockOp;
+use reprotect_engine::io::{BlockOp, ByteRange};
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::files::memory::{Event, MemoryFiles};
+use reprotect_engine::store::journal::offline::Offline;
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{Journal, JournalError, JournalSettings};
 
@@ -164,6 +165,63 @@ fn a_full_medium_is_tried_again_and_harms_nothing() {
     lab.apply(1).unwrap();
     check_points(&mut lab, 0, "full");
     check_points(&mut lab, 1, "full");
+}
+
+/// A log of several segments, one of them free; the second disk has entries in the newest that wait.
+fn long_log(files: &MemoryFiles) -> [u64; 2] {
+    let mut lab = filled(files);
+    for seed in 7..40 {
+        for disk in 0..2 {
+            lab.write(disk, seed * 5, 16, seed).unwrap();
+            lab.commit().unwrap();
+            if disk == 0 || seed < 37 {
+                lab.apply(disk).unwrap();
+            }
+        }
+        if seed % 8 == 0 {
+            (0..2).for_each(|disk| lab.epoch(disk).unwrap());
+        }
+    }
+    let oldest = lab.journal.releasable()[0];
+    lab.journal.release(oldest, journal_lab::NOW).unwrap();
+    lab.journal.seal(journal_lab::NOW).unwrap();
+    [0, 1].map(|disk| lab.journal.newest(id(disk)))
+}
+
+/// One bad sector is damage of what lies in it: every disk is there, what it lost is named, and so is the place.
+#[test]
+fn one_sector_that_cannot_be_read_anywhere_in_the_log_keeps_nobody_from_starting() {
+    let memory = MemoryFiles::default();
+    let newest = long_log(&memory);
+    let names = memory.neighbours(Path::new("/retention/superblock")).unwrap();
+    let segments: Vec<&String> = names.iter().filter(|name| name.starts_with("redo-")).collect();
+    assert!(segments.len() > 4, "{segments:?}");
+    let (mut named, mut lost) = (0, 0);
+    for path in segments.iter().map(|name| Path::new("/retention").join(name)) {
+        for start in (0..64 << 10).step_by(4096) {
+            let what = format!("{} at byte {start}", path.display());
+            let files = memory.snapshot();
+            let faulty = Faulty::new(&files);
+            faulty.spoil(&path, ByteRange { start, end: start + 512 });
+            let place = place(Arc::new(faulty.clone()));
+            let offline = Offline::open(Arc::new(faulty.clone()), Path::new("/retention"));
+            drop(offline.unwrap_or_else(|error| panic!("{what}, offline: {error}")));
+            let lab = place.open().unwrap_or_else(|error| panic!("{what}: {error}"));
+            let damage = &lab.found.damage;
+            let is_named = damage.iter().any(|damage| damage.path == path)
+                || lab.found.set_aside.iter().any(|aside| aside.starts_with("/retention"));
+            for (disk, newest) in newest.iter().enumerate() {
+                let log = &lab.found.disks[&id(disk)];
+                let knows = log.newest() >= *newest || log.doubtful.is_some();
+                assert!(knows, "{what}: disk {disk} ends at {}, not {newest}", log.newest());
+                let is_whole = log.missing.is_empty() && log.doubtful.is_none();
+                assert!(is_whole || is_named, "{what}: nothing is said, and {log:?}");
+                lost += usize::from(log.lost().next().is_some() || log.doubtful.is_some());
+            }
+            named += usize::from(is_named);
+        }
+    }
+    assert!(named > 20 && lost > 1, "{named} places are named, {lost} losses");
 }
 
 /// A file with a feature that this program does not know, its checksum right.

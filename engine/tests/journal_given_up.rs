@@ -15,11 +15,13 @@ use std::path::Path;
 use journal_lab::{NOW, POSITION, id};
 use place::{Lab, Place, noise};
 use reprotect_engine::format::manifest::{Edit, EpochCause, LossMended};
+use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::io::{BlockFile as _, ReadAt};
 use reprotect_engine::store::files::Files as _;
 use reprotect_engine::store::files::memory::{Event, MemoryFiles};
 use reprotect_engine::store::journal::applier::Applier;
 use reprotect_engine::store::journal::offline::{Offline, Which};
+use reprotect_engine::store::journal::recovery::Seen;
 use reprotect_engine::store::journal::rollback::begin;
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::units::SECTOR_BYTES;
@@ -162,6 +164,49 @@ fn the_size_of_a_target_is_certain_before_the_manifest_says_it() {
     let lab = place(&after).open().unwrap();
     assert_eq!(lab.disks[0].size_sectors(), GROWN);
     assert_eq!(after.bytes(TARGET).len() as u64, GROWN * SECTOR_BYTES);
+}
+
+/// The manifest knows that an undo epoch ended; the APPLIED behind it rotted, and an older one is written again.
+#[test]
+fn what_is_on_the_target_does_not_wait_again_because_the_note_of_it_rotted() {
+    let files = MemoryFiles::default();
+    files.put(TARGET, &content([]));
+    let mut lab = place(&files).create().unwrap();
+    write(&mut lab, 1);
+    lab.apply(0).unwrap();
+    lab.commit().unwrap();
+    let mut number = 1;
+    while lab.journal.shape().segments.len() < 3 {
+        number += 1;
+        assert_eq!(lab.write(0, number % 8 * 8, 24, number).unwrap(), number);
+        lab.commit().unwrap();
+    }
+    lab.apply(0).unwrap();
+    lab.epoch(0).unwrap();
+    let first = *lab.journal.shape().segments.keys().next().unwrap();
+    drop(lab);
+    let offline = Offline::open(files.opener(), Path::new("/retention")).unwrap();
+    let mut notes = Vec::new();
+    let see = |seen: Seen<'_>| match seen {
+        Seen::Entry { place, head, .. } if head.kind == EntryKind::Applied => notes.push(place),
+        _ => {}
+    };
+    offline.log(see).unwrap();
+    notes.retain(|note| note.segment > first);
+    assert!(!notes.is_empty());
+    for note in notes {
+        let slot = offline.shape().segments[&note.segment].slot;
+        files.poke(format!("/retention/redo-{slot:06}"), note.offset + note.bytes - 8, &[0xa5; 8]);
+    }
+    drop(offline);
+    let mut lab = place(&files).open().unwrap();
+    assert_eq!(lab.found.disks[&id(0)].on_target, number);
+    assert_eq!(lab.journal.waiting_bytes(id(0)), 0);
+    let oldest = lab.journal.releasable()[0];
+    assert_eq!(oldest, first);
+    lab.journal.release(oldest, NOW).unwrap();
+    lab.commit().unwrap();
+    assert_eq!(lab.journal.waiting_bytes(id(0)), 0, "it waits again, and keeps the log");
 }
 
 #[test]

@@ -388,6 +388,26 @@ fn an_edit_that_is_refused_changes_nothing_and_stops_nothing() {
     assert_eq!(*place(&files).open().unwrap().journal.shape(), after);
 }
 
+/// What is refused is as it was, though the superblock was cut behind its second copy.
+#[test]
+fn a_manifest_that_lost_edits_is_refused_before_a_cut_superblock_gets_its_length_back() {
+    let story = story();
+    let (before, files) = (story.at(story.told[story.told.len() / 2]), story.at(story.trace.len()));
+    for path in [SUPERBLOCK, MANIFEST] {
+        files.poke(path, 0, &before.bytes(path));
+    }
+    files.opener().resize(Path::new(SUPERBLOCK), 2 * 4096).unwrap();
+    let happened = files.happened();
+    let error = place(&files).open().err().expect("edits are gone").to_string();
+    assert!(error.contains("it lost edits"), "{error}");
+    assert_eq!(files.happened(), happened, "something was changed");
+    // One that lost nothing goes on.
+    let files = story.at(story.trace.len());
+    files.opener().resize(Path::new(SUPERBLOCK), 2 * 4096).unwrap();
+    drop(place(&files).open().unwrap());
+    assert_eq!(files.bytes(SUPERBLOCK).len(), 4 * 4096);
+}
+
 /// Rot in superblock or manifest is found while the journal is in use, and what is known in memory is written anew.
 #[test]
 fn rot_of_superblock_or_manifest_is_healed_while_the_journal_is_open() {

@@ -14,7 +14,7 @@ use reprotect_engine::format::batch::{MarkCause, MarkClass, Stretch};
 use reprotect_engine::format::manifest::{Edit, EpochsExpired, PointDropped, PointKept};
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::store::journal::points::{self, Offer};
-use reprotect_engine::store::journal::view::At;
+use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::{Journal, JournalError, thin};
 use reprotect_engine::units::{Sequence, Timestamp};
 
@@ -266,7 +266,7 @@ fn a_pinned_mark_inside_an_undo_epoch_outlives_the_log_merges_and_restarts_and_e
             let gone = PointDropped { disk: DISK, point: points::own_id(DISK, gone) };
             store.journal.edit(&[Edit::PointDropped(gone)], now).unwrap();
         }
-        while let Some(mut merge) = thin::next(&store.journal, DISK, Timestamp(u64::MAX), &[]).unwrap() {
+        while let Some(mut merge) = thin::next(&store.journal, DISK, Timestamp(u64::MAX), &[], &[]).unwrap() {
             let bytes = merge.write().unwrap();
             merge.settle(&mut store.journal, bytes, now).unwrap().unwrap();
         }
@@ -355,7 +355,9 @@ fn thinning_keeps_every_kept_point_whatever_order_it_is_done_in() {
             let dropped = PointDropped { disk: DISK, point: points::own_id(DISK, gone) };
             store.journal.edit(&[Edit::PointDropped(dropped)], now).unwrap();
             let mut merges = 0;
-            while let Some(mut merge) = thin::next(&store.journal, DISK, Timestamp(u64::MAX), &[]).unwrap() {
+            while let Some(mut merge) =
+                thin::next(&store.journal, DISK, Timestamp(u64::MAX), &[], &[]).unwrap()
+            {
                 let bytes = merge.write().unwrap();
                 merge.settle(&mut store.journal, bytes, now).unwrap().unwrap();
                 merges += 1;
@@ -389,9 +391,40 @@ fn runs_are_not_merged_while_somebody_reads_a_point_between_them_nor_before_thei
     }
     let read = [ends[0].epoch + 1, ends[1].epoch + 1];
     let never = Timestamp(u64::MAX);
-    assert!(thin::next(&store.journal, DISK, never, &read).unwrap().is_none());
-    assert!(thin::next(&store.journal, DISK, Timestamp(1), &[]).unwrap().is_none());
-    assert!(thin::next(&store.journal, DISK, never, &read[..1]).unwrap().is_some());
+    assert!(thin::next(&store.journal, DISK, never, &read, &[]).unwrap().is_none());
+    assert!(thin::next(&store.journal, DISK, Timestamp(1), &[], &[]).unwrap().is_none());
+    assert!(thin::next(&store.journal, DISK, never, &read[..1], &[]).unwrap().is_some());
+}
+
+/// Somebody planned a view of a point, and it was given up before its runs were opened.
+#[test]
+fn a_view_whose_runs_were_merged_or_went_since_says_so_and_shows_nothing_else() {
+    for expires in [false, true] {
+        let mut store = Store::new();
+        let mut ends = Vec::new();
+        for _ in 0..4 {
+            store.batch(Stretch::Diff, 9);
+            ends.push(store.end(MarkClass::Crash, ""));
+        }
+        let now = store.now();
+        let view = View::open(&store.journal, DISK, ends[0]).unwrap();
+        view.open_runs(&store.journal, &mut store.applier).unwrap();
+        let dropped =
+            |end: &At| Edit::PointDropped(PointDropped { disk: DISK, point: points::own_id(DISK, *end) });
+        let mut edits: Vec<Edit> = ends[..3].iter().map(dropped).collect();
+        if expires {
+            edits.push(Edit::EpochsExpired(EpochsExpired { disk: DISK, through: 3 }));
+        }
+        store.journal.edit(&edits, now).unwrap();
+        while let Some(mut merge) = thin::next(&store.journal, DISK, Timestamp(u64::MAX), &[], &[]).unwrap() {
+            let bytes = merge.write().unwrap();
+            merge.settle(&mut store.journal, bytes, now).unwrap().unwrap();
+        }
+        let opened = view.open_runs(&store.journal, &mut store.applier);
+        assert!(matches!(opened, Err(JournalError::Gone { .. })), "expired: {expires}, {opened:?}");
+        let last = View::open(&store.journal, DISK, ends[3]).unwrap();
+        last.open_runs(&store.journal, &mut store.applier).unwrap();
+    }
 }
 
 #[test]
@@ -406,7 +439,7 @@ fn what_a_crash_leaves_of_thinning_is_removed_and_what_is_foreign_is_moved_aside
     let (gone, _) = ends.remove(1);
     let dropped = PointDropped { disk: DISK, point: points::own_id(DISK, gone) };
     store.journal.edit(&[Edit::PointDropped(dropped)], now).unwrap();
-    let mut merge = thin::next(&store.journal, DISK, Timestamp(u64::MAX), &[]).unwrap().unwrap();
+    let mut merge = thin::next(&store.journal, DISK, Timestamp(u64::MAX), &[], &[]).unwrap().unwrap();
     merge.write().unwrap(); // and the program ends before the manifest knows of it
     let before = store.run_files().len();
     drop(merge);

@@ -82,7 +82,7 @@ fn drop_point(store: &mut Store, at: At) {
 
 fn merge_all(store: &mut Store) -> usize {
     let mut merges = 0;
-    while let Some(mut merge) = thin::next(&store.journal, DISK, Timestamp(u64::MAX), &[]).unwrap() {
+    while let Some(mut merge) = thin::next(&store.journal, DISK, Timestamp(u64::MAX), &[], &[]).unwrap() {
         let bytes = merge.write().unwrap();
         merge.settle(&mut store.journal, bytes, Timestamp(9)).unwrap().unwrap();
         merges += 1;
@@ -248,7 +248,7 @@ fn a_place_that_the_scrub_remembers_is_never_another_run() {
     for half in [&ends[..4], &ends[4..ends.len() - 1]] {
         half.iter().for_each(|gone| drop_point(&mut store, *gone));
         let mut merged = None;
-        while let Some(mut merge) = thin::next(&store.journal, DISK, Timestamp(u64::MAX), &[]).unwrap() {
+        while let Some(mut merge) = thin::next(&store.journal, DISK, Timestamp(u64::MAX), &[], &[]).unwrap() {
             let bytes = merge.write().unwrap();
             let (first, last) =
                 merge.settle(&mut store.journal, bytes, Timestamp(9)).unwrap().unwrap().epochs;

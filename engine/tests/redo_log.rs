@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use reprotect_engine::format::manifest::DiskAdded;
+use reprotect_engine::format::manifest::{DiskAdded, Superblock};
 use reprotect_engine::format::segment::{Applied, EntryHead, EntryKind, GroupHeader};
 use reprotect_engine::store::files::Files;
 use reprotect_engine::store::files::memory::MemoryFiles;
@@ -463,13 +463,28 @@ fn a_copy_of_the_superblock_with_a_broken_magic_is_passed_over_and_one_of_a_newe
     let bytes = files.bytes("/retention/superblock");
     let oldest = 4096; // copies are written round-robin from the second place on
     assert_ne!(bytes[oldest], 0);
-    for (at, flip, opens) in [(oldest, 1_u8, true), (oldest + 7, 1, true), (oldest + 7, 2, false)] {
+    // One flipped bit makes no newer version.
+    for (copy, bit) in (0..4).flat_map(|copy| (0..64).map(move |bit| (copy * 4096, bit))) {
         let damaged = files.snapshot();
-        damaged.poke("/retention/superblock", at as u64, &[bytes[at] ^ flip]);
-        let opened = open(&damaged);
-        assert_eq!(opened.is_ok(), opens, "byte {at}, flip {flip}");
-        if let Err(error) = opened {
-            assert!(error.to_string().contains("superblock"), "{error}");
+        let at = copy + bit / 8;
+        damaged.poke("/retention/superblock", at as u64, &[bytes[at] ^ (1 << (bit % 8))]);
+        open(&damaged).unwrap_or_else(|error| panic!("copy {copy}, bit {bit}: {error}"));
+    }
+    // What a newer program wrote counts wherever it stands, and whatever else is damaged.
+    let copies = (0..4).map(|copy| Superblock::open(&bytes[copy * 4096..][..4096]).unwrap());
+    let newest = copies.max_by_key(|copy| copy.generation).unwrap();
+    let incompatible = Superblock { incompatible: 1, generation: newest.generation + 1, ..newest };
+    let mut later = newest.sealed_as(2).to_bytes().to_vec();
+    later.resize(4096, 0);
+    for (newer, place) in [(incompatible.to_block(), 0), (later, 0), (incompatible.to_block(), 12_288)] {
+        for rotten in [None, Some(4096), Some(8192)] {
+            let files = files.snapshot();
+            files.poke("/retention/superblock", place, &newer);
+            if let Some(rotten) = rotten {
+                files.poke("/retention/superblock", rotten + 50, &[0xa5; 9]);
+            }
+            let error = open(&files).err().expect("an older state is taken").to_string();
+            assert!(error.contains("superblock") && error.contains("the program that wrote it"), "{error}");
         }
     }
 }

@@ -19,6 +19,8 @@ use reprotect_engine::format::manifest::{Edit, EpochsExpired, PointDropped, Poin
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::journal::applier::run_path;
 use reprotect_engine::store::journal::ladder::{Candidate, Ladder, Pressure, dropped, log_kept};
+use reprotect_engine::store::journal::undo::BlockRange;
+use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{DiskShape, Journal, JournalError, RunFile, Shape, thin};
 use reprotect_engine::units::{DiskId, Timestamp};
 
@@ -140,6 +142,7 @@ pub fn tidy_log(retention: &Retention) -> Result<(), JournalError> {
     let (ladder, pressure) = (retention.ladder(), retention.pressure());
     let now = wall_clock();
     let old = now.0.saturating_sub(nanos(log_kept(&ladder, pressure)));
+    pinned::drop_lost(retention, now)?;
     // What is read of the log for a mount stays: on a drive that is nearly full the mount fails before replication does.
     let held = retention.oldest_held();
     loop {
@@ -216,9 +219,9 @@ fn drop_points(
     pressure: Pressure,
     now: Timestamp,
 ) -> Result<(), JournalError> {
-    let held = retention.held(disk);
     let mut locked = retention.lock();
     let journal = locked.get()?;
+    let held = retention.held(journal, disk);
     let Some(known) = journal.shape().disks.get(&disk).cloned() else { return Ok(()) };
     let (common, times) = (common_points(journal.shape(), &known), times_of(journal.shape(), &known));
     let is_held = |point: &PointKept| {
@@ -333,32 +336,40 @@ fn times_of(shape: &Shape, of: &DiskShape) -> BTreeMap<[u8; 16], Timestamp> {
     times
 }
 
-/// Makes two runs of a disk one; answers whether there were two.
+/// Makes two runs of a disk one; answers whether there may be others. A run that cannot be read is passed over, and the error
+/// names it: it must not keep all others of its disk from being merged.
 fn merge_one(
     retention: &Retention,
     disk: DiskId,
     before: Timestamp,
     now: Timestamp,
 ) -> Result<bool, JournalError> {
-    let held = retention.held(disk);
-    let merge = {
-        let mut locked = retention.lock();
-        let journal = locked.get()?;
-        let known = journal.shape().disks.get(&disk);
-        let from = |at: &reprotect_engine::store::journal::view::At| {
-            known.and_then(|known| known.runs_from(at.epoch, at.number)).unwrap_or(at.epoch)
-        };
-        let read: Vec<u64> = held.iter().map(from).collect();
-        thin::next(journal, disk, before, &read)?
+    let passed = retention.passed_over(disk);
+    let mut locked = retention.lock();
+    let journal = locked.get()?;
+    let held = retention.held(journal, disk);
+    let known = journal.shape().disks.get(&disk);
+    let from = |at: &At| known.and_then(|known| known.runs_from(at.epoch, at.number)).unwrap_or(at.epoch);
+    let read: Vec<u64> = held.iter().map(from).collect();
+    let mut merge = match thin::next(journal, disk, before, &read, &passed) {
+        Ok(Some(merge)) => merge,
+        Ok(None) => return Ok(false),
+        Err(error) => return pass_over(retention, journal, disk, error),
     };
-    let Some(mut merge) = merge else { return Ok(false) };
-    let bytes = merge.write()?;
+    drop(locked);
+    let written = merge.write();
+    let mut locked = retention.lock();
+    let journal = locked.get()?;
+    let bytes = match written {
+        Ok(bytes) => bytes,
+        Err(error) => return pass_over(retention, journal, disk, error),
+    };
     // Somebody may have begun to read a point between the two meanwhile.
-    if retention.held(disk) != held {
+    if retention.held(journal, disk) != held {
         merge.discard()?;
         return Ok(false);
     }
-    let merged = merge.settle(retention.lock().get()?, bytes, now)?;
+    let merged = merge.settle(journal, bytes, now)?;
     if let Some(merged) = merged {
         tracing::info!(
             %disk, first = merged.epochs.0, last = merged.epochs.1, before_bytes = merged.before_bytes,
@@ -366,6 +377,20 @@ fn merge_one(
         );
     }
     Ok(merged.is_some())
+}
+
+/// After an error of reading a run: the others are merged without it.
+fn pass_over(
+    retention: &Retention,
+    journal: &Journal,
+    disk: DiskId,
+    error: JournalError,
+) -> Result<bool, JournalError> {
+    let nothing = BlockRange::new(0, 0);
+    let Some((place, _)) = journal.run_of_error(disk, &error, nothing) else { return Err(error) };
+    tracing::warn!(%disk, run = %place.path.display(), %error, "an undo run cannot be merged with its neighbours; it is tried again in an hour");
+    retention.pass_over(disk, place.run.file);
+    Ok(true)
 }
 
 fn nanos(duration: Duration) -> u64 {
@@ -378,17 +403,19 @@ mod tests {
     use reprotect_engine::format::batch::{MarkCause, MarkClass};
     use reprotect_engine::format::manifest::{DiskAdded, EpochCause};
     use reprotect_engine::format::wire::Text;
-    use reprotect_engine::io::BlockFile;
+    use reprotect_engine::io::{BlockFile, ByteRange};
     use reprotect_engine::store::files::Files;
     use reprotect_engine::store::journal::applier::{Applier, Position};
     use reprotect_engine::store::journal::entry::{Content, Write};
     use reprotect_engine::store::journal::ladder::Rung;
-    use reprotect_engine::store::journal::view::{At, View};
+    use reprotect_engine::store::journal::undo::FRAMES_START;
+    use reprotect_engine::store::journal::view::View;
     use reprotect_engine::store::journal::window::Window;
     use reprotect_engine::units::{Generation, LineageId, SECTOR_BYTES, SectorRange, Sequence};
 
     use super::*;
     use crate::journaled::full::lab::drive;
+    use crate::pinned::tests::{BadPlace, bad_opener};
     use crate::registry::fs_opener;
     use crate::retention::RetentionSettings;
     use crate::scrub::ScrubSettings;
@@ -550,6 +577,26 @@ mod tests {
         }
     }
 
+    /// One bad sector in one run keeps no other from being merged.
+    #[test]
+    fn a_run_that_cannot_be_read_is_passed_over_and_the_others_are_merged() {
+        for from in [0, FRAMES_START] {
+            let bad = BadPlace::default();
+            let mut lab = lab_on(bad_opener(&bad), 40, 0);
+            let file = RunFile::Epoch(18);
+            let path = run_path(lab.retention.lock().get().unwrap(), disk(0), file);
+            *bad.lock().unwrap() = Some((path, ByteRange { start: from, end: from + 512 }));
+            lab.thin(6 * 60);
+            let runs = |lab: &Lab, number| lab.retention.shape().disks[&disk(number)].runs.clone();
+            assert!(runs(&lab, 0).iter().any(|run| run.file == file), "from {from}");
+            let lone = runs(&lab, 0).len() - runs(&lab, 1).len();
+            assert!((1..=2).contains(&lone), "{lone} runs more than where all can be read");
+            assert_eq!(lab.retention.passed_over(disk(0)), [file]);
+            *bad.lock().unwrap() = None;
+            assert_eq!(lab.left(0), lab.left(1));
+        }
+    }
+
     #[test]
     fn points_become_hourly_then_expire_and_named_pinned_and_read_ones_stay() {
         let mut lab = lab(72);
@@ -566,7 +613,7 @@ mod tests {
         };
         let hold = lab.retention.hold(disk(0), At::entry(31, 31));
         lab.thin(6 * 60);
-        assert_eq!(lab.retention.held(disk(0)).len(), 1);
+        assert_eq!(lab.retention.held(lab.retention.lock().get().unwrap(), disk(0)).len(), 1);
         let recent: Vec<u64> = (48..=72).collect();
         let hourly = [11, 14, pinned, 23, 35, 47];
         assert_eq!(

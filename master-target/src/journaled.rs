@@ -200,6 +200,13 @@ impl Journaled {
     /// # Errors
     /// When the journal cannot be written.
     pub fn keep_as_found(&mut self) -> Result<(), JournalError> {
+        let Some(epoch) = self.begin_first_epoch()? else { return Ok(()) };
+        let at = At::entry(epoch, self.applier.applied().number);
+        self.keep_point(at, wall_clock(), MarkClass::Frozen, "as-found")
+    }
+
+    /// Begins the first undo epoch, and answers it; `None` where it began and has its point.
+    fn begin_first_epoch(&mut self) -> Result<Option<u64>, JournalError> {
         let applied = self.applier.applied().number;
         // It began, and a stop or a full drive kept its point from being noted.
         let begun = self.shape_says(|shape| {
@@ -207,13 +214,11 @@ impl Journaled {
             let opened = shape.open_epoch().filter(|_| is_bare).map(|epoch| epoch.opened)?;
             (opened.cause == EpochCause::First && opened.after == applied).then_some(opened.epoch)
         })?;
-        let epoch = match begun.flatten() {
-            Some(epoch) => epoch,
-            None if self.is_tracked()? => return Ok(()),
-            None => self.begin_epoch(EpochCause::First)?,
-        };
-        let at = At::entry(epoch, self.applier.applied().number);
-        self.keep_point(at, wall_clock(), MarkClass::Frozen, "as-found")
+        match begun.flatten() {
+            Some(epoch) => Ok(Some(epoch)),
+            None if self.is_tracked()? => Ok(None),
+            None => self.begin_epoch(EpochCause::First).map(Some),
+        }
     }
 
     fn is_tracked(&self) -> Result<bool, JournalError> {
@@ -302,6 +307,7 @@ impl Journaled {
     pub(crate) fn write(&mut self, pieces: &[Piece]) -> Result<(), NotDone> {
         // Before anything of this batch is done, so that a full medium can be tried again.
         self.make_room()?;
+        self.first_epoch()?;
         self.begin_next_epoch()?;
         self.append_marks()?;
         let Some(Coming::Batch(kind, body, newest)) = self.coming.front() else {
@@ -438,6 +444,7 @@ impl Journaled {
     }
 
     fn apply_ready(&mut self) -> Result<(), NotDone> {
+        self.first_epoch()?; // where a full medium kept it from beginning
         let Some(through) = self.backlog.applicable() else { return Ok(()) };
         self.begin_next_epoch()?;
         if self.backlog.writes().is_none_or(|window| !window.is_empty()) {
@@ -446,7 +453,8 @@ impl Journaled {
         match self.backlog.writes() {
             Some(window) => {
                 // The entries, and how much of the undo run is durable, with one commit.
-                if let Some(named) = self.applier.save_images(window)? {
+                let saved = self.applier.save_images(window);
+                if let Some(named) = self.hindered(saved)? {
                     self.retention.lock().get()?.append_applied(self.id, named, wall_clock())?;
                 }
                 self.retention.commit()?;
@@ -468,7 +476,8 @@ impl Journaled {
     fn apply_from_log(&mut self, through: u64) -> Result<(), JournalError> {
         while self.applier.applied().number < through {
             let (window, number) = window_from_log(&self.retention, &self.applier, through)?;
-            if let Some(named) = self.applier.save_images(&window)? {
+            let saved = self.applier.save_images(&window);
+            if let Some(named) = self.hindered(saved)? {
                 let mut locked = self.retention.lock();
                 let journal = locked.get()?;
                 journal.append_applied(self.id, named, wall_clock())?;
@@ -539,8 +548,9 @@ impl Journaled {
     /// The first undo epoch of a disk whose initial sync is done begins at its first mark.
     fn first_epoch(&mut self) -> Result<(), JournalError> {
         let Some((number, mark)) = self.last_mark else { return Ok(()) };
-        if self.state.mode == PassMode::Done && !self.is_tracked()? {
-            let epoch = self.begin_epoch(EpochCause::First)?;
+        if self.state.mode == PassMode::Done
+            && let Some(epoch) = self.begin_first_epoch()?
+        {
             let point = self.point(At::entry(epoch, number), &mark);
             self.retention.lock().get()?.edit(&[Edit::PointKept(point)], wall_clock())?;
         }
@@ -598,8 +608,10 @@ impl Journaled {
     /// Ends the undo epoch; where that fails, it goes on, and may be ended later.
     fn close_epoch(&mut self, point: Option<PointKept>) -> Result<(), JournalError> {
         let now = wall_clock();
-        self.applier.seal_run(now)?; // others commit meanwhile
-        self.applier.close_epoch_at(self.retention.lock().get()?, point, now)?;
+        let sealed = self.applier.seal_run(now); // others commit meanwhile
+        self.hindered(sealed)?;
+        let closed = self.applier.close_epoch_at(self.retention.lock().get()?, point, now);
+        self.hindered(closed)?;
         self.last_mark = None;
         Ok(())
     }
@@ -607,7 +619,8 @@ impl Journaled {
     /// After an undo epoch that ended without the next beginning.
     fn begin_next_epoch(&mut self) -> Result<(), JournalError> {
         if self.applier.is_tracked() && self.applier.open_epoch().is_none() && !self.is_left {
-            self.begin_epoch(EpochCause::Time)?;
+            let begun = self.begin_epoch(EpochCause::Time);
+            self.hindered(begun)?;
         }
         Ok(())
     }

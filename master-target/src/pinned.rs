@@ -5,13 +5,16 @@
 //! | 1 | the disk is asked to let go: it applies what waits for its mark, and ends its undo epoch |
 //! | 3 | it did not, so it stands, or is not there: its entries are carried to the head of the log |
 //! | 30 | of a disk that has something there which cannot be read, they are given up as below, whatever the pressure |
-//! | 30 | they are so many that the drive is short for them: they are given up, and its next start compares it |
+//! | 30 | they are so many that the drive is short for them: they are given up, and its next start compares it; of several |
+//! |    | disks first of the one that has most, as long as they are worth a segment; of one that would let go and has no room |
+//! |    | for it only where no other stands |
+//! | 1 | a pinned point of which a part of the log is not there any more, damaged at a start or given up, is dropped |
 //! | 30 | of what a pinned point needs, which is carried whenever its segment is to go, that cannot be read: the point is dropped |
 //!
 //! Invariants: only a segment that is past its time is freed; no more is copied than is gained by it, so that the log
 //! takes at most twice what waits, two segments, and what is within its time; only what cannot be read, or on a drive that
-//! is nearly full, is given up, never silently, and only where the segment goes then; what a pinned point inside an undo epoch
-//! needs, or a rollback that is not at its end, is never given up while it can be read. Units: looks (one every two seconds), bytes. Called by `housekeeping`.
+//! is nearly full, is given up, never silently, and only where the segment goes then, or what is left of it is carried; what a
+//! pinned point inside an undo epoch needs, or a rollback that is not at its end, is never given up while it can be read. Units: looks (one every two seconds), bytes. Called by `housekeeping`.
 
 use std::collections::BTreeSet;
 
@@ -53,15 +56,63 @@ pub(crate) fn free(retention: &Retention, old: u64, now: Timestamp) -> Result<()
             return Ok(());
         };
         // One look counts once, however many segments it frees.
-        let looks = if asked { retention.looks(&disks) } else { retention.ask_back(&disks) };
+        if !asked {
+            retention.ask_back(&asked_with(retention, journal, (segment, &disks)));
+        }
         asked = true;
+        let looks = retention.looks(&disks);
         if looks < CARRY_AT || !free_one(retention, journal, (segment, &disks), looks, now)? {
             return Ok(());
         }
     }
 }
 
-/// Frees a segment without its disks; answers whether it could.
+/// Bytes of a segment.
+fn bytes_of(journal: &Journal, segment: u64) -> u64 {
+    journal.shape().segments.get(&segment).map_or(0, |segment| segment.bytes)
+}
+
+/// The disks that are to let go: those that need the oldest segment; and where one of them has no room for that, others with
+/// much behind it, for whether these stand is to be known.
+fn asked_with(
+    retention: &Retention,
+    journal: &Journal,
+    (segment, disks): (u64, &BTreeSet<DiskId>),
+) -> BTreeSet<DiskId> {
+    let bytes = bytes_of(journal, segment);
+    let is_hindered = disks.iter().any(|disk| retention.is_hindered(*disk));
+    let others =
+        journal.shape().disks.keys().filter(|disk| is_hindered && journal.waiting_bytes(**disk) >= bytes);
+    disks.iter().chain(others).copied().collect()
+}
+
+/// The disk of which is given up what waits, if any: one that takes nothing and has the most of what keeps the segment.
+fn standing(
+    retention: &Retention,
+    journal: &Journal,
+    (segment, disks): (u64, &BTreeSet<DiskId>),
+) -> Option<DiskId> {
+    let bytes = bytes_of(journal, segment);
+    let most = |disks: &[DiskId]| disks.iter().copied().max_by_key(|disk| journal.waiting_bytes(*disk));
+    // What of them is worth a segment; less is carried in the end.
+    let worth =
+        |disks: &[DiskId]| disks.iter().map(|disk| journal.waiting_bytes(*disk)).sum::<u64>() >= bytes;
+    let here: Vec<DiskId> = disks.iter().copied().filter(|disk| journal.waits_in(*disk, segment)).collect();
+    let mut able = here.clone();
+    able.retain(|disk| !retention.is_hindered(*disk));
+    if worth(&able) {
+        return most(&able);
+    }
+    // Those that have no room are not the cause where another stands behind them, which takes a minute to be seen.
+    let mut behind: Vec<DiskId> = asked_with(retention, journal, (segment, disks)).into_iter().collect();
+    behind.retain(|disk| !here.contains(disk) && !retention.is_hindered(*disk) && worth(&[*disk]));
+    if behind.iter().any(|disk| retention.looks(&BTreeSet::from([*disk])) < GIVE_UP_AT) {
+        return None;
+    }
+    most(&behind).or_else(|| most(&here).filter(|_| worth(&here)))
+}
+
+/// Frees a segment without its disks, or makes it worth the while; answers whether it could.
 fn free_one(
     retention: &Retention,
     journal: &mut Journal,
@@ -69,7 +120,7 @@ fn free_one(
     looks: u32,
     now: Timestamp,
 ) -> Result<bool, JournalError> {
-    let bytes = journal.shape().segments.get(&segment).map_or(0, |segment| segment.bytes);
+    let bytes = bytes_of(journal, segment);
     let (here, everywhere) = journal.waiting_in(segment);
     let is_worth_it = here == 0 || journal.log_bytes() >= 2 * everywhere + 2 * bytes;
     let carried = if is_worth_it { journal.carry(segment, now) } else { Ok(Vec::new()) };
@@ -98,10 +149,10 @@ fn free_one(
         Err(error) if !error.is_full() => return Err(error),
         Ok(_) | Err(_) => {}
     }
-    let waiting: u64 = disks.iter().map(|disk| journal.waiting_bytes(*disk)).sum();
-    if retention.pressure() < Pressure::Least || waiting < bytes || looks < GIVE_UP_AT {
+    if retention.pressure() < Pressure::Least || looks < GIVE_UP_AT {
         return Ok(false);
     }
+    let Some(disk) = standing(retention, journal, (segment, disks)) else { return Ok(false) };
     if !make_way(retention, journal, segment, now)? {
         if looks.is_multiple_of(GIVE_UP_AT) {
             let pinned_bytes = journal.pinned_bytes();
@@ -113,10 +164,12 @@ fn free_one(
         }
         return Ok(false);
     }
-    for disk in disks {
-        lose(journal, *disk, "given up: the retention drive was full", now)?;
+    lose(journal, disk, "given up: the retention drive was full", now)?;
+    if journal.pinned().is_none() {
+        journal.release(segment, now)?;
     }
-    journal.release(segment, now)?;
+    // What others have there may be little enough to be carried now.
+    retention.ask_hindered_again();
     Ok(true)
 }
 
@@ -149,7 +202,7 @@ fn make_way(
     if here == 0 {
         return Ok(true);
     }
-    let bytes = journal.shape().segments.get(&segment).map_or(0, |segment| segment.bytes);
+    let bytes = bytes_of(journal, segment);
     if journal.log_bytes() < 2 * everywhere + 2 * bytes {
         return Ok(false);
     }
@@ -165,6 +218,21 @@ fn make_way(
     }
     drop_pins(journal, &lost, now)?;
     Ok(true)
+}
+
+/// Drops the pins that can never be had again, for a part of the log that they are made from is gone: nobody could find them
+/// to unpin them.
+///
+/// # Errors
+/// When the manifest cannot be written.
+pub(crate) fn drop_lost(retention: &Retention, now: Timestamp) -> Result<(), JournalError> {
+    let mut locked = retention.lock();
+    let journal = locked.get()?;
+    let lost = journal.lost_pins();
+    match drop_pins(journal, &lost, now) {
+        Err(error) if error.is_full() => Ok(()), // at the next look
+        dropped => dropped,
+    }
 }
 
 /// Pins of which nobody can read the log any more are no points any more, and their undo runs may go.
@@ -208,4 +276,4 @@ pub(crate) fn loss_text(journal: &Journal, disk: DiskId) -> Option<String> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

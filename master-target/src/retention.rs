@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use reprotect_engine::format::segment::JournalId;
@@ -36,6 +36,8 @@ use crate::scrub::ScrubSettings;
 
 /// After this pause the last group is proven durable by an empty one.
 const SEAL_AFTER: Duration = Duration::from_millis(50);
+/// An undo run that cannot be read is tried again to be merged after so long: a medium may come back.
+const MERGE_AGAIN_AFTER: Duration = Duration::from_secs(3600);
 /// How long the committer sleeps when nothing comes.
 const IDLE: Duration = Duration::from_secs(2);
 
@@ -54,6 +56,15 @@ pub struct RetentionSettings {
     pub scrub: ScrubSettings,
 }
 
+/// A disk that is to let go of its part of the log.
+#[derive(Clone, Copy, Debug, Default)]
+struct Asked {
+    /// At how many looks it was asked.
+    looks: u32,
+    /// It would, and the retention drive has no room for it.
+    is_hindered: bool,
+}
+
 #[derive(Debug, Default)]
 struct Progress {
     requested: u64,
@@ -69,12 +80,14 @@ pub struct Retention {
     settings: RetentionSettings,
     ladder: Mutex<Ladder>,
     pressure: Mutex<Pressure>,
-    /// Disks that keep the log from being given back, and in how many looks they did.
-    asked: Mutex<BTreeMap<DiskId, u32>>,
+    /// Disks that keep the log from being given back.
+    asked: Mutex<BTreeMap<DiskId, Asked>>,
     /// Points that are held now, by who holds them.
     held: Mutex<BTreeMap<u64, Held>>,
     /// The segment of which what pins need could not be read, and at how many looks it could not.
     unreadable: Mutex<(u64, u32)>,
+    /// Undo runs that could not be read to be merged, and when.
+    passed_over: Mutex<BTreeMap<(DiskId, RunFile), Instant>>,
     progress: Mutex<Progress>,
     changed: Condvar,
 }
@@ -132,6 +145,7 @@ impl Retention {
             asked: Mutex::default(),
             held: Mutex::default(),
             unreadable: Mutex::default(),
+            passed_over: Mutex::default(),
             progress: Mutex::default(),
             changed: Condvar::new(),
         };
@@ -218,21 +232,38 @@ impl Retention {
         std::mem::replace(&mut *unpoisoned(&self.pressure), pressure)
     }
 
-    /// These disks, and no others, are to let go of their part of the log; answers the fewest looks at which one of
-    /// them was asked.
-    pub(crate) fn ask_back(&self, disks: &BTreeSet<DiskId>) -> u32 {
+    /// These disks, and no others, are to let go of their part of the log.
+    pub(crate) fn ask_back(&self, disks: &BTreeSet<DiskId>) {
         let mut asked = unpoisoned(&self.asked);
         asked.retain(|disk, _| disks.contains(disk));
         for disk in disks {
-            *asked.entry(*disk).or_default() += 1;
+            asked.entry(*disk).or_default().looks += 1;
         }
-        asked.values().copied().min().unwrap_or(0)
     }
 
     /// The fewest looks at which one of these disks was asked.
     pub(crate) fn looks(&self, disks: &BTreeSet<DiskId>) -> u32 {
         let asked = unpoisoned(&self.asked);
-        disks.iter().map(|disk| asked.get(disk).copied().unwrap_or(0)).min().unwrap_or(0)
+        disks.iter().map(|disk| asked.get(disk).map_or(0, |asked| asked.looks)).min().unwrap_or(0)
+    }
+
+    /// A disk that is to let go cannot, for the retention drive has no room for it.
+    pub(crate) fn hinder(&self, disk: DiskId) {
+        if let Some(asked) = unpoisoned(&self.asked).get_mut(&disk) {
+            asked.is_hindered = true;
+        }
+    }
+
+    /// Whether a disk that is to let go is kept from it by the retention drive.
+    pub(crate) fn is_hindered(&self, disk: DiskId) -> bool {
+        unpoisoned(&self.asked).get(&disk).is_some_and(|asked| asked.is_hindered)
+    }
+
+    /// Something came free: disks that were hindered are asked anew.
+    pub(crate) fn ask_hindered_again(&self) {
+        for asked in unpoisoned(&self.asked).values_mut().filter(|asked| asked.is_hindered) {
+            *asked = Asked::default();
+        }
     }
 
     /// Whether a disk is to let go of its part of the log.
@@ -283,6 +314,18 @@ impl Retention {
         unreadable.1
     }
 
+    /// An undo run could not be read to be merged: for a while others are.
+    pub(crate) fn pass_over(&self, disk: DiskId, run: RunFile) {
+        unpoisoned(&self.passed_over).insert((disk, run), Instant::now());
+    }
+
+    /// The undo runs of a disk that are not to be merged now.
+    pub(crate) fn passed_over(&self, disk: DiskId) -> Vec<RunFile> {
+        let mut passed = unpoisoned(&self.passed_over);
+        passed.retain(|_, at| at.elapsed() < MERGE_AGAIN_AFTER);
+        passed.keys().filter(|(of, _)| *of == disk).map(|(_, run)| *run).collect()
+    }
+
     /// Holds a point while somebody reads it: its runs are neither merged away nor forgotten, and what it needs of the log
     /// stays there, unless the drive is nearly full.
     pub fn hold(self: &Arc<Self>, disk: DiskId, at: At) -> Hold {
@@ -309,9 +352,10 @@ impl Retention {
     }
 
     /// The points of a disk that are held now, and the one that a rollback goes to which did not get there yet: without it the
-    /// rollback could never be finished.
-    pub(crate) fn held(&self, disk: DiskId) -> Vec<At> {
-        let goes_to = self.lock().get().ok().and_then(|journal| goes_to(journal, disk).ok().flatten());
+    /// rollback could never be finished. Who does away with something looks with the journal locked, and keeps it so until that is
+    /// done: who holds a point plans its view afterwards.
+    pub(crate) fn held(&self, journal: &Journal, disk: DiskId) -> Vec<At> {
+        let goes_to = goes_to(journal, disk).ok().flatten();
         let held = unpoisoned(&self.held);
         held.values().filter(|held| held.disk == disk).map(|held| held.at).chain(goes_to).collect()
     }

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use reprotect_engine::host::output::bytes;
-use reprotect_engine::host::preflight::Finding;
+use reprotect_engine::host::preflight::{Finding, Verdict};
 use reprotect_engine::store::journal::ladder::Pressure;
 use reprotect_engine::store::journal::{JournalError, Occupant, examine, occupant};
 
@@ -58,6 +58,10 @@ fn file_system(folder: &Path) -> Finding {
     }
     let writable = try_writing(&nearest);
     if let Err(error) = writable {
+        if error.kind() == std::io::ErrorKind::StorageFull && has_journal(folder) {
+            let reason = format!("{shown} is on a drive that has not a byte left");
+            return Finding::warn(name, reason, "free some space on the drive, or add some");
+        }
         let remedy = match error.kind() {
             std::io::ErrorKind::ReadOnlyFilesystem => {
                 "mount the drive read/write, and look in the kernel log why it is not"
@@ -123,14 +127,12 @@ fn capacity(folder: &Path, chosen: &RetentionSettings) -> Finding {
     let pressure = room.pressure(chosen.reserve_bytes);
     // One segment is written, one is kept back, one is made ahead.
     let least = 3 * chosen.segment_bytes;
-    if pressure == Pressure::Stop
-        || (room.free_bytes < least && !matches!(occupant(&*fs_opener(), folder), Ok(Occupant::Journal)))
-    {
-        return Finding::fail(
-            name,
-            format!("{shown}: not enough to take anything in"),
-            "free some space, add some, or shorten the retention",
-        );
+    let is_made = has_journal(folder);
+    if pressure == Pressure::Stop || (room.free_bytes < least && !is_made) {
+        // What a journal holds can be mounted and failed back only by a daemon that runs, and expires only under one.
+        let verdict = if is_made { Verdict::Warn } else { Verdict::Fail };
+        let reason = format!("{shown}: not enough to take anything in");
+        return Finding::new(verdict, name, reason, "free some space, add some, or shorten the retention");
     }
     if pressure > Pressure::None {
         return Finding::warn(
@@ -140,6 +142,10 @@ fn capacity(folder: &Path, chosen: &RetentionSettings) -> Finding {
         );
     }
     Finding::pass(name, format!("{shown}; `retention` says how many hours that holds at the churn it sees"))
+}
+
+fn has_journal(folder: &Path) -> bool {
+    matches!(occupant(&*fs_opener(), folder), Ok(Occupant::Journal))
 }
 
 /// What else lies on the drive.
@@ -194,7 +200,6 @@ mod tests {
     use reprotect_engine::units::{DiskId, Timestamp};
 
     use super::*;
-    use reprotect_engine::host::preflight::Verdict;
 
     fn chosen(segment_bytes: u64) -> RetentionSettings {
         let hour = Duration::from_secs(3600);

@@ -24,9 +24,13 @@ struct Drive(PathBuf);
 
 impl Drive {
     fn mount(dir: &Path, name: &str, make: &[&str], options: &str) -> Result<Self, String> {
+        Self::mount_of(dir, name, make, options, 64 << 20)
+    }
+
+    fn mount_of(dir: &Path, name: &str, make: &[&str], options: &str, bytes: u64) -> Result<Self, String> {
         let (image, point) = (dir.join(format!("{name}.img")), dir.join(name));
         std::fs::create_dir(&point).unwrap();
-        std::fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
+        std::fs::File::create(&image).unwrap().set_len(bytes).unwrap();
         let image = image.to_str().unwrap();
         run(make[0], &[&make[1..], &[image]].concat())?;
         run("mount", &["-o", options, image, point.to_str().unwrap()])?;
@@ -108,6 +112,74 @@ fn fat_read_only_full_and_foreign_drives_are_named_and_the_daemon_does_not_start
         Ok(fat) => assert!(failed(&state, &fat.0.join("retention"), "retention-folder").contains("FAT")),
         Err(reason) => eprintln!("not tried on a FAT file system: {reason}"),
     }
+}
+
+/// Starts `run` and waits until it answers; stops it again.
+fn runs(state_dir: &Path) {
+    let program = env!("CARGO_BIN_EXE_reprotect-master-target");
+    let place = ["--state-dir", state_dir.to_str().unwrap()];
+    let log = std::fs::File::create(state_dir.join("run.log")).unwrap();
+    let mut running = Command::new(program)
+        .arg("run")
+        .args(place)
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    let said = || std::fs::read_to_string(state_dir.join("run.log")).unwrap();
+    let answers = || Command::new(program).arg("status").args(place).output().unwrap().status.success();
+    for _ in 0..600 {
+        assert!(running.try_wait().unwrap().is_none(), "it does not start: {}", said());
+        if answers() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    assert!(answers(), "it does not answer: {}", said());
+    run("kill", &["-TERM", &running.id().to_string()]).unwrap();
+    assert!(running.wait().unwrap().success(), "{}", said());
+}
+
+/// Only a daemon that runs can expire what is past its time, mount a point, or fail a disk back.
+#[test]
+fn a_daemon_starts_on_the_full_drive_of_its_journal_and_makes_none_on_such_a_drive() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    std::fs::create_dir(&state).unwrap();
+    let make = ["mkfs.ext4", "-q", "-F", "-m", "0"];
+    let drive = match Drive::mount_of(dir.path(), "drive", &make, "loop", 192 << 20) {
+        Ok(drive) => drive,
+        Err(reason) => {
+            eprintln!("SKIPPED: a file system cannot be mounted here, which needs root: {reason}");
+            return;
+        }
+    };
+    let journal = drive.0.join("journal");
+    let _ = program(&state, &journal, &["check"]);
+    runs(&state);
+    assert!(journal.join("superblock").exists());
+    // Others leave not one byte of the drive.
+    let mut ballast = std::fs::File::create(drive.0.join("ballast")).unwrap();
+    let piece = vec![1; 64 << 10];
+    for bytes in [64 << 10, 1024, 1024, 1024] {
+        while std::io::Write::write_all(&mut ballast, &piece[..bytes]).is_ok() {}
+        ballast.sync_all().unwrap(); // what was kept back for metadata is free then
+    }
+    let output = program(&state, &journal, &["check", "--json"]);
+    for name in ["retention-folder", "retention-space"] {
+        assert_eq!(check_of(&output, name)["verdict"], "WARN", "{}", check_of(&output, name));
+    }
+    assert!(check_of(&output, "retention-space")["reason"].as_str().unwrap().contains("not enough"));
+    runs(&state);
+    // Some bytes are free, and no journal is there yet.
+    drop(ballast);
+    std::fs::File::options().write(true).open(drive.0.join("ballast")).unwrap().set_len(64 << 20).unwrap();
+    let mut ballast = std::fs::File::options().append(true).open(drive.0.join("ballast")).unwrap();
+    while reprotect_master_target::housekeeping::Room::of(&drive.0).unwrap().free_bytes > 2 << 20 {
+        std::io::Write::write_all(&mut ballast, &piece).unwrap();
+        ballast.sync_all().unwrap();
+    }
+    assert!(failed(&state, &drive.0.join("another"), "retention-space").contains("not enough"));
 }
 
 #[test]

@@ -551,6 +551,32 @@ macro_rules! checked_block {
 }
 
 checked_block!(Superblock, SUPERBLOCK_MAGIC, "superblock");
+
+impl Superblock {
+    /// Whether a block is a whole copy of a later version. From version 2 on `crc` is of the magic, too (of bytes 0 to 7, then
+    /// 12 to 127): a version that flipped bits make is told from one that a program wrote.
+    #[must_use]
+    pub fn is_of_later_version(block: &[u8]) -> bool {
+        let Ok((value, _)) = Self::read_prefix(block) else { return false };
+        let [name @ .., version] = value.magic;
+        let [ours @ .., this] = SUPERBLOCK_MAGIC;
+        name == ours && version > this && value.crc == value.later_crc()
+    }
+
+    /// The same as a program of a later version would write it.
+    #[must_use]
+    pub fn sealed_as(&self, version: u8) -> Self {
+        let [a, b, c, d, e, f, g, _] = SUPERBLOCK_MAGIC;
+        let later = Self { magic: [a, b, c, d, e, f, g, version], ..*self };
+        Self { crc: later.later_crc(), ..later }
+    }
+
+    fn later_crc(&self) -> u32 {
+        let bytes = [&self.magic, self.to_bytes().get(12..).unwrap_or_default()].concat();
+        crc32(&bytes)
+    }
+}
+
 checked_block!(ManifestHeader, MANIFEST_MAGIC, "manifest");
 
 impl EditHead {

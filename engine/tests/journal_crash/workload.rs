@@ -460,7 +460,7 @@ impl Player {
     /// Two neighbouring runs become one.
     fn merge(&mut self, disk: usize) {
         let journal = &mut self.store().journal;
-        let next = thin::next(journal, id(disk), Timestamp(u64::MAX), &[]).unwrap();
+        let next = thin::next(journal, id(disk), Timestamp(u64::MAX), &[], &[]).unwrap();
         let Some(mut merge) = next else { return };
         let bytes = merge.write().unwrap();
         merge.settle(journal, bytes, NOW).unwrap();

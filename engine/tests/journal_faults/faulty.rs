@@ -17,11 +17,30 @@ type Fault = Option<(String, BlockOp)>;
 pub(crate) struct Faulty {
     files: MemoryFiles,
     fault: Arc<Mutex<Fault>>,
+    bad: Arc<Mutex<Option<(PathBuf, ByteRange)>>>,
 }
 
 impl Faulty {
     pub(crate) fn new(files: &MemoryFiles) -> Self {
-        Self { files: files.clone(), fault: Arc::default() }
+        Self { files: files.clone(), fault: Arc::default(), bad: Arc::default() }
+    }
+
+    /// These bytes of a file, and no others, cannot be read.
+    pub(crate) fn spoil(&self, path: &Path, bytes: ByteRange) {
+        *self.bad.lock().unwrap() = Some((path.into(), bytes));
+    }
+
+    fn reads(&self, path: &Path, offset: u64, len: u64) -> Result<(), BlockError> {
+        let bad = self.bad.lock().unwrap();
+        let hits = |(bad, bytes): &(PathBuf, ByteRange)| {
+            bad == path && offset < bytes.end && offset + len > bytes.start
+        };
+        if bad.as_ref().is_some_and(hits) {
+            let source = std::io::Error::from_raw_os_error(5); // EIO
+            let name = path.display().to_string();
+            return Err(BlockError { name, op: BlockOp::Read, offset, len, source });
+        }
+        Ok(())
     }
 
     pub(crate) fn fail(&self, fault: Fault) {
@@ -54,6 +73,7 @@ impl Files for Faulty {
 
     fn read_head(&self, path: &Path, bytes_max: usize) -> Result<Vec<u8>, FilesError> {
         self.check(path, BlockOp::Read)?;
+        self.reads(path, 0, bytes_max as u64)?;
         self.files.read_head(path, bytes_max)
     }
 
@@ -97,6 +117,9 @@ impl BlockFile for FaultyFile {
 
     fn read(&mut self, reads: &mut [ReadAt<'_>]) -> Result<(), BlockError> {
         self.faulty.check(&self.path, BlockOp::Read)?;
+        for read in reads.iter() {
+            self.faulty.reads(&self.path, read.offset, read.data.len() as u64)?;
+        }
         self.file.read(reads)
     }
 

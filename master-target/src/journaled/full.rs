@@ -125,6 +125,36 @@ fn a_manifest_that_cannot_be_written_at_the_turn_of_an_undo_epoch_spoils_no_poin
 
 /// The records of the journal, its log, and every file at once. The log is written where it was written before: a medium
 /// that is full there stops the disk.
+/// The first undo epoch begins with an edit, and its point is another: a full drive, or a stop, may come between them.
+#[test]
+fn a_manifest_that_cannot_be_written_where_the_first_undo_epoch_begins_costs_no_point() {
+    for errno in [ENOSPC, EIO] {
+        for left in 0.. {
+            let what = format!("error {errno} of the manifest at operation {left}");
+            let dir = tempfile::tempdir().unwrap();
+            let mut lab = Lab::created(dir.path());
+            lab.write(1, &what).unwrap(); // for which the log gets its first segment
+            lab.faulty.set(("manifest-", errno), left);
+            let done = lab.step(2, &what);
+            lab.faulty.mend();
+            if lab.faulty.failed() == 0 {
+                done.unwrap();
+                assert!(left > 1, "{what}: it never comes to that");
+                break;
+            }
+            if done.is_err() {
+                lab.stop();
+                lab.start();
+                lab.persist(&what, |disk| disk.apply().map(drop)).unwrap();
+            }
+            assert_eq!(lab.check(&what), 1, "{what}: the first mark is no point");
+            lab.step(3, &what).unwrap();
+            assert_eq!(lab.check(&what), 2, "{what}");
+            lab.stop();
+        }
+    }
+}
+
 #[test]
 fn a_full_drive_at_any_write_of_any_file_spoils_no_point() {
     for prefix in ["superblock", "redo-", ""] {

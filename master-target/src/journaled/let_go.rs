@@ -3,6 +3,9 @@
 //! What waits for its mark is applied: the target then stands inside a stretch, and the last mark is a point that its
 //! before-images lead to. The undo epoch ends, for its points are made from the log.
 //!
+//! Where the retention drive is too full for that, it is hindered: what it has in the log is not given up for it before that
+//! of a disk that takes nothing.
+//!
 //! Invariants: where the target stands at a mark, that mark is kept as a point before anything is applied over it.
 //! Units: entry numbers. Used by `journaled`, on the disk's own thread.
 
@@ -30,6 +33,15 @@ impl Journaled {
         self.retention.let_go(self.id);
         tracing::info!(disk = %self.id, "what waited for its mark was applied: others need its part of the redo log");
         Ok(())
+    }
+
+    /// Where room on the retention drive is all that was missing, this disk does not stand.
+    pub(super) fn hindered<T>(&self, done: Result<T, JournalError>) -> Result<T, JournalError> {
+        done.inspect_err(|error| {
+            if error.is_full() {
+                self.retention.hinder(self.id);
+            }
+        })
     }
 
     /// Ends the undo epoch at what is applied, if there is anything in it: with a point, where that is a mark.

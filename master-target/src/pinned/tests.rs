@@ -178,10 +178,10 @@ fn what_a_mount_reads_of_the_log_stays_until_the_drive_is_nearly_full() {
 }
 
 /// Which file cannot be read, and where.
-type BadPlace = Arc<Mutex<Option<(PathBuf, ByteRange)>>>;
+pub(crate) type BadPlace = Arc<Mutex<Option<(PathBuf, ByteRange)>>>;
 
 /// Opens files that cannot be read where they are bad.
-fn bad_opener(bad: &BadPlace) -> Arc<dyn Files> {
+pub(crate) fn bad_opener(bad: &BadPlace) -> Arc<dyn Files> {
     let known = Arc::clone(bad);
     Arc::new(FsFiles::new(move |path, writable| {
         let options = if writable { io::OpenOptions::writing() } else { io::OpenOptions::reading() };
@@ -389,7 +389,11 @@ fn a_pin_of_a_disk_that_was_failed_back_keeps_nobodys_log() {
     catalogue.save_failback(PeerId([2; 16]), &failback).unwrap();
     let journal = Some((Arc::clone(&retention), Recovered::default()));
     let registry = Registry::open_with(catalogue, FlowLimits::default(), fs_opener(), journal).unwrap();
-    assert_eq!(retention.held(PINS), [At::entry(1, inside)], "its runs are held");
+    assert_eq!(
+        retention.held(retention.lock().get().unwrap(), PINS),
+        [At::entry(1, inside)],
+        "its runs are held"
+    );
     for _ in 0..12 {
         go_on(&retention);
         assert!(log_bytes(&retention) <= 5 * SEGMENT, "{} bytes", log_bytes(&retention));
@@ -440,7 +444,7 @@ fn a_rollback_gets_to_its_point_inside_an_undo_epoch_however_full_the_drive_is()
     }
     assert!(oldest(&retention) > first && log_bytes(&retention) <= 5 * SEGMENT);
     check_pin(&retention, inside);
-    assert_eq!(retention.held(PINS), [At::entry(1, inside)]);
+    assert_eq!(retention.held(retention.lock().get().unwrap(), PINS), [At::entry(1, inside)]);
 }
 
 #[test]
@@ -496,4 +500,147 @@ fn a_full_drive_names_what_is_pinned_and_the_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let retention = pins_lab(fs_opener(), dir.path(), ENTRIES, &[], false);
     assert!(!retention.no_room().contains("pin") && retention.pins().is_none());
+}
+
+/// What is lost of disks, as first and last entry.
+fn lost(retention: &Retention, disk: DiskId) -> Vec<(u64, u64)> {
+    let shape = retention.shape();
+    shape.disks[&disk].lost.iter().map(|loss| (loss.entries.first, loss.entries.last)).collect()
+}
+
+#[test]
+fn a_disk_that_needs_the_oldest_segment_for_its_epoch_only_loses_nothing_to_one_that_stands() {
+    let dir = tempfile::tempdir().unwrap();
+    let retention = pins_lab(fs_opener(), dir.path(), 2, &[], false);
+    {
+        let mut locked = retention.lock();
+        let journal = locked.get().unwrap();
+        let open = EpochOpened { after: 0, ..epoch(1, 0, EpochCause::Time, 0) };
+        journal.edit(&[Edit::EpochOpened(EpochOpened { disk: WORKS, ..open })], Timestamp(1)).unwrap();
+        put(journal, WORKS, 1);
+        journal.append_applied(WORKS, Applied { number: 1, epoch: 1, undo_bytes: 0 }, Timestamp(1)).unwrap();
+        for number in 1..=3 * ENTRIES {
+            put(journal, STANDS, number);
+        }
+        put(journal, WORKS, 2); // waits, far behind
+    }
+    retention.set_pressure(Pressure::Least);
+    for _ in 0..3 * GIVE_UP_AT {
+        crate::housekeeping::tidy_log(&retention).unwrap();
+    }
+    assert_eq!(lost(&retention, STANDS), [(1, 3 * ENTRIES)]);
+    assert_eq!(lost(&retention, WORKS), [], "what it was told to be durable is given up for nothing");
+    assert!(log_bytes(&retention) <= 3 * SEGMENT, "{} bytes", log_bytes(&retention));
+    let entry = *retention.lock().get().unwrap().entries(WORKS).last().unwrap();
+    assert_eq!(retention.lock().get().unwrap().read(entry.place).unwrap().1, vec![2; 65536]);
+}
+
+#[test]
+fn of_two_disks_that_stand_the_one_with_less_than_a_segment_is_carried() {
+    let dir = tempfile::tempdir().unwrap();
+    let retention = pins_lab(fs_opener(), dir.path(), 1, &[], false);
+    {
+        let mut locked = retention.lock();
+        let journal = locked.get().unwrap();
+        put(journal, WORKS, 1);
+        for number in 1..=3 * ENTRIES {
+            put(journal, STANDS, number);
+        }
+    }
+    retention.set_pressure(Pressure::Least);
+    for _ in 0..3 * GIVE_UP_AT {
+        crate::housekeeping::tidy_log(&retention).unwrap();
+    }
+    assert_eq!((lost(&retention, STANDS), lost(&retention, WORKS)), (vec![(1, 3 * ENTRIES)], vec![]));
+}
+
+#[test]
+fn a_disk_that_has_no_room_to_let_go_loses_nothing_where_another_stands_behind_it() {
+    const BEHIND: DiskId = DiskId([3; 16]);
+    let dir = tempfile::tempdir().unwrap();
+    let retention = lab(dir.path());
+    {
+        let mut locked = retention.lock();
+        let journal = locked.get().unwrap();
+        let added = DiskAdded { disk: BEHIND, machine: [7; 16], size_sectors: 64, time: Timestamp(1) };
+        journal.add_disk(added, Timestamp(1)).unwrap();
+        for number in 1..=6 * ENTRIES {
+            put(journal, BEHIND, number);
+        }
+    }
+    retention.set_pressure(Pressure::Least);
+    let look = || {
+        crate::housekeeping::tidy_log(&retention).unwrap();
+        retention.hinder(STANDS); // as its own thread says
+        assert_eq!(lost(&retention, STANDS), []);
+    };
+    let before = log_bytes(&retention);
+    for looks in 0.. {
+        if !lost(&retention, BEHIND).is_empty() {
+            break;
+        }
+        assert!(looks < 4 * GIVE_UP_AT, "both keep the log for ever");
+        look();
+    }
+    assert_eq!(lost(&retention, BEHIND), [(1, 6 * ENTRIES)]);
+    // What the other had is free as soon as what has no room is carried.
+    (0..2 * CARRY_AT).for_each(|_| look());
+    assert!(log_bytes(&retention) <= before / 2, "{} bytes of {before}", log_bytes(&retention));
+    assert_eq!(numbers(&retention), (1..=2 * ENTRIES).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_pin_whose_copy_in_the_log_rotted_is_dropped_at_the_next_start_and_another_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let (sound, lacks) = (3, 8);
+    let retention = pins_lab(fs_opener(), dir.path(), ENTRIES, &[sound, lacks], false);
+    while !retention.lock().get().unwrap().entries(PINS)[5].carried {
+        go_on(&retention);
+    }
+    let (place, slot) = {
+        let mut locked = retention.lock();
+        let journal = locked.get().unwrap();
+        let place = journal.entries(PINS)[5].place;
+        (place, journal.shape().segments[&place.segment].slot)
+    };
+    {
+        // What stands behind it shows that it was durable.
+        let mut locked = retention.lock();
+        let journal = locked.get().unwrap();
+        let number = journal.newest(WORKS) + 1;
+        put(journal, WORKS, number);
+    }
+    drop(retention);
+    let file = std::fs::File::options().write(true).open(dir.path().join(format!("redo-{slot:06}"))).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0xee; 16], place.offset + 1000).unwrap();
+    let (retention, found) = Retention::open(fs_opener(), dir.path(), lab_settings()).unwrap();
+    assert!(!found.damage.is_empty());
+    go_on(&retention);
+    let left: Vec<u64> = retention.shape().disks[&PINS].points.values().map(|point| point.number).collect();
+    assert_eq!(left, [sound], "nobody could find it to unpin it");
+    check_pin(&retention, sound);
+}
+
+#[test]
+fn a_pinned_mark_that_waited_and_was_given_up_holds_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let retention = pins_lab(fs_opener(), dir.path(), 1, &[], false);
+    let kept = {
+        let mut locked = retention.lock();
+        let journal = locked.get().unwrap();
+        let now = Timestamp(1);
+        let open = epoch(2, 1, EpochCause::Time, 0);
+        journal.edit(&[Edit::EpochOpened(EpochOpened { to_epoch: 0, ..open })], now).unwrap();
+        (2..=8).for_each(|number| put(journal, PINS, number));
+        journal.append_applied(PINS, Applied { number: 4, epoch: 2, undo_bytes: 0 }, now).unwrap();
+        journal.commit(now).unwrap();
+        let pins = [3, 6].map(|number| Edit::PointKept(PointKept { epoch: 2, ..point(number) }));
+        journal.edit(&pins, now).unwrap();
+        assert_eq!(journal.give_up(PINS, "full", now).unwrap(), Some((5, 8)));
+        journal.pinned_bytes()
+    };
+    crate::housekeeping::tidy_log(&retention).unwrap();
+    let left: Vec<u64> = retention.shape().disks[&PINS].points.values().map(|point| point.number).collect();
+    assert_eq!(left, [3]);
+    assert!(retention.lock().get().unwrap().pinned_bytes() < kept);
 }

@@ -14,9 +14,10 @@ use std::collections::BTreeSet;
 
 use super::log::{NewEntry, Room};
 use super::recovery::LogEntry;
+use super::redo_index::entries_between;
 use super::rollback::goes_to;
 use super::view::View;
-use super::{DiskLog, DiskShape, Journal, JournalError};
+use super::{DiskLog, DiskShape, Journal, JournalError, Needed};
 use crate::format::disk_state::DiskState;
 use crate::format::manifest::{Edit, EntriesLost};
 use crate::format::wire::Text;
@@ -74,6 +75,12 @@ impl Journal {
         self.waiting(disk).iter().map(|entry| entry.place.bytes).sum()
     }
 
+    /// Whether a segment has an entry of a disk that is on no target.
+    #[must_use]
+    pub fn waits_in(&self, disk: DiskId, segment: u64) -> bool {
+        self.waiting(disk).iter().any(|entry| entry.place.segment == segment)
+    }
+
     /// As [`Self::waiting_bytes`], of all disks: in a segment, and in the whole log.
     #[must_use]
     pub fn waiting_in(&self, segment: u64) -> (u64, u64) {
@@ -127,6 +134,22 @@ impl Journal {
         }
         self.copy_to_head(wanted, now)?;
         Ok(lost)
+    }
+
+    /// The pinned points inside undo epochs that can never be had again: an entry that they are made from is not in the log
+    /// any more, for it was damaged when the log was read, or given up.
+    #[must_use]
+    pub fn lost_pins(&self) -> Vec<LostPin> {
+        let lost = |(disk, shape): (&DiskId, &DiskShape)| {
+            let of = |needed: Needed| {
+                let number = entries_between(self, *disk, needed.after, needed.through).err()?;
+                let reason =
+                    format!("entry {number} of the redo log, which it is made from, is not there any more");
+                needed.point.map(|point| LostPin { disk: *disk, point: Some(point), reason })
+            };
+            shape.needed_inside().into_iter().filter_map(of).collect::<Vec<_>>()
+        };
+        self.shape().disks.iter().flat_map(lost).collect()
     }
 
     /// What pins of a disk need of a segment, without that of pins which lack something there; and these.

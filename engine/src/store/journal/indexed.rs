@@ -15,6 +15,7 @@ use super::error::JournalError;
 use super::log::{Place, segment_path};
 use super::recovery::{Damage, LogEntry, Scanner};
 use super::shape::Shape;
+use super::tolerant::Tolerant;
 use crate::format::FormatError;
 use crate::format::disk_state::DiskState;
 use crate::format::manifest::SegmentOpened;
@@ -345,7 +346,7 @@ impl Scanner<'_> {
         place: Place,
     ) -> Result<bool, JournalError> {
         let Some(segment) = shape.segments.get(&place.segment) else { return Ok(false) };
-        let mut file = self.files.open(&segment_path(self.folder, segment.slot), false)?;
+        let mut file = Tolerant::open(self.files, &segment_path(self.folder, segment.slot))?;
         let mut bytes = vec![0; place.bytes as usize];
         file.read(&mut [ReadAt { offset: place.offset, data: &mut bytes }])?;
         let Ok(head) = EntryHead::open(&bytes) else { return Ok(false) };

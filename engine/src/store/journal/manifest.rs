@@ -166,7 +166,7 @@ impl Manifest {
         if files.facts(&path)?.is_none() {
             return Err(read::without_superblock(&*files, folder)?);
         }
-        let mut superblock_file = files.open(&path, true)?;
+        let superblock_file = files.open(&path, true)?;
         let superblock = read_superblock(&*files, folder)?;
         if superblock.read_only_compatible != 0 {
             let source = FormatError::Field {
@@ -179,12 +179,6 @@ impl Manifest {
         }
         let read = read_manifest(&*files, folder, &superblock)?;
         let file = files.open(&manifest_path(folder, superblock.manifest), true)?;
-        if superblock_file.size_bytes() < SUPERBLOCK_COPIES * BLOCK_BYTES {
-            // It was cut off behind a whole copy; the next copies need their places.
-            drop(superblock_file);
-            files.resize(&path, SUPERBLOCK_COPIES * BLOCK_BYTES)?;
-            superblock_file = files.open(&path, true)?;
-        }
         let (mut manifest, opened) = Self::of(files, folder, superblock_file, superblock, file, read);
         manifest.ahead_bytes = ahead_bytes.min(MANIFEST_PREPARED_BYTES);
         Ok((manifest, opened))
@@ -197,6 +191,7 @@ impl Manifest {
     pub(super) fn start(&mut self, now: Timestamp, opened: &Opened) -> Result<Option<PathBuf>, JournalError> {
         // What was read may stand in a cache only, if the program before us was killed between write and flush.
         self.file.flush()?;
+        self.lengthen_superblock()?;
         let mut torn = None;
         if opened.torn {
             let path = manifest_path(&self.folder, self.number());
@@ -215,6 +210,19 @@ impl Manifest {
         self.prepared = self.written_end()?;
         self.prepare_ahead();
         Ok(torn)
+    }
+
+    /// Where the superblock was cut off behind a whole copy the next copies need their places.
+    fn lengthen_superblock(&mut self) -> Result<(), JournalError> {
+        const BYTES: u64 = SUPERBLOCK_COPIES * BLOCK_BYTES;
+        if self.superblock_file.size_bytes() < BYTES {
+            let path = self.folder.join(SUPERBLOCK_NAME);
+            // Nobody may have it open for writing meanwhile.
+            self.superblock_file = self.files.open(&path, false)?;
+            self.files.resize(&path, BYTES)?;
+            self.superblock_file = self.files.open(&path, true)?;
+        }
+        Ok(())
     }
 
     /// Opens the manifest of a journal to which nothing is written: no file is opened for writing, and

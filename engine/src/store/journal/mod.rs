@@ -6,6 +6,7 @@
 //! | `manifest` | what the journal consists of, durably; `shape` is that as a value |
 //! | `strays` | files that the manifest does not name: left over, foreign, or proof that it lost something |
 //! | `recovery` | reading the redo log after a stop or a crash |
+//! | `tolerant` | what a medium cannot read of the log, read as damage |
 //! | `indexed` | what is read of a segment instead of its groups |
 //! | `applier` | one disk: undo run, target, and the order in which they are written |
 //! | `ongoing` | the undo epoch that goes on, and its run |
@@ -46,6 +47,7 @@ pub mod scrub;
 pub mod shape;
 mod strays;
 pub mod thin;
+mod tolerant;
 pub mod undo;
 pub mod verify;
 pub mod view;
@@ -422,7 +424,8 @@ impl Journal {
         let place = self.log.append(&mut self.manifest, now, &entry)?;
         self.segments.entry(place.segment).or_default().entry(disk).or_default();
         let numbers = self.disks.entry(disk).or_default();
-        numbers.applied = applied.number;
+        // What is written again may be older than what the manifest knows, where a newer one was damaged.
+        numbers.applied = numbers.applied.max(applied.number);
         numbers.applied_entry = Some((applied, place));
         Ok(())
     }

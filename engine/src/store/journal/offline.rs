@@ -20,6 +20,7 @@ use super::ongoing::inspect;
 use super::points::{Point, all_points_and_ruins};
 use super::recovery::{Damage, Scan, Seen, scan, scan_showing};
 use super::strays::{check_known, sort_files};
+use super::tolerant::Tolerant;
 use super::undo::{ActiveRun, Hole, SealedRun};
 use super::view::{At, View};
 use super::{Journal, JournalSettings, Recovered, Run, Shape};
@@ -141,7 +142,7 @@ impl Offline {
         if self.journal.files().facts(&path)?.is_none() {
             return Ok(FoundIndex::None);
         }
-        read_index(&mut *self.journal.files().open(&path, false)?, self.journal.id(), segment)
+        read_index(&mut Tolerant::open(&**self.journal.files(), &path)?, self.journal.id(), segment)
     }
 
     /// Number of the newest entry of a disk, and of the newest one known to be on the target.

@@ -12,6 +12,9 @@
 //! Of a segment that is wholly applied its index is read where it has one (`indexed`): opening is not longer because the
 //! log is. What is damaged in such a segment is found when it is read, by the scrub, or by `journal verify`.
 //!
+//! What the medium does not give is damage of these bytes, and named (`tolerant`): one bad sector costs what lies in it. At
+//! the end of the log it is never called a torn write.
+//!
 //! Invariants: nothing is written here; what is reported intact was checked by a CRC over every byte of it, or stands in
 //! an index that was.
 //! Units: bytes, group and entry numbers. Called by `store::journal` and by the offline tools.
@@ -23,13 +26,14 @@ use super::error::JournalError;
 use super::indexed::{Belief, IndexBuilder, Indexes};
 use super::log::{Place, segment_path};
 use super::shape::{DiskShape, Shape};
+use super::tolerant::Tolerant;
 use crate::format::FormatError;
 use crate::format::disk_state::DiskState;
 use crate::format::manifest::SegmentOpened;
 use crate::format::segment::{
     Applied, EntryHead, EntryKind, GroupHeader, JournalId, SegmentHeader, entries_unchecked,
 };
-use crate::io::{BlockFile, ReadAt};
+use crate::io::{BlockFile, ByteRange, ReadAt};
 use crate::store::files::Files;
 use crate::units::{BLOCK_BYTES, DiskId, Timestamp};
 
@@ -128,7 +132,7 @@ const AHEAD_BYTES: u64 = 8 << 20;
 
 /// A segment that is read from its beginning to its end in long pieces, each byte once.
 struct Ahead<'a> {
-    file: &'a mut dyn BlockFile,
+    file: &'a mut Tolerant,
     /// End of the segment.
     end: u64,
     /// Where the bytes stand, and how many of them there are.
@@ -138,7 +142,7 @@ struct Ahead<'a> {
 }
 
 impl<'a> Ahead<'a> {
-    fn new(file: &'a mut dyn BlockFile, segment: &SegmentOpened) -> Self {
+    fn new(file: &'a mut Tolerant, segment: &SegmentOpened) -> Self {
         let end = segment.bytes.min(file.size_bytes());
         Self { file, end, start: 0, fill: 0, bytes: Vec::new() }
     }
@@ -321,7 +325,6 @@ impl Scanner<'_> {
 
     /// One segment; `next` is the first group of the one behind it.
     fn segment(&mut self, segment: &SegmentOpened, next: Option<u64>) -> Result<(), JournalError> {
-        let newest = next.is_none();
         self.scan.segments.entry(segment.number).or_default();
         let path = segment_path(self.folder, segment.slot);
         if self.files.facts(&path)?.is_none() {
@@ -332,36 +335,53 @@ impl Scanner<'_> {
             return Ok(());
         }
         (self.see)(Seen::Segment(segment, &path));
-        let mut file = self.files.open(&path, false)?;
+        let mut file = Tolerant::open(self.files, &path)?;
+        self.segment_in(&path, &mut file, segment, next)?;
+        for (bytes, reason) in file.into_bad() {
+            self.damaged(path.clone(), bytes.start, reason);
+        }
+        Ok(())
+    }
+
+    fn segment_in(
+        &mut self,
+        path: &Path,
+        file: &mut Tolerant,
+        segment: &SegmentOpened,
+        next: Option<u64>,
+    ) -> Result<(), JournalError> {
         // A file that is shorter has no header, and is judged like one whose header was never written.
         let mut block = vec![0; BLOCK_BYTES.min(file.size_bytes()) as usize];
         file.read(&mut [ReadAt { offset: 0, data: &mut block }])?;
         match SegmentHeader::open(&block) {
-            Ok(header) if header.journal != self.journal => return Err(JournalError::Foreign { path }),
+            Ok(header) if header.journal != self.journal => {
+                return Err(JournalError::Foreign { path: path.into() });
+            }
             Ok(header) if header.number == segment.number && header.salt == segment.salt => {
-                if self.believe(&path, &mut *file, segment, next)? {
+                if self.believe(path, file, segment, next)? {
                     return Ok(());
                 }
             }
             // Its checksum is right: that is no damage.
             Err(error @ FormatError::Field { field: "incompatible", .. }) => {
-                return Err(JournalError::format(&path, 0, "use the program that wrote it")(error));
+                return Err(JournalError::format(path, 0, "use the program that wrote it")(error));
             }
             // The manifest names a use before the file's header does: a crash came between, nothing was ever in it.
             Ok(_) | Err(_)
                 if next.is_none_or(|next| next == segment.first_group)
-                    && self.is_empty(&mut *file, segment)? =>
+                    && self.is_empty(file, segment)?
+                    && !file.is_bad(ByteRange { start: BLOCK_BYTES, end: 2 * BLOCK_BYTES }) =>
             {
                 return Ok(());
             }
             Ok(header) => {
                 let reason = format!("its header is of segment {}, not {}", header.number, segment.number);
-                self.damaged(path.clone(), 0, reason);
+                self.damaged(path.into(), 0, reason);
             }
             // Salt and first group stand in the manifest, too: the groups can be read all the same.
-            Err(error) => self.damaged(path.clone(), 0, error.to_string()),
+            Err(error) => self.damaged(path.into(), 0, error.to_string()),
         }
-        self.groups(&path, &mut *file, segment, newest)
+        self.groups(path, file, segment, next.is_none())
     }
 
     fn is_empty(&self, file: &mut dyn BlockFile, segment: &SegmentOpened) -> Result<bool, JournalError> {
@@ -399,7 +419,7 @@ impl Scanner<'_> {
     fn groups(
         &mut self,
         path: &Path,
-        file: &mut dyn BlockFile,
+        file: &mut Tolerant,
         segment: &SegmentOpened,
         newest: bool,
     ) -> Result<(), JournalError> {
@@ -440,7 +460,7 @@ impl Scanner<'_> {
     fn end(
         &mut self,
         path: &Path,
-        file: &mut dyn BlockFile,
+        file: &mut Tolerant,
         segment: &SegmentOpened,
         at: u64,
         reason: &str,
@@ -453,6 +473,15 @@ impl Scanner<'_> {
             if !self.salvage(path, file, segment, at, end)? {
                 self.unsure = Some(((segment.number, at), reason));
             }
+        } else if newest && is_unreadable(file, segment, at)? {
+            // What is torn can be read. It is missed at the next opening, too.
+            let reason = format!("group {} cannot be read", self.next_group);
+            self.damaged(path.into(), at, reason.clone());
+            let end = segment.bytes.min(file.size_bytes());
+            if !self.salvage(path, file, segment, at, end)? {
+                self.unsure = Some(((segment.number, at), reason));
+            }
+            self.scan.last_group = self.next_group;
         } else if newest && !is_unwritten(file, segment, at)? {
             self.scan.torn = Some((path.into(), at));
         }
@@ -608,6 +637,18 @@ impl Scanner<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether the group at a place, or what stands there instead, could not be read.
+fn is_unreadable(file: &mut Tolerant, segment: &SegmentOpened, at: u64) -> Result<bool, JournalError> {
+    let mut block = vec![0; BLOCK_BYTES as usize];
+    file.read(&mut [ReadAt { offset: at, data: &mut block }])?;
+    let bytes = match GroupHeader::open(&block) {
+        Ok(header) if header.salt != segment.salt => return Ok(false),
+        Ok(header) => header.stored_bytes(),
+        Err(_) => BLOCK_BYTES,
+    };
+    Ok(file.is_bad(ByteRange { start: at, end: at + bytes }))
 }
 
 /// Whether no group of this use was ever written at a place: zeros, or what an earlier use left there.

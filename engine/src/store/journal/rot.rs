@@ -220,7 +220,10 @@ impl Journal {
             JournalError::Undo(UndoError::Header { path, .. } | UndoError::Foreign { path, .. })
             | JournalError::Undo(UndoError::Files(FilesError::Missing { path }))
             | JournalError::Files(FilesError::Missing { path }) => (path.as_path(), whole),
-            JournalError::Undo(UndoError::Block(BlockError { name, .. })) => (Path::new(name), asked),
+            JournalError::Undo(
+                UndoError::Block(BlockError { name, .. })
+                | UndoError::Files(FilesError::Block(BlockError { name, .. })),
+            ) => (Path::new(name), asked),
             _ => return None,
         };
         let (of, file) = run_of_name(&path.file_name()?.to_string_lossy())?;

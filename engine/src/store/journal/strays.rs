@@ -13,12 +13,13 @@ use super::error::JournalError;
 use super::manifest::{Manifest, SUPERBLOCK_NAME, manifest_path, number_of_name};
 use super::recovery::Scan;
 use super::shape::{DiskShape, RunFile};
+use super::tolerant::{Tolerant, head_of};
 use super::undo::RunHeader;
 use super::{applier, is_ours, log};
 use crate::format::manifest::ManifestHeader;
 use crate::format::segment::{GroupHeader, SEGMENT_MAGIC, SegmentHeader};
 use crate::format::undo::RUN_MAGIC;
-use crate::io::ReadAt;
+use crate::io::{BlockFile as _, ByteRange, ReadAt};
 use crate::store::crc_map::{MAP_PREFIX, map_name};
 use crate::store::files::Files;
 use crate::units::{BLOCK_BYTES, DiskId};
@@ -88,7 +89,7 @@ fn run_of(
 ) -> Result<Option<(DiskId, RunFile, RunHeader)>, JournalError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let Some((disk, file)) = applier::run_of_name(&name) else { return Ok(None) };
-    let head = files.read_head(path, RunHeader::BYTES)?;
+    let head = head_of(files, path, RunHeader::BYTES as u64)?;
     let header = RunHeader::read_prefix(&head).ok().map(|(header, _)| header);
     let ours = header.filter(|header| header.magic == RUN_MAGIC && header.journal == manifest.journal());
     Ok(ours.map(|header| (disk, file, header)))
@@ -96,13 +97,8 @@ fn run_of(
 
 /// The first group that was written in the last use of a segment of this journal.
 fn first_group(files: &dyn Files, path: &Path, manifest: &Manifest) -> Result<Option<u64>, JournalError> {
-    let mut file = files.open(path, false)?;
-    if file.size_bytes() < 2 * BLOCK_BYTES {
-        return Ok(None);
-    }
-    let mut blocks = vec![0; 2 * BLOCK_BYTES as usize];
-    file.read(&mut [ReadAt { offset: 0, data: &mut blocks }])?;
-    let (head, group) = blocks.split_at(BLOCK_BYTES as usize);
+    let blocks = head_of(files, path, 2 * BLOCK_BYTES)?;
+    let Some((head, group)) = blocks.split_at_checked(BLOCK_BYTES as usize) else { return Ok(None) };
     let Ok(header) = SegmentHeader::open(head) else { return Ok(None) };
     let group = GroupHeader::open(group).ok().filter(|group| group.salt == header.salt);
     Ok(group.filter(|_| header.journal == manifest.journal()).map(|group| group.group))
@@ -133,7 +129,7 @@ pub(super) fn is_leftover(
         (Some(_), RunFile::Merged(_)) => true,
     };
     // A run whose header was not written yet is empty.
-    let is_empty = files.read_head(path, RunHeader::BYTES)?.iter().all(|byte| *byte == 0);
+    let is_empty = head_of(files, path, RunHeader::BYTES as u64)?.iter().all(|byte| *byte == 0);
     Ok(once_named && (is_empty || run_of(files, path, manifest)?.is_some()))
 }
 
@@ -145,9 +141,16 @@ pub(super) fn was_let_go(path: &Path, manifest: &Manifest) -> bool {
     manifest.shape().disks.get(&disk).is_some_and(|shape| epoch <= newest_epoch(shape))
 }
 
-/// Whether a file is a segment that this journal used, or made and did not use yet: its head is this journal's or zeros.
+/// Whether a file is a segment that this journal used, or made and did not use yet: its head is this journal's or zeros. One
+/// that cannot be read where it is looked at belongs to nothing, and is not used again.
 fn is_free_segment(files: &dyn Files, path: &Path, manifest: &Manifest) -> Result<bool, JournalError> {
-    let head = files.read_head(path, SegmentHeader::BYTES)?;
+    let mut file = Tolerant::open(files, path)?;
+    let mut head = vec![0; (2 * BLOCK_BYTES).min(file.size_bytes()) as usize];
+    file.read(&mut [ReadAt { offset: 0, data: &mut head }])?;
+    if file.is_bad(ByteRange { start: 0, end: head.len() as u64 }) {
+        return Ok(false);
+    }
+    head.truncate(SegmentHeader::BYTES);
     let ours = SegmentHeader::read_prefix(&head)
         .is_ok_and(|(header, _)| header.magic == SEGMENT_MAGIC && header.journal == manifest.journal());
     Ok(ours || head.iter().all(|byte| *byte == 0))

@@ -46,7 +46,7 @@ pub struct Merged {
 }
 
 /// The next two runs of a disk to be merged, the smallest first; `None` when there are none. `before`: only epochs that
-/// ended by then; `held`: epochs from which on runs are read now.
+/// ended by then; `held`: epochs from which on runs are read now; `not`: runs that are left as they are.
 ///
 /// # Errors
 /// When a run cannot be opened.
@@ -55,9 +55,10 @@ pub fn next(
     disk: DiskId,
     before: Timestamp,
     held: &[u64],
+    not: &[RunFile],
 ) -> Result<Option<Merge>, JournalError> {
     let Some(known) = journal.shape().disks.get(&disk) else { return Ok(None) };
-    let Some((older, newer)) = candidate(known, before, held) else { return Ok(None) };
+    let Some((older, newer)) = candidate(known, before, held, not) else { return Ok(None) };
     let number = merged_number(older.first, newer.last);
     let files = Arc::clone(journal.files());
     let open = |run: &Run| -> Result<SealedRun, JournalError> {
@@ -78,7 +79,7 @@ fn merged_number(first: u64, last: u64) -> u64 {
     (last << WIDTH_BITS) | (last - first).min((1 << WIDTH_BITS) - 1)
 }
 
-fn candidate(known: &DiskShape, before: Timestamp, held: &[u64]) -> Option<(Run, Run)> {
+fn candidate(known: &DiskShape, before: Timestamp, held: &[u64], not: &[RunFile]) -> Option<(Run, Run)> {
     let epoch = |number| known.epochs.iter().find(|epoch| epoch.opened.epoch == number);
     let pairs = known.runs.windows(2).filter_map(|pair| match pair {
         [older, newer] => Some((*older, *newer)),
@@ -91,7 +92,8 @@ fn candidate(known: &DiskShape, before: Timestamp, held: &[u64]) -> Option<(Run,
             let one_history =
                 epoch(older.first).map(|e| e.opened.lineage) == epoch(newer.first).map(|e| e.opened.lineage);
             let read = held.iter().any(|from| older.last < *from && *from <= newer.first);
-            is_old && one_history && !read && !known.has_point_inside(older.first, newer.last)
+            let passed = not.contains(&older.file) || not.contains(&newer.file);
+            is_old && one_history && !read && !passed && !known.has_point_inside(older.first, newer.last)
         })
         .min_by_key(|(older, newer)| older.bytes + newer.bytes)
 }

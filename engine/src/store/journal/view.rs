@@ -8,7 +8,7 @@
 //! own epoch up to the point, where the point lies inside an epoch and not at its end.
 //!
 //! Invariants: nothing is copied ahead and nothing is changed; each byte was checked by a CRC, or stands on the live
-//! target; what is damaged is an error, never guessed. A view reads while new windows are applied, on the thread that
+//! target; what is damaged is an error, never guessed, and so is a point that was given up meanwhile. A view reads while new windows are applied, on the thread that
 //! applies them, so the target never changes under its feet. Units: bytes, sectors, entry numbers.
 //! Called by the thread that owns the target, for mounts, exports, rollbacks and verification.
 
@@ -185,18 +185,20 @@ impl View {
     /// The sealed runs that count now, opened. More are added as undo epochs end, so a reader asks each time.
     ///
     /// # Errors
-    /// When one cannot be opened.
+    /// When one cannot be opened; [`JournalError::Gone`] when the point was given up since it was planned, and others would
+    /// be shown in the place of its images.
     pub fn open_runs<T: BlockFile>(
         &self,
         journal: &Journal,
         applier: &mut Applier<T>,
     ) -> Result<Vec<Run>, JournalError> {
-        let runs: Vec<Run> = shape(journal, self.disk)?
-            .runs
-            .iter()
-            .filter(|run| run.first >= self.from_epoch)
-            .copied()
-            .collect();
+        let known = shape(journal, self.disk)?;
+        if self.from_epoch <= known.expired || known.is_merged_across(self.from_epoch) {
+            let what = format!("the undo run of epoch {} is not kept any more", self.from_epoch);
+            return Err(JournalError::Gone { disk: self.disk, what });
+        }
+        let counts = |run: &&Run| run.first >= self.from_epoch;
+        let runs: Vec<Run> = known.runs.iter().filter(counts).copied().collect();
         for run in &runs {
             applier.open_run(journal, *run)?;
         }

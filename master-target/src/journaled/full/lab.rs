@@ -276,7 +276,15 @@ fn settings() -> RetentionSettings {
 }
 
 impl Lab {
+    /// A disk that was found, with a point of that.
     pub(crate) fn new(dir: &Path) -> Self {
+        let mut lab = Self::created(dir);
+        lab.disk().keep_as_found().unwrap();
+        lab
+    }
+
+    /// A disk that was created: its before-images are kept from its first mark on.
+    pub(crate) fn created(dir: &Path) -> Self {
         let spec = TargetSpec { path: dir.join("web.vmdk"), kind: TargetKind::MonolithicFlat };
         let (none, options) = (BTreeSet::new(), CreateOptions::default());
         create_target(&fs_opener(), &spec, SECTORS * SECTOR_BYTES, &none, &options).unwrap().close().unwrap();
@@ -291,7 +299,6 @@ impl Lab {
             content,
         };
         lab.start();
-        lab.disk().keep_as_found().unwrap();
         lab
     }
 

@@ -12,9 +12,7 @@ use super::super::is_ours;
 use super::super::shape::Shape;
 use super::{SUPERBLOCK_NAME, manifest_path, number_of_name};
 use crate::format::FormatError;
-use crate::format::manifest::{
-    Edit, EditHead, ManifestHeader, SUPERBLOCK_COPIES, SUPERBLOCK_MAGIC, Superblock,
-};
+use crate::format::manifest::{Edit, EditHead, ManifestHeader, SUPERBLOCK_COPIES, Superblock};
 use crate::io::{BlockFile, ReadAt};
 use crate::store::files::Files;
 use crate::units::{BLOCK_BYTES, DiskId};
@@ -34,7 +32,7 @@ pub(in crate::store::journal) fn read_superblock(
     }
     let bytes = files.read_head(&path, (SUPERBLOCK_COPIES * BLOCK_BYTES) as usize)?;
     let mut newest: Option<Superblock> = None;
-    let mut refused: Option<FormatError> = None;
+    let (mut refused, mut newer) = (None, None);
     for copy in bytes.chunks(BLOCK_BYTES as usize) {
         match Superblock::open(copy) {
             Ok(superblock) => {
@@ -42,30 +40,31 @@ pub(in crate::store::journal) fn read_superblock(
                     newest = Some(superblock);
                 }
             }
+            // A copy that only a newer program understands must not be passed over for an older one, nor for damage. Its
+            // checksum is right: what flipped bits make of a copy is neither.
+            Err(error) if needs_newer(copy, &error) => newer = newer.or(Some(error)),
             // A copy that was never written says nothing.
             Err(error) if copy.iter().any(|byte| *byte != 0) => refused = Some(error),
             Err(_) => {}
         }
     }
-    // A copy that only a newer program understands must not be passed over for an older one.
-    // Its magic ends in a higher version; other bytes of the magic differ by damage only.
-    let newer = match &refused {
-        Some(FormatError::Field { field: "magic", got, .. }) => *got > u64::from(SUPERBLOCK_MAGIC[7]),
-        Some(FormatError::Field { field, .. }) => *field == "incompatible",
-        _ => false,
-    };
+    if let Some(error) = newer {
+        return Err(JournalError::format(&path, 0, "use the program that wrote it")(error));
+    }
     match (newest, refused) {
-        (Some(superblock), _) if !newer => Ok(superblock),
-        (_, Some(error)) => {
-            let remedy = if newer {
-                "use the program that wrote it"
-            } else {
-                "no copy in it is whole: put it back from a copy of the folder; nothing was changed"
-            };
+        (Some(superblock), _) => Ok(superblock),
+        (None, Some(error)) => {
+            let remedy = "no copy in it is whole: put it back from a copy of the folder; nothing was changed";
             Err(JournalError::format(&path, 0, remedy)(error))
         }
-        (_, None) => Err(without_superblock(files, folder)?),
+        (None, None) => Err(without_superblock(files, folder)?),
     }
+}
+
+/// Whether a copy of the superblock that was refused is whole, and of a newer program.
+fn needs_newer(copy: &[u8], refused: &FormatError) -> bool {
+    matches!(refused, FormatError::Field { field: "incompatible", .. })
+        || Superblock::is_of_later_version(copy)
 }
 
 /// What a folder is that has no superblock: one that never had a journal, or one that lost it. The making of a journal that
