@@ -232,21 +232,21 @@ async fn sessions(machine: &mut Machine, dial: &Arc<Dial>, agent: PeerId) {
     upstreams.configure(&machine.plan().upstream);
     upstreams.first_look().await;
     loop {
-        let Some((address, at)) = rota.next(&upstreams.ranked(), Instant::now()) else { return };
+        let Some((address, at)) = rota.next(&upstreams.to_try(), Instant::now()) else { return };
         if !wait_until(machine, at).await {
             upstreams.configure(&machine.plan().upstream);
+            machine.tell_upstreams(&upstreams);
             rota.hurry();
             continue;
         }
-        let began = Instant::now();
+        let (began, before) = (Instant::now(), machine.status().borrow().sessions);
         let ended = attempt(machine, dial, &mut upstreams, &address).await;
+        // Only a session that came about counts as one that held.
+        let began = if machine.status().borrow().sessions > before { began } else { Instant::now() };
         let lost = matches!(ended, Ended::Lost(_) | Ended::Refused(_)).then(|| ended.reason());
         upstreams.give_back(&address, lost);
         rota.ended(&address, &ended, began, Instant::now());
-        machine.status().send_modify(|status| {
-            status.upstreams = upstreams.describe();
-            status.moves = upstreams.moves();
-        });
+        machine.tell_upstreams(&upstreams);
         match &ended {
             Ended::Lost(reason) => tracing::warn!(address, reason, "no session; trying again"),
             Ended::Refused(reason) => tracing::error!(address, reason, "refused; asked again every 60 s"),

@@ -129,11 +129,12 @@ impl Dial {
 
     /// Renews the certificate where this address is a master target; through a relay it cannot be.
     async fn renew_if_due(&self, address: SocketAddr) {
-        let _one = self.renewing.lock().await;
         let identity = current(&self.identity);
         if !self.renews || !identity.is_due_for_renewal(wall_clock()) {
             return;
         }
+        // Whoever dials beside it goes on with the certificate that is still good.
+        let Ok(_one) = self.renewing.try_lock() else { return };
         let rule = PeerRule::of_site(&identity.own().site, &[Role::MasterTarget]);
         let renewed = renew(&identity, &self.trust, address, &rule, &self.host_name).await;
         match renewed.map_err(anyhow::Error::from).and_then(|identity| {

@@ -69,7 +69,7 @@ impl Machine {
         address: &str,
         session: [u8; 16],
     ) -> Ended {
-        let (peer, (reader, writer, written)) = ready.into_lanes();
+        let (peer, probing, (reader, writer, written)) = ready.into_parts();
         let relayed = peer.peer.role == Role::ProcessServer;
         let mut link = Link {
             peer,
@@ -81,7 +81,7 @@ impl Machine {
             relayed,
             compress: self.compresses(relayed),
             silence: Silence::default(),
-            probing: Probing::default(),
+            probing,
             ticks: 0,
         };
         self.core.handle_connected(session);
@@ -143,6 +143,7 @@ impl Machine {
                 Ok(()) = self.plans.changed() => {
                     let stopped = self.replan();
                     upstreams.configure(&self.plan().upstream);
+                    self.tell_upstreams(upstreams);
                     link.compress = self.compresses(link.relayed);
                     if !self.plan().upstream.iter().any(|address| address == link.address) {
                         return Ended::Replanned(format!("`upstream` does not name {} any more", link.address));
@@ -183,6 +184,14 @@ impl Machine {
         }
     }
 
+    /// Brings what the status says of the upstreams up to date.
+    pub(crate) fn tell_upstreams(&self, upstreams: &Upstreams) {
+        self.status().send_modify(|status| {
+            status.upstreams = upstreams.describe();
+            status.moves = upstreams.moves();
+        });
+    }
+
     /// Whether the session goes on with this peer; with a choice only.
     fn watch_peer(&mut self, link: &mut Link<'_>, upstreams: &mut Upstreams) -> Option<Ended> {
         if !upstreams.has_choice() {
@@ -201,10 +210,7 @@ impl Machine {
                 let probe = link.probing.ask(now);
                 link.send(probe);
             }
-            self.status().send_modify(|status| {
-                status.upstreams = upstreams.describe();
-                status.moves = upstreams.moves();
-            });
+            self.tell_upstreams(upstreams);
         }
         link.ticks = link.ticks.wrapping_add(1);
         None

@@ -42,6 +42,10 @@ const PAUSE_FIRST: Duration = Duration::from_secs(1);
 const PAUSE_LONGEST: Duration = Duration::from_secs(30);
 /// Pause until a disk that nobody had room for makes the session move again.
 const ROOM_PAUSE: Duration = Duration::from_secs(60);
+/// After so long without a move, the next one is like the first.
+const CALM: Duration = Duration::from_secs(2 * 3600);
+/// How many times longer a reason to move must last at most.
+const PATIENCE_MAX: u32 = 64;
 /// How long a start waits for all peers to be measured.
 const FIRST_LOOK: Duration = Duration::from_secs(1);
 
@@ -106,6 +110,12 @@ impl Shared {
         self.ranked().iter().filter(|other| !self.is_used(other)).take(first).any(|next| next == address)
     }
 
+    /// Whether a connection is kept to whoever would be next.
+    fn next_is_kept(&self) -> bool {
+        let next = self.ranked().into_iter().find(|other| !self.is_used(other));
+        next.is_some_and(|next| self.seen().get(&next).is_some_and(|seen| seen.kept))
+    }
+
     fn use_only(&self, address: Option<&str>) {
         self.used.send_replace(address.map(str::to_owned));
         self.learnt.send_modify(|count| *count += 1);
@@ -134,7 +144,8 @@ pub(crate) struct Upstreams {
     /// Since when which other peer has been better than the active one.
     better: Option<(String, Instant)>,
     moves: u64,
-    moved_for_room: Option<Instant>,
+    moved_last: Option<Instant>,
+    patience: u32,
 }
 
 impl Upstreams {
@@ -153,7 +164,8 @@ impl Upstreams {
             watchers: BTreeMap::new(),
             better: None,
             moves: 0,
-            moved_for_room: None,
+            moved_last: None,
+            patience: 1,
         }
     }
 
@@ -206,6 +218,16 @@ impl Upstreams {
         if self.has_choice() { self.shared.ranked() } else { self.configured.clone() }
     }
 
+    /// As [`Self::ranked`], those first to which a connection is kept and that can be used: a session begins there at once,
+    /// and what is known of them is not a minute old.
+    pub(crate) fn to_try(&self) -> Vec<String> {
+        let mut addresses = self.ranked();
+        let seen = self.shared.seen();
+        let is_ready = |address: &String| seen.get(address).is_some_and(|seen| seen.kept && seen.way.is_usable());
+        addresses.sort_by_key(|address| !is_ready(address)); // a stable sort
+        addresses
+    }
+
     /// A session is to be had with `address`: its connection, if one is kept.
     pub(crate) async fn take(&mut self, address: &str) -> Option<Ready> {
         self.shared.use_only(Some(address));
@@ -241,7 +263,7 @@ impl Upstreams {
             let way = |address: &str| seen.get(address).map_or(&Way::Unknown, |seen| &seen.way);
             choice::worth_after(way(address), waited, way(&best))
         };
-        let Some(after) = after else {
+        let Some(after) = after.map(|after| after * self.patience(now)) else {
             self.better = None;
             return None;
         };
@@ -253,8 +275,23 @@ impl Upstreams {
             return None;
         }
         self.better = None;
-        self.moves += 1;
+        self.note_move(now);
         Some(format!("{best} has served better than {address} for {} s", after.as_secs()))
+    }
+
+    /// How many times longer than usual a reason to move must last: each move doubles it, until none came for a while. A load
+    /// that makes the peer it goes to the slower one, or a disk that only one has room for, moves nobody to and fro.
+    fn patience(&mut self, now: Instant) -> u32 {
+        if self.moved_last.is_some_and(|at| now >= at + CALM) {
+            (self.moved_last, self.patience) = (None, 1);
+        }
+        self.patience
+    }
+
+    fn note_move(&mut self, now: Instant) {
+        self.moves += 1;
+        self.moved_last = Some(now);
+        self.patience = (self.patience * 2).min(PATIENCE_MAX);
     }
 
     /// Whether it is worth to go elsewhere because `address` has no room for a disk: somebody else has room, and this was
@@ -262,12 +299,12 @@ impl Upstreams {
     pub(crate) fn has_room_elsewhere(&mut self, address: &str, now: Instant) -> bool {
         let elsewhere =
             self.shared.seen().iter().any(|(other, seen)| other != address && seen.way.is_usable());
-        let lately = self.moved_for_room.is_some_and(|at| now < at + ROOM_PAUSE);
+        let pause = ROOM_PAUSE * self.patience(now);
+        let lately = self.moved_last.is_some_and(|at| now < at + pause);
         if !elsewhere || lately {
             return false;
         }
-        self.moved_for_room = Some(now);
-        self.moves += 1;
+        self.note_move(now);
         true
     }
 
@@ -403,7 +440,8 @@ async fn keep(
                 seen.kept = true;
             });
         }
-        if looks >= LOOKS && !shared.would_be_next(address) {
+        // It goes when the one that would be next is there.
+        if looks >= LOOKS && !shared.would_be_next(address) && shared.next_is_kept() {
             CloseCode::Finished.close(&ready.peer.connection);
             break Kept::NotNeeded;
         }

@@ -444,7 +444,8 @@ impl Journaled {
     }
 
     fn apply_ready(&mut self) -> Result<(), NotDone> {
-        self.first_epoch()?; // where a full medium kept it from beginning
+        let first = self.first_epoch(); // where a full medium kept it from beginning
+        self.hindered(first)?;
         let Some(through) = self.backlog.applicable() else { return Ok(()) };
         self.begin_next_epoch()?;
         if self.backlog.writes().is_none_or(|window| !window.is_empty()) {

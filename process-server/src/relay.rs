@@ -184,7 +184,7 @@ impl Relay {
         let (lanes, first) = match begun {
             Ok(begun) => begun,
             Err(error) => {
-                tracing::info!(%agent, %address, %error, "no session begun");
+                tracing::debug!(%agent, %address, %error, "no session begun");
                 return CloseCode::Violation.close(&peer.connection);
             }
         };
@@ -346,7 +346,9 @@ impl Session {
     /// The next thing that happens; `None` only without a target.
     async fn next_event(&mut self, tick: &mut tokio::time::Interval, shutdown: &Shutdown) -> Option<Event> {
         let target = self.target.as_mut()?;
-        let (read_agent, read_target) = (!target.is_congested(), !self.agent.is_congested());
+        // An agent that does not read its answers is not read.
+        let read_target = !self.agent.is_congested();
+        let read_agent = !target.is_congested() && read_target;
         Some(tokio::select! {
             Some(token) = target.written.recv() => Event::Written(Side::Target, token),
             Some(token) = self.agent.written.recv() => Event::Written(Side::Agent, token),
@@ -380,7 +382,8 @@ impl Session {
     fn handle_agent_frame(&mut self, kind: FrameKind, body: Bytes) -> Result<(), End> {
         if kind == FrameKind::Probe {
             let answer = standby::answer(&body, |probe| self.relay.load(probe));
-            self.agent.send(answer.map_err(|error| self.over(Side::Agent, error))?, DiskId::NONE, 0);
+            let answer = answer.map_err(|error| self.over(Side::Agent, error))?;
+            self.agent.send(answer, DiskId::NONE, 0);
             return Ok(());
         }
         if kind == FrameKind::OpenDisk

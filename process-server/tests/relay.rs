@@ -566,7 +566,7 @@ fn an_agent_that_stands_by_learns_how_the_relay_stands_and_takes_no_memory_until
         assert_eq!(Message::decode(FrameKind::Load, &body), Ok(Message::Load(Load { token: 9, ..load })));
 
         // Its HELLO begins a session on the same connection, which is then refused for want of memory.
-        let (_, (mut reader, mut writer, _written)) = standing.into_lanes();
+        let (_, _, (mut reader, mut writer, _written)) = standing.into_parts();
         let hello = Hello::new(identity.own().peer, target.id, [7; 16]);
         writer.send(Outgoing::control(Message::Hello(hello).encode()), ());
         match patiently("a refusal", reader.next()).await {

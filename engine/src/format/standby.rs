@@ -2,7 +2,7 @@
 //!
 //! Invariants: both travel on the control lane between two neighbours and are never passed on; a probe before HELLO
 //! begins no session and reserves nothing; an answer bears the probe's token.
-//! Units: microseconds, thousandths. Asked by `agent/src/standby.rs`, answered by `net::standby`.
+//! Units: microseconds, thousandths. Asked by `agent/src/upstreams.rs`, answered by way of `net::standby`.
 
 use super::wire::wire;
 

@@ -132,6 +132,11 @@ fn join<T: Send + 'static>(
 }
 
 impl<T: Send + 'static> LaneWriter<T> {
+    /// Waits until the connection is over; answers why.
+    pub async fn closed(&self) -> LaneError {
+        LaneError::ended(&self.connection.closed().await)
+    }
+
     /// Queues a frame on its lane. A lane that cannot be written closes the connection, which the reader notices.
     pub fn send(&mut self, outgoing: Outgoing, token: T) {
         let lane = match outgoing.lane {

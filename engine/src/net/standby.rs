@@ -4,7 +4,7 @@
 //! [`stand_by`] is the answering end: it tells how this peer stands until the other begins a session.
 //!
 //! Invariants: standing by reserves nothing at the answering end beyond the connection; a peer that neither probes nor
-//! begins for [`SILENCE_MAX`] is let go; round trips are measured through the peer's own loop, so that a peer which is
+//! begins for [`SILENCE_MAX`] is let go, and one that does not read its answers is not read; round trips are measured through the peer's own loop, so that a peer which is
 //! stuck is slow. Asked by the agent and the process server, answered by the process server and the master target.
 
 use std::time::{Duration, Instant};
@@ -22,6 +22,8 @@ use crate::proto::Outgoing;
 
 /// A peer that stands by sends something at least this often.
 pub const SILENCE_MAX: Duration = Duration::from_secs(30);
+/// Answers that may wait for a peer to read them.
+const UNREAD_MAX: usize = 16;
 /// Round trips of which the shortest counts: what is longer was the machines' load, not the way.
 const ROUND_TRIPS: usize = 5;
 
@@ -38,13 +40,21 @@ pub async fn stand_by<T: Send + 'static>(
     token: impl Fn() -> T,
     load: impl Fn(Probe) -> Load,
 ) -> Result<(FrameKind, Bytes), LaneError> {
+    let mut unread = 0;
     loop {
         let arrival = tokio::select! {
-            Some(_) = written.recv() => continue,
-            arrival = timeout(SILENCE_MAX, reader.next()) => arrival,
+            Some(_) = written.recv() => {
+                unread -= 1;
+                continue;
+            }
+            arrival = timeout(SILENCE_MAX, reader.next()), if unread < UNREAD_MAX => arrival,
+            error = writer.closed(), if unread >= UNREAD_MAX => return Err(error),
         };
         match arrival {
-            Ok(Arrival::Frame(FrameKind::Probe, body)) => writer.send(answer(&body, &load)?, token()),
+            Ok(Arrival::Frame(FrameKind::Probe, body)) => {
+                writer.send(answer(&body, &load)?, token());
+                unread += 1;
+            }
             Ok(Arrival::Frame(kind, body)) => return Ok((kind, body)),
             Ok(Arrival::Over(error)) => return Err(error),
             Err(_) => return Err(LaneError::Ended("it began nothing and asked nothing for 30 s".to_owned())),
@@ -178,10 +188,10 @@ impl<T: Send + Default + 'static> Standing<T> {
         }
     }
 
-    /// Ends the standing: the lanes are a session's now.
+    /// Ends the standing: peer, what is known of it, and lanes are a session's now.
     #[must_use]
-    pub fn into_lanes(self) -> (PeerConnection, Lanes<T>) {
-        (self.peer, self.lanes)
+    pub fn into_parts(self) -> (PeerConnection, Probing, Lanes<T>) {
+        (self.peer, self.probing, self.lanes)
     }
 }
 

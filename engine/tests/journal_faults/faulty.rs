@@ -30,6 +30,11 @@ impl Faulty {
         *self.bad.lock().unwrap() = Some((path.into(), bytes));
     }
 
+    /// Everything can be read again.
+    pub(crate) fn heal(&self) {
+        *self.bad.lock().unwrap() = None;
+    }
+
     fn reads(&self, path: &Path, offset: u64, len: u64) -> Result<(), BlockError> {
         let bad = self.bad.lock().unwrap();
         let hits = |(bad, bytes): &(PathBuf, ByteRange)| {

@@ -137,9 +137,12 @@ impl Journal {
     }
 
     /// The pinned points inside undo epochs that can never be had again: an entry that they are made from is not in the log
-    /// any more, for it was damaged when the log was read, or given up.
+    /// any more, for it was damaged when the log was read, or given up. What the medium only did not give is not lost yet.
     #[must_use]
     pub fn lost_pins(&self) -> Vec<LostPin> {
+        if self.partly_read {
+            return Vec::new();
+        }
         let lost = |(disk, shape): (&DiskId, &DiskShape)| {
             let of = |needed: Needed| {
                 let number = entries_between(self, *disk, needed.after, needed.through).err()?;

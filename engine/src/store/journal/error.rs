@@ -72,6 +72,18 @@ pub enum JournalError {
         /// What to do.
         remedy: &'static str,
     },
+    /// The medium does not give a part of the redo log in which changes may stand that are on no target.
+    #[error(
+        "{} at byte {offset} cannot be read, and changes that are on no target may stand there: {reason}; start again; if it stays so, copy the folder to a sound drive with `ddrescue` and name that one: what it leaves out costs the disks concerned a compare, and no others", path.display()
+    )]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Where the first such part begins.
+        offset: u64,
+        /// The medium's reason.
+        reason: String,
+    },
     /// There is no room for what is to be written.
     #[error("{} is full: {what}; free some space or shorten the retention", path.display())]
     Full {

@@ -106,6 +106,8 @@ pub struct Journal {
     segments: BTreeMap<u64, BTreeMap<DiskId, u64>>,
     /// Disks whose waiting entries were given up since the opening: nothing is taken for them any more.
     given_up: BTreeSet<DiskId>,
+    /// The medium did not give all of the log at the opening, and may do so at the next.
+    partly_read: bool,
 }
 
 /// How far a disk is.
@@ -187,7 +189,9 @@ impl Journal {
         let (disks, entries, segments) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
         let marks = BTreeMap::new();
         let given_up = BTreeSet::new();
-        Ok(Self { files, folder: folder.into(), manifest, log, disks, entries, marks, segments, given_up })
+        let partly_read = false;
+        let folder = folder.into();
+        Ok(Self { files, folder, manifest, log, disks, entries, marks, segments, given_up, partly_read })
     }
 
     /// Opens an existing journal; the log goes on in a new segment.
@@ -205,6 +209,7 @@ impl Journal {
         let (slots, strangers) = sort_files(&*files, folder, &manifest)?;
         let mut scan =
             recovery::scan(&*files, folder, manifest.journal(), manifest.shape(), opened.durable_group)?;
+        scan.check_readable(manifest.shape())?;
         // Up to here nothing was changed: a manifest that lost something is refused as it is.
         strays::check_known(&*files, folder, &manifest, &slots, &strangers, &scan)?;
         let torn_manifest = manifest.start(now, &opened)?;
@@ -261,7 +266,8 @@ impl Journal {
         let marks = BTreeMap::new();
         let given_up = BTreeSet::new();
         let folder = folder.into();
-        let journal = Self { files, folder, manifest, log, disks, entries, marks, segments, given_up };
+        let partly_read = !scan.unreadable.is_empty();
+        let journal = Self { files, folder, manifest, log, disks, entries, marks, segments, given_up, partly_read };
         let (damage, torn) = (scan.damage, scan.torn);
         let (indexed, doubted) = (scan.indexes.believed.len(), scan.indexes.doubted);
         let (disks, set_aside, clean, torn_manifest) = (logs, Vec::new(), false, None);

@@ -96,10 +96,36 @@ pub struct Scan {
     pub torn: Option<(PathBuf, u64)>,
     /// What was durable and is damaged.
     pub damage: Vec<Damage>,
+    /// Of the damage, what the medium did not give: it may do so another time.
+    pub unreadable: Vec<Damage>,
     /// For each segment, the disks with entries in it and their highest number there.
     pub segments: BTreeMap<u64, BTreeMap<DiskId, u64>>,
     /// What was taken from indexes instead.
     pub indexes: Indexes,
+}
+
+impl Scan {
+    /// Refuses a log of which the medium does not give everything, where changes that are on no target are missed: they may be
+    /// readable another time, and would then stand beside what was written instead.
+    ///
+    /// # Errors
+    /// [`JournalError::Unreadable`].
+    pub(super) fn check_readable(&self, shape: &Shape) -> Result<(), JournalError> {
+        let Some(first) = self.unreadable.first() else { return Ok(()) };
+        let misses = |(disk, log): (&DiskId, &DiskLog)| {
+            let known = shape.disks.get(disk);
+            let is_known = |(from, to): (u64, u64)| {
+                let mut losses = known.into_iter().flat_map(|known| &known.lost);
+                losses.any(|loss| loss.entries.first <= from && to <= loss.entries.last)
+            };
+            log.doubtful.is_some() || !log.lost().all(is_known)
+        };
+        if !self.disks.iter().any(misses) {
+            return Ok(());
+        }
+        let (path, offset, reason) = (first.path.clone(), first.offset, first.reason.clone());
+        Err(JournalError::Unreadable { path, offset, reason })
+    }
 }
 
 /// What a scan comes by, in the order of the log; shown to who wants to see more than [`Scan`].
@@ -338,7 +364,9 @@ impl Scanner<'_> {
         let mut file = Tolerant::open(self.files, &path)?;
         self.segment_in(&path, &mut file, segment, next)?;
         for (bytes, reason) in file.into_bad() {
-            self.damaged(path.clone(), bytes.start, reason);
+            let damage = Damage { path: path.clone(), offset: bytes.start, reason };
+            self.scan.unreadable.push(damage.clone());
+            self.scan.damage.push(damage);
         }
         Ok(())
     }

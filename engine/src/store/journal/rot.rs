@@ -11,6 +11,7 @@
 use std::fmt;
 use std::path::Path;
 
+use super::tolerant::is_of_medium;
 use super::applier::{identity, run_of_name, run_path};
 use super::error::JournalError;
 use super::log::segment_path;
@@ -221,9 +222,8 @@ impl Journal {
             | JournalError::Undo(UndoError::Files(FilesError::Missing { path }))
             | JournalError::Files(FilesError::Missing { path }) => (path.as_path(), whole),
             JournalError::Undo(
-                UndoError::Block(BlockError { name, .. })
-                | UndoError::Files(FilesError::Block(BlockError { name, .. })),
-            ) => (Path::new(name), asked),
+                UndoError::Block(error) | UndoError::Files(FilesError::Block(error)),
+            ) if is_of_medium(error) => (Path::new(&error.name), asked),
             _ => return None,
         };
         let (of, file) = run_of_name(&path.file_name()?.to_string_lossy())?;
