@@ -223,7 +223,8 @@ impl Upstreams {
     pub(crate) fn to_try(&self) -> Vec<String> {
         let mut addresses = self.ranked();
         let seen = self.shared.seen();
-        let is_ready = |address: &String| seen.get(address).is_some_and(|seen| seen.kept && seen.way.is_usable());
+        let is_ready =
+            |address: &String| seen.get(address).is_some_and(|seen| seen.kept && seen.way.is_usable());
         addresses.sort_by_key(|address| !is_ready(address)); // a stable sort
         addresses
     }

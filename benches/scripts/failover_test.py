@@ -4,7 +4,7 @@
 Environment: SIZE (512M), KILLS (20), RATE (50, MB/s), MODE (data|window), SEED (random, printed), KEEP. Two process servers
 before one target; fio writes 4 KiB blocks at random to a live disk all the time. The one that has the session is ended with
 `kill -9`, or (every third time) stopped with SIGSTOP and woken again seconds later, when it still has what it was sending.
-Asserted: no compare; what was sent again is at most 64 MiB for each time; the newest point is the disk, byte for byte, in
+Asserted: no compare; what was sent again is at most 64 MiB for each time, in all; the newest point is the disk, byte for byte, in
 the end. Printed: how long nothing became durable, detection included (goal: 2 s); in `window` mode that is the pause of rounds as
 well, so only `data` says something. Called by `make failover-test` as root, and small by the suite.
 """

@@ -222,7 +222,11 @@ fn one_sector_of_the_log_that_cannot_be_read_costs_nothing_that_could_be_had_lat
                 || lab.found.set_aside.iter().any(|aside| aside.starts_with("/retention"));
             for (disk, newest) in newest.iter().enumerate() {
                 let log = &lab.found.disks[&id(disk)];
-                assert!(log.newest() >= *newest, "{what}: disk {disk} ends at {}, not {newest}", log.newest());
+                assert!(
+                    log.newest() >= *newest,
+                    "{what}: disk {disk} ends at {}, not {newest}",
+                    log.newest()
+                );
                 let is_whole = log.lost().next().is_none() && log.doubtful.is_none();
                 assert!(is_whole, "{what}: {log:?}");
                 assert!(log.missing.is_empty() || is_named, "{what}: nothing is said, and {log:?}");

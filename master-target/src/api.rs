@@ -556,9 +556,10 @@ pub struct Receipt {
     pub number: u64,
     /// The disk.
     pub disk: String,
-    /// Why: `INITIAL_COPY`, `INITIAL_COMPARE`, or the cause of a resync.
+    /// Why: `INITIAL_COPY`, `INITIAL_COMPARE`, `TARGET_IN_DOUBT` (it lost something, or was taken back), or the cause for which the
+    /// agent asked.
     pub cause: String,
-    /// `running`, `done`, or `superseded` by another one before it was.
+    /// `running`, `done`, `superseded` by another one before it was, or `unprotected` before.
     pub result: String,
     /// The disk's size.
     pub size_bytes: u64,

@@ -125,6 +125,7 @@ pub async fn run_reloading(
         listen,
         started: Instant::now(),
     });
+    let counting = tokio::spawn(Arc::clone(registry.receipts()).count_points(Arc::clone(&registry)));
     let mut retention = retention;
     if let Some((retention, threads)) = &mut retention {
         threads.push(again::start(&registry, retention).context("no thread for disks that were given up")?);
@@ -140,12 +141,12 @@ pub async fn run_reloading(
     tokio::select! {
         () = accept(&server, &keys, authority, &registry) => {}
         () = renew_own(&server, &keys, &rule, &settings) => {}
-        () = Arc::clone(registry.receipts()).count_points(Arc::clone(&registry)) => {}
         () = take_reloads(reload, settings.clone(), &state) => {}
         () = notifier.watch(&shutdown) => {}
         () = shutdown.requested() => {}
     }
     tracing::info!("stopping: closing sessions, then every target");
+    counting.abort();
     // Best effort: systemd learns of the end by the exit as well.
     let _ = notifier.send("STOPPING=1");
     server.close().await;

@@ -123,7 +123,10 @@ impl Writer {
                 self.sessions.retain(|(known, _)| *known != session);
             }
             Opened::Broken(panic) => self.fail(&broken(&panic)),
-            Opened::Retire => self.tell_sessions(ErrorCode::UnknownDisk, "the disk is no longer protected"),
+            Opened::Retire => {
+                self.receipts.retired();
+                self.tell_sessions(ErrorCode::UnknownDisk, "the disk is no longer protected");
+            }
             Opened::Stop => {}
         }
     }
@@ -241,9 +244,10 @@ impl Writer {
 
     /// Passes have receipts.
     fn write_down(&mut self, notice: &DiskNotice) {
-        let (mode, size_bytes) = (self.disk.state().mode, self.disk.state().whole().bytes());
+        let state = self.disk.state();
+        let (mode, pass, size_bytes) = (state.mode, state.pass, state.whole().bytes());
         match notice {
-            DiskNotice::Opened(_) => self.receipts.opened(mode, size_bytes),
+            DiskNotice::Opened(_) => self.receipts.opened(mode, pass, size_bytes),
             DiskNotice::Resync(cause) => self.receipts.begin(*cause, size_bytes),
             DiskNotice::Synced => self.receipts.done(),
             DiskNotice::FencedSession(_) | DiskNotice::Marked(_) => {}

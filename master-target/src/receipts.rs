@@ -1,14 +1,15 @@
 //! A receipt for every pass over a whole disk: why it was made, what it compared, what it moved, how long it took, and what
 //! became of the points from before.
 //!
-//! Invariants: a pass has one receipt, whatever restarts in between; it is on disk when the pass begins and when it ends,
-//! in between at least every `SAVED_EVERY`; receipts are kept 30 days and survive the disk's protection; one that cannot
-//! be written is told and stops nothing. Units: bytes, milliseconds since the UNIX epoch.
-//! Written by each disk's writer thread, read by `admin`.
+//! Invariants: a pass has one receipt, whatever restarts in between; it is written when the pass begins and when it ends,
+//! in between at least every `SAVED_EVERY`, by a thread of its own, so that no disk waits for it; receipts are kept 30 days
+//! and survive the disk's protection; one that cannot be written is told and stops nothing.
+//! Units: bytes, milliseconds since the UNIX epoch. Kept by each disk's writer thread, read by `admin`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use reprotect_engine::format::extent::Record;
@@ -52,11 +53,13 @@ pub const fn cause_code(cause: PassCause) -> &'static str {
     }
 }
 
-/// The cause of a disk's first pass.
-const fn first_code(mode: PassMode) -> &'static str {
-    match mode {
-        PassMode::Copy => "INITIAL_COPY",
-        PassMode::Compare | PassMode::Done => "INITIAL_COMPARE",
+/// The cause of a pass that nobody asked for: a disk's first one, or one that its target needs.
+const fn first_code(mode: PassMode, pass: u64) -> &'static str {
+    match (mode, pass) {
+        (PassMode::Copy, _) => "INITIAL_COPY",
+        (PassMode::Compare | PassMode::Done, 0 | 1) => "INITIAL_COMPARE",
+        // The target itself has to know: it lost entries, or was handed over and taken back.
+        (PassMode::Compare | PassMode::Done, _) => "TARGET_IN_DOUBT",
     }
 }
 
@@ -69,11 +72,40 @@ struct File {
     receipts: Vec<Receipt>,
 }
 
+/// What the receipts and the thread that writes them share.
+#[derive(Debug)]
+struct Shared {
+    path: PathBuf,
+    list: Mutex<Vec<Receipt>>,
+}
+
 /// All receipts of a master target.
 #[derive(Debug)]
 pub struct Receipts {
-    path: PathBuf,
-    list: Mutex<Vec<Receipt>>,
+    shared: Arc<Shared>,
+    /// Wakes the thread that writes; gone when this is dropped.
+    changed: Option<mpsc::Sender<()>>,
+    writer: Option<JoinHandle<()>>,
+}
+
+impl Drop for Receipts {
+    /// Waits until the last change is written.
+    fn drop(&mut self) {
+        self.changed = None;
+        if let Some(writer) = self.writer.take()
+            && writer.join().is_err()
+        {
+            tracing::error!("the thread that writes resync receipts broke; report this with the log");
+        }
+    }
+}
+
+/// Writes whatever there is, once for all changes that came meanwhile.
+fn write_all(shared: &Shared, changed: &mpsc::Receiver<()>) {
+    while changed.recv().is_ok() {
+        while changed.try_recv().is_ok() {}
+        shared.save();
+    }
 }
 
 impl Receipts {
@@ -93,12 +125,25 @@ impl Receipts {
             }
         };
         prune(&mut list, now_ms());
-        Arc::new(Self { path, list: Mutex::new(list) })
+        let shared = Arc::new(Shared { path, list: Mutex::new(list) });
+        let (changed, changes) = mpsc::channel();
+        let writes = Arc::clone(&shared);
+        let spawned = std::thread::Builder::new()
+            .name("receipts".to_owned())
+            .spawn(move || write_all(&writes, &changes))
+            .inspect_err(|error| tracing::error!(%error, "no thread for resync receipts; they are lost with this process"));
+        Arc::new(Self { shared, changed: Some(changed), writer: spawned.ok() })
     }
 
     fn list(&self) -> MutexGuard<'_, Vec<Receipt>> {
-        // A panic while holding it leaves whole receipts.
-        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.list()
+    }
+
+    fn save(&self) {
+        if let Some(changed) = &self.changed {
+            // Without a thread that was told at the start.
+            let _ = changed.send(());
+        }
     }
 
     /// A copy of them, the newest first; of `disks` only, unless there are none named.
@@ -128,33 +173,25 @@ impl Receipts {
         Keeper { receipts: Arc::clone(self), disk: name, running }
     }
 
-    /// Changes one and writes all.
+    /// Changes one.
     fn change(&self, number: u64, change: impl FnOnce(&mut Receipt)) {
-        let mut list = self.list();
-        if let Some(receipt) = list.iter_mut().find(|receipt| receipt.number == number) {
+        if let Some(receipt) = self.list().iter_mut().find(|receipt| receipt.number == number) {
             change(receipt);
         }
-        self.save(&mut list);
+        self.save();
     }
 
     fn add(&self, mut receipt: Receipt) -> u64 {
-        let mut list = self.list();
-        receipt.number = list.iter().map(|known| known.number).max().unwrap_or(0) + 1;
-        let number = receipt.number;
-        list.push(receipt);
-        self.save(&mut list);
+        let number = {
+            let mut list = self.list();
+            receipt.number = list.iter().map(|known| known.number).max().unwrap_or(0) + 1;
+            let number = receipt.number;
+            list.push(receipt);
+            prune(&mut list, now_ms());
+            number
+        };
+        self.save();
         number
-    }
-
-    fn save(&self, list: &mut Vec<Receipt>) {
-        prune(list, now_ms());
-        let file = File { receipts: list.clone() };
-        let written = serde_json::to_vec(&file).map_err(|error| error.to_string()).and_then(|bytes| {
-            replace_file(&self.path, &bytes, Access::Private).map_err(|error| error.to_string())
-        });
-        if let Err(error) = written {
-            tracing::error!(path = %self.path.display(), error, "resync receipts could not be written; free space there");
-        }
     }
 
     /// Counts what points from before each pass that ended can still be had. Runs until it is dropped.
@@ -171,7 +208,7 @@ impl Receipts {
                 let registry = Arc::clone(&registry);
                 let (disk, begun_ms) = (receipt.disk.clone(), receipt.begun_ms);
                 let counted = tokio::task::spawn_blocking(move || count(&registry, &disk, begun_ms)).await;
-                let Ok((kept, degraded)) = counted else { continue };
+                let Ok(Some((kept, degraded))) = counted else { continue };
                 self.change(receipt.number, |receipt| {
                     receipt.points_kept = Some(kept);
                     receipt.points_degraded = Some(degraded);
@@ -181,18 +218,37 @@ impl Receipts {
     }
 }
 
-/// How many points of a disk are from before a moment, and how many of them promise less than their marks did. A disk without
-/// a journal has none, nor has one that is not protected any more.
-fn count(registry: &Registry, disk: &str, before_ms: u64) -> (u64, u64) {
-    let Ok(disk) = DiskId::parse(disk) else { return (0, 0) };
-    let points = points::of_disk(registry, disk).unwrap_or_default();
+/// How many points of a disk are from before a moment (by the clocks of source and target), and how many of them promise less
+/// than their marks did; `None` where that cannot be told now. A disk without a journal has none.
+fn count(registry: &Registry, disk: &str, before_ms: u64) -> Option<(u64, u64)> {
+    let disk = DiskId::parse(disk).ok()?;
+    let journaled = registry.retention().is_some();
+    let points = if journaled { points::of_disk(registry, disk).ok()? } else { Vec::new() };
     let old = points.iter().filter(|point| point.source_time.0 / 1_000_000 < before_ms);
     let (mut kept, mut degraded) = (0, 0);
     for point in old {
         kept += 1;
         degraded += u64::from(point.degraded);
     }
-    (kept, degraded)
+    Some((kept, degraded))
+}
+
+impl Shared {
+    fn list(&self) -> MutexGuard<'_, Vec<Receipt>> {
+        // A panic while holding it leaves whole receipts.
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn save(&self) {
+        let receipts = self.list().clone();
+        let written =
+            serde_json::to_vec(&File { receipts }).map_err(|error| error.to_string()).and_then(|bytes| {
+                replace_file(&self.path, &bytes, Access::Private).map_err(|error| error.to_string())
+            });
+        if let Err(error) = written {
+            tracing::error!(path = %self.path.display(), error, "resync receipts could not be written; free space there");
+        }
+    }
 }
 
 fn read(path: &Path) -> Result<Vec<Receipt>, String> {
@@ -252,11 +308,21 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// The disk was opened: where its pass is its first one, that has a receipt from now on.
-    pub(crate) fn opened(&mut self, mode: PassMode, size_bytes: u64) {
-        if mode != PassMode::Done && self.running.is_none() {
-            self.begin_as(first_code(mode), size_bytes);
+    /// The disk was opened: where a pass is needed that nobody asked for, it has a receipt from now on; where none is, one
+    /// whose end was not written down is over.
+    pub(crate) fn opened(&mut self, mode: PassMode, pass: u64, size_bytes: u64) {
+        match mode {
+            PassMode::Done => self.end("done"),
+            PassMode::Copy | PassMode::Compare if self.running.is_none() => {
+                self.begin_as(first_code(mode, pass), size_bytes);
+            }
+            PassMode::Copy | PassMode::Compare => {}
         }
+    }
+
+    /// The disk is not protected any more.
+    pub(crate) fn retired(&mut self) {
+        self.end("unprotected");
     }
 
     /// A compare of the whole disk begins, and takes the place of one under way.
@@ -392,14 +458,14 @@ mod tests {
     fn a_pass_has_one_receipt_whatever_restarts_in_between() {
         let dir = tempfile::tempdir().unwrap();
         let mut keeper = Receipts::open(dir.path()).keeper(DISK);
-        keeper.opened(PassMode::Compare, 1 << 20);
+        keeper.opened(PassMode::Compare, 1, 1 << 20);
         keeper.compared(1 << 19);
         keeper.moved(&records(&[0, 8, 800]));
         drop(keeper);
 
         let receipts = Receipts::open(dir.path());
         let mut keeper = receipts.keeper(DISK);
-        keeper.opened(PassMode::Compare, 1 << 20);
+        keeper.opened(PassMode::Compare, 1, 1 << 20);
         keeper.compared(1 << 19);
         keeper.moved(&records(&[1600]));
         keeper.done();
@@ -411,6 +477,7 @@ mod tests {
         let starts: Vec<u64> = receipt.ranges.iter().map(|range| range.start).collect();
         assert_eq!(starts, [0, 800 * 512, 1600 * 512]);
         assert!(receipt.ended_ms >= receipt.begun_ms);
+        drop((keeper, receipts));
         assert_eq!(Receipts::open(dir.path()).all(&[]), all, "as it is on disk");
     }
 
@@ -419,7 +486,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let receipts = Receipts::open(dir.path());
         let mut keeper = receipts.keeper(DISK);
-        keeper.opened(PassMode::Done, 1 << 20);
+        keeper.opened(PassMode::Done, 1, 1 << 20);
         keeper.moved(&records(&[0]));
         assert!(receipts.all(&[]).is_empty());
         keeper.begin(PassCause::TrackingLost, 1 << 20);
@@ -451,7 +518,25 @@ mod tests {
         let receipts = Receipts::open(dir.path());
         assert!(receipts.all(&[]).is_empty() && dir.path().join("receipts.json.unreadable").exists());
         receipts.keeper(DISK).begin(PassCause::Operator, 512);
+        drop(receipts);
         assert_eq!(Receipts::open(dir.path()).all(&[]).len(), 1);
+    }
+
+    #[test]
+    fn a_pass_whose_end_was_not_written_down_or_whose_disk_went_is_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let told = |receipts: &Arc<Receipts>| {
+            let all = receipts.all(&[]);
+            all.into_iter().map(|receipt| (receipt.cause, receipt.result)).collect::<Vec<_>>()
+        };
+        let receipts = Receipts::open(dir.path());
+        receipts.keeper(DISK).begin(PassCause::TrackingLost, 512);
+        let mut keeper = receipts.keeper(DISK);
+        keeper.opened(PassMode::Done, 2, 512);
+        assert_eq!(told(&receipts), [("TRACKING_LOST".to_owned(), "done".to_owned())]);
+        keeper.opened(PassMode::Compare, 3, 512);
+        keeper.retired();
+        assert!(told(&receipts).contains(&("TARGET_IN_DOUBT".to_owned(), "unprotected".to_owned())));
     }
 
     #[test]

@@ -267,7 +267,8 @@ impl Journal {
         let given_up = BTreeSet::new();
         let folder = folder.into();
         let partly_read = !scan.unreadable.is_empty();
-        let journal = Self { files, folder, manifest, log, disks, entries, marks, segments, given_up, partly_read };
+        let journal =
+            Self { files, folder, manifest, log, disks, entries, marks, segments, given_up, partly_read };
         let (damage, torn) = (scan.damage, scan.torn);
         let (indexed, doubted) = (scan.indexes.believed.len(), scan.indexes.doubted);
         let (disks, set_aside, clean, torn_manifest) = (logs, Vec::new(), false, None);

@@ -11,12 +11,12 @@
 use std::fmt;
 use std::path::Path;
 
-use super::tolerant::is_of_medium;
 use super::applier::{identity, run_of_name, run_path};
 use super::error::JournalError;
 use super::log::segment_path;
 use super::scrub::{EntryPlace, RunPlace};
 use super::shape::{DiskShape, Run, RunFile};
+use super::tolerant::is_of_medium;
 use super::undo::{BlockRange, Hole, SealedRun, UndoError};
 use super::view::At;
 use super::{Journal, LogEntry};
@@ -221,9 +221,11 @@ impl Journal {
             JournalError::Undo(UndoError::Header { path, .. } | UndoError::Foreign { path, .. })
             | JournalError::Undo(UndoError::Files(FilesError::Missing { path }))
             | JournalError::Files(FilesError::Missing { path }) => (path.as_path(), whole),
-            JournalError::Undo(
-                UndoError::Block(error) | UndoError::Files(FilesError::Block(error)),
-            ) if is_of_medium(error) => (Path::new(&error.name), asked),
+            JournalError::Undo(UndoError::Block(error) | UndoError::Files(FilesError::Block(error)))
+                if is_of_medium(error) =>
+            {
+                (Path::new(&error.name), asked)
+            }
             _ => return None,
         };
         let (of, file) = run_of_name(&path.file_name()?.to_string_lossy())?;
