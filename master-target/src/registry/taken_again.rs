@@ -251,7 +251,9 @@ mod tests {
                 TargetDisk::new_state(DISK, PeerId([2; 16]), [3; 16], SIZE / 512, lineage, PassMode::Done);
             journal.append_state(&state, now).unwrap();
             let (kind, body) = entry(&state);
-            (0..3).for_each(|_| drop(journal.append(DISK, kind, &[&body], now).unwrap()));
+            for number in 1..=3 {
+                assert_eq!(journal.append(DISK, kind, &[&body], now).unwrap().0, number);
+            }
             journal.append_applied(DISK, Applied { number: 3, epoch: 1, undo_bytes: 0 }, now).unwrap();
             journal.commit(now).unwrap();
             let at = At::entry(1, 2);
