@@ -180,7 +180,7 @@ impl Registry {
         let mut state = self.catalogue.disk_state(disk)?;
         let target = self.open_existing(&record)?;
         let uuid = target.facts().uuid;
-        let log = self.recovered.lock().unwrap_or_else(std::sync::PoisonError::into_inner).remove(&disk);
+        let log = self.recovered_now(retention, disk)?;
         if let Some(log) = &log {
             state = newest_state(retention.lock().get()?, log)?.unwrap_or(state);
         }

@@ -17,6 +17,7 @@ use reprotect_engine::units::DiskId;
 use super::Registry;
 use crate::catalogue::peer;
 use crate::points::NO_JOURNAL;
+use crate::retention::Retention;
 
 impl Registry {
     /// Opens a disk again that was given up; answers whether it is open. Blocks.
@@ -67,6 +68,18 @@ impl Registry {
         self.recovered.lock().unwrap_or_else(PoisonError::into_inner).remove(&disk);
     }
 
+    /// What the log says of a disk that was not opened since the start, taken out; `None` where it was. Some of it may be
+    /// applied since, or stand elsewhere; what the start found missing is not to be seen any more.
+    pub(super) fn recovered_now(
+        &self,
+        retention: &Retention,
+        disk: DiskId,
+    ) -> Result<Option<DiskLog>, JournalError> {
+        let now = retention.lock().get()?.take_again(disk, wall_clock())?;
+        let found = self.recovered.lock().unwrap_or_else(PoisonError::into_inner).remove(&disk);
+        Ok(found.map(|found| DiskLog { missing: found.missing, seen: found.seen, ..now }))
+    }
+
     /// Opens a disk that [`Self::waiting_for_space`] named; answers whether it is open. Blocks.
     ///
     /// # Errors
@@ -87,12 +100,8 @@ impl Registry {
             return Ok(false);
         };
         let retention = self.retention.as_ref().context(NO_JOURNAL)?;
-        let now = retention.lock().get()?.take_again(disk, wall_clock())?;
-        let mut recovered = self.recovered.lock().unwrap_or_else(PoisonError::into_inner);
-        // Some of it may be applied since; what the start found missing is not to be seen any more.
-        let found = recovered.remove(&disk).unwrap_or_default();
-        recovered.insert(disk, DiskLog { missing: found.missing, seen: found.seen, ..now });
-        drop(recovered);
+        let log = self.recovered_now(retention, disk)?.unwrap_or_default();
+        self.recovered.lock().unwrap_or_else(PoisonError::into_inner).insert(disk, log);
         let agent = peer(&record.agent);
         self.start_known(record, self.catalogue.disk_state(disk));
         let is_open = self.lock().disks.get(&disk).is_some_and(|known| known.worker.is_some());
@@ -120,27 +129,33 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
-    use reprotect_engine::format::batch::{BatchHeader, Stretch, encode_batch};
+    use reprotect_engine::format::batch::{BatchHeader, MarkCause, MarkClass, Stretch, encode_batch};
     use reprotect_engine::format::disk_state::DiskState;
     use reprotect_engine::format::extent::Record;
+    use reprotect_engine::format::manifest::{
+        DiskAdded, Edit, EpochCause, EpochClosed, EpochOpened, PointKept,
+    };
     use reprotect_engine::format::message::PassMode;
-    use reprotect_engine::format::segment::EntryKind;
+    use reprotect_engine::format::segment::{Applied, EntryKind};
+    use reprotect_engine::format::wire::Text;
     use reprotect_engine::io::{BlockFile as _, ReadAt};
     use reprotect_engine::proto::credit::FlowLimits;
     use reprotect_engine::proto::target_disk::TargetDisk;
     use reprotect_engine::store::files::Files;
     use reprotect_engine::store::journal::ladder::{Ladder, Pressure};
+    use reprotect_engine::store::journal::points::own_id;
+    use reprotect_engine::store::journal::view::At;
     use reprotect_engine::store::target::{
         CreateOptions, Expectation, TargetKind, TargetSpec, create_target, open_target,
     };
-    use reprotect_engine::units::{LineageId, PeerId, Timestamp};
+    use reprotect_engine::units::{Generation, LineageId, PeerId, Sequence, Timestamp};
 
     use super::*;
     use crate::again::{start_again, take_again};
-    use crate::catalogue::{Catalogue, ProtectedDisk};
+    use crate::catalogue::{Catalogue, Failback, FailbackDisk, ProtectedDisk};
     use crate::journaled::full::lab::drive;
     use crate::registry::fs_opener;
-    use crate::retention::{Retention, RetentionSettings};
+    use crate::retention::RetentionSettings;
     use crate::scrub::ScrubSettings;
 
     const DISK: DiskId = DiskId([1; 16]);
@@ -202,6 +217,103 @@ mod tests {
         let journal = locked.get().unwrap();
         let log = journal.take_again(DISK, wall_clock()).unwrap();
         log.state.unwrap().0
+    }
+
+    /// A mark of a released disk is pinned inside its undo epoch: what it needs is carried on in the log.
+    #[test]
+    fn a_released_disk_is_taken_back_at_the_first_try_though_the_log_was_carried_on_since_the_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let (registry, retention, committer) = lab(dir.path());
+        registry.stop();
+        let now = wall_clock();
+        {
+            let mut locked = retention.lock();
+            let journal = locked.get().unwrap();
+            let (lineage, generation, cause) = (LineageId([4; 16]), Generation(1), EpochCause::First);
+            let (epoch, after, sequence, salt, time) = (1, 0, Sequence(0), 1, now);
+            let (to_epoch, to_number, to_records) = (0, 0, 0);
+            let opened = EpochOpened {
+                disk: DISK,
+                lineage,
+                generation,
+                epoch,
+                after,
+                sequence,
+                salt,
+                time,
+                to_epoch,
+                to_number,
+                cause,
+                to_records,
+            };
+            journal.edit(&[Edit::EpochOpened(opened)], now).unwrap();
+            let state =
+                TargetDisk::new_state(DISK, PeerId([2; 16]), [3; 16], SIZE / 512, lineage, PassMode::Done);
+            journal.append_state(&state, now).unwrap();
+            let (kind, body) = entry(&state);
+            for number in 1..=3 {
+                assert_eq!(journal.append(DISK, kind, &[&body], now).unwrap().0, number);
+            }
+            journal.append_applied(DISK, Applied { number: 3, epoch: 1, undo_bytes: 0 }, now).unwrap();
+            journal.commit(now).unwrap();
+            let at = At::entry(1, 2);
+            let pin = PointKept {
+                disk: DISK,
+                point: own_id(DISK, at),
+                number: at.number,
+                sequence,
+                epoch,
+                source_time: now,
+                class: MarkClass::Crash,
+                pinned: true,
+                degraded: false,
+                name: Text::new("pinned"),
+                cause: MarkCause::Command,
+            };
+            let closed = EpochClosed { disk: DISK, epoch, last: 3, run_bytes: 0, time: now };
+            journal.edit(&[Edit::EpochClosed(closed), Edit::PointKept(pin)], now).unwrap();
+        }
+        retention.close(vec![committer]);
+        drop((registry, retention));
+        let released = r#"{"at":"1.3","step":"released","generation":2,"written_bytes":0,"read_bytes":0,"compared_bytes":0,"different":[],"stamp":""}"#;
+        let disk: FailbackDisk = serde_json::from_str(released).unwrap();
+        let failback = Failback {
+            asked: None,
+            point: "newest".to_owned(),
+            class: "crash-consistent".to_owned(),
+            source_time_ms: 0,
+            source_away: false,
+            disks: [(DISK.to_string(), disk)].into(),
+        };
+        let catalogue = Catalogue::open(&dir.path().join("state")).unwrap();
+        catalogue.save_failback(PeerId([2; 16]), &failback).unwrap();
+        let (retention, found) =
+            Retention::open(fs_opener(), &dir.path().join("journal"), settings()).unwrap();
+        let committer = retention.start().unwrap();
+        let journal = Some((Arc::clone(&retention), found));
+        let registry = Registry::open_with(catalogue, FlowLimits::default(), fs_opener(), journal).unwrap();
+        {
+            // Others go on, and the oldest segments are given back.
+            let mut locked = retention.lock();
+            let journal = locked.get().unwrap();
+            let other = DiskId([9; 16]);
+            let added = DiskAdded { disk: other, machine: [9; 16], size_sectors: 64, time: now };
+            journal.add_disk(added, now).unwrap();
+            for number in 1..=80 {
+                journal.append(other, EntryKind::Batch, &[&[7; 65536]], now).unwrap();
+                journal.append_applied(other, Applied { number, epoch: 0, undo_bytes: 0 }, now).unwrap();
+                journal.commit(now).unwrap();
+            }
+            for _ in 0..2 {
+                let oldest = journal.releasable()[0];
+                assert_eq!(journal.carry_pinned(oldest, now).unwrap(), []);
+                journal.release(oldest, now).unwrap();
+            }
+        }
+        assert!(registry.take_back(DISK, "").unwrap(), "nobody can say that the target is as it was");
+        assert_eq!(mode(&registry), Some(PassMode::Compare));
+        registry.stop();
+        retention.close(vec![committer]);
     }
 
     #[test]
