@@ -73,8 +73,8 @@ fn after_power_loss_behind_any_io_of_any_workload_the_journal_is_in_an_allowed_s
     let subsets = if long.is_some() || one { SUBSETS_LONG } else { SUBSETS };
     let (mut sum, mut failures) = enumerate_all(&seeds, subsets);
     // A step that is seldom taken may be in none of them: then some more are played.
-    let mut next = WORKLOADS;
-    while !one && long.is_none() && !sum.never_seen().is_empty() && next < WORKLOADS_MAX {
+    let mut next = seeds.len() as u64;
+    while !one && !sum.never_seen().is_empty() && next < WORKLOADS_MAX {
         let more: Vec<u64> = (next..next + WORKLOADS_MORE).collect();
         let (found, failed) = enumerate_all(&more, subsets);
         sum.add(&found);
