@@ -442,8 +442,6 @@ fn coarser(ranges: &RangeSet) -> RangeSet {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test may panic")]
-
     use bytes::Bytes;
 
     use super::*;
