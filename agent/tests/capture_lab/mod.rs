@@ -91,9 +91,11 @@ impl Loop {
         device
     }
 
-    /// So does the state of its queue.
+    /// So does the state of its queue. A change of the scheduler makes the kernel say that there is room for as many requests
+    /// as usual, where there is still what somebody left; only another number makes it so.
     fn reset_queue(&self) {
-        for (attribute, value) in [("scheduler", "none"), ("nr_requests", "128"), ("iostats", "1")] {
+        let usual = [("scheduler", "none"), ("nr_requests", "64"), ("nr_requests", "128"), ("iostats", "1")];
+        for (attribute, value) in usual {
             let _as_it_is = std::fs::write(format!("/sys/block/{}/queue/{attribute}", self.name()), value);
         }
     }
