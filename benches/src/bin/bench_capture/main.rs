@@ -130,8 +130,9 @@ fn events(dir: &Path, disk: &MemoryDisk) {
 fn main() -> ExitCode {
     let dir = std::env::temp_dir().join(format!("bench-capture-{}", std::process::id()));
     std::fs::create_dir_all(&dir).expect("a folder to measure in");
-    if let Err(error) =
-        Capture::start(&CaptureSettings::new("probe", dir.clone())).and_then(|_| capture::let_go("probe"))
+    if let Err(error) = Capture::start(&CaptureSettings::new("probe", dir.clone()))
+        .map(drop)
+        .and_then(|()| capture::let_go("probe"))
     {
         eprintln!("nothing can be measured here: {error}");
         return ExitCode::FAILURE;
