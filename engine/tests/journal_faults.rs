@@ -237,6 +237,23 @@ fn one_sector_of_the_log_that_cannot_be_read_costs_nothing_that_could_be_had_lat
     assert!(named > 20 && refused > 1, "{named} places are named, {refused} openings refused");
 }
 
+#[test]
+fn one_copy_of_the_superblock_that_cannot_be_read_is_passed_over() {
+    let memory = MemoryFiles::default();
+    let newest = long_log(&memory);
+    for copy in 0..4 {
+        let files = memory.snapshot();
+        let faulty = Faulty::new(&files);
+        let start = copy * 4096;
+        faulty.spoil(Path::new("/retention/superblock"), ByteRange { start, end: start + 512 });
+        drop(Offline::open(Arc::new(faulty.clone()), Path::new("/retention")).unwrap());
+        let lab =
+            place(Arc::new(faulty.clone())).open().unwrap_or_else(|error| panic!("copy {copy}: {error}"));
+        let ends = [0, 1].map(|disk| lab.found.disks[&id(disk)].newest());
+        assert_eq!(ends, newest, "copy {copy}");
+    }
+}
+
 /// A file with a feature that this program does not know, its checksum right.
 fn newer(memory: &MemoryFiles, name: &str) {
     let path = Path::new("/retention").join(name);

@@ -10,12 +10,20 @@ use std::path::Path;
 use super::super::error::{JournalError, RESTORE};
 use super::super::is_ours;
 use super::super::shape::Shape;
+use super::super::tolerant::head_of;
 use super::{SUPERBLOCK_NAME, manifest_path, number_of_name};
 use crate::format::FormatError;
 use crate::format::manifest::{Edit, EditHead, ManifestHeader, SUPERBLOCK_COPIES, Superblock};
 use crate::io::{BlockFile, ReadAt};
 use crate::store::files::Files;
 use crate::units::{BLOCK_BYTES, DiskId};
+
+/// All copies of the superblock, each for itself where the medium does not give them all.
+fn read_copies(files: &dyn Files, path: &Path) -> Result<Vec<u8>, JournalError> {
+    let bytes_max = SUPERBLOCK_COPIES * BLOCK_BYTES;
+    // Read as a whole it may be in use by this process itself.
+    files.read_head(path, bytes_max as usize).or_else(|_| head_of(files, path, bytes_max))
+}
 
 /// What the superblock says, read without changing anything.
 ///
@@ -30,7 +38,7 @@ pub(in crate::store::journal) fn read_superblock(
     if files.facts(&path)?.is_none() {
         return Err(without_superblock(files, folder)?);
     }
-    let bytes = files.read_head(&path, (SUPERBLOCK_COPIES * BLOCK_BYTES) as usize)?;
+    let bytes = read_copies(files, &path)?;
     let mut newest: Option<Superblock> = None;
     let (mut refused, mut newer) = (None, None);
     for copy in bytes.chunks(BLOCK_BYTES as usize) {
@@ -105,7 +113,7 @@ pub(in crate::store::journal) fn superblock_copies(
     folder: &Path,
 ) -> Result<Vec<Option<Result<Superblock, FormatError>>>, JournalError> {
     let path = folder.join(SUPERBLOCK_NAME);
-    let bytes = files.read_head(&path, (SUPERBLOCK_COPIES * BLOCK_BYTES) as usize)?;
+    let bytes = read_copies(files, &path)?;
     let written = |copy: &[u8]| copy.iter().any(|byte| *byte != 0);
     Ok(bytes.chunks(BLOCK_BYTES as usize).map(|copy| written(copy).then(|| Superblock::open(copy))).collect())
 }
