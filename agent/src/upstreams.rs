@@ -15,6 +15,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use reprotect_engine::format::standby::Load;
 use reprotect_engine::net::endpoint::CloseCode;
 use reprotect_engine::net::standby::{Probing, Standing};
 use reprotect_engine::units::PeerId;
@@ -254,8 +255,10 @@ impl Upstreams {
         }
         if let (Some(round_trip), Some(load)) = (probing.round_trip(), probing.load()) {
             // A peer that serves this agent takes it, whatever it would say to another.
-            let load = reprotect_engine::format::standby::Load { accepts: true, ..load };
-            self.shared.learn(address, |seen| seen.way = Way::Reached { round_trip, load });
+            let way = Way::Reached { round_trip, load: Load { accepts: true, ..load } };
+            if self.shared.seen().get(address).is_some_and(|seen| seen.way != way) {
+                self.shared.learn(address, |seen| seen.way = way);
+            }
         }
         let waited = probing.waits_since().map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
         let best = self.shared.ranked().into_iter().find(|other| other != address)?;

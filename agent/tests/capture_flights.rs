@@ -8,12 +8,12 @@ mod capture_lab;
 
 use std::path::Path;
 
-use capture_lab::{Direct, Loop, PATIENCE, Running, capable, differences, fio, image, machine, seed};
-use reprotect_agent::capture::{
-    Capture, CaptureError, CaptureSettings, DiskSlot, Record, Verdict, WindowEnd, WindowFailure, WindowPlan,
-    WindowSink, let_go,
+use capture_lab::{
+    Direct, Loop, Nothing, PATIENCE, Running, capable, differences, fio, image, machine, seed,
 };
-use reprotect_engine::range_set::RangeSet;
+use reprotect_agent::capture::{
+    Capture, CaptureSettings, DiskSlot, Verdict, WindowEnd, WindowFailure, WindowPlan, let_go,
+};
 
 /// Places in the table: two sets of eight, which are beside each other.
 const PLACES: u32 = 16;
@@ -30,18 +30,6 @@ fn load(device: &Path, depth: u32, seed: u64, seconds: u64) -> Running {
          iodepth_batch_submit={depth}\niodepth_batch_complete_min={depth}\nrw=randwrite\nbs=4k\nnorandommap=1\nrandrepeat=0\n",
         device.display()
     ))
-}
-
-/// Reads nothing and keeps nothing.
-struct Nothing;
-
-impl WindowSink for Nothing {
-    fn read(&mut self, _: DiskSlot, _: &RangeSet) -> Result<(), CaptureError> {
-        Ok(())
-    }
-    fn record(&mut self, _: &Record<'_>) -> Result<(), CaptureError> {
-        Ok(())
-    }
 }
 
 fn window(capture: &mut Capture, slot: DiskSlot) -> WindowEnd {

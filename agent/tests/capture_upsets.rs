@@ -13,13 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use capture_lab::{
-    Direct, Loop, PATIENCE, Running, capable, capture, differences, fio, image, machine, run, until,
+    Direct, Loop, Nothing, PATIENCE, Running, capable, capture, differences, fio, image, machine, run, until,
 };
-use reprotect_agent::capture::{
-    Capture, CaptureError, Continuity, DiskSlot, Kind, Loss, Record, Verdict, WindowEnd, WindowPlan,
-    WindowSink,
-};
-use reprotect_engine::range_set::RangeSet;
+use reprotect_agent::capture::{Capture, Continuity, DiskSlot, Kind, Loss, Verdict, WindowEnd, WindowPlan};
 
 /// Writes that are always on their way.
 fn never_idle(device: &Path) -> Running {
@@ -74,18 +70,6 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Takes everything and keeps nothing.
-struct Nothing;
-
-impl WindowSink for Nothing {
-    fn read(&mut self, _: DiskSlot, _: &RangeSet) -> Result<(), CaptureError> {
-        Ok(())
-    }
-    fn record(&mut self, _: &Record<'_>) -> Result<(), CaptureError> {
-        Ok(())
     }
 }
 

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use reprotect_engine::checksum::{UnitHash, unit_hash};
 use reprotect_engine::format::batch::{Mark, Stretch};
 use reprotect_engine::format::disk_state::DiskState;
+use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::message::{CompareRequestHead, ErrorCode, Message};
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::limits::CHUNK_BYTES;
@@ -90,14 +91,16 @@ impl Writer {
                     Stretch::Ordered => EntryKind::Ordered,
                     Stretch::Diff => EntryKind::Batch,
                 };
-                self.accept(kind, body, |disk| disk.handle_batch(now, session, &header, records));
+                let _accepted =
+                    self.accept(kind, body, |disk| disk.handle_batch(now, session, &header, records));
             }
             Opened::Bulk(session, header, records, body) => {
-                let before = self.disk.writes_ordered();
-                let moved = records.clone(); // heads and shared payload
-                self.accept(EntryKind::Bulk, body, |disk| disk.handle_bulk(now, session, &header, records));
-                if self.disk.writes_ordered() > before {
-                    self.receipts.moved(&moved);
+                let moved = records.iter().map(Record::range).collect();
+                let accepted = self.accept(EntryKind::Bulk, body, |disk| {
+                    disk.handle_bulk(now, session, &header, records);
+                });
+                if accepted {
+                    self.receipts.moved(moved);
                 }
             }
             Opened::Ask(ask) => ask(match &mut self.store {
@@ -404,13 +407,15 @@ impl Writer {
         Ok(spans.into_iter().map(|span| unit_hash(data.get(span).unwrap_or_default())).collect())
     }
 
-    /// A batch, and its bytes as they were received.
-    fn accept(&mut self, kind: EntryKind, body: Bytes, hand_in: impl FnOnce(&mut TargetDisk)) {
+    /// A batch, and its bytes as they were received; answers whether it was accepted.
+    fn accept(&mut self, kind: EntryKind, body: Bytes, hand_in: impl FnOnce(&mut TargetDisk)) -> bool {
         let before = self.disk.writes_ordered();
         hand_in(&mut self.disk);
-        if self.disk.writes_ordered() > before {
+        let accepted = self.disk.writes_ordered() > before;
+        if accepted {
             self.store.accepted(kind, body, self.disk.state().sequence);
         }
+        accepted
     }
 
     fn accept_mark(&mut self, session: SessionId, mark: &Mark) {

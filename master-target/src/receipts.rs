@@ -9,10 +9,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::message::{PassCause, PassMode};
 use reprotect_engine::io::durable::{Access, read_bounded, replace_file};
 use reprotect_engine::net::wall_clock;
@@ -83,28 +81,16 @@ struct Shared {
 #[derive(Debug)]
 pub struct Receipts {
     shared: Arc<Shared>,
-    /// Wakes the thread that writes; gone when this is dropped.
-    changed: Option<mpsc::Sender<()>>,
-    writer: Option<JoinHandle<()>>,
+    /// Wakes the thread that writes, which ends with this.
+    changed: mpsc::Sender<Option<mpsc::SyncSender<()>>>,
 }
 
-impl Drop for Receipts {
-    /// Waits until the last change is written.
-    fn drop(&mut self) {
-        self.changed = None;
-        if let Some(writer) = self.writer.take()
-            && writer.join().is_err()
-        {
-            tracing::error!("the thread that writes resync receipts broke; report this with the log");
-        }
-    }
-}
-
-/// Writes whatever there is, once for all changes that came meanwhile.
-fn write_all(shared: &Shared, changed: &mpsc::Receiver<()>) {
-    while changed.recv().is_ok() {
-        while changed.try_recv().is_ok() {}
+/// Writes whatever there is, once for all changes that came meanwhile; then tells who waits for it.
+fn write_all(shared: &Shared, changed: &mpsc::Receiver<Option<mpsc::SyncSender<()>>>) {
+    while let Ok(first) = changed.recv() {
+        let waiting: Vec<_> = std::iter::once(first).chain(changed.try_iter()).flatten().collect();
         shared.save();
+        drop(waiting);
     }
 }
 
@@ -131,8 +117,11 @@ impl Receipts {
         let spawned = std::thread::Builder::new()
             .name("receipts".to_owned())
             .spawn(move || write_all(&writes, &changes))
-            .inspect_err(|error| tracing::error!(%error, "no thread for resync receipts; they are lost with this process"));
-        Arc::new(Self { shared, changed: Some(changed), writer: spawned.ok() })
+            .map(drop);
+        if let Err(error) = spawned {
+            tracing::error!(%error, "no thread for resync receipts; they are lost with this process");
+        }
+        Arc::new(Self { shared, changed })
     }
 
     fn list(&self) -> MutexGuard<'_, Vec<Receipt>> {
@@ -140,9 +129,16 @@ impl Receipts {
     }
 
     fn save(&self) {
-        if let Some(changed) = &self.changed {
-            // Without a thread that was told at the start.
-            let _ = changed.send(());
+        // Without a thread that was told at the start.
+        let _ = self.changed.send(None);
+    }
+
+    /// Waits until everything that is known now is written. Blocks.
+    pub fn flush(&self) {
+        let (done, wait) = mpsc::sync_channel(0);
+        if self.changed.send(Some(done)).is_ok() {
+            // Nothing is ever sent: the end of the sender is the answer.
+            let _ = wait.recv();
         }
     }
 
@@ -219,11 +215,12 @@ impl Receipts {
 }
 
 /// How many points of a disk are from before a moment (by the clocks of source and target), and how many of them promise less
-/// than their marks did; `None` where that cannot be told now. A disk without a journal has none.
+/// than their marks did; `None` where that cannot be told now. A disk without a journal has none, nor has one
+/// that is not protected any more.
 fn count(registry: &Registry, disk: &str, before_ms: u64) -> Option<(u64, u64)> {
     let disk = DiskId::parse(disk).ok()?;
-    let journaled = registry.retention().is_some();
-    let points = if journaled { points::of_disk(registry, disk).ok()? } else { Vec::new() };
+    let has_points = registry.retention().is_some() && registry.disk_inputs(disk).is_some();
+    let points = if has_points { points::of_disk(registry, disk).ok()? } else { Vec::new() };
     let old = points.iter().filter(|point| point.source_time.0 / 1_000_000 < before_ms);
     let (mut kept, mut degraded) = (0, 0);
     for point in old {
@@ -360,12 +357,12 @@ impl Keeper {
         }
     }
 
-    /// Bulk of these records was accepted.
-    pub(crate) fn moved(&mut self, records: &[Record]) {
+    /// Bulk of these ranges was accepted.
+    pub(crate) fn moved(&mut self, ranges: Vec<SectorRange>) {
         let Some(running) = &mut self.running else { return };
-        for record in records {
-            running.moved += record.range().bytes();
-            running.ranges.insert(record.range());
+        for range in ranges {
+            running.moved += range.bytes();
+            running.ranges.insert(range);
         }
         if running.ranges.run_count() > RANGES_MAX {
             running.ranges = coarser(&running.ranges);
@@ -442,30 +439,30 @@ fn coarser(ranges: &RangeSet) -> RangeSet {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-
     use super::*;
 
     const DISK: DiskId = DiskId([7; 16]);
 
-    fn records(starts: &[u64]) -> Vec<Record> {
-        starts.iter().map(|start| Record::data(*start, Bytes::from(vec![1; 4096]))).collect()
+    fn ranges(starts: &[u64]) -> Vec<SectorRange> {
+        starts.iter().map(|start| SectorRange { start: *start, end: start + 8 }).collect()
     }
 
     #[test]
     fn a_pass_has_one_receipt_whatever_restarts_in_between() {
         let dir = tempfile::tempdir().unwrap();
-        let mut keeper = Receipts::open(dir.path()).keeper(DISK);
+        let receipts = Receipts::open(dir.path());
+        let mut keeper = receipts.keeper(DISK);
         keeper.opened(PassMode::Compare, 1, 1 << 20);
         keeper.compared(1 << 19);
-        keeper.moved(&records(&[0, 8, 800]));
+        keeper.moved(ranges(&[0, 8, 800]));
         drop(keeper);
+        receipts.flush();
 
         let receipts = Receipts::open(dir.path());
         let mut keeper = receipts.keeper(DISK);
         keeper.opened(PassMode::Compare, 1, 1 << 20);
         keeper.compared(1 << 19);
-        keeper.moved(&records(&[1600]));
+        keeper.moved(ranges(&[1600]));
         keeper.done();
         let all = receipts.all(&[DISK]);
         let [receipt] = all.as_slice() else { panic!("{all:?}") };
@@ -475,7 +472,7 @@ mod tests {
         let starts: Vec<u64> = receipt.ranges.iter().map(|range| range.start).collect();
         assert_eq!(starts, [0, 800 * 512, 1600 * 512]);
         assert!(receipt.ended_ms >= receipt.begun_ms);
-        drop((keeper, receipts));
+        receipts.flush();
         assert_eq!(Receipts::open(dir.path()).all(&[]), all, "as it is on disk");
     }
 
@@ -485,7 +482,7 @@ mod tests {
         let receipts = Receipts::open(dir.path());
         let mut keeper = receipts.keeper(DISK);
         keeper.opened(PassMode::Done, 1, 1 << 20);
-        keeper.moved(&records(&[0]));
+        keeper.moved(ranges(&[0]));
         assert!(receipts.all(&[]).is_empty());
         keeper.begin(PassCause::TrackingLost, 1 << 20);
         keeper.begin(PassCause::Operator, 1 << 20);
@@ -516,7 +513,7 @@ mod tests {
         let receipts = Receipts::open(dir.path());
         assert!(receipts.all(&[]).is_empty() && dir.path().join("receipts.json.unreadable").exists());
         receipts.keeper(DISK).begin(PassCause::Operator, 512);
-        drop(receipts);
+        receipts.flush();
         assert_eq!(Receipts::open(dir.path()).all(&[]).len(), 1);
     }
 

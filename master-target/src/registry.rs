@@ -610,6 +610,7 @@ impl Registry {
         for worker in disks.into_values().filter_map(|known| known.worker) {
             worker.stop();
         }
+        self.receipts.flush(); // what the disks reached so far is not forgotten
     }
 }
 

@@ -17,8 +17,8 @@ use reprotect_engine::format::frame::{Frame, FrameKind};
 use reprotect_engine::format::handshake::Hello;
 use reprotect_engine::format::message::{ErrorCode, Message, Policy};
 use reprotect_engine::format::standby::{Load, Probe, ROUND_TRIP_NONE, ROUND_TRIP_UNKNOWN};
-use reprotect_engine::net::endpoint::TransportSettings;
-use reprotect_engine::net::identity::Role;
+use reprotect_engine::net::endpoint::{Dialer, TransportSettings};
+use reprotect_engine::net::identity::{Identity, Role};
 use reprotect_engine::net::lanes::{self, Arrival};
 use reprotect_engine::net::standby::Standing;
 use reprotect_engine::proto::agent::AgentEvent;
@@ -526,15 +526,20 @@ fn when_the_budget_is_given_away_newcomers_are_refused_politely() {
     });
 }
 
+/// An agent that stands by, and what it dialled with.
+async fn stand(site: &Site, server: &Server) -> (Identity, Dialer, Standing<()>) {
+    let identity = site.identity(Role::Agent);
+    let (peer, dialer) = dial(&identity, &site.trust(), server.address).await.unwrap();
+    (identity, dialer, Standing::open(peer).await.unwrap())
+}
+
 #[test]
 fn an_agent_that_stands_by_learns_how_the_relay_stands_and_takes_no_memory_until_it_begins() {
     run(async {
         let site = Site::new();
         let target = FakeTarget::start(&site);
         let server = Server::start(&site.state_dir("ps"), target.address, "memory = \"64 MiB\"").await;
-        let identity = site.identity(Role::Agent);
-        let (peer, _dialer) = dial(&identity, &site.trust(), server.address).await.unwrap();
-        let mut standing = Standing::<()>::open(peer).await.unwrap();
+        let (identity, _dialer, mut standing) = stand(&site, &server).await;
         let load = patiently("an answer", standing.probe(common::PATIENCE)).await.unwrap();
         assert!(load.accepts && load.sessions == 0 && load.room_permille == 1000, "{load:?}");
         let status = server.status().await;
@@ -588,9 +593,7 @@ fn a_relay_says_how_far_its_target_is_and_that_it_is_gone() {
         let site = Site::new();
         let target = FakeTarget::start(&site);
         let server = Server::start(&site.state_dir("ps"), target.address, "").await;
-        let identity = site.identity(Role::Agent);
-        let (peer, _dialer) = dial(&identity, &site.trust(), server.address).await.unwrap();
-        let mut standing = Standing::<()>::open(peer).await.unwrap();
+        let (_, _dialer, mut standing) = stand(&site, &server).await;
         let mut until = async |wanted: fn(u32) -> bool| loop {
             let load = standing.probe(common::PATIENCE).await.unwrap();
             if wanted(load.target_micros) {

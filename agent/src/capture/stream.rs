@@ -136,22 +136,6 @@ mod tests {
     use super::*;
     use crate::capturing::capture_lab;
 
-    /// Takes everything and keeps nothing.
-    struct Nothing;
-
-    impl crate::capture::WindowSink for Nothing {
-        fn read(
-            &mut self,
-            _: DiskSlot,
-            _: &reprotect_engine::range_set::RangeSet,
-        ) -> Result<(), CaptureError> {
-            Ok(())
-        }
-        fn record(&mut self, _: &Record<'_>) -> Result<(), CaptureError> {
-            Ok(())
-        }
-    }
-
     #[test]
     fn a_proof_that_failed_is_not_done_for_each_window_and_is_done_again_after_an_hour() {
         let _turn = capture_lab::machine();
@@ -170,7 +154,7 @@ mod tests {
         let (reason, at) = (reason.clone(), *at);
         let stretch = capture.open_stretch(slot).unwrap().unwrap();
         let plan = crate::capture::WindowPlan::new(vec![(slot, stretch)]);
-        let error = capture.window(&plan, &mut Nothing, &mut ()).unwrap_err();
+        let error = capture.window(&plan, &mut capture_lab::Nothing, &mut ()).unwrap_err();
         assert!(error.to_string().contains("self-test") && error.to_string().contains(&reason), "{error}");
         assert!(matches!(capture.proof, Proof::Failed { at: now, .. } if now == at), "not done again");
         let Some(before) = Instant::now().checked_sub(PROVE_AGAIN) else { return };

@@ -14,7 +14,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use reprotect_agent::capture::{BlockDisk, Capture, CaptureError, CaptureSettings, let_go};
+use reprotect_agent::capture::{
+    BlockDisk, Capture, CaptureError, CaptureSettings, DiskSlot, Record, WindowSink, let_go,
+};
 use reprotect_engine::range_set::RangeSet;
 
 /// Longer than anything here takes; only a hang reaches it.
@@ -478,4 +480,16 @@ pub fn has_slow_devices() -> bool {
         println!("SKIPPED: nbdkit or nbdfuse is missing");
     }
     found.status.success()
+}
+
+/// Takes everything of a window and keeps nothing.
+pub struct Nothing;
+
+impl WindowSink for Nothing {
+    fn read(&mut self, _: DiskSlot, _: &RangeSet) -> Result<(), CaptureError> {
+        Ok(())
+    }
+    fn record(&mut self, _: &Record<'_>) -> Result<(), CaptureError> {
+        Ok(())
+    }
 }

@@ -12,6 +12,7 @@ use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::batch::{Mark, credit_cost, decode_batch, decode_bulk};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::{Codec, Record, RecordKind};
+use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::handshake;
 use reprotect_engine::format::message::{
     Auth, ErrorCode, GrowDisk, InventoryDisk, Message, PassMode, PointDegrade, Policy, SourceId,
@@ -20,7 +21,7 @@ use reprotect_engine::format::standby::{Load, Probe};
 use reprotect_engine::net::endpoint::{Accepted, PeerConnection, Server, TransportSettings, bind_server};
 use reprotect_engine::net::identity::{Identity, Purpose, Role};
 use reprotect_engine::net::lanes::{self, Arrival, LaneReader};
-use reprotect_engine::net::standby::stand_by;
+use reprotect_engine::net::standby::{self, stand_by};
 use reprotect_engine::net::trust::{PeerRule, Trust};
 use reprotect_engine::net::{mono_clock, tls, wall_clock};
 use reprotect_engine::proto::credit::FlowLimits;
@@ -362,6 +363,10 @@ async fn serve(
         tokio::select! {
             arrival = next(&mut first, &mut reader), if !deaf.load(Ordering::SeqCst) => {
                 let Arrival::Frame(kind, body) = arrival else { break };
+                if kind == FrameKind::Probe {
+                    writer.send(standby::answer(&body, load).unwrap(), ());
+                    continue;
+                }
                 if let Err(error) = session.handle_frame(kind, body) {
                     let message = Message::error(DiskId::NONE, error.code(), &error.to_string());
                     writer.send(Outgoing::control(message.encode()), ());
