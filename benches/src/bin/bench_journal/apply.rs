@@ -2,7 +2,9 @@
 //!
 //! The floor is what fio reaches with as many random reads as writes of 4 KiB at depth 32: each block is read before it
 //! is overwritten, and nothing more. Our windows are of 32 MiB of the stream, in one undo epoch; of these the target is
-//! written what is left when later writes have won. Log and target are on one device.
+//! written what is left when later writes have won. Log and target are on one device. What that can do changes from one
+//! second to the next, so fio runs right before each window, on a file
+//! that takes turns with the target on the device, and the run of fio in the middle is the floor.
 
 use std::path::Path;
 use std::process::Command;
@@ -16,43 +18,48 @@ use reprotect_engine::store::journal::view::At;
 
 use super::counting::{Class, Counting, Counts};
 use super::world::{
-    BATCH_RECORDS, BLOCK, Batches, NOW, POSITION, Places, add, applier, disk_id, make_target, mb_per_s,
+    BATCH_RECORDS, BLOCK, Batches, NOW, POSITION, Places, add, applier, disk_id, make_targets, mb_per_s,
     open_or_create, retention, window,
 };
 use super::{Report, setting};
 
 const WINDOW_BYTES: u64 = 32 << 20;
+/// Seconds of fio before each window.
+const FLOOR_S: u64 = 2;
 
-/// MB/s of writes, each with a read, as fio does them; `None` where there is no fio.
-fn floor(target: &Path) -> Option<(f64, f64)> {
-    let mb = |mode: &str, key: &str| {
-        let output = Command::new("fio")
-            .args(["--name=floor", "--bs=4k", "--iodepth=32", "--direct=1", "--ioengine=io_uring"])
-            .args(["--time_based", "--runtime=8", "--output-format=json", "--norandommap"])
-            .arg(format!("--rw={mode}"))
-            .arg(format!("--filename={}", target.display()))
-            .output()
-            .ok()?;
-        let json: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
-        Some(json["jobs"][0][key]["bw_bytes"].as_f64()? / 1e6)
-    };
-    Some((mb("randrw", "write")?, mb("randwrite", "write")?))
+/// MB/s that fio writes in one mode, for a while; `None` where there is no fio.
+fn fio(target: &Path, mode: &str) -> Option<f64> {
+    let output = Command::new("fio")
+        .args(["--name=floor", "--bs=4k", "--iodepth=32", "--direct=1", "--ioengine=io_uring"])
+        .args(["--time_based", "--output-format=json", "--norandommap"])
+        .arg(format!("--runtime={FLOOR_S}"))
+        .arg(format!("--rw={mode}"))
+        .arg(format!("--filename={}", target.display()))
+        .output()
+        .ok()?;
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
+    Some(json["jobs"][0]["write"]["bw_bytes"].as_f64()? / 1e6)
+}
+
+/// MB/s of random writes, each with a read: the floor.
+fn floor(beside: &Path) -> Option<f64> {
+    fio(beside, "randrw")
+}
+
+/// The least, the one in the middle, and the most.
+fn spread(figures: &mut [f64]) -> Option<(f64, f64, f64)> {
+    figures.sort_by(f64::total_cmp);
+    Some((*figures.first()?, *figures.get(figures.len() / 2)?, *figures.last()?))
 }
 
 pub(crate) fn run(folder: &Path, report: &mut Report) {
     let (blocks, total) = (setting("SIZE_MIB", 2048) << 8, setting("APPLY_MIB", 192) << 20);
     let (files, target) = (Counting::new(), folder.join("disk"));
-    make_target(&target, blocks);
     // On a file of its own: fio leaves noise behind, and before-images of noise do not compress.
     let beside = folder.join("floor");
-    make_target(&beside, blocks);
-    let floor = floor(&beside);
-    std::fs::remove_file(&beside).expect("fio's file is removed");
-    match floor {
-        Some((both, only)) => {
-            report.note("fio, random reads and writes of 4 KiB: written MB/s (the floor)", both);
-            report.note("fio, random writes of 4 KiB alone: MB/s", only);
-        }
+    make_targets(&[&target, &beside], blocks);
+    match fio(&beside, "randwrite") {
+        Some(only) => report.note("fio, random writes of 4 KiB alone: MB/s", only),
         None => println!("fio is not there: no floor (make setup installs it)"),
     }
     let mut journal = open_or_create(&files, &retention(folder), 64 << 20);
@@ -63,8 +70,10 @@ pub(crate) fn run(folder: &Path, report: &mut Report) {
     let (mut places, mut batches) = (Places::new(blocks, (300, 286)), Batches::new(true));
     let mut decompressor = Decompressor::new().expect("zstd");
     let (mut source, mut unique, mut opened_s, mut applied_s) = (0_u64, 0_u64, 0.0, 0.0);
+    let (mut floors, mut pairs) = (Vec::new(), Vec::new());
     let before = files.counts();
     while source < total {
+        let floor = floor(&beside);
         let mut bodies = Vec::new();
         let mut bytes = 0;
         let mut number = 0;
@@ -84,7 +93,12 @@ pub(crate) fn run(folder: &Path, report: &mut Report) {
         let begun = Instant::now();
         applier.apply(&mut journal, number, &window, NOW).expect("a window is applied");
         journal.commit(NOW).expect("a commit");
-        applied_s += begun.elapsed().as_secs_f64();
+        let applying_s = begun.elapsed().as_secs_f64();
+        if let Some(floor) = floor {
+            floors.push(floor);
+            pairs.push(bytes as f64 / 1e6 / applying_s / floor);
+        }
+        applied_s += applying_s;
         source += bytes;
         unique += window.bytes();
         places.next_window();
@@ -94,7 +108,10 @@ pub(crate) fn run(folder: &Path, report: &mut Report) {
     let stream = source as f64 / 1e6 / applied_s;
     report.note("applied MB/s of the stream, random 4 KiB", stream);
     report.note("applied MB/s of the target, random 4 KiB", applied);
-    if let Some((floor, _)) = floor {
+    if let Some((least, floor, most)) = spread(&mut floors) {
+        report.note("fio, random reads and writes of 4 KiB: written MB/s (the floor)", floor);
+        println!("   {} windows, each after fio: {least:.0} to {most:.0} MB/s", floors.len());
+        // All windows, the first too, which has no block of the epoch saved yet.
         report.held("applied of the stream over the floor", stream / floor, '>', 1.5);
         report.note("applied of the target over the floor", applied / floor);
         // A daemon decompresses on another thread, so this is what it does at the worst.
@@ -104,12 +121,17 @@ pub(crate) fn run(folder: &Path, report: &mut Report) {
             one_thread / floor,
         );
     }
+    if let Some((least, middle, most)) = spread(&mut pairs) {
+        println!("   window by window {least:.2}, {middle:.2}, {most:.2}");
+    }
     report.note("stored bytes of the records per plain byte", batches.ratio());
     report.held("bytes written per source byte", per_source(counts.written_bytes()), '<', 1.45);
     report.held("bytes read per source byte", per_source(counts.read_bytes()), '<', 0.5);
     println!("   {applied_s:.2} s of applying");
     show(&counts, source);
+    let floor = floor(&beside);
     back(&files, &mut journal, &mut applier, floor, report);
+    std::fs::remove_file(&beside).expect("fio's file is removed");
 }
 
 /// Back to the beginning of it all, and forward again.
@@ -117,7 +139,7 @@ fn back(
     files: &Counting,
     journal: &mut reprotect_engine::store::journal::Journal,
     applier: &mut reprotect_engine::store::journal::applier::Applier<Box<dyn BlockFile>>,
-    floor: Option<(f64, f64)>,
+    floor: Option<f64>,
     report: &mut Report,
 ) {
     let before = files.counts();
@@ -127,7 +149,7 @@ fn back(
     report.note("rollback MB, scattered 4 KiB", done.written_bytes as f64 / 1e6);
     report.note("rollback MB/s, scattered 4 KiB", fast);
     // What is overwritten is read, as in the floor: 200 MB/s, or 80 % of what the device can do.
-    if let Some((floor, _)) = floor {
+    if let Some(floor) = floor {
         report.held("rollback, of 200 MB/s or of the floor", fast / floor.min(250.0), '>', 0.8);
     }
     let counts = files.counts().since(&before);

@@ -79,16 +79,27 @@ pub(crate) fn twofold(bytes: usize) -> Bytes {
 
 /// A flat target, every byte of it written.
 pub(crate) fn make_target(path: &Path, blocks: u64) {
+    make_targets(&[path], blocks);
+}
+
+/// Flat targets, every byte of them written, which take turns on the medium: no place of it is better than another.
+pub(crate) fn make_targets(paths: &[&Path], blocks: u64) {
     use std::io::Write as _;
     let content = twofold(16 << 20);
-    let mut file = std::fs::File::create(path).expect("a target");
+    let create = |path: &&Path| std::fs::File::create(path).expect("a target");
+    let mut files: Vec<std::fs::File> = paths.iter().map(create).collect();
     let mut left = blocks * BLOCK as u64;
     while left > 0 {
         let len = left.min(content.len() as u64);
-        file.write_all(&content[..len as usize]).expect("room for the target");
+        for file in &mut files {
+            file.write_all(&content[..len as usize]).expect("room for the target");
+            file.sync_data().expect("the target is flushed");
+        }
         left -= len;
     }
-    file.sync_all().expect("the target is flushed");
+    for file in files {
+        file.sync_all().expect("the target is flushed");
+    }
 }
 
 /// Where the next write goes.
