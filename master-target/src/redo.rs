@@ -7,7 +7,7 @@
 use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::batch::{Mark, decode_batch};
 use reprotect_engine::format::disk_state::DiskState;
-use reprotect_engine::format::manifest::{Edit, PointKept};
+use reprotect_engine::format::manifest::{Edit, EpochCause, PointKept};
 use reprotect_engine::format::message::PassMode;
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::limits::MARKS_PENDING_MAX;
@@ -16,7 +16,7 @@ use reprotect_engine::store::journal::entry::entry_writes;
 use reprotect_engine::store::journal::points::own_id;
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::window::Window;
-use reprotect_engine::store::journal::{DiskLog, Journal, JournalError, LogEntry};
+use reprotect_engine::store::journal::{DiskLog, DiskShape, Journal, JournalError, LogEntry};
 use reprotect_engine::store::target::Target;
 use reprotect_engine::units::{DiskId, SectorRange, Sequence, Timestamp};
 
@@ -77,28 +77,40 @@ pub(crate) fn kept_point(disk: DiskId, at: At, sequence: Sequence, mark: &Mark) 
     }
 }
 
-/// The daemon may have ended between the end of an undo epoch and the note of its point.
+/// The daemon may have ended between the note of an undo epoch and that of the point at its border.
 pub(crate) fn keep_last_point(
     journal: &mut Journal,
     disk: DiskId,
     now: Timestamp,
 ) -> Result<(), JournalError> {
-    let Some(shape) = journal.shape().disks.get(&disk) else { return Ok(()) };
-    let Some(epoch) = shape.epochs.iter().rev().find(|epoch| epoch.closed.is_some()) else { return Ok(()) };
-    let Some(closed) = epoch.closed.filter(|closed| closed.last > epoch.opened.after) else {
-        // Without an entry of its own (a rollback), it does not end at the mark that stands before it.
-        return Ok(());
-    };
-    if shape.points.values().any(|point| point.epoch == closed.epoch && !shape.is_inside(point)) {
-        return Ok(());
-    }
-    let last = journal.entries(disk).iter().find(|entry| entry.number == closed.last).copied();
+    let unnoted = journal.shape().disks.get(&disk).and_then(unnoted_border);
+    let Some((epoch, number)) = unnoted else { return Ok(()) };
+    let last = journal.entries(disk).iter().find(|entry| entry.number == number).copied();
     let Some(entry) = last.filter(|entry| entry.kind == EntryKind::Mark) else { return Ok(()) };
     let mark = journal.mark(disk, &entry)?;
     let shape = journal.shape().disks.get(&disk);
     let degraded = shape.is_some_and(|shape| shape.is_degraded(mark.lineage, mark.sequence, entry.number));
-    let kept = kept_point(disk, At::entry(closed.epoch, entry.number), mark.sequence, &mark);
+    let kept = kept_point(disk, At::entry(epoch, entry.number), mark.sequence, &mark);
     journal.edit(&[Edit::PointKept(PointKept { degraded, ..kept })], now)
+}
+
+/// The border of an undo epoch that should be a point and is none: where the newest that ended did, or where the first
+/// began. The epoch, and the entry that stands there.
+fn unnoted_border(shape: &DiskShape) -> Option<(u64, u64)> {
+    match shape.epochs.iter().rev().find_map(|epoch| Some((epoch, epoch.closed?))) {
+        // Without an entry of its own (a rollback), it does not end at the mark that stands before it.
+        Some((epoch, closed)) if closed.last > epoch.opened.after => {
+            let mut points = shape.points.values();
+            let is_noted = points.any(|point| point.epoch == closed.epoch && !shape.is_inside(point));
+            (!is_noted).then_some((closed.epoch, closed.last))
+        }
+        Some(_) => None,
+        None => {
+            let opened = shape.open_epoch()?.opened;
+            let is_bare = opened.cause == EpochCause::First && shape.points.is_empty() && shape.expired == 0;
+            is_bare.then_some((opened.epoch, opened.after))
+        }
+    }
 }
 
 /// What a start finds in the log and not on the target, and the newest number: what stands behind the last mark of a
@@ -211,7 +223,7 @@ fn between(entries: &[LogEntry], after: u64, through: u64) -> &[LogEntry] {
 #[cfg(test)]
 mod tests {
     use reprotect_engine::format::batch::{CHAIN_START, MarkCause, MarkClass};
-    use reprotect_engine::format::manifest::{DiskAdded, EntriesLost, EpochCause};
+    use reprotect_engine::format::manifest::{DiskAdded, EntriesLost};
     use reprotect_engine::format::wire::Text;
     use reprotect_engine::store::journal::JournalSettings;
     use reprotect_engine::store::journal::applier::Position;
@@ -220,11 +232,21 @@ mod tests {
     use super::*;
     use crate::registry::fs_opener;
 
-    #[test]
-    fn a_point_whose_note_a_stop_kept_from_being_written_promises_no_more_than_its_mark() {
-        const DISK: DiskId = DiskId([1; 16]);
-        const NOW: Timestamp = Timestamp(1);
-        for lost in [false, true] {
+    const DISK: DiskId = DiskId([1; 16]);
+    const NOW: Timestamp = Timestamp(1);
+    const LINEAGE: LineageId = LineageId([4; 16]);
+    const POSITION: Position =
+        Position { lineage: LINEAGE, generation: Generation(1), sequence: Sequence(0) };
+
+    /// A journal with a disk of which no undo epoch began yet.
+    struct Lab {
+        journal: Journal,
+        applier: Applier<Box<dyn reprotect_engine::io::BlockFile>>,
+        _dir: tempfile::TempDir,
+    }
+
+    impl Lab {
+        fn new() -> Self {
             let dir = tempfile::tempdir().unwrap();
             let (files, layout) = (fs_opener(), JournalSettings { segment_bytes: 1 << 20 });
             let folder = dir.path().join("journal");
@@ -235,36 +257,79 @@ mod tests {
             let path = dir.path().join("disk");
             files.create(&path, 64 * 512).unwrap();
             let target = files.open(&path, true).unwrap();
-            let (mut applier, _) = Applier::open(&journal, DISK, target, None).unwrap();
-            let (lineage, generation) = (LineageId([4; 16]), Generation(1));
-            let position = Position { lineage, generation, sequence: Sequence(0) };
-            applier.begin_epoch(&mut journal, EpochCause::First, position, None, NOW).unwrap();
+            let (applier, _) = Applier::open(&journal, DISK, target, None).unwrap();
+            Self { journal, applier, _dir: dir }
+        }
+
+        /// A mark, which is applied; its number.
+        fn mark(&mut self, point: u8) -> u64 {
             let mark = Mark {
                 disk: DISK,
-                lineage,
-                generation,
+                lineage: LINEAGE,
+                generation: POSITION.generation,
                 sequence: Sequence(3),
                 chain: CHAIN_START,
                 source_time: NOW,
-                point: [5; 16],
+                point: [point; 16],
                 number: 1,
                 class: MarkClass::Crash,
                 cause: MarkCause::Timer,
                 name: Text::new(""),
                 unread_blocks: 0,
             };
+            let (number, _) = self.journal.append(DISK, EntryKind::Mark, &[&mark.to_bytes()], NOW).unwrap();
+            self.journal.commit(NOW).unwrap();
+            self.applier.applied_through(number);
+            number
+        }
+
+        fn begin(&mut self) {
+            self.applier.begin_epoch(&mut self.journal, EpochCause::First, POSITION, None, NOW).unwrap();
+        }
+
+        /// As a start finds it.
+        fn points(&mut self) -> Vec<PointKept> {
+            keep_last_point(&mut self.journal, DISK, NOW).unwrap();
+            self.journal.shape().disks[&DISK].points.values().copied().collect()
+        }
+    }
+
+    #[test]
+    fn a_point_whose_note_a_stop_kept_from_being_written_promises_no_more_than_its_mark() {
+        for lost in [false, true] {
+            let mut lab = Lab::new();
+            lab.begin();
             if lost {
                 let entries = EntriesLost { disk: DISK, first: 1, last: 1, time: NOW, cause: Text::new("") };
-                journal.append(DISK, EntryKind::Batch, &[b"x"], NOW).unwrap();
-                journal.edit(&[Edit::EntriesLost(entries)], NOW).unwrap();
+                lab.journal.append(DISK, EntryKind::Batch, &[b"x"], NOW).unwrap();
+                lab.journal.edit(&[Edit::EntriesLost(entries)], NOW).unwrap();
             }
-            let (number, _) = journal.append(DISK, EntryKind::Mark, &[&mark.to_bytes()], NOW).unwrap();
-            journal.commit(NOW).unwrap();
-            applier.applied_through(number);
-            applier.close_epoch(&mut journal, NOW).unwrap();
-            keep_last_point(&mut journal, DISK, NOW).unwrap();
-            let point = journal.shape().disks[&DISK].points[&[5; 16]];
-            assert_eq!((point.number, point.degraded), (number, lost));
+            let number = lab.mark(5);
+            lab.applier.close_epoch(&mut lab.journal, NOW).unwrap();
+            let points = lab.points();
+            assert_eq!(points.len(), 1);
+            let found = (points[0].point, points[0].epoch, points[0].number, points[0].degraded);
+            assert_eq!(found, ([5; 16], 1, number, lost));
         }
+    }
+
+    /// Marks that came behind it are not in its place: the first point is where the first undo epoch began.
+    #[test]
+    fn the_first_point_is_noted_at_a_start_where_a_stop_kept_it_from_being_noted() {
+        let mut lab = Lab::new();
+        lab.mark(4);
+        let number = lab.mark(5);
+        lab.begin();
+        lab.mark(6);
+        let found = |points: &[PointKept]| {
+            points.iter().map(|point| (point.point, point.epoch, point.number)).collect::<Vec<_>>()
+        };
+        assert_eq!(found(&lab.points()), [([5; 16], 1, number)]);
+        assert_eq!(found(&lab.points()), [([5; 16], 1, number)], "once");
+        // Of a disk that was found, nothing stands before its first epoch; its point is noted by who takes it in.
+        let mut lab = Lab::new();
+        lab.begin();
+        lab.mark(5);
+        assert_eq!(found(&lab.points()), []);
     }
 }
