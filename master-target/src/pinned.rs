@@ -112,6 +112,12 @@ fn standing(
     most(&behind).or_else(|| most(&here).filter(|_| worth(&here)))
 }
 
+/// Whether more is gained than copied, where so much of a segment and of the whole log is to be carried: half of the segment
+/// is free then, or as much of the log.
+fn is_worth_it(journal: &Journal, (here, everywhere): (u64, u64), bytes: u64) -> bool {
+    2 * here <= bytes || journal.log_bytes() >= 2 * everywhere + 2 * bytes
+}
+
 /// Frees a segment without its disks, or makes it worth the while; answers whether it could.
 fn free_one(
     retention: &Retention,
@@ -122,7 +128,9 @@ fn free_one(
 ) -> Result<bool, JournalError> {
     let bytes = bytes_of(journal, segment);
     let (here, everywhere) = journal.waiting_in(segment);
-    let is_worth_it = here == 0 || journal.log_bytes() >= 2 * everywhere + 2 * bytes;
+    // What pins need there is to be carried, too.
+    let both = here + journal.pinned_in(segment).0;
+    let is_worth_it = is_worth_it(journal, (both, everywhere), bytes);
     let carried = if is_worth_it { journal.carry(segment, now) } else { Ok(Vec::new()) };
     match carried {
         Ok(unreadable) if is_worth_it => {
@@ -203,7 +211,7 @@ fn make_way(
         return Ok(true);
     }
     let bytes = bytes_of(journal, segment);
-    if journal.log_bytes() < 2 * everywhere + 2 * bytes {
+    if !is_worth_it(journal, (here, everywhere), bytes) {
         return Ok(false);
     }
     let lost = match journal.carry_pinned(segment, now) {

@@ -314,8 +314,14 @@ fn epoch(epoch: u64, after: u64, cause: EpochCause, to_number: u64) -> EpochOpen
 }
 
 /// A disk whose only undo epoch ended after `entries`, with points pinned inside it, beside one that works; and one that
-/// takes nothing, with as many entries between those of the first, where it `stands`.
-fn pins_lab(files: Arc<dyn Files>, dir: &Path, entries: u64, pinned: &[u64], stands: bool) -> Arc<Retention> {
+/// takes nothing, with an entry after each `stands` of the first, or none.
+fn pins_lab(
+    files: Arc<dyn Files>,
+    dir: &Path,
+    entries: u64,
+    pinned: &[u64],
+    stands: Option<u64>,
+) -> Arc<Retention> {
     let (retention, _) = Retention::open(files, dir, lab_settings()).unwrap();
     let now = Timestamp(1);
     let mut locked = retention.lock();
@@ -326,8 +332,8 @@ fn pins_lab(files: Arc<dyn Files>, dir: &Path, entries: u64, pinned: &[u64], sta
     journal.edit(&[Edit::EpochOpened(epoch(1, 0, EpochCause::Time, 0))], now).unwrap();
     for number in 1..=entries {
         put(journal, PINS, number);
-        if stands {
-            put(journal, STANDS, number);
+        if let Some(stands) = stands.filter(|stands| number.is_multiple_of(*stands)) {
+            put(journal, STANDS, number / stands);
         }
     }
     journal.append_applied(PINS, Applied { number: entries, epoch: 1, undo_bytes: 0 }, now).unwrap();
@@ -365,7 +371,7 @@ fn oldest(retention: &Retention) -> u64 {
 fn a_pin_of_a_disk_that_was_failed_back_keeps_nobodys_log() {
     let dir = tempfile::tempdir().unwrap();
     let inside = ENTRIES / 2;
-    let retention = pins_lab(fs_opener(), &dir.path().join("journal"), ENTRIES, &[inside], false);
+    let retention = pins_lab(fs_opener(), &dir.path().join("journal"), ENTRIES, &[inside], None);
     std::fs::create_dir(dir.path().join("state")).unwrap();
     let catalogue = Catalogue::open(&dir.path().join("state")).unwrap();
     let disk = FailbackDisk {
@@ -406,7 +412,7 @@ fn a_pin_of_a_disk_that_was_failed_back_keeps_nobodys_log() {
 fn what_waits_is_not_given_up_for_a_segment_that_a_pin_keeps_all_the_same() {
     let dir = tempfile::tempdir().unwrap();
     let inside = 2 * ENTRIES - 1;
-    let retention = pins_lab(fs_opener(), dir.path(), 2 * ENTRIES, &[inside], true);
+    let retention = pins_lab(fs_opener(), dir.path(), 2 * ENTRIES, &[inside], Some(2));
     retention.set_pressure(Pressure::Least);
     let first = oldest(&retention);
     for _ in 0..2 * GIVE_UP_AT {
@@ -426,7 +432,7 @@ fn what_waits_is_not_given_up_for_a_segment_that_a_pin_keeps_all_the_same() {
 fn a_rollback_gets_to_its_point_inside_an_undo_epoch_however_full_the_drive_is() {
     let dir = tempfile::tempdir().unwrap();
     let (inside, now) = (ENTRIES / 2, Timestamp(1));
-    let retention = pins_lab(fs_opener(), dir.path(), ENTRIES, &[], false);
+    let retention = pins_lab(fs_opener(), dir.path(), ENTRIES, &[], None);
     let back = epoch(2, ENTRIES, EpochCause::Rollback, inside);
     retention.lock().get().unwrap().edit(&[Edit::EpochOpened(back)], now).unwrap();
     retention.set_pressure(Pressure::Least);
@@ -452,7 +458,7 @@ fn a_pin_whose_log_cannot_be_read_is_dropped_after_a_minute_and_takes_no_other_w
     let bad = Arc::new(Mutex::new(None));
     let dir = tempfile::tempdir().unwrap();
     let (sound, lacks) = (3, 8);
-    let retention = pins_lab(bad_opener(&bad), dir.path(), ENTRIES, &[sound, lacks], false);
+    let retention = pins_lab(bad_opener(&bad), dir.path(), ENTRIES, &[sound, lacks], None);
     let place = {
         let mut locked = retention.lock();
         let journal = locked.get().unwrap();
@@ -476,7 +482,7 @@ fn a_pin_whose_log_cannot_be_read_is_dropped_after_a_minute_and_takes_no_other_w
     drop(retention);
     // It does not.
     let dir = tempfile::tempdir().unwrap();
-    let retention = pins_lab(bad_opener(&bad), dir.path(), ENTRIES, &[sound, lacks], false);
+    let retention = pins_lab(bad_opener(&bad), dir.path(), ENTRIES, &[sound, lacks], None);
     *bad.lock().unwrap() = Some((dir.path().join(place.0.file_name().unwrap()), place.1));
     let first = oldest(&retention);
     for _ in 0..2 * GIVE_UP_AT {
@@ -494,11 +500,11 @@ fn a_pin_whose_log_cannot_be_read_is_dropped_after_a_minute_and_takes_no_other_w
 #[test]
 fn a_full_drive_names_what_is_pinned_and_the_remedy() {
     let dir = tempfile::tempdir().unwrap();
-    let retention = pins_lab(fs_opener(), dir.path(), 2 * ENTRIES, &[ENTRIES, ENTRIES + 2], false);
+    let retention = pins_lab(fs_opener(), dir.path(), 2 * ENTRIES, &[ENTRIES, ENTRIES + 2], None);
     let text = retention.no_room();
     assert!(text.contains("2 points") && text.contains("2 MiB") && text.contains("`unpin`"), "{text}");
     let dir = tempfile::tempdir().unwrap();
-    let retention = pins_lab(fs_opener(), dir.path(), ENTRIES, &[], false);
+    let retention = pins_lab(fs_opener(), dir.path(), ENTRIES, &[], None);
     assert!(!retention.no_room().contains("pin") && retention.pins().is_none());
 }
 
@@ -511,7 +517,7 @@ fn lost(retention: &Retention, disk: DiskId) -> Vec<(u64, u64)> {
 #[test]
 fn a_disk_that_needs_the_oldest_segment_for_its_epoch_only_loses_nothing_to_one_that_stands() {
     let dir = tempfile::tempdir().unwrap();
-    let retention = pins_lab(fs_opener(), dir.path(), 2, &[], false);
+    let retention = pins_lab(fs_opener(), dir.path(), 2, &[], None);
     {
         let mut locked = retention.lock();
         let journal = locked.get().unwrap();
@@ -538,7 +544,7 @@ fn a_disk_that_needs_the_oldest_segment_for_its_epoch_only_loses_nothing_to_one_
 #[test]
 fn of_two_disks_that_stand_the_one_with_less_than_a_segment_is_carried() {
     let dir = tempfile::tempdir().unwrap();
-    let retention = pins_lab(fs_opener(), dir.path(), 1, &[], false);
+    let retention = pins_lab(fs_opener(), dir.path(), 1, &[], None);
     {
         let mut locked = retention.lock();
         let journal = locked.get().unwrap();
@@ -589,11 +595,49 @@ fn a_disk_that_has_no_room_to_let_go_loses_nothing_where_another_stands_behind_i
     assert_eq!(numbers(&retention), (1..=2 * ENTRIES).collect::<Vec<_>>());
 }
 
+/// The one that stands is given up, and what is left in its segments is carried, however little the log is longer than that.
+#[test]
+fn a_disk_that_has_no_room_to_let_go_loses_nothing_after_the_one_that_stood_was_given_up() {
+    const FULL: DiskId = DiskId([3; 16]);
+    let dir = tempfile::tempdir().unwrap();
+    let (retention, _) = Retention::open(fs_opener(), dir.path(), lab_settings()).unwrap();
+    let waits = 3 * ENTRIES / 2;
+    {
+        let mut locked = retention.lock();
+        let journal = locked.get().unwrap();
+        for disk in [STANDS, FULL] {
+            let added = DiskAdded { disk, machine: [7; 16], size_sectors: 64, time: Timestamp(1) };
+            journal.add_disk(added, Timestamp(1)).unwrap();
+        }
+        for number in 1..=waits {
+            put(journal, FULL, number);
+            put(journal, STANDS, 2 * number - 1);
+            put(journal, STANDS, 2 * number);
+        }
+    }
+    retention.set_pressure(Pressure::Least);
+    let before = log_bytes(&retention);
+    for _ in 0..5 * GIVE_UP_AT {
+        crate::housekeeping::tidy_log(&retention).unwrap();
+        retention.hinder(FULL); // as its own thread says
+        assert_eq!(lost(&retention, FULL), []);
+        if log_bytes(&retention) <= before / 2 + SEGMENT {
+            retention.set_pressure(Pressure::Guaranteed); // that was the room which was missing
+        }
+    }
+    assert_eq!(lost(&retention, STANDS), [(1, 2 * waits)]);
+    assert_eq!(retention.pressure(), Pressure::Guaranteed, "{} bytes of {before}", log_bytes(&retention));
+    let mut locked = retention.lock();
+    let journal = locked.get().unwrap();
+    let numbers: Vec<u64> = journal.entries(FULL).iter().map(|entry| entry.number).collect();
+    assert_eq!(numbers, (1..=waits).collect::<Vec<_>>());
+}
+
 #[test]
 fn a_pin_whose_copy_in_the_log_rotted_is_dropped_at_the_next_start_and_another_is_not() {
     let dir = tempfile::tempdir().unwrap();
     let (sound, lacks) = (3, 8);
-    let retention = pins_lab(fs_opener(), dir.path(), ENTRIES, &[sound, lacks], false);
+    let retention = pins_lab(fs_opener(), dir.path(), ENTRIES, &[sound, lacks], None);
     while !retention.lock().get().unwrap().entries(PINS)[5].carried {
         go_on(&retention);
     }
@@ -624,7 +668,7 @@ fn a_pin_whose_copy_in_the_log_rotted_is_dropped_at_the_next_start_and_another_i
 #[test]
 fn a_pinned_mark_that_waited_and_was_given_up_holds_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let retention = pins_lab(fs_opener(), dir.path(), 1, &[], false);
+    let retention = pins_lab(fs_opener(), dir.path(), 1, &[], None);
     let kept = {
         let mut locked = retention.lock();
         let journal = locked.get().unwrap();
