@@ -1,7 +1,9 @@
 /* Copying written data into the ring. Part of capture.bpf.c.
  *
- * Invariants: a record holds a whole bio or does not exist; what does not exist is counted, and its blocks were marked
- * before. No record wakes the reader: it looks by itself every few milliseconds. */
+ * Invariants: a record holds a whole bio, or as much of it as one may hold and others hold the rest; what does not exist is
+ * counted, and its blocks were marked before. A bio that does not get all its records counts as dropped; its pieces are
+ * then newer than the disk at that place for a moment, as any write in flight is. No record wakes the reader: it looks by
+ * itself every few milliseconds. */
 
 #define SMALL_BYTES 4096
 #ifndef barrier_var
@@ -70,8 +72,10 @@ static __always_inline void fill_head(struct record *head, struct control *ctl, 
 #define SLICE_SMALL 512
 /* Bytes behind the data, so that the last slice always fits. */
 #define SLACK SLICE_SMALL
-/* A bio of this many bytes is recorded; longer ones are lost to the ring, not to the map. */
+/* Bytes of a bio that one record holds at most, and how many records a bio may have; what is longer is lost to the ring, not
+ * to the map. */
 #define LARGE_BYTES_MAX (4 << 20)
+#define LARGE_RECORDS_MAX 8
 
 /* Where copying stands; one per CPU, because the verifier follows a map's value no further than it must. */
 struct copying {
@@ -83,7 +87,8 @@ struct copying {
     __u64 from;  /* address of the vec's data */
     __u32 length; /* of the vec */
     __u32 failed;
-    /* What a record of a piece says; not used where a record holds a whole bio. */
+    __u32 rest;   /* of the bio, behind the record in hand */
+    __u32 base;   /* of the record in hand in the bio */
     struct flight flight;
     __u64 word;
     __u64 flags;
@@ -164,39 +169,71 @@ static long next_slice(__u32 index, struct bpf_dynptr *out)
     return copy_slice(ctl, copy, out) ? 1 : 0;
 }
 
-static __always_inline void record_large(struct control *ctl, struct tally *tally, struct copying *copy,
-                                         struct flight *flight, __u64 word, __u8 flags)
+/* One record, of as much of the bio as it may hold; 0 while there is more. A function of its own, so that the verifier looks
+ * at it once. */
+__attribute__((noinline)) int copy_large(__u32 index)
 {
+    __u32 zero = 0;
+    struct control *ctl = the_control();
+    struct copying *copy = bpf_map_lookup_elem(&copying, &zero);
     struct bpf_dynptr out;
     struct record head;
-    copy->room = ((flight->bytes + 511) & ~511) + SLACK;
-    if (flight->bytes > LARGE_BYTES_MAX) {
-        lose(ctl, tally, flags);
-        return;
+    if (!ctl || !copy || !copy->rest || index >= LARGE_RECORDS_MAX)
+        return 1;
+    __u32 bytes = copy->rest > LARGE_BYTES_MAX ? LARGE_BYTES_MAX : copy->rest;
+    copy->at = 0;
+    copy->left = bytes;
+    copy->room = ((bytes + 511) & ~511) + SLACK;
+    if (copy->done >= copy->length) {
+        copy->vec += bpf_core_type_size(struct bio_vec);
+        copy->done = 0;
+        take_vec(ctl, copy);
     }
     /* A reservation that failed is to be discarded as well, says the verifier. */
     if (bpf_ringbuf_reserve_dynptr(&ring, RECORD_BYTES + copy->room, 0, &out)) {
         bpf_ringbuf_discard_dynptr(&out, BPF_RB_NO_WAKEUP);
-        lose(ctl, tally, flags);
-        return;
+        copy->failed = 1;
+        return 1;
     }
     /* More than a slice per 4 KiB: a vec may end anywhere. */
     bpf_loop(1 << 14, next_slice, &out, 0);
-    fill_head(&head, ctl, flight, word, flags);
-    head.data_bytes = flight->bytes;
+    fill_head(&head, ctl, &copy->flight, copy->word, copy->flags);
+    head.sector = copy->flight.sector + (copy->base >> 9);
+    head.bytes = bytes;
+    head.data_bytes = bytes;
     if (copy->failed || copy->left || bpf_dynptr_write(&out, 0, &head, sizeof(head), 0)) {
         bpf_ringbuf_discard_dynptr(&out, BPF_RB_NO_WAKEUP);
-        tally->unmapped += !(flags & RECORD_PROBE);
+        copy->failed = 2;
+        return 1;
+    }
+    bpf_ringbuf_submit_dynptr(&out, BPF_RB_NO_WAKEUP);
+    copy->rest -= bytes;
+    copy->base += bytes;
+    return copy->rest ? 0 : 1;
+}
+
+static __always_inline void record_large(struct control *ctl, struct tally *tally, struct copying *copy,
+                                         struct flight *flight, __u64 word, __u8 flags)
+{
+    copy->rest = flight->bytes;
+    copy->base = 0;
+    if (flight->bytes > (__u32)LARGE_BYTES_MAX * LARGE_RECORDS_MAX) {
         lose(ctl, tally, flags);
         return;
     }
-    bpf_ringbuf_submit_dynptr(&out, BPF_RB_NO_WAKEUP);
+    for (__u32 index = 0; !copy_large(index); index++)
+        if (index == LARGE_RECORDS_MAX)
+            break;
+    if (copy->failed || copy->rest) {
+        tally->unmapped += copy->failed == 2 && !(flags & RECORD_PROBE);
+        lose(ctl, tally, flags);
+        return;
+    }
     tally->records++;
     tally->record_bytes += flight->bytes;
 }
 
-/* Without records of any length, pieces of 4 KiB follow one another. A bio that does not get all its records counts as
- * dropped; its pieces are then newer than the disk at that place for a moment, as any write in flight is. */
+/* Without records of any length, pieces of 4 KiB follow one another. */
 
 /* One piece; 0 while there is more. A function of its own, so that the verifier looks at it once. */
 __attribute__((noinline)) int copy_piece(__u32 index)
@@ -239,9 +276,6 @@ static long next_piece_record(__u32 index, void *unused)
 static __always_inline void record_pieces(struct control *ctl, struct tally *tally, struct copying *copy,
                                           struct flight *flight, __u64 word, __u8 flags)
 {
-    copy->flight = *flight;
-    copy->word = word;
-    copy->flags = flags;
     if (WITH_LOOP) {
         bpf_loop(1 << 14, next_piece_record, 0, 0);
     } else {
@@ -309,6 +343,9 @@ static __always_inline void record(struct control *ctl, struct tally *tally, str
     copy->failed = 0;
     copy->from = address_of(ctl, vec.page) + vec.offset;
     copy->length = vec.length;
+    copy->flight = *flight;
+    copy->word = word;
+    copy->flags = flags;
     if (WITH_DYNPTR)
         record_large(ctl, tally, copy, flight, word, flags);
     else

@@ -1,6 +1,7 @@
 //! The ring of written data: the agent's end of the kernel's ring buffer.
 //!
-//! Invariants: the order of records is the order of submission; a record is seen whole or not at all; no reader is woken,
+//! Invariants: the order of records is the order of submission; a record is seen whole or not at all, and one after another of
+//! a write that is longer than one holds; no reader is woken,
 //! it looks by itself; what is not read in time is not in the ring, and every later record says so (`drops`), its
 //! blocks being marked in the bitmap; nothing that stands in the ring holds the reader up for ever: what cannot be
 //! read is told once and passed. Units: bytes, sectors. Called by `stream` and `selftest`.

@@ -108,8 +108,8 @@ pub enum WindowFailure {
     /// Records found no place.
     #[error("the ring overflowed: {0} writes were not recorded; their blocks are read again")]
     Dropped(u64),
-    /// Records found no place though there was room for the largest.
-    #[error("{0} writes were longer than the 4 MiB that a record holds; their blocks are read again")]
+    /// Writes had no record though there was room for the largest.
+    #[error("{0} writes were longer than the 32 MiB that are recorded of one; their blocks are read again")]
     TooLong(u64),
     /// What was written could not be copied.
     #[error("the data of {0} writes could not be read; their blocks are read again")]

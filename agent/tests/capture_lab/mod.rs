@@ -296,17 +296,20 @@ const HUGE_BYTES: usize = 2 << 20;
 
 impl Huge {
     #[expect(unsafe_code, reason = "mapping memory")]
-    pub fn new(length: usize, fill: u8) -> Self {
+    /// As many as so many bytes need, filled block by block.
+    pub fn new(length: usize, fill: impl Fn(usize) -> u8) -> Self {
         use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
         let access = ProtFlags::READ | ProtFlags::WRITE;
-        let none = std::ptr::null_mut();
+        let (none, length) = (std::ptr::null_mut(), length.next_multiple_of(HUGE_BYTES));
         // SAFETY: a new mapping, never given back, of which the part from the first large page on is used.
         unsafe {
             let start = mmap_anonymous(none, length + HUGE_BYTES, access, MapFlags::PRIVATE).unwrap();
             let start = start.cast::<u8>();
             let start = start.add(start.align_offset(HUGE_BYTES));
             let _no_matter = madvise(start.cast(), length, Advice::LinuxHugepage);
-            start.write_bytes(fill, length);
+            for block in 0..length / ALIGN {
+                start.add(block * ALIGN).write_bytes(fill(block), ALIGN);
+            }
             Self { start, length }
         }
     }
