@@ -8,7 +8,7 @@ export SIZE_MIB APPLY_MIB EXTENTS EPOCH_MIB GROW GROWTHS SIZE TARGET TARGETS REL
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test failover-test chaos delta-test points-test failback-test export-test grow-test capture-test guest-test unseen-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture bench-rpo sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test failover-test tcp-test chaos delta-test points-test failback-test export-test grow-test capture-test guest-test unseen-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture bench-rpo sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ kill-test: build ## kill -9 during the initial sync: [KILLS=20] [SIZE=8G] [TARGE
 
 failover-test: build ## the process server in use is killed under load, the agent goes on with another, as root: [KILLS=20] [RATE=50] [SIZE=512M] [MODE=data|window] [SEED=n]
 	@$(SCRIPTS)/failover_test.py
+
+tcp-test: build ## everything over TCP where UDP is dropped, and back, as root: [SIZE=512M] [RATE=20] [SEED=n]
+	@$(SCRIPTS)/tcp_test.py
 
 chaos: build ## everything goes wrong around three daemons and a second process server while a file system is written to, as root: [SECONDS=1800] [SIZE=512M] [MODE=window|data] [SEED=n]
 	@SECONDS=$(or $(SECONDS),1800) $(SCRIPTS)/chaos.py

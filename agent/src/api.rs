@@ -120,6 +120,9 @@ pub struct StatusInfo {
     pub upstream: Option<String>,
     /// Its role: `process-server` or `master-target`.
     pub upstream_role: Option<String>,
+    /// The session's packets travel over TCP, for UDP does not get through.
+    #[serde(default)]
+    pub over_tcp: bool,
     /// Sessions begun.
     pub sessions: u64,
     /// The peers this agent may use, the best first.

@@ -37,6 +37,8 @@ pub(crate) enum Code {
     EventsSkipped,
     /// Of several upstreams only the one in use can be had.
     NoStandby,
+    /// The session goes over TCP.
+    UdpBlocked,
     /// A hook does not do its work.
     HookFailed,
     /// Parts of a disk cannot be read.
@@ -54,6 +56,7 @@ impl Code {
             Self::WindowsFail => "WINDOWS_FAIL",
             Self::EventsSkipped => "EVENTS_SKIPPED",
             Self::NoStandby => "NO_STANDBY",
+            Self::UdpBlocked => "UDP_BLOCKED",
             Self::HookFailed => "HOOK_FAILED",
             Self::SourceUnreadable => "SOURCE_UNREADABLE",
             Self::DiskProblem => "DISK_PROBLEM",
@@ -68,6 +71,7 @@ impl Code {
             | Self::WindowsFail
             | Self::EventsSkipped
             | Self::NoStandby
+            | Self::UdpBlocked
             | Self::HookFailed => Severity::Warning,
         }
     }
@@ -87,6 +91,9 @@ impl Code {
             }
             Self::NoStandby => {
                 "mend the other one, or take it out of `upstream`: until then nothing takes over when the one in use dies, and changes are remembered here instead"
+            }
+            Self::UdpBlocked => {
+                "let UDP through on the same port number, both ways: over TCP everything works, and costs more processor time and suffers more from losses; UDP is tried again at the next connection"
             }
             Self::HookFailed => "run the hook by hand; points promise clean file systems only until it works",
             Self::SourceUnreadable => {

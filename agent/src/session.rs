@@ -16,6 +16,7 @@ use reprotect_engine::net::identity::Role;
 use reprotect_engine::net::lanes::{Arrival, LaneReader, LaneWriter};
 use reprotect_engine::net::silence::Silence;
 use reprotect_engine::net::standby::Probing;
+use reprotect_engine::net::tunnel::Way;
 use reprotect_engine::proto::agent::AgentEvent;
 use reprotect_engine::proto::{Outgoing, ProtoError};
 use reprotect_engine::units::DiskId;
@@ -221,7 +222,8 @@ impl Machine {
         self.status().send_modify(|status| {
             status.connected = true;
             status.sessions += 1;
-            status.upstream = Some(link.peer.connection.remote_address().to_string());
+            status.upstream = Some(link.peer.place());
+            status.over_tcp = link.peer.way() == Way::Tcp;
             status.upstream_role = Some(link.peer.peer.role.to_string());
             status.problem = None;
         });

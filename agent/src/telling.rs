@@ -76,6 +76,7 @@ impl Machine {
         let skipped = (skipped > 0).then(|| format!("{skipped} events since the agent's start"));
         found.extend(machine(Code::EventsSkipped, &skipped));
         found.extend(machine(Code::NoStandby, &no_standby(&self.status().borrow())));
+        found.extend(machine(Code::UdpBlocked, &udp_blocked(&self.status().borrow())));
         found.extend(machine(Code::HookFailed, &self.hook_problem));
         found
     }
@@ -132,6 +133,12 @@ fn no_standby(status: &StatusInfo) -> Option<String> {
     Some(others.iter().map(why).collect::<Vec<_>>().join("; "))
 }
 
+/// With whom the session goes over TCP, where it does.
+fn udp_blocked(status: &StatusInfo) -> Option<String> {
+    let upstream = status.upstream.as_ref().filter(|_| status.connected && status.over_tcp)?;
+    Some(format!("the session is with {upstream}: nothing came over UDP"))
+}
+
 fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
@@ -161,5 +168,15 @@ mod tests {
         let lost = || vec![used(), peer("b", false, Some("no answer"), None), peer("c", false, None, None)];
         assert_eq!(told(lost(), true).as_deref(), Some("b: no answer; c: does not reach the master target"));
         assert_eq!(told(lost(), false), None, "without a session that is what is told");
+    }
+
+    #[test]
+    fn a_session_over_tcp_is_told_as_long_as_it_lasts() {
+        let told = |connected, over_tcp| {
+            let upstream = Some("192.0.2.1:7444 over TCP".to_owned());
+            udp_blocked(&StatusInfo { connected, over_tcp, upstream, ..StatusInfo::default() })
+        };
+        assert!(told(true, true).unwrap().contains("192.0.2.1:7444 over TCP"));
+        assert_eq!((told(true, false), told(false, true)), (None, None));
     }
 }

@@ -122,7 +122,7 @@ async fn status(State(state): Shared) -> Json<StatusInfo> {
     let disks = state.registry.disks().iter().map(|view| disk_info(view, &machines)).collect();
     let session = |session: &crate::registry::LiveSession| SessionInfo {
         agent: session.agent.map(|agent| agent.to_string()),
-        address: session.address.to_string(),
+        address: session.address.clone(),
         relay: session.relay.map(|relay| relay.to_string()),
     };
     Json(StatusInfo {

@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::UdpSocket;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +16,7 @@ use reprotect_engine::host::preflight::{Finding, Verdict};
 use reprotect_engine::host::run_lock::{RunLock, RunLockError};
 use reprotect_engine::io::uring;
 use reprotect_engine::net::credentials::Credentials;
+use reprotect_engine::net::endpoint::both_free;
 use reprotect_engine::net::identity::{IDENTITY_FILE, Identity};
 use reprotect_engine::net::revocations::Revocations;
 use reprotect_engine::net::wall_clock;
@@ -309,15 +309,15 @@ fn clock() -> Finding {
 
 fn port(settings: &Settings, running: bool) -> Finding {
     let listen = settings.listen;
-    match UdpSocket::bind(listen) {
-        Ok(_) => Finding::pass("port", format!("UDP {listen} is free")),
+    match both_free(listen) {
+        Ok(()) => Finding::pass("port", format!("{listen} is free, UDP and TCP")),
         Err(error) if running && error.kind() == std::io::ErrorKind::AddrInUse => {
-            Finding::pass("port", format!("UDP {listen} is used by the running daemon"))
+            Finding::pass("port", format!("{listen} is used by the running daemon"))
         }
         Err(error) => Finding::fail(
             "port",
-            format!("UDP {listen} cannot be had: {error}"),
-            "stop what uses it (`ss -ulpn`), or choose another address with `listen`",
+            format!("{listen} cannot be had: {error}"),
+            "stop what uses it (`ss -tulpn`), or choose another address with `listen`",
         ),
     }
 }

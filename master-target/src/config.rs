@@ -138,7 +138,7 @@ pub const KEYS: [KeyDoc; 25] = [
     },
     KeyDoc {
         key: "listen",
-        about: "Where agents and process servers dial in, UDP.",
+        about: "Where agents and process servers dial in, UDP and TCP.",
         unit: "IP address with or without a port (default 7443); [::] takes IPv4 too",
         cost: "none",
         example: "",

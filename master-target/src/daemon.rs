@@ -22,6 +22,7 @@ use reprotect_engine::net::invitations::Invitations;
 use reprotect_engine::net::revocations::Revocations;
 use reprotect_engine::net::tls::server_config;
 use reprotect_engine::net::trust::{PeerRule, Trust};
+use reprotect_engine::net::tunnel::unmarked;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::Authority;
 use reprotect_engine::proto::credit::FlowLimits;
@@ -252,7 +253,7 @@ async fn accept(server: &Server, keys: &Keys, authority: Arc<dyn Authority>, reg
                 };
                 let invitations = Arc::clone(&keys.invitations);
                 tokio::spawn(async move {
-                    let address = connection.remote_address();
+                    let address = unmarked(connection.remote_address());
                     match serve_enrolment(connection, peer, &invitations, &ca).await {
                         Ok(enrolled) => tracing::info!(
                             %address, peer = %enrolled.peer, role = %enrolled.role, host = enrolled.host_name, "enrolled"

@@ -10,7 +10,6 @@ mod growing;
 mod taken_again;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -78,8 +77,8 @@ pub enum News {
 pub struct LiveSession {
     /// The agent, once it proved itself.
     pub agent: Option<PeerId>,
-    /// Where it comes from: the agent or its process server.
-    pub address: SocketAddr,
+    /// Where it comes from, and how: the agent or its process server.
+    pub address: String,
     /// The process server it comes through.
     pub relay: Option<PeerId>,
     /// Where news go.
@@ -369,7 +368,7 @@ impl Registry {
     /// Registers a session that began; answers its name and where its news arrive.
     pub fn begin_session(
         &self,
-        address: SocketAddr,
+        address: String,
         relay: Option<PeerId>,
     ) -> (SessionId, mpsc::UnboundedReceiver<News>) {
         let (news, receiver) = mpsc::unbounded_channel();

@@ -40,7 +40,7 @@ pub async fn serve(
     registry: Arc<Registry>,
     revocations: Arc<Revocations>,
 ) {
-    let address = peer.connection.remote_address();
+    let address = peer.place();
     let role = match peer.peer.role {
         identity::Role::Agent => Role::Agent,
         identity::Role::ProcessServer => Role::ProcessServer,
@@ -66,7 +66,7 @@ pub async fn serve(
         tracing::error!("the system has no randomness; the session is refused");
         return CloseCode::Violation.close(&peer.connection);
     }
-    let (id, news) = registry.begin_session(address, relay);
+    let (id, news) = registry.begin_session(address.clone(), relay);
     let transport = Transport { role, peer: peer.peer.peer };
     let (replies, from_disks) = mpsc::unbounded_channel();
     let mut session = Session {

@@ -26,7 +26,7 @@ fn script(name: &str, settings: &[(&str, &str)]) {
     command.arg(repository.join("benches/scripts").join(name)).stdin(Stdio::null());
     for setting in [
         "SIZE", "FILL", "TARGET", "TARGETS", "RELAY", "KEEP", "SEED", "KILLS", "PERCENT", "LEVEL", "POINTS",
-        "GROWTHS", "MODE",
+        "GROWTHS", "MODE", "RATE",
     ] {
         command.env_remove(setting);
     }
@@ -106,6 +106,11 @@ fn single_writes_of_a_live_disk_are_states_it_was_in() {
 #[test]
 fn when_the_process_server_in_use_dies_the_agent_goes_on_with_the_other() {
     script("failover_test.py", &[("SIZE", "128M"), ("KILLS", "3"), ("RATE", "10")]);
+}
+
+#[test]
+fn where_udp_is_dropped_everything_goes_over_tcp_and_back_once_it_is_not() {
+    script("tcp_test.py", &[("SIZE", "128M"), ("RATE", "10")]);
 }
 
 #[test]

@@ -5,7 +5,6 @@
 //! Called by the `check` command (all checks) and by `run` (all but reachability: a target may come up later).
 
 use std::io;
-use std::net::UdpSocket;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +12,9 @@ use reprotect_engine::host::admin_client::AdminClient;
 use reprotect_engine::host::output;
 use reprotect_engine::host::places::Program;
 use reprotect_engine::host::preflight::Finding;
+use reprotect_engine::net::endpoint::both_free;
 use reprotect_engine::net::identity::Identity;
+use reprotect_engine::net::tunnel::Way;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::units::PeerId;
 
@@ -127,25 +128,25 @@ fn open_files() -> Finding {
 /// The port is free, or our own daemon has it.
 async fn listen(settings: &Settings) -> Finding {
     let address = settings.listen;
-    match UdpSocket::bind(address) {
-        Ok(_) => Finding::pass("listen", format!("UDP {address} is free")),
+    match both_free(address) {
+        Ok(()) => Finding::pass("listen", format!("{address} is free, UDP and TCP")),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             let client = AdminClient::new(Program::ProcessServer, &settings.places.socket)
                 .with_wait(Duration::from_secs(5));
             match client.get_json::<Status>("/v1/status").await {
                 Ok(status) if status.listen == address.to_string() => {
-                    Finding::pass("listen", format!("UDP {address} is held by the running process server"))
+                    Finding::pass("listen", format!("{address} is held by the running process server"))
                 }
                 _ => Finding::fail(
                     "listen",
-                    format!("UDP {address} is used by another program"),
-                    format!("stop it (`ss -ulpn sport = :{}` names it), or change `listen`", address.port()),
+                    format!("{address} is used by another program, over UDP or TCP"),
+                    format!("stop it (`ss -tulpn sport = :{}` names it), or change `listen`", address.port()),
                 ),
             }
         }
         Err(error) => Finding::fail(
             "listen",
-            format!("UDP {address}: {error}"),
+            format!("{address}: {error}"),
             "write an address of this machine as `listen`, or \"[::]\"",
         ),
     }
@@ -180,12 +181,20 @@ async fn targets(settings: &Settings) -> Vec<Finding> {
         findings.push(match upstream.dial_one(target, PeerId::NONE).await {
             Ok(peer) => {
                 let (name, rtt) = (peer.peer.peer, peer.connection.rtt());
-                Finding::pass("targets", format!("{target} is {name}, round trip {} ms", rtt.as_millis()))
+                let text = format!("{target} is {name}, round trip {} ms", rtt.as_millis());
+                match peer.way() {
+                    Way::Udp => Finding::pass("targets", text),
+                    Way::Tcp => Finding::warn(
+                        "targets",
+                        format!("{text}, over TCP: nothing came over UDP"),
+                        "let UDP through on this port number, both ways: over TCP everything works, and costs more",
+                    ),
+                }
             }
             Err(reason) => Finding::fail(
                 "targets",
                 format!("{target}: {reason}"),
-                "check that the master target runs and that UDP is open from here to it, or correct `targets`",
+                "check that the master target runs and that its port is open from here to it (UDP, or at least TCP), or correct `targets`",
             ),
         });
     }

@@ -64,7 +64,7 @@ pub const KEYS: [KeyDoc; 11] = [
     },
     KeyDoc {
         key: "listen",
-        about: "Where agents dial in, UDP.",
+        about: "Where agents dial in, UDP and TCP.",
         unit: "IP address with or without a port (default 7444); [::] takes IPv4 too",
         cost: "none",
         example: "",

@@ -176,7 +176,7 @@ impl Relay {
     /// Serves one agent's connection to its end.
     pub async fn serve(self: Arc<Self>, peer: PeerConnection, shutdown: Shutdown) {
         let agent = peer.peer.peer;
-        let address = peer.connection.remote_address();
+        let address = peer.place();
         let begun = tokio::select! {
             begun = self.begin(&peer) => begun,
             () = shutdown.requested() => return CloseCode::ShuttingDown.close(&peer.connection),
@@ -190,7 +190,7 @@ impl Relay {
         };
         let entry = self.register.enter(SessionStatus {
             agent: agent.to_string(),
-            address: address.to_string(),
+            address: address.clone(),
             ..SessionStatus::default()
         });
         let mut line = Line::new(peer, lanes);
@@ -254,7 +254,7 @@ impl Session {
         let (recoded_in, recoded) = mpsc::unbounded_channel();
         let status = SessionStatus {
             agent: peer.to_string(),
-            address: agent.peer.connection.remote_address().to_string(),
+            address: agent.peer.place(),
             ..SessionStatus::default()
         };
         Self {
@@ -297,19 +297,15 @@ impl Session {
             () = shutdown.requested() => return Err(End::Stopping),
         };
         peer.connection.set_send_window(self.send_share.bytes());
-        let lost = |reason: String| End::TargetLost {
-            target: peer.peer.peer,
-            address: peer.connection.remote_address().to_string(),
-            reason,
-        };
+        let lost = |reason: String| End::TargetLost { target: peer.peer.peer, address: peer.place(), reason };
         let lanes = lanes::dialled(&peer.connection).await.map_err(|error| lost(error.to_string()))?;
         tracing::info!(
             agent = %self.agent.peer.peer.peer,
             target = %peer.peer.peer,
-            address = %peer.connection.remote_address(),
+            address = %peer.place(),
             "connected with the master target"
         );
-        self.status.target = Some(format!("{} at {}", peer.peer.peer, peer.connection.remote_address()));
+        self.status.target = Some(format!("{} at {}", peer.peer.peer, peer.place()));
         self.status.state = SessionState::Relaying;
         self.target = Some(Line::new(peer, lanes));
         self.core.handle_dialled();
@@ -445,7 +441,7 @@ impl Session {
             (Side::Target, error) => match &self.target {
                 Some(line) => End::TargetLost {
                     target: line.peer.peer.peer,
-                    address: line.peer.connection.remote_address().to_string(),
+                    address: line.peer.place(),
                     reason: error.to_string(),
                 },
                 None => End::Stopping,

@@ -11,7 +11,8 @@ use std::time::Duration;
 use reprotect_engine::error::{Answer, Severity};
 use reprotect_engine::format::standby::{ROUND_TRIP_NONE, ROUND_TRIP_UNKNOWN};
 use reprotect_engine::host::values::HostPort;
-use reprotect_engine::net::endpoint::{CloseCode, Dialer, EndpointError, PeerConnection, TransportSettings};
+use reprotect_engine::net::dialer::Dialer;
+use reprotect_engine::net::endpoint::{CloseCode, EndpointError, PeerConnection, TransportSettings};
 use reprotect_engine::net::identity::Role;
 use reprotect_engine::net::standby::Standing;
 use reprotect_engine::net::tls;
@@ -33,7 +34,7 @@ const RESOLVED_MAX: usize = 4;
 /// No target could be connected with.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the process server cannot reach the master target: {tried}; check that it runs and that UDP is open from the process server to it, or correct `targets`"
+    "the process server cannot reach the master target: {tried}; check that it runs and that its port is open from the process server to it (UDP, or at least TCP), or correct `targets`"
 )]
 pub struct UpstreamError {
     /// Each address with its reason.

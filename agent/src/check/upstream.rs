@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use reprotect_engine::host::preflight::{Finding, reason_and_remedy};
 use reprotect_engine::net::endpoint::{CloseCode, PeerConnection};
+use reprotect_engine::net::tunnel::Way;
 
 use crate::config::Settings;
 use crate::daemon::{host_name, load_identity};
@@ -45,7 +46,7 @@ pub(super) async fn findings(settings: &Settings) -> Vec<Finding> {
 }
 
 async fn one(dial: &Dial, address: &str) -> Finding {
-    let remedy = "check that the peer runs, that UDP is open from here to it, and that `upstream` is right";
+    let remedy = "check that the peer runs, that its port is open from here to it (UDP, or at least TCP), and that `upstream` is right";
     match dial.connect(address).await {
         Ok(peer) => {
             let rtt = peer.connection.rtt();
@@ -69,6 +70,11 @@ fn judge(address: &str, peer: &PeerConnection, rtt: Duration) -> Finding {
         return Finding::fail("upstream", format!("{address}: {reason}"), "look at the peer's log");
     }
     let text = format!("{address} is a {}, round trip {} ms", peer.peer.role, rtt.as_millis());
+    if peer.way() == Way::Tcp {
+        let remedy =
+            "let UDP through on this port number, both ways: over TCP everything works, and costs more";
+        return Finding::warn("upstream", format!("{text}, over TCP: nothing came over UDP"), remedy);
+    }
     if rtt > RTT_WANTED {
         let remedy = "put a process server near this machine and name it as `upstream`";
         return Finding::warn("upstream", text, remedy);

@@ -1,4 +1,4 @@
-//! UDP endpoints: transport limits, accepting with every doubt resolved first, dialling.
+//! Endpoints, over UDP or through tunnels: transport limits, accepting with every doubt resolved first, dialling.
 //!
 //! Invariants: a [`PeerConnection`] exists only for a peer whose chain was verified in this very handshake; until
 //! then the other side can open no stream and send no more than [`UNVERIFIED_WINDOW_BYTES`]; a connection is closed
@@ -13,16 +13,19 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::crypto::rustls::{HandshakeData, QuicClientConfig, QuicServerConfig};
-use quinn::{Connection, EndpointConfig, Incoming, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn::crypto::rustls::{HandshakeData, QuicServerConfig};
+use quinn::{
+    AsyncUdpSocket, Connection, EndpointConfig, Incoming, MtuDiscoveryConfig, TransportConfig, VarInt,
+};
 use rustls_pki_types::CertificateDer;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::error::{Answer, Severity};
 use crate::limits::{DISKS_PER_AGENT_MAX, HANDSHAKE_NANOS_MAX, KEEP_ALIVE_NANOS};
-use crate::net::identity::{PeerIdentity, Role, server_name};
+use crate::net::identity::{PeerIdentity, Role};
 use crate::net::revocations::Revocations;
 use crate::net::socket;
+use crate::net::tunnel::{self, Way};
 use crate::net::{ALPN_DATA, ALPN_ENROLL, wall_clock};
 use crate::units::PeerId;
 
@@ -130,6 +133,11 @@ pub fn refusal(error: &quinn::ConnectionError) -> Option<String> {
         _ => return None,
     };
     let alert = code.checked_sub(TLS_ALERTS_FROM).filter(|alert| *alert <= 0xff)?;
+    Some(alert_text(whose, alert, &reason))
+}
+
+/// What a TLS alert says, and what to do.
+fn alert_text(whose: &str, alert: u64, reason: &str) -> String {
     let remedy = match alert {
         44 => "it was revoked: enrol again with a new token",
         45 => "it expired, or a clock is wrong: check the clocks, then enrol again with a new token",
@@ -139,7 +147,25 @@ pub fn refusal(error: &quinn::ConnectionError) -> Option<String> {
         }
         _ => "check the address, the clocks and the site, then enrol again with a new token",
     };
-    Some(format!("{whose} (TLS alert {alert}: {reason}); {remedy}"))
+    format!("{whose} (TLS alert {alert}: {reason}); {remedy}")
+}
+
+/// As [`refusal`], where a tunnel said it: its own TLS, or the connection inside.
+pub(super) fn refusal_of_tunnel(error: &io::Error) -> Option<String> {
+    let inner = error.get_ref()?;
+    if let Some(error) = inner.downcast_ref::<quinn::ConnectionError>() {
+        return refusal(error);
+    }
+    match inner.downcast_ref::<rustls::Error>()? {
+        rustls::Error::AlertReceived(alert) => {
+            let whose = "this machine's certificate is not believed there";
+            Some(alert_text(whose, u8::from(*alert).into(), &format!("{alert:?}")))
+        }
+        error @ rustls::Error::InvalidCertificate(_) => Some(format!(
+            "its certificate is not believed here ({error}); check the address, the clocks and the site, then enrol again with a new token"
+        )),
+        _ => None,
+    }
 }
 
 /// QUIC carries TLS alerts as transport errors from this code on.
@@ -208,7 +234,7 @@ impl Default for TransportSettings {
 
 impl TransportSettings {
     /// What both sides have in common.
-    fn transport(&self) -> Result<TransportConfig, EndpointError> {
+    pub(super) fn transport(&self) -> Result<TransportConfig, EndpointError> {
         let idle = self
             .idle_timeout
             .try_into()
@@ -252,7 +278,7 @@ impl TransportSettings {
 pub enum EndpointError {
     /// The socket.
     #[error(
-        "cannot {action} UDP {address}: {source}; check that the address is this machine's and that no other program has the port"
+        "cannot {action} {address}: {source}; check that the address is this machine's and that no other program has the port"
     )]
     Socket {
         /// What was tried.
@@ -292,9 +318,18 @@ pub enum EndpointError {
         #[source]
         source: quinn::ConnectionError,
     },
-    /// Nobody finished the handshake in time.
-    #[error("no connection with {0}: no answer in time; check address, port and firewall (UDP)")]
-    TimedOut(SocketAddr),
+    /// Nobody finished the handshake in time, and there is no way over TCP.
+    #[error(
+        "no connection with {address}: no answer in time over UDP; over TCP: {tcp}; check address, port and firewall"
+    )]
+    TimedOut {
+        /// Whom.
+        address: SocketAddr,
+        /// Why not over TCP.
+        tcp: String,
+        /// What the other side, or this one, thinks of the other's certificate, where that is why.
+        refusal: Option<String>,
+    },
     /// The other side has no certificate that can be read (cannot happen after a verified handshake).
     #[error("no connection with {0}: it showed no certificate")]
     Unidentified(SocketAddr),
@@ -304,14 +339,18 @@ impl EndpointError {
     /// As [`refusal`], for an attempt to connect.
     #[must_use]
     pub fn refusal(&self) -> Option<String> {
-        if let Self::Connection { source, .. } = self { refusal(source) } else { None }
+        match self {
+            Self::Connection { source, .. } => refusal(source),
+            Self::TimedOut { refusal, .. } => refusal.clone(),
+            _ => None,
+        }
     }
 }
 
 impl Answer for EndpointError {
     fn severity(&self) -> Severity {
         match self {
-            Self::Connection { .. } | Self::TimedOut(_) => Severity::Retry,
+            Self::Connection { .. } | Self::TimedOut { .. } => Severity::Retry,
             _ => Severity::Stop,
         }
     }
@@ -331,6 +370,27 @@ impl PeerConnection {
     #[must_use]
     pub fn refusal(&self) -> Option<String> {
         refusal(&self.connection.close_reason()?)
+    }
+
+    /// How its packets travel.
+    #[must_use]
+    pub fn way(&self) -> Way {
+        tunnel::way(self.connection.remote_address())
+    }
+
+    /// Where the peer is.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        tunnel::unmarked(self.connection.remote_address())
+    }
+
+    /// The same for people, with the way where it is not the usual one.
+    #[must_use]
+    pub fn place(&self) -> String {
+        match self.way() {
+            Way::Udp => self.address().to_string(),
+            Way::Tcp => format!("{} over TCP", self.address()),
+        }
     }
 }
 
@@ -352,6 +412,7 @@ pub enum Accepted {
 #[derive(Debug)]
 pub struct Server {
     endpoint: quinn::Endpoint,
+    tunnels: tunnel::Listening,
     settings: TransportSettings,
     accepted: Mutex<mpsc::Receiver<Accepted>>,
 }
@@ -366,8 +427,12 @@ pub fn bind_server(
     revocations: Arc<Revocations>,
     settings: TransportSettings,
 ) -> Result<Server, EndpointError> {
-    let config = quic_server_config(tls, &settings)?;
-    let endpoint = bind(address, Some(config), &settings)?;
+    let config = quic_server_config(tls.clone(), &settings)?;
+    let error = |action, source| EndpointError::Socket { action, address, source };
+    let (udp, tcp) = both_sockets(address, &settings)?;
+    let (socket, tunnels) =
+        tunnel::listen(tcp, udp, tls, &settings).map_err(|source| error("use TCP", source))?;
+    let endpoint = endpoint(socket, Some(config), &settings)?.map_err(|source| error("use UDP", source))?;
     let (deliver, accepted) = mpsc::channel(ACCEPTED_MAX);
     let gate = Gate {
         endpoint: endpoint.clone(),
@@ -378,7 +443,7 @@ pub fn bind_server(
         deliver,
     };
     tokio::spawn(accept_all(gate));
-    Ok(Server { endpoint, settings, accepted: Mutex::new(accepted) })
+    Ok(Server { endpoint, tunnels, settings, accepted: Mutex::new(accepted) })
 }
 
 impl Server {
@@ -400,7 +465,8 @@ impl Server {
     /// # Errors
     /// When QUIC cannot use it; the old one stays.
     pub fn replace_tls(&self, tls: rustls::ServerConfig) -> Result<(), EndpointError> {
-        self.endpoint.set_server_config(Some(quic_server_config(tls, &self.settings)?));
+        self.endpoint.set_server_config(Some(quic_server_config(tls.clone(), &self.settings)?));
+        self.tunnels.replace_tls(tls);
         Ok(())
     }
 
@@ -432,20 +498,60 @@ fn quic_server_config(
     Ok(config)
 }
 
-fn bind(
+/// Whether [`bind_server`] could have an address.
+///
+/// # Errors
+/// Why not, with the protocol.
+pub fn both_free(address: SocketAddr) -> io::Result<()> {
+    let named =
+        |protocol| move |error: io::Error| io::Error::new(error.kind(), format!("{protocol}: {error}"));
+    let udp = std::net::UdpSocket::bind(address).map_err(named("UDP"))?;
+    std::net::TcpListener::bind(udp.local_addr()?).map_err(named("TCP"))?;
+    Ok(())
+}
+
+/// Attempts to find a port that is free for both protocols, where any may be had.
+const PORT_TRIES: usize = 32;
+
+/// A UDP socket, and a TCP listener on the same port.
+fn both_sockets(
     address: SocketAddr,
-    server: Option<quinn::ServerConfig>,
     settings: &TransportSettings,
-) -> Result<quinn::Endpoint, EndpointError> {
-    let error = |action| move |source| EndpointError::Socket { action, address, source };
-    let socket = socket::bind(address, settings.socket_buffer_bytes, settings.udp_payload_bytes_max)
-        .map_err(error("listen on"))?;
+) -> Result<(Arc<dyn AsyncUdpSocket>, std::net::TcpListener), EndpointError> {
+    let error = |action, source| EndpointError::Socket { action, address, source };
+    let mut tries = 0;
+    loop {
+        let udp = bind(address, settings).map_err(|source| error("listen on UDP", source))?;
+        let local = udp.local_addr().map_err(|source| error("use UDP", source))?;
+        tries += 1;
+        match std::net::TcpListener::bind(local) {
+            Ok(tcp) => return Ok((udp, tcp)),
+            Err(_) if address.port() == 0 && tries < PORT_TRIES => {}
+            Err(source) => return Err(error("listen on TCP", source)),
+        }
+    }
+}
+
+pub(super) fn bind(address: SocketAddr, settings: &TransportSettings) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+    socket::bind(address, settings.socket_buffer_bytes, settings.udp_payload_bytes_max)
+}
+
+/// What both kinds of socket have in common.
+pub(super) fn endpoint_config(settings: &TransportSettings) -> Result<EndpointConfig, EndpointError> {
     let mut config = EndpointConfig::default();
     config
         .max_udp_payload_size(settings.udp_payload_bytes_max)
         .map_err(|_| EndpointError::Setting { name: "udp_payload_bytes_max", remedy: "use 1200 to 65527" })?;
-    quinn::Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(quinn::TokioRuntime))
-        .map_err(error("use"))
+    Ok(config)
+}
+
+pub(super) fn endpoint(
+    socket: Arc<dyn AsyncUdpSocket>,
+    server: Option<quinn::ServerConfig>,
+    settings: &TransportSettings,
+) -> Result<io::Result<quinn::Endpoint>, EndpointError> {
+    let (config, runtime) = (endpoint_config(settings)?, Arc::new(quinn::TokioRuntime));
+    Ok(quinn::Endpoint::new_with_abstract_socket(config, server, socket, runtime))
 }
 
 /// Live connections of verified peers, by peer.
@@ -537,7 +643,7 @@ impl Gate {
 
     /// The slot is held until the daemon has taken the connection, so a slow daemon slows dialling down.
     async fn handshake(self, incoming: Incoming, slot: OwnedSemaphorePermit) {
-        let address = incoming.remote_address();
+        let address = tunnel::unmarked(incoming.remote_address());
         let Ok(connecting) = incoming.accept() else { return };
         let connection = match tokio::time::timeout(self.settings.handshake_timeout, connecting).await {
             Ok(Ok(connection)) => connection,
@@ -602,12 +708,16 @@ pub(crate) fn peer_chain(connection: &Connection) -> Option<Vec<CertificateDer<'
     connection.peer_identity()?.downcast().ok().map(|chain| *chain)
 }
 
-fn peer_identity(connection: &Connection) -> Option<PeerIdentity> {
+pub(super) fn peer_identity(connection: &Connection) -> Option<PeerIdentity> {
     PeerIdentity::from_certificate(peer_chain(connection)?.first()?).ok()
 }
 
 /// Binds a verified connection to its peer's standing.
-fn believe(connection: Connection, peer: PeerIdentity, revocations: &Arc<Revocations>) -> PeerConnection {
+pub(super) fn believe(
+    connection: Connection,
+    peer: PeerIdentity,
+    revocations: &Arc<Revocations>,
+) -> PeerConnection {
     let peer = Arc::new(peer);
     tokio::spawn(watch(connection.clone(), Arc::clone(&peer), Arc::clone(revocations)));
     PeerConnection { connection, peer }
@@ -635,70 +745,5 @@ async fn expired(peer: &PeerIdentity) {
             return;
         }
         tokio::time::sleep(Duration::from_nanos(left).min(EXPIRY_CHECK_MAX)).await;
-    }
-}
-
-/// An endpoint for dialling. One serves any number of connections.
-#[derive(Debug)]
-pub struct Dialer {
-    endpoint: quinn::Endpoint,
-    settings: TransportSettings,
-    transport: Arc<TransportConfig>,
-}
-
-impl Dialer {
-    /// A socket on `local` (usually the unspecified address and port 0). Must be called inside a tokio runtime.
-    ///
-    /// # Errors
-    /// When the address cannot be had or a setting is out of range.
-    pub fn bind(local: SocketAddr, settings: TransportSettings) -> Result<Self, EndpointError> {
-        let transport = Arc::new(settings.transport()?);
-        Ok(Self { endpoint: bind(local, None, &settings)?, settings, transport })
-    }
-
-    /// Dials with a configuration of `tls::client_config`. TLS 1.3 lets a client finish before the server has judged
-    /// its certificate: a refusal shows as a closed connection right after.
-    ///
-    /// # Errors
-    /// When nobody answers in time, or either side refuses the other.
-    pub async fn connect(
-        &self,
-        address: SocketAddr,
-        tls: rustls::ClientConfig,
-        expected: Option<PeerId>,
-        revocations: &Arc<Revocations>,
-    ) -> Result<PeerConnection, EndpointError> {
-        let connection = self.connect_raw(address, tls, expected).await?;
-        let Some(peer) = peer_identity(&connection) else {
-            CloseCode::NoCertificate.close(&connection);
-            return Err(EndpointError::Unidentified(address));
-        };
-        Ok(believe(connection, peer, revocations))
-    }
-
-    /// Dials without watching the peer's standing: enrolment.
-    pub(crate) async fn connect_raw(
-        &self,
-        address: SocketAddr,
-        tls: rustls::ClientConfig,
-        expected: Option<PeerId>,
-    ) -> Result<Connection, EndpointError> {
-        let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
-        config.transport_config(Arc::clone(&self.transport));
-        let name = expected.map_or_else(|| "any.reprotect.internal".to_owned(), server_name);
-        let connecting = self
-            .endpoint
-            .connect_with(config, address, &name)
-            .map_err(|source| EndpointError::Dial { address, source })?;
-        tokio::time::timeout(self.settings.handshake_timeout, connecting)
-            .await
-            .map_err(|_| EndpointError::TimedOut(address))?
-            .map_err(|source| EndpointError::Connection { address, source })
-    }
-
-    /// Closes every connection and waits until the peers know.
-    pub async fn close(&self) {
-        self.endpoint.close(VarInt::from_u32(CloseCode::ShuttingDown.code()), b"shutting down");
-        self.endpoint.wait_idle().await;
     }
 }

@@ -15,7 +15,8 @@ use rustls_pki_types::CertificateDer;
 
 use crate::error::Severity;
 use crate::net::ca::{Ca, CaError};
-use crate::net::endpoint::{CloseCode, Dialer, EndpointError, TransportSettings, peer_chain};
+use crate::net::dialer::Dialer;
+use crate::net::endpoint::{CloseCode, EndpointError, TransportSettings, peer_chain};
 use crate::net::enroll_wire::{
     ANSWER_BYTES_MAX, Answer, Kind, REQUEST_BYTES_MAX, Refusal, Request, WireError, is_host_name,
 };
@@ -28,6 +29,7 @@ use crate::net::revocations::Revocations;
 use crate::net::tls::{self, TlsError};
 use crate::net::token::{SECRET_BYTES, Token};
 use crate::net::trust::{PeerRule, ROOTS_FILE, Trust, Usage};
+use crate::net::tunnel::unmarked;
 use crate::net::{mono_clock, wall_clock};
 use crate::units::PeerId;
 
@@ -246,7 +248,7 @@ async fn exchange(
     connection: &Connection,
     request: &Request,
 ) -> Result<(PeerId, Vec<CertificateDer<'static>>), EnrollError> {
-    let address = connection.remote_address();
+    let address = unmarked(connection.remote_address());
     let bytes = request.encode().ok_or(EnrollError::Malformed(address))?;
     let talk = async {
         let (mut send, mut receive) = connection.open_bi().await.ok()?;
@@ -290,7 +292,7 @@ pub async fn serve_enrolment(
     let serve = serve_one(&connection, peer, invitations, ca);
     let result = match tokio::time::timeout(EXCHANGE_TIMEOUT, serve).await {
         Ok(result) => result,
-        Err(_) => Err(EnrollError::BrokenOff(connection.remote_address())),
+        Err(_) => Err(EnrollError::BrokenOff(unmarked(connection.remote_address()))),
     };
     let code = if matches!(result, Err(EnrollError::Malformed(_))) {
         CloseCode::Violation
@@ -309,7 +311,7 @@ async fn serve_one(
     invitations: &Arc<Invitations>,
     ca: &Arc<Ca>,
 ) -> Result<Enrolled, EnrollError> {
-    let address = connection.remote_address();
+    let address = unmarked(connection.remote_address());
     let broken = || EnrollError::BrokenOff(address);
     let (mut send, mut receive) = connection.accept_bi().await.map_err(|_| broken())?;
     let bytes = match receive.read_to_end(REQUEST_BYTES_MAX).await {

@@ -16,12 +16,14 @@
 //! | [`lanes`] | the frames of a session over a connection |
 //! | [`standby`], [`silence`] | connections kept ready, and when a peer counts as dead |
 //! | [`nbd`] | disks served to NBD clients |
-//! | [`endpoint`], `socket` | transport limits, accepting and dialling; UDP |
+//! | [`endpoint`], [`dialer`] | transport limits, accepting and dialling |
+//! | `socket`, [`tunnel`] | what packets travel in: UDP, or TCP where that is dropped |
 //! | [`token`], [`invitations`], [`enroll`], [`enroll_wire`] | how a new machine gets its certificate |
 //! | [`grant`] | what a master target allows an agent, signed |
 
 pub mod ca;
 pub mod credentials;
+pub mod dialer;
 pub mod endpoint;
 pub mod enroll;
 pub mod enroll_wire;
@@ -38,6 +40,7 @@ pub mod standby;
 pub mod tls;
 pub mod token;
 pub mod trust;
+pub mod tunnel;
 
 use std::sync::OnceLock;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};

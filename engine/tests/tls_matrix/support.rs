@@ -14,8 +14,9 @@ use std::time::Duration;
 use quinn::{Connection, ConnectionError};
 use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};
 use reprotect_engine::net::ca::Ca;
+use reprotect_engine::net::dialer::Dialer;
 use reprotect_engine::net::endpoint::{
-    Accepted, Dialer, EndpointError, PeerConnection, Server, TransportSettings, bind_server,
+    Accepted, EndpointError, PeerConnection, Server, TransportSettings, bind_server,
 };
 use reprotect_engine::net::enroll::serve_enrolment;
 use reprotect_engine::net::identity::{self, Identity, PeerIdentity, Role};

@@ -22,7 +22,8 @@ use reprotect_engine::limits::{
     BATCH_PLAIN_BYTES_MAX, BULK_RECORD_BYTES_MAX, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES,
     DELTA_RECORD_BYTES_MAX,
 };
-use reprotect_engine::net::endpoint::{CloseCode, Dialer, PeerConnection, TransportSettings};
+use reprotect_engine::net::dialer::Dialer;
+use reprotect_engine::net::endpoint::{CloseCode, PeerConnection, TransportSettings};
 use reprotect_engine::net::enroll::enroll;
 use reprotect_engine::net::identity::{Identity, Purpose, Role};
 use reprotect_engine::net::lanes::{self, Arrival, LaneReader, LaneWriter};

@@ -12,7 +12,8 @@ use reprotect_engine::format::message::{Auth, ErrorCode};
 use reprotect_engine::limits::{
     BULK_RECORD_BYTES_MAX, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DELTA_RECORD_BYTES_MAX,
 };
-use reprotect_engine::net::endpoint::{CloseCode, Dialer, EndpointError, PeerConnection, TransportSettings};
+use reprotect_engine::net::dialer::Dialer;
+use reprotect_engine::net::endpoint::{CloseCode, EndpointError, PeerConnection, TransportSettings};
 use reprotect_engine::net::identity::{Identity, Purpose, Role};
 use reprotect_engine::net::lanes::{self, Arrival, LaneReader, LaneWriter};
 use reprotect_engine::net::trust::{PeerRule, Trust};
