@@ -143,11 +143,11 @@ pub fn tidy_log(retention: &Retention) -> Result<(), JournalError> {
     let now = wall_clock();
     let old = now.0.saturating_sub(nanos(log_kept(&ladder, pressure)));
     pinned::drop_lost(retention, now)?;
-    // What is read of the log for a mount stays: on a drive that is nearly full the mount fails before replication does.
-    let held = retention.oldest_held();
     loop {
         let mut locked = retention.lock();
         let journal = locked.get()?;
+        // What is read of the log for a mount stays: on a drive that is nearly full the mount fails before replication does.
+        let held = retention.oldest_held(journal);
         let Some(number) = journal.releasable().first().copied() else { break };
         let is_read = held.is_some_and(|held| held <= number);
         if is_read || journal.newest_in(number).is_some_and(|newest| newest.0 > old) {

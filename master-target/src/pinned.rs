@@ -40,11 +40,11 @@ pub(crate) fn free(retention: &Retention, old: u64, now: Timestamp) -> Result<()
     let needed = retention.ladder().any_write.min(2 * retention.undo_epoch());
     let needed = u64::try_from(needed.as_nanos()).unwrap_or(u64::MAX);
     let old = old.min(now.0.saturating_sub(needed));
-    let held = retention.oldest_held();
     let mut asked = false;
     loop {
         let mut locked = retention.lock();
         let journal = locked.get()?;
+        let held = retention.oldest_held(journal);
         let is_old = |segment: &u64| {
             held.is_none_or(|held| *segment < held)
                 && journal.newest_in(*segment).is_none_or(|newest| newest.0 <= old)
@@ -127,10 +127,9 @@ fn free_one(
     now: Timestamp,
 ) -> Result<bool, JournalError> {
     let bytes = bytes_of(journal, segment);
-    let (here, everywhere) = journal.waiting_in(segment);
+    let ((here, everywhere), pinned) = (journal.waiting_in(segment), journal.pinned_in(segment));
     // What pins need there is to be carried, too.
-    let both = here + journal.pinned_in(segment).0;
-    let is_worth_it = is_worth_it(journal, (both, everywhere), bytes);
+    let is_worth_it = is_worth_it(journal, (here + pinned.0, everywhere + pinned.1), bytes);
     let carried = if is_worth_it { journal.carry(segment, now) } else { Ok(Vec::new()) };
     match carried {
         Ok(unreadable) if is_worth_it => {

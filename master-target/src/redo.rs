@@ -22,7 +22,10 @@ use reprotect_engine::units::{DiskId, SectorRange, Sequence, Timestamp};
 
 use crate::backlog::Backlog;
 use crate::retention::Retention;
+use crate::rot::note_entry;
 
+/// Entries that are tried to learn the newest sequence on a target.
+const SEQUENCE_TRIES: usize = 64;
 /// Plain bytes of entries that are read back from the log and applied at once.
 const REDO_BYTES: u64 = 16 << 20;
 
@@ -58,7 +61,36 @@ pub(crate) fn newest_marks(journal: &mut Journal, disk: DiskId) -> Result<Vec<(u
     let newest = journal.entries(disk).iter().rev().take_while(|entry| entry.kind == EntryKind::Mark);
     let mut entries: Vec<_> = newest.take(MARKS_PENDING_MAX).copied().collect();
     entries.reverse();
-    entries.iter().map(|entry| Ok((entry.number, journal.mark(disk, entry)?))).collect()
+    let mut marks = Vec::new();
+    for entry in entries {
+        // One that cannot be read is taken for a new one when it is sent again, which is one entry more.
+        let mark = journal.mark(disk, &entry);
+        if let Some(mark) = if_readable(journal, disk, mark)? {
+            marks.push((entry.number, mark));
+        }
+    }
+    Ok(marks)
+}
+
+/// What is read of entries that are on the target keeps no disk from being opened: where it cannot be read, that is recorded.
+///
+/// # Errors
+/// When the journal cannot be used, or the manifest not be written for another reason than a full drive.
+pub(crate) fn if_readable<T>(
+    journal: &mut Journal,
+    disk: DiskId,
+    read: Result<T, JournalError>,
+) -> Result<Option<T>, JournalError> {
+    let error = match read {
+        Ok(read) => return Ok(Some(read)),
+        Err(error) if journal.entry_of_error(disk, &error).is_none() => return Err(error),
+        Err(error) => error,
+    };
+    tracing::error!(%disk, %error, "an entry of the redo log cannot be read; it is on the target, and the disk goes on");
+    match note_entry(journal, disk, &error) {
+        Err(error) if !error.is_full() => Err(error),
+        _ => Ok(None),
+    }
 }
 
 pub(crate) fn kept_point(disk: DiskId, at: At, sequence: Sequence, mark: &Mark) -> PointKept {
@@ -87,9 +119,10 @@ pub(crate) fn keep_last_point(
     let Some((epoch, number)) = unnoted else { return Ok(()) };
     let last = journal.entries(disk).iter().find(|entry| entry.number == number).copied();
     let Some(entry) = last.filter(|entry| entry.kind == EntryKind::Mark) else { return Ok(()) };
-    let mark = journal.mark(disk, &entry)?;
+    let mark = journal.mark(disk, &entry);
+    let Some(mark) = if_readable(journal, disk, mark)? else { return Ok(()) };
     let shape = journal.shape().disks.get(&disk);
-    let degraded = shape.is_some_and(|shape| shape.is_degraded(mark.lineage, mark.sequence, entry.number));
+    let degraded = shape.is_some_and(|shape| shape.is_degraded_mark(&mark, entry.number));
     let kept = kept_point(disk, At::entry(epoch, entry.number), mark.sequence, &mark);
     journal.edit(&[Edit::PointKept(PointKept { degraded, ..kept })], now)
 }
@@ -101,7 +134,7 @@ fn unnoted_border(shape: &DiskShape) -> Option<(u64, u64)> {
         // Without an entry of its own (a rollback), it does not end at the mark that stands before it.
         Some((epoch, closed)) if closed.last > epoch.opened.after => {
             let mut points = shape.points.values();
-            let is_noted = points.any(|point| point.epoch == closed.epoch && !shape.is_inside(point));
+            let is_noted = points.any(|point| (point.epoch, point.number) == (closed.epoch, closed.last));
             (!is_noted).then_some((closed.epoch, closed.last))
         }
         Some(_) => None,
@@ -169,9 +202,14 @@ pub(crate) fn applied_sequence(
     number: u64,
     state: &DiskState,
 ) -> Result<Sequence, JournalError> {
-    let entry = journal.entries(disk).iter().rfind(|entry| entry.number <= number).copied();
-    if let Some(entry) = entry {
-        return sequence_of(journal, disk, &entry, state);
+    let applied = journal.entries(disk).iter().rev().filter(|entry| entry.number <= number);
+    // Where the newest cannot be read an older one says less, which is true as well.
+    let newest: Vec<LogEntry> = applied.take(SEQUENCE_TRIES).copied().collect();
+    for entry in newest {
+        let sequence = sequence_of(journal, disk, &entry, state);
+        if let Some(sequence) = if_readable(journal, disk, sequence)? {
+            return Ok(sequence);
+        }
     }
     let points = journal.shape().disks.get(&disk).map(|shape| shape.points.values().copied());
     let newest = points.into_iter().flatten().filter(|point| point.number <= number);
@@ -224,12 +262,16 @@ fn between(entries: &[LogEntry], after: u64, through: u64) -> &[LogEntry] {
 mod tests {
     use reprotect_engine::format::batch::{CHAIN_START, MarkCause, MarkClass};
     use reprotect_engine::format::manifest::{DiskAdded, EntriesLost};
+    use reprotect_engine::format::segment::Applied;
     use reprotect_engine::format::wire::Text;
+    use reprotect_engine::io::ByteRange;
+    use reprotect_engine::proto::target_disk::TargetDisk;
     use reprotect_engine::store::journal::JournalSettings;
     use reprotect_engine::store::journal::applier::Position;
-    use reprotect_engine::units::{Generation, LineageId};
+    use reprotect_engine::units::{Generation, LineageId, PeerId};
 
     use super::*;
+    use crate::pinned::tests::{BadPlace, bad_opener};
     use crate::registry::fs_opener;
 
     const DISK: DiskId = DiskId([1; 16]);
@@ -242,7 +284,8 @@ mod tests {
     struct Lab {
         journal: Journal,
         applier: Applier<Box<dyn reprotect_engine::io::BlockFile>>,
-        _dir: tempfile::TempDir,
+        dir: tempfile::TempDir,
+        unread: u32,
     }
 
     impl Lab {
@@ -258,7 +301,7 @@ mod tests {
             files.create(&path, 64 * 512).unwrap();
             let target = files.open(&path, true).unwrap();
             let (applier, _) = Applier::open(&journal, DISK, target, None).unwrap();
-            Self { journal, applier, _dir: dir }
+            Self { journal, applier, dir, unread: 0 }
         }
 
         /// A mark, which is applied; its number.
@@ -275,7 +318,7 @@ mod tests {
                 class: MarkClass::Crash,
                 cause: MarkCause::Timer,
                 name: Text::new(""),
-                unread_blocks: 0,
+                unread_blocks: self.unread,
             };
             let (number, _) = self.journal.append(DISK, EntryKind::Mark, &[&mark.to_bytes()], NOW).unwrap();
             self.journal.commit(NOW).unwrap();
@@ -296,8 +339,8 @@ mod tests {
 
     #[test]
     fn a_point_whose_note_a_stop_kept_from_being_written_promises_no_more_than_its_mark() {
-        for lost in [false, true] {
-            let mut lab = Lab::new();
+        for (lost, unread) in [(false, 0), (true, 0), (false, 1)] {
+            let mut lab = Lab { unread, ..Lab::new() };
             lab.begin();
             if lost {
                 let entries = EntriesLost { disk: DISK, first: 1, last: 1, time: NOW, cause: Text::new("") };
@@ -309,7 +352,69 @@ mod tests {
             let points = lab.points();
             assert_eq!(points.len(), 1);
             let found = (points[0].point, points[0].epoch, points[0].number, points[0].degraded);
-            assert_eq!(found, ([5; 16], 1, number, lost));
+            assert_eq!(found, ([5; 16], 1, number, lost || unread > 0));
+        }
+    }
+
+    /// As `as-found`, or the first point of a disk.
+    #[test]
+    fn a_point_at_the_beginning_of_an_undo_epoch_is_not_taken_for_the_one_at_its_end() {
+        let mut lab = Lab::new();
+        let first = lab.mark(4);
+        lab.begin();
+        assert_eq!(lab.points().len(), 1);
+        let last = lab.mark(5);
+        lab.applier.close_epoch(&mut lab.journal, NOW).unwrap();
+        let numbers = |points: &[PointKept]| points.iter().map(|point| point.number).collect::<Vec<_>>();
+        assert_eq!(numbers(&lab.points()), [first, last]);
+        assert_eq!(numbers(&lab.points()), [first, last], "once");
+    }
+
+    /// A start believes the index of a full segment; what is in it, and on the target, need not be readable.
+    #[test]
+    fn an_applied_entry_that_cannot_be_read_keeps_no_disk_from_being_opened() {
+        const OTHER: DiskId = DiskId([2; 16]);
+        for flips in [true, false] {
+            let mut lab = Lab::new();
+            let added = DiskAdded { disk: OTHER, machine: [7; 16], size_sectors: 64, time: NOW };
+            lab.journal.add_disk(added, NOW).unwrap();
+            lab.mark(4);
+            lab.begin();
+            let number = lab.mark(5);
+            let applied = *lab.applier.applied();
+            lab.journal.append_applied(DISK, applied, NOW).unwrap();
+            // Three segments of others.
+            for number in 1..=48 {
+                lab.journal.append(OTHER, EntryKind::Batch, &[&[7; 65536]], NOW).unwrap();
+                lab.journal.commit(NOW).unwrap();
+                let applied = Applied { number, epoch: 0, undo_bytes: 0 };
+                lab.journal.append_applied(OTHER, applied, NOW).unwrap();
+            }
+            lab.applier.close_epoch(&mut lab.journal, NOW).unwrap();
+            let entry = *lab.journal.entries(DISK).last().unwrap();
+            assert_eq!(entry.number, number);
+            let folder = lab.dir.path().join("journal");
+            let slot = lab.journal.shape().segments[&entry.place.segment].slot;
+            lab.journal.close(NOW).unwrap();
+            let path = folder.join(format!("redo-{slot:06}"));
+            let bad = BadPlace::default();
+            if flips {
+                let mut bytes = std::fs::read(&path).unwrap();
+                bytes[entry.place.offset as usize + 100] ^= 1;
+                std::fs::write(&path, bytes).unwrap();
+            } else {
+                let end = entry.place.offset + entry.place.bytes;
+                *bad.lock().unwrap() = Some((path, ByteRange { start: entry.place.offset, end }));
+            }
+            let layout = JournalSettings { segment_bytes: 1 << 20 };
+            let (mut journal, found) = Journal::open(bad_opener(&bad), &folder, layout, NOW).unwrap();
+            assert!(found.indexed > 0 && found.damage.is_empty(), "{found:?}");
+            let marks = newest_marks(&mut journal, DISK).unwrap();
+            assert_eq!(marks.iter().map(|(number, _)| *number).collect::<Vec<_>>(), [number - 1]);
+            keep_last_point(&mut journal, DISK, NOW).unwrap();
+            let state = TargetDisk::new_state(DISK, PeerId([2; 16]), [3; 16], 64, LINEAGE, PassMode::Done);
+            assert_eq!(applied_sequence(&mut journal, DISK, number, &state).unwrap(), Sequence(3));
+            assert!(journal.shape().disks[&DISK].is_entry_damaged(number), "and it is known");
         }
     }
 

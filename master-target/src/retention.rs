@@ -371,7 +371,8 @@ impl Retention {
 
     /// The oldest segment of the log that must stay in its place: for what is read, as long as the drive is not nearly full,
     /// and for rollbacks that go on. What pins and a rollback that stopped on its way need is carried instead.
-    pub(crate) fn oldest_held(&self) -> Option<u64> {
+    /// Who gives something back looks with the journal locked, and keeps it so until that is done.
+    pub(crate) fn oldest_held(&self, journal: &Journal) -> Option<u64> {
         let has_room = self.pressure() < Pressure::Least;
         let mut held: Vec<Held> = unpoisoned(&self.held).values().copied().collect();
         held.retain(|held| match held.holds {
@@ -379,8 +380,6 @@ impl Retention {
             Holds::ToGoBack => true,
             Holds::Runs => false,
         });
-        let mut locked = self.lock();
-        let journal = locked.get().ok()?;
         held.iter().filter_map(|held| View::oldest_segment(journal, held.disk, held.at)).min()
     }
 

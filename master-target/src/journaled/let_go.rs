@@ -17,6 +17,7 @@ use reprotect_engine::store::journal::view::At;
 use super::Journaled;
 use super::back::unfinished;
 use crate::disk_store::NotDone;
+use crate::redo::if_readable;
 
 impl Journaled {
     /// Keeps nothing of the log from being given back, where that was asked for.
@@ -58,6 +59,8 @@ impl Journaled {
         let journal = locked.get()?;
         let entry = journal.entries(self.id).iter().rfind(|entry| entry.number <= number).copied();
         let mark = entry.filter(|entry| entry.number == number && entry.kind == EntryKind::Mark);
-        mark.map(|entry| journal.mark(self.id, &entry)).transpose()
+        let Some(entry) = mark else { return Ok(None) };
+        let mark = journal.mark(self.id, &entry);
+        if_readable(journal, self.id, mark)
     }
 }

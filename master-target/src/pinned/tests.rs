@@ -165,7 +165,7 @@ fn what_a_mount_reads_of_the_log_stays_until_the_drive_is_nearly_full() {
     }
     retention.lock().get().unwrap().edit(&[Edit::EpochClosed(closed)], now).unwrap();
     let oldest = || retention.shape().segments.keys().next().copied().unwrap();
-    let needed = retention.oldest_held().unwrap();
+    let needed = retention.oldest_held(retention.lock().get().unwrap()).unwrap();
     for _ in 0..4 {
         go_on(&retention);
     }
@@ -173,7 +173,7 @@ fn what_a_mount_reads_of_the_log_stays_until_the_drive_is_nearly_full() {
     retention.set_pressure(Pressure::Least);
     go_on(&retention);
     assert!(oldest() > needed, "replication comes first");
-    assert_eq!(retention.oldest_held(), None);
+    assert_eq!(retention.oldest_held(retention.lock().get().unwrap()), None);
     drop(hold);
 }
 
@@ -274,6 +274,48 @@ fn what_cannot_be_read_any_more_is_lost_for_its_disk_alone_and_the_log_is_given_
     assert_eq!(found.disks[&ALSO].entries.len(), 2);
     assert_eq!(found.disks[&ALSO].state.as_ref().map(|(state, _)| state.clone()), Some(state));
     assert!(found.damage.is_empty(), "{:?}", found.damage);
+}
+
+/// What was carried of a segment is young again, and makes nothing young that stayed behind.
+#[test]
+fn what_cannot_be_read_is_given_up_after_a_minute_also_where_others_were_carried_from_beside_it() {
+    const ALSO: DiskId = DiskId([3; 16]);
+    let (bad, dir) = (BadPlace::default(), tempfile::tempdir().unwrap());
+    let settings = lab_settings();
+    let ladder = Ladder { any_write: Duration::from_secs(3600), ..settings.ladder };
+    let settings = RetentionSettings { ladder, ..settings };
+    let (retention, _) = Retention::open(bad_opener(&bad), dir.path(), settings).unwrap();
+    {
+        let mut locked = retention.lock();
+        let journal = locked.get().unwrap();
+        for disk in [STANDS, WORKS, ALSO] {
+            let added = DiskAdded { disk, machine: [7; 16], size_sectors: 64, time: Timestamp(1) };
+            journal.add_disk(added, Timestamp(1)).unwrap();
+        }
+        put(journal, ALSO, 1);
+        put(journal, STANDS, 1);
+        for number in 1..=8 * ENTRIES {
+            put(journal, WORKS, number);
+        }
+        let applied = Applied { number: 8 * ENTRIES, epoch: 0, undo_bytes: 0 };
+        journal.append_applied(WORKS, applied, Timestamp(1)).unwrap();
+        journal.commit(Timestamp(1)).unwrap();
+        let entry = journal.entries(STANDS)[0];
+        let slot = journal.shape().segments[&entry.place.segment].slot;
+        let path = dir.path().join(format!("redo-{slot:06}"));
+        let middle = entry.place.offset + entry.place.bytes / 2;
+        *bad.lock().unwrap() = Some((path, ByteRange { start: middle, end: middle + 512 }));
+    }
+    let lost = |retention: &Retention| retention.shape().disks[&STANDS].lost_through();
+    for look in 1.. {
+        crate::housekeeping::tidy_log(&retention).unwrap();
+        if lost(&retention).is_some() {
+            break;
+        }
+        assert!(look <= GIVE_UP_AT + CARRY_AT, "kept, with all that is behind it");
+    }
+    let also = retention.lock().get().unwrap().entries(ALSO)[0];
+    assert!(also.carried && retention.lock().get().unwrap().read(also.place).is_ok());
 }
 
 const PINS: DiskId = DiskId([3; 16]);

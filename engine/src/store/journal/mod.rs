@@ -522,15 +522,16 @@ impl Journal {
         segments.take_while(|number| Some(*number) != current && *number < needed).collect()
     }
 
-    /// When the newest numbered entry of a segment was added; `None` where it has none.
+    /// When the newest numbered entry of a segment was added; `None` where it has none, or what was the newest of each disk
+    /// was carried on, which is done with what is past its time.
     #[must_use]
-    pub fn newest_in(&self, number: u64) -> Option<Timestamp> {
+    pub fn newest_in(&self, segment: u64) -> Option<Timestamp> {
         let newest = |(disk, number): (&DiskId, &u64)| {
             let entries = self.entries.get(disk)?;
             let at = entries.binary_search_by_key(number, |entry| entry.number).ok()?;
-            entries.get(at).map(|entry| entry.time)
+            entries.get(at).filter(|entry| entry.place.segment == segment).map(|entry| entry.time)
         };
-        self.segments.get(&number)?.iter().filter_map(newest).max()
+        self.segments.get(&segment)?.iter().filter_map(newest).max()
     }
 
     /// Releases a segment that [`Self::releasable`] named. The newest state and APPLIED of a disk that stand in it are

@@ -83,7 +83,7 @@ impl Wanted {
         after: u64,
         (whole, records): (u64, u32),
     ) -> Result<Self, u64> {
-        let found = entries_between(journal, disk, after, whole + u64::from(records > 0))?;
+        let found = entries_between(journal, disk, after, whole.saturating_add(u64::from(records > 0)))?;
         let counts = |entry: &LogEntry| if entry.number > whole { records as usize } else { usize::MAX };
         let entries = found.iter().map(|entry| (*entry, counts(entry))).collect();
         Ok(Self { disk, entries, segments: Segments::of(journal, found) })
@@ -124,7 +124,11 @@ impl Wanted {
                 let (group, bytes) = read?;
                 for ((entry, counts), bytes) in group.iter().zip(bytes) {
                     let added = builder.add(entry, bytes, *counts);
-                    added.map_err(|error| segments.error(entry.place, error))?;
+                    let has = added.map_err(|error| segments.error(entry.place, error))?;
+                    if *counts != usize::MAX && *counts > has {
+                        let what = format!("entry {} has {has} records, not {counts}", entry.number);
+                        return Err(JournalError::Gone { disk, what });
+                    }
                 }
             }
             Ok::<_, JournalError>(())
@@ -262,8 +266,8 @@ struct Builder {
 }
 
 impl Builder {
-    /// Puts the first `counts` records of an entry over what is there.
-    fn add(&mut self, entry: &LogEntry, mut bytes: Vec<u8>, counts: usize) -> Result<(), FormatError> {
+    /// Puts the first `counts` records of an entry over what is there; answers how many it has.
+    fn add(&mut self, entry: &LogEntry, mut bytes: Vec<u8>, counts: usize) -> Result<usize, FormatError> {
         let head = EntryHead::open(&bytes)?;
         if (head.disk, head.number) != (self.disk, entry.number) {
             let expected = "the entry that stood here: its space was given to others";
@@ -279,7 +283,7 @@ impl Builder {
         let body = Bytes::from(body);
         let (keep, records) = entry_records(head.kind, body.clone())?;
         let all: usize = records.iter().map(Record::encoded_bytes).sum();
-        let mut at = body.len().saturating_sub(all);
+        let (has, mut at) = (records.len(), body.len().saturating_sub(all));
         for record in records.into_iter().take(counts) {
             let (range, bytes) = (record.range(), record.encoded_bytes());
             let content = if record.kind() == RecordKind::Data {
@@ -300,7 +304,7 @@ impl Builder {
             }
             at += bytes;
         }
-        Ok(())
+        Ok(has)
     }
 }
 

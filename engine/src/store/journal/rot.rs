@@ -97,7 +97,7 @@ impl DiskShape {
     fn rot_of_entry(&self, at: At) -> Option<Rot> {
         let epoch = self.epochs.iter().find(|epoch| epoch.opened.epoch == at.epoch)?;
         let at_end = at.records == 0 && epoch.closed.is_some_and(|closed| closed.last == at.number);
-        let last = at.number + u64::from(at.records > 0);
+        let last = at.through();
         let needs =
             |entry: &&EntryDamaged| entry.number > epoch.opened.after && entry.number <= last && !at_end;
         let damaged = self.damaged_entries.iter().find(needs)?;

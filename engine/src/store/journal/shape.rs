@@ -205,7 +205,8 @@ impl DiskShape {
         let back = open.filter(|opened| opened.cause == EpochCause::Rollback).and_then(|opened| {
             let to = epoch(opened.to_epoch)?;
             let at_end = opened.to_records == 0 && to.closed.is_some_and(|end| end.last == opened.to_number);
-            let (after, through) = (to.opened.after, opened.to_number + u64::from(opened.to_records > 0));
+            let (after, through) =
+                (to.opened.after, opened.to_number.saturating_add(u64::from(opened.to_records > 0)));
             (through > after && !at_end).then_some(Needed { point: None, after, through })
         });
         pinned.filter_map(needed).chain(back).collect()

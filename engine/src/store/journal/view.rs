@@ -42,6 +42,12 @@ impl At {
     pub const fn entry(epoch: u64, number: u64) -> Self {
         Self { epoch, number, records: 0 }
     }
+
+    /// The last entry of which something counts.
+    #[must_use]
+    pub const fn through(self) -> u64 {
+        self.number.saturating_add((self.records > 0) as u64)
+    }
 }
 
 impl fmt::Display for At {
@@ -58,11 +64,13 @@ impl FromStr for At {
         let refused = || format!("{text} is no place of a disk; write EPOCH.NUMBER as `points` shows it");
         let (epoch, rest) = text.split_once('.').ok_or_else(refused)?;
         let (number, records) = rest.split_once('+').unwrap_or((rest, "0"));
-        Ok(Self {
+        let at = Self {
             epoch: epoch.parse().map_err(|_| refused())?,
             number: number.parse().map_err(|_| refused())?,
             records: records.parse().map_err(|_| refused())?,
-        })
+        };
+        // No entry has the last number there is, so the one behind any has a number, too.
+        if at.number == u64::MAX { Err(refused()) } else { Ok(at) }
     }
 }
 
@@ -122,7 +130,7 @@ impl View {
                 (at.epoch, Some(wanted.map_err(|number| not_kept(disk, number))?))
             }
         };
-        let size_sectors = shape(journal, disk)?.size_at(at.number + u64::from(at.records > 0));
+        let size_sectors = shape(journal, disk)?.size_at(at.through());
         Ok(Plan { disk, from_epoch, over, size_sectors })
     }
 
@@ -157,7 +165,7 @@ impl View {
 
     fn needed(journal: &Journal, disk: DiskId, at: At) -> Result<&[LogEntry], JournalError> {
         let Base::Inside(after) = base(journal, disk, at)? else { return Ok(&[]) };
-        let number = at.number + u64::from(at.records > 0);
+        let number = at.through();
         entries_between(journal, disk, after, number).map_err(|number| not_kept(disk, number))
     }
 
@@ -427,7 +435,7 @@ fn base(journal: &Journal, disk: DiskId, at: At) -> Result<Base, JournalError> {
         return Err(gone(format!("undo epoch {} is not kept; the oldest kept is {oldest}", at.epoch)));
     };
     let (after, last) = (epoch.opened.after, epoch.closed.map_or(u64::MAX, |closed| closed.last));
-    if at.number < after || at.number + u64::from(at.records > 0) > last {
+    if at.number < after || at.through() > last {
         return Err(gone(format!("entry {} is not in undo epoch {}", at.number, at.epoch)));
     }
     let from = known.runs_from(at.epoch, at.number).filter(|_| at.records == 0).unwrap_or(at.epoch);
@@ -441,4 +449,24 @@ fn base(journal: &Journal, disk: DiskId, at: At) -> Result<Base, JournalError> {
 fn not_kept(disk: DiskId, number: u64) -> JournalError {
     let what = format!("entry {number} of the redo log is not kept; choose the end of an undo epoch");
     JournalError::Gone { disk, what }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_of_a_disk_is_read_as_it_is_written_and_no_number_of_it_overflows() {
+        for at in [At::entry(1, 0), At::entry(3, 70), At { epoch: 9, number: 5, records: u32::MAX }] {
+            assert_eq!(at.to_string().parse(), Ok(at));
+        }
+        let newest = At { epoch: u64::MAX, number: u64::MAX - 1, records: 1 };
+        assert_eq!((newest.to_string().parse(), newest.through()), (Ok(newest), u64::MAX));
+        for text in
+            ["", "1", "1.", ".1", "1.2+", "1.2+x", "1.18446744073709551615", "1.18446744073709551615+1"]
+        {
+            let error = text.parse::<At>().unwrap_err();
+            assert!(error.contains("EPOCH.NUMBER"), "{text}: {error}");
+        }
+    }
 }
