@@ -132,7 +132,8 @@ fn play(steps: &[Step]) -> Played {
                     promise.applied.clone_from(&applied);
                     promise.released.clone_from(&applied);
                     promises.push((files.trace().len(), promise.clone()));
-                    open_journal.carry(segment, NOW).unwrap();
+                    // Entry by entry, with a commit after each.
+                    while !open_journal.carry_piece(segment, 1, NOW).unwrap().is_all {}
                     open_journal.release(segment, NOW).unwrap();
                     assert!(open_journal.pinned().is_none_or(|(oldest, _)| oldest > segment));
                 }

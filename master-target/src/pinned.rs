@@ -17,17 +17,21 @@
 //! pinned point inside an undo epoch needs, or a rollback that is not at its end, is never given up while it can be read. Units: looks (one every two seconds), bytes. Called by `housekeeping`.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use reprotect_engine::format::manifest::{Edit, PointDropped};
 use reprotect_engine::store::journal::ladder::Pressure;
 use reprotect_engine::store::journal::view::At;
-use reprotect_engine::store::journal::{Journal, JournalError, LostPin};
+use reprotect_engine::store::journal::{Carried, Journal, JournalError, LostPin};
 use reprotect_engine::units::{DiskId, Timestamp};
 
 use crate::retention::Retention;
 
 /// At this look a disk that could has let go; what it has in the log is carried forward.
 const CARRY_AT: u32 = 3;
+/// Bytes that are carried while the journal is locked, and the pause in which others have it.
+const PIECE_BYTES: u64 = 8 << 20;
+const BETWEEN_PIECES: Duration = Duration::from_millis(1);
 /// At this look what waits may be given up.
 const GIVE_UP_AT: u32 = 30;
 
@@ -64,6 +68,8 @@ pub(crate) fn free(retention: &Retention, old: u64, now: Timestamp) -> Result<()
         if looks < CARRY_AT || !free_one(retention, journal, (segment, &disks), looks, now)? {
             return Ok(());
         }
+        drop(locked);
+        std::thread::sleep(BETWEEN_PIECES);
     }
 }
 
@@ -118,7 +124,7 @@ fn is_worth_it(journal: &Journal, (here, everywhere): (u64, u64), bytes: u64) ->
     2 * here <= bytes || journal.log_bytes() >= 2 * everywhere + 2 * bytes
 }
 
-/// Frees a segment without its disks, or makes it worth the while; answers whether it could.
+/// Frees a segment without its disks, or a part of it, or makes it worth the while; answers whether it could.
 fn free_one(
     retention: &Retention,
     journal: &mut Journal,
@@ -130,9 +136,11 @@ fn free_one(
     let ((here, everywhere), pinned) = (journal.waiting_in(segment), journal.pinned_in(segment));
     // What pins need there is to be carried, too.
     let is_worth_it = is_worth_it(journal, (here + pinned.0, everywhere + pinned.1), bytes);
-    let carried = if is_worth_it { journal.carry(segment, now) } else { Ok(Vec::new()) };
+    let nothing = || Carried { is_all: true, unreadable: Vec::new() };
+    let carried = if is_worth_it { journal.carry_piece(segment, PIECE_BYTES, now) } else { Ok(nothing()) };
     match carried {
-        Ok(unreadable) if is_worth_it => {
+        Ok(Carried { is_all: false, .. }) => return Ok(true), // others have the journal before the next piece
+        Ok(Carried { unreadable, .. }) if is_worth_it => {
             if let Some((disk, reason)) = unreadable.first().filter(|_| looks < GIVE_UP_AT) {
                 tracing::warn!(%disk, reason, "what waits in the redo log cannot be read; it is tried again for a minute");
                 return Ok(false);

@@ -20,6 +20,7 @@ use super::view::View;
 use super::{DiskLog, DiskShape, Journal, JournalError, Needed};
 use crate::format::disk_state::DiskState;
 use crate::format::manifest::{Edit, EntriesLost};
+use crate::format::segment::EntryKind;
 use crate::format::wire::Text;
 use crate::units::{DiskId, Timestamp};
 
@@ -33,6 +34,18 @@ pub struct LostPin {
     /// Why not.
     pub reason: String,
 }
+
+/// What became of a piece that was to be carried.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Carried {
+    /// Nothing that can be read is left there.
+    pub is_all: bool,
+    /// Disks of which something there cannot be read, and why.
+    pub unreadable: Vec<(DiskId, String)>,
+}
+
+/// An entry that is to be added again: its disk, its number, what it is and its body.
+type Copied = (DiskId, u64, EntryKind, Vec<u8>);
 
 impl Journal {
     /// The oldest segment, where it is no longer written and cannot be released, and the disks that need it.
@@ -97,24 +110,55 @@ impl Journal {
 
     /// Carries what stands in a segment and on no target to the head of the log: then it may be released, and only points
     /// inside undo epochs that go on are lost with it. The segment is not the one that is written. Of a disk of which
-    /// something there cannot be read nothing is carried; these are answered, each with the reason: they are to be given
-    /// up before the segment is released.
+    /// something there cannot be read nothing behind that is carried; these are answered, each with the reason: they are to be
+    /// given up before the segment is released.
     ///
     /// # Errors
-    /// When the medium is full, or fails between two reads; nothing is lost by that.
+    /// When the medium is full, or the log failed; nothing is lost by that.
     pub fn carry(&mut self, segment: u64, now: Timestamp) -> Result<Vec<(DiskId, String)>, JournalError> {
+        loop {
+            let carried = self.carry_piece(segment, u64::MAX, now)?;
+            if carried.is_all {
+                return Ok(carried.unreadable);
+            }
+        }
+    }
+
+    /// As [`Self::carry`], about so many bytes of it at a time, for who does not keep the journal locked meanwhile. What was
+    /// carried is not carried again.
+    ///
+    /// # Errors
+    /// As for [`Self::carry`].
+    pub fn carry_piece(
+        &mut self,
+        segment: u64,
+        bytes_max: u64,
+        now: Timestamp,
+    ) -> Result<Carried, JournalError> {
         self.commit(now)?;
         let inside = |entry: &&LogEntry| entry.place.segment == segment;
-        let waiting = |disk: &DiskId| (*disk, self.waiting(*disk).iter().filter(inside).copied().collect());
-        let mut waiting: Vec<(DiskId, Vec<LogEntry>)> = self.disks.keys().map(waiting).collect();
-        let mut unreadable = Vec::new();
-        // All or none: who tries again must not fill the log with copies of the first of them.
-        waiting.retain(|(disk, entries)| {
-            let error = entries.iter().find_map(|entry| self.read(entry.place).err());
-            error.map(|error| unreadable.push((*disk, error.to_string()))).is_none()
-        });
-        self.copy_to_head(waiting, now)?;
-        Ok(unreadable)
+        let of = |disk: &DiskId| (*disk, self.waiting(*disk).iter().filter(inside).copied().collect());
+        let waiting: Vec<(DiskId, Vec<LogEntry>)> = self.disks.keys().map(of).collect();
+        let (mut copies, mut bytes, mut unreadable) = (Vec::new(), 0, Vec::new());
+        let mut is_all = true;
+        'disks: for (disk, entries) in waiting {
+            for entry in entries {
+                if bytes >= bytes_max {
+                    is_all = false;
+                    break 'disks;
+                }
+                match self.read(entry.place) {
+                    Ok((head, body)) => copies.push((disk, entry.number, head.kind, body)),
+                    Err(error) => {
+                        unreadable.push((disk, error.to_string()));
+                        continue 'disks;
+                    }
+                }
+                bytes += entry.place.bytes;
+            }
+        }
+        self.add_copies(copies, now)?;
+        Ok(Carried { is_all, unreadable })
     }
 
     /// As [`Self::carry`], of what pinned points inside undo epochs need, and a rollback that is not at its end. A point of
@@ -216,15 +260,22 @@ impl Journal {
         wanted: Vec<(DiskId, Vec<LogEntry>)>,
         now: Timestamp,
     ) -> Result<(), JournalError> {
-        let mut carried = Vec::new();
+        let mut copies = Vec::new();
         for (disk, wanted) in wanted {
             for entry in wanted {
                 let (head, body) = self.read(entry.place)?;
-                let body: &[&[u8]] = &[&body];
-                let (kind, number, room) = (head.kind, entry.number, Room::Data);
-                let new = NewEntry { kind, disk, number, body, room, carried: true };
-                carried.push((disk, number, self.log.append(&mut self.manifest, now, &new)?));
+                copies.push((disk, entry.number, head.kind, body));
             }
+        }
+        self.add_copies(copies, now)
+    }
+
+    /// Adds copies of entries to the head of the log, durably; they count from then on.
+    fn add_copies(&mut self, copies: Vec<Copied>, now: Timestamp) -> Result<(), JournalError> {
+        let mut carried = Vec::new();
+        for (disk, number, kind, body) in copies {
+            let new = NewEntry { kind, disk, number, body: &[&body], room: Room::Data, carried: true };
+            carried.push((disk, number, self.log.append(&mut self.manifest, now, &new)?));
         }
         self.commit(now)?;
         for (disk, number, place) in carried {
