@@ -72,6 +72,13 @@ impl Point {
         self.cause == MarkCause::Pass && !self.name.as_str().is_empty()
     }
 
+    /// A point that a disk keeps, with what is known to be damaged of it.
+    #[must_use]
+    pub fn of_kept(disk: &DiskShape, point: &PointKept) -> Self {
+        let kept = Self::kept(point);
+        Self { damaged: disk.rot(kept.at), ..kept }
+    }
+
     fn kept(point: &PointKept) -> Self {
         Self {
             at: At::entry(point.epoch, point.number),
