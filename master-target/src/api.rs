@@ -434,6 +434,9 @@ pub struct RetentionAnswer {
     pub undo_bytes_last_hour: u64,
     /// Hours of history the drive holds at that churn; `None` without any.
     pub hours_held: Option<u64>,
+    /// There is no hour of history yet.
+    #[serde(default)]
+    pub is_young: bool,
 }
 
 /// The answer to [`RollbackRequest`]: one for each disk.

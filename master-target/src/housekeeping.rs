@@ -412,7 +412,7 @@ fn nanos(duration: Duration) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use bytes::Bytes;
     use reprotect_engine::format::batch::{MarkCause, MarkClass};
     use reprotect_engine::format::manifest::{DiskAdded, EpochCause};
@@ -439,9 +439,9 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
 
     /// Two disks of a machine with a point every five minutes for six hours; each epoch writes one block.
-    struct Lab {
+    pub(crate) struct Lab {
         dir: tempfile::TempDir,
-        retention: Arc<Retention>,
+        pub(crate) retention: Arc<Retention>,
         appliers: Vec<Applier<Box<dyn BlockFile>>>,
         begun: u64,
         /// How far the source's clock is behind the target's.
@@ -452,7 +452,7 @@ mod tests {
         DiskId([number as u8 + 1; 16])
     }
 
-    fn lab(points: u64) -> Lab {
+    pub(crate) fn lab(points: u64) -> Lab {
         lab_behind(points, 0)
     }
 
