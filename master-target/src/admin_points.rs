@@ -79,7 +79,7 @@ async fn pin(State(state): Shared, Json(request): Json<PinRequest>) -> Result<Js
         let name = request.name.as_deref();
         let changed = points::change(&state.registry, &disks, &request.point, request.pinned, name)?;
         let part = |(disk, at): &(DiskId, _)| PointPart { disk: disk.to_string(), point: format!("{at}") };
-        Ok(PinAnswer { parts: changed.iter().map(part).collect() })
+        Ok(PinAnswer { parts: changed.places.iter().map(part).collect(), note: changed.note })
     })
     .await
 }
@@ -88,7 +88,7 @@ async fn mount(
     State(state): Shared,
     Json(request): Json<MountRequest>,
 ) -> Result<Json<MountAnswer>, Refusal> {
-    let places = {
+    let points::Chosen { places, note } = {
         let (state, request) = (Arc::clone(&state), request.clone());
         let find = move || {
             points::choose(
@@ -114,7 +114,7 @@ async fn mount(
             }
         }
     }
-    Ok(Json(MountAnswer { mounts: mounted }))
+    Ok(Json(MountAnswer { mounts: mounted, note }))
 }
 
 async fn unmount(
@@ -131,9 +131,7 @@ async fn rollback(
     blocking(move || {
         let _alone = state.registry.changing();
         let disks = disks(&state, &request.disk)?;
-        Ok(RollbackAnswers {
-            disks: points::rollback(&state.registry, &disks, &request.point, request.accept_damage)?,
-        })
+        points::rollback(&state.registry, &disks, &request.point, request.accept_damage)
     })
     .await
 }

@@ -292,6 +292,9 @@ pub struct MountRequest {
 pub struct MountAnswer {
     /// What was mounted.
     pub mounts: Vec<MountInfo>,
+    /// Another point than the one meant was taken, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// A mounted point; the answer to [`UnmountRequest`].
@@ -346,6 +349,9 @@ pub struct PinRequest {
 pub struct PinAnswer {
     /// What was changed.
     pub parts: Vec<PointPart>,
+    /// Another point than the one meant was taken, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// `POST /v1/timeline`: as [`PointsRequest`].
@@ -428,6 +434,9 @@ pub struct RetentionAnswer {
     pub undo_bytes_last_hour: u64,
     /// Hours of history the drive holds at that churn; `None` without any.
     pub hours_held: Option<u64>,
+    /// There is no hour of history yet.
+    #[serde(default)]
+    pub is_young: bool,
 }
 
 /// The answer to [`RollbackRequest`]: one for each disk.
@@ -435,6 +444,9 @@ pub struct RetentionAnswer {
 pub struct RollbackAnswers {
     /// What went back.
     pub disks: Vec<RollbackAnswer>,
+    /// Another point than the one meant was taken, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// A disk that went back.
@@ -488,6 +500,9 @@ pub struct ExportedInfo {
 pub struct ExportAnswer {
     /// One per disk.
     pub copies: Vec<ExportedInfo>,
+    /// Another point than the one meant was taken, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// `POST /v1/verify`.

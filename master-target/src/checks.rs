@@ -73,7 +73,7 @@ pub fn preflight(settings: &Settings) -> Vec<Finding> {
 }
 
 /// Whether the daemon of this state directory runs.
-fn is_running(settings: &Settings) -> bool {
+pub(crate) fn is_running(settings: &Settings) -> bool {
     let dir = &settings.places.state_dir;
     dir.join("run.lock").exists()
         && matches!(RunLock::acquire(Program::MasterTarget, dir), Err(RunLockError::Held { .. }))

@@ -114,6 +114,7 @@ pub async fn run_reloading(
     )?);
     let listen = server.local_address()?;
     let admin = AdminServer::bind(&settings.places.socket).await?;
+    let mounts = settings.places.state_dir.join("mounts");
     let state = Arc::new(AdminState {
         registry: Arc::clone(&registry),
         invitations: Arc::clone(&keys.invitations),
@@ -121,7 +122,7 @@ pub async fn run_reloading(
         identity: Arc::clone(&keys.identity),
         revocations: Arc::clone(&keys.revocations),
         live: Mutex::new(LiveSettings::of(&settings)),
-        mounts: (Mounts::new(&settings.mounts)?, settings.places.state_dir.join("mounts")),
+        mounts: (Mounts::new(&settings.mounts, &mounts)?, mounts),
         retention_policy,
         listen,
         started: Instant::now(),

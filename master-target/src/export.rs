@@ -67,11 +67,13 @@ pub fn copy_point(registry: &Registry, request: &ExportRequest) -> anyhow::Resul
     let records = registry.protected_disks(&request.what)?;
     let disks = ids(&records)?;
     // Every disk's point is looked up before the first byte is copied.
-    let places = points::choose(registry, &disks, &request.point, request.accept_damage)?;
+    let points::Chosen { places, note } =
+        points::choose(registry, &disks, &request.point, request.accept_damage)?;
     let place =
         |record: &ProtectedDisk| places.iter().find(|(disk, _)| disk.to_string() == record.disk).copied();
     if let ([record], Some(place)) = (records.as_slice(), records.first().and_then(place)) {
-        return Ok(ExportAnswer { copies: vec![copy_disk(registry, record, place, format, &request.path)?] });
+        let copies = vec![copy_disk(registry, record, place, format, &request.path)?];
+        return Ok(ExportAnswer { copies, note });
     }
     std::fs::create_dir_all(&request.path)
         .with_context(|| format!("cannot make the folder {}", request.path.display()))?;
@@ -83,7 +85,7 @@ pub fn copy_point(registry: &Registry, request: &ExportRequest) -> anyhow::Resul
             place(record).with_context(|| format!("disk {} has no such point", record.source_name))?;
         copies.push(copy_disk(registry, record, place, format, &path)?);
     }
-    Ok(ExportAnswer { copies })
+    Ok(ExportAnswer { copies, note })
 }
 
 fn ids(records: &[ProtectedDisk]) -> anyhow::Result<Vec<DiskId>> {
@@ -167,7 +169,7 @@ pub fn verify_points(registry: &Registry, request: &VerifyRequest) -> anyhow::Re
         // With `all`, a point may be gone by the time it is its turn.
         let at = match points::find(registry, &[disk], &name) {
             Err(_) if request.point == "all" => continue,
-            found => found?.first().context("the disk has no such point")?.1,
+            found => found?.places.first().context("the disk has no such point")?.1,
         };
         let begun = Instant::now();
         let done = match open_point(registry, disk, at) {

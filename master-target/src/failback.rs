@@ -17,13 +17,12 @@ use anyhow::{Context as _, anyhow, bail};
 use reprotect_engine::format::batch::MarkCause;
 use reprotect_engine::format::message::{MarkRequest, PassMode};
 use reprotect_engine::proto::state::TargetDiskPhase;
-use reprotect_engine::store::journal::view::At;
 use reprotect_engine::units::{DiskId, PeerId};
 use serde::{Deserialize, Serialize};
 
 use crate::api::PointInfo;
 use crate::catalogue::{Failback, FailbackDisk, FailbackStep, Machine, ProtectedDisk, hex, peer};
-use crate::points::{self, NO_JOURNAL};
+use crate::points::{self, Chosen, NO_JOURNAL};
 use crate::registry::Registry;
 
 /// How often it is looked whether the last mark is there.
@@ -81,6 +80,9 @@ pub struct FailbackAnswer {
     pub source_time_ms: u64,
     /// What is lost, if anything.
     pub loss: Option<String>,
+    /// In a plan: another point than the one meant is taken, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
     /// Its disks.
     pub disks: Vec<FailbackInfo>,
     /// What the operator does next.
@@ -236,7 +238,10 @@ fn decide(
     } else {
         known_point(registry, &disks, request)?
     };
-    let places = places_of(registry, &disks, &text, request)?;
+    let Chosen { places, note } = places_of(registry, &disks, &text, request)?;
+    if let Some(note) = note {
+        tracing::warn!(note, "the point of the failback is not the one meant");
+    }
     let listed = points::list(registry, &disks, true)?;
     let info = listed.iter().find(|info| {
         places.iter().all(|(disk, at)| {
@@ -272,7 +277,7 @@ fn places_of(
     disks: &[DiskId],
     text: &str,
     request: &FailbackRequest,
-) -> anyhow::Result<Vec<(DiskId, At)>> {
+) -> anyhow::Result<Chosen> {
     points::choose(registry, disks, text, request.accept_damage || request.point.is_none())
 }
 
@@ -397,7 +402,7 @@ fn plan(
         _ => Some(known_point(registry, &disks, request)?),
     };
     let place = |text| places_of(registry, &disks, text, request);
-    let places = text.as_deref().map_or(Ok(Vec::new()), place)?;
+    let Chosen { places, note } = text.as_deref().map_or_else(|| Ok(Vec::new().into()), place)?;
     let listed = points::list(registry, &disks, true)?;
     let info = text.as_ref().and_then(|_| {
         listed.iter().find(|info| {
@@ -419,6 +424,7 @@ fn plan(
         let place = places.iter().find(|(id, _)| id.to_string() == disk.disk);
         disk.point = place.map_or_else(String::new, |(_, at)| at.to_string());
     }
+    answer.note = note;
     Ok(answer)
 }
 
@@ -454,6 +460,7 @@ fn answer(machine: &Machine, records: &[ProtectedDisk], failback: &Failback, sta
         class: failback.class.clone(),
         source_time_ms: failback.source_time_ms,
         loss,
+        note: None,
         disks: records.iter().map(info).collect(),
         next: Vec::new(),
     }

@@ -3,9 +3,10 @@
 //! Every two seconds segments past their time are released and new ones made ahead of need; the drive is looked at;
 //! every half minute, or when the pressure rises, points are dropped and their runs merged or removed.
 //!
-//! Invariants: the newest point of a disk stays; a point that is read now stays; a run is merged without the lock,
-//! while replication goes on; an error is told and tried again, it stops nothing; how old a point is says the target's
-//! clock, not the source's. Units: bytes, times by the target's clock; points are cut into slots by the source's. Runs on a
+//! Invariants: the newest point of a disk stays, and the newest that all disks of its machine have; a point that is read now
+//! stays; a run is merged without the lock, while replication goes on; an error is told and tried again, it stops nothing;
+//! how old a point is says the target's clock, not the source's. Units: bytes, times by the target's clock; points are cut
+//! into slots by the source's. Runs on a
 //! thread of its own, started by `daemon`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -19,6 +20,7 @@ use reprotect_engine::format::manifest::{Edit, EpochsExpired, PointDropped, Poin
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::journal::applier::run_path;
 use reprotect_engine::store::journal::ladder::{Candidate, Ladder, Pressure, dropped, log_kept};
+use reprotect_engine::store::journal::points::Point;
 use reprotect_engine::store::journal::undo::BlockRange;
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{DiskShape, Journal, JournalError, RunFile, Shape, thin};
@@ -224,6 +226,7 @@ fn drop_points(
     let held = retention.held(journal, disk);
     let Some(known) = journal.shape().disks.get(&disk).cloned() else { return Ok(()) };
     let (common, times) = (common_points(journal.shape(), &known), times_of(journal.shape(), &known));
+    let unsound = unsound_points(journal.shape(), &known);
     let is_held = |point: &PointKept| {
         held.iter().any(|at| at.epoch == point.epoch && at.number == point.number && at.records == 0)
     };
@@ -236,6 +239,7 @@ fn drop_points(
         named: !point.name.as_str().is_empty(),
         pinned: point.pinned || is_held(point),
         complete: common.contains(&point.point),
+        sound: !unsound.contains(&point.point),
     };
     let candidates: Vec<Candidate> = known.points.values().map(candidate).collect();
     let mut gone: Vec<[u8; 16]> = dropped(&candidates, ladder, pressure, now).into_iter().collect();
@@ -323,6 +327,16 @@ fn common_points(shape: &Shape, of: &DiskShape) -> BTreeSet<[u8; 16]> {
     counts.into_iter().filter(|(_, count)| *count == disks).map(|(point, _)| point).collect()
 }
 
+/// Points of a machine that are not sound on one of its disks at least: a part that is no state spoils the whole.
+fn unsound_points(shape: &Shape, of: &DiskShape) -> BTreeSet<[u8; 16]> {
+    let mut unsound = BTreeSet::new();
+    for disk in shape.disks.values().filter(|disk| disk.added.machine == of.added.machine) {
+        let spoilt = disk.points.values().filter(|point| !Point::of_kept(disk, point).is_sound());
+        unsound.extend(spoilt.map(|point| point.point));
+    }
+    unsound
+}
+
 /// When the target had the points of a disk, by its own clock: when the last disk of the machine had them, so that all of
 /// these let go of them together.
 fn times_of(shape: &Shape, of: &DiskShape) -> BTreeMap<[u8; 16], Timestamp> {
@@ -398,7 +412,7 @@ fn nanos(duration: Duration) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use bytes::Bytes;
     use reprotect_engine::format::batch::{MarkCause, MarkClass};
     use reprotect_engine::format::manifest::{DiskAdded, EpochCause};
@@ -425,9 +439,9 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
 
     /// Two disks of a machine with a point every five minutes for six hours; each epoch writes one block.
-    struct Lab {
+    pub(crate) struct Lab {
         dir: tempfile::TempDir,
-        retention: Arc<Retention>,
+        pub(crate) retention: Arc<Retention>,
         appliers: Vec<Applier<Box<dyn BlockFile>>>,
         begun: u64,
         /// How far the source's clock is behind the target's.
@@ -438,7 +452,7 @@ mod tests {
         DiskId([number as u8 + 1; 16])
     }
 
-    fn lab(points: u64) -> Lab {
+    pub(crate) fn lab(points: u64) -> Lab {
         lab_behind(points, 0)
     }
 
@@ -493,8 +507,12 @@ mod tests {
         }
 
         fn end(&mut self, epoch: u64) {
+            self.end_of(0..2, epoch);
+        }
+
+        fn end_of(&mut self, disks: std::ops::Range<usize>, epoch: u64) {
             let now = Timestamp(self.begun + epoch * 5 * MINUTE);
-            for number in 0..2 {
+            for number in disks {
                 let range = SectorRange::new(epoch % 8 * 8, epoch % 8 * 8 + 8);
                 let content = Content::Data(Bytes::from(vec![epoch as u8; range.bytes() as usize]));
                 let mut window = Window::default();
@@ -631,6 +649,36 @@ mod tests {
         lab.thin(31 * 60);
         assert_eq!(lab.left(0), [pinned, 72]);
         assert_eq!(runs(&lab), 2, "up to the pinned point one run, behind it one");
+    }
+
+    /// One disk stands (its target cannot be written, say) while the other goes on, and the last point of both is fuzzy.
+    #[test]
+    fn disks_of_a_machine_keep_the_last_points_they_have_in_common_however_long_one_of_them_stands() {
+        for (pressure, hours) in [(Pressure::None, 48), (Pressure::Least, 3)] {
+            let mut lab = lab(12);
+            {
+                let mut locked = lab.retention.lock();
+                let journal = locked.get().unwrap();
+                for number in 0..2 {
+                    let point = journal.shape().disks[&disk(number)].points[&[12; 16]];
+                    let fuzzy = PointKept { class: MarkClass::Fuzzy, ..point };
+                    journal.edit(&[Edit::PointChanged(fuzzy)], Timestamp(0)).unwrap();
+                }
+            }
+            (13..=20).for_each(|epoch| lab.end_of(0..1, epoch));
+            lab.retention.set_pressure(pressure);
+            for _ in 0..2 {
+                lab.thin(hours * 60);
+                assert_eq!(lab.left(0), [11, 12, 20], "{pressure:?}");
+                assert_eq!(lab.left(1), [11, 12], "{pressure:?}");
+            }
+            // It catches up: what is in common now is newer.
+            (13..=20).for_each(|epoch| lab.end_of(1..2, epoch));
+            lab.thin(hours * 60);
+            assert_eq!(lab.left(0), [20], "{pressure:?}");
+            lab.thin(hours * 60);
+            assert_eq!(lab.left(1), [20], "{pressure:?}");
+        }
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! writes into a scratch file that is deleted with it.
 //!
 //! Invariants: a mount changes nothing; its point is held, so that it is neither merged away nor forgotten; at most
-//! `MOUNTS_MAX` at a time. Units: bytes. Called by `admin`.
+//! `MOUNTS_MAX` at a time; no mount outlives its daemon, so what a killed one left in the folder goes with the next start,
+//! and nothing else there does. Units: bytes. Called by `admin`.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -91,7 +92,28 @@ struct Mount {
     info: MountInfo,
     server: Server,
     _hold: Hold,
-    scratch: Option<PathBuf>,
+    scratch: Option<Scratch>,
+}
+
+/// The file that takes what is written to a mount; it goes with it.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    /// Removes it, and says what hinders that.
+    fn remove(self) -> anyhow::Result<()> {
+        let path = std::mem::take(&mut std::mem::ManuallyDrop::new(self).0);
+        std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
+    }
+}
+
+impl Drop for Scratch {
+    /// Whatever kept the mount from being made, its file would be of no use to anybody.
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.0) {
+            let path = self.0.display();
+            tracing::warn!(%path, %error, "what was written to a mount could not be removed; the next start tries again");
+        }
+    }
 }
 
 /// What is mounted, and where it is served.
@@ -109,11 +131,13 @@ impl std::fmt::Debug for Mounts {
 }
 
 impl Mounts {
-    /// Nothing is mounted yet.
+    /// Nothing is mounted yet; what mounts of a daemon that was killed left in `folder` is removed. The caller is the only
+    /// daemon of the state directory.
     ///
     /// # Errors
     /// When the certificates for clients cannot be used.
-    pub fn new(config: &MountsConfig) -> anyhow::Result<Self> {
+    pub fn new(config: &MountsConfig, folder: &Path) -> anyhow::Result<Self> {
+        remove_left(folder);
         let tls = config.tls_dir.as_deref().map(server_config).transpose()?;
         Ok(Self { mounted: Mutex::default(), listen: config.listen, tls })
     }
@@ -122,7 +146,7 @@ impl Mounts {
     fn address(&self, folder: &Path, id: &str) -> Address {
         match self.listen {
             Some(ip) => Address::Tcp(SocketAddr::from((ip, 0))),
-            None => Address::Unix(folder.join(format!("{id}.sock"))),
+            None => Address::Unix(folder.join(format!("{id}.{SOCKET}"))),
         }
     }
 
@@ -212,11 +236,42 @@ impl Mount {
     async fn end(self) -> anyhow::Result<MountInfo> {
         self.server.stop().await;
         if let Some(scratch) = self.scratch {
-            std::fs::remove_file(&scratch).with_context(|| format!("cannot remove {}", scratch.display()))?;
+            scratch.remove()?;
         }
         tracing::info!(disk = self.info.disk, point = self.info.point, "unmounted");
         Ok(self.info)
     }
+}
+
+/// Endings of what a mount puts into the folder, behind its name of eight hexadecimal digits.
+const SCRATCH: &str = "scratch";
+const SOCKET: &str = "sock";
+
+/// Removes what mounts of a daemon that was killed left behind: a scratch file may be as large as what was written to it. What
+/// hinders that hinders no start.
+fn remove_left(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if !entry.file_name().to_str().is_some_and(is_of_mount) {
+            continue;
+        }
+        let path = entry.path();
+        match std::fs::remove_file(&path) {
+            Ok(()) => {
+                tracing::info!(path = %path.display(), "removed what a mount left when the daemon was killed")
+            }
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "what a mount left could not be removed; remove it");
+            }
+        }
+    }
+}
+
+/// Whether a mount gives such a name.
+fn is_of_mount(name: &str) -> bool {
+    let is_digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+    name.split_once('.').is_some_and(|(id, ending)| {
+        id.len() == 8 && id.bytes().all(is_digit) && [SCRATCH, SOCKET].contains(&ending)
+    })
 }
 
 /// The scratch file once more: several handles of one mount share it, so it is not locked.
@@ -227,7 +282,7 @@ fn open_scratch(path: &Path) -> Result<Box<dyn BlockFile>, BlockError> {
 struct Prepared {
     export: Arc<dyn Export>,
     id: String,
-    scratch: Option<PathBuf>,
+    scratch: Option<Scratch>,
     hold: Hold,
 }
 
@@ -257,14 +312,59 @@ fn prepare(
             hold,
         });
     }
-    let path = folder.join(format!("{id}.scratch"));
+    let path = folder.join(format!("{id}.{SCRATCH}"));
     fs_opener().create(&path, size_bytes)?;
+    let made = Scratch(path.clone());
     let overlay = OverlayState::new(&path.display().to_string(), size_bytes, open_scratch(&path)?)?;
-    let scratch = path.clone();
     let open = move || {
-        let file = Overlay::new(&overlay, Box::new(base()), open_scratch(&scratch)?)?;
+        let file = Overlay::new(&overlay, Box::new(base()), open_scratch(&path)?)?;
         Ok(Box::new(file) as Box<dyn BlockFile>)
     };
     let export = Arc::new(ExportBy::new("", size_bytes, true, open));
-    Ok(Prepared { export, id, scratch: Some(path), hold })
+    Ok(Prepared { export, id, scratch: Some(made), hold })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_start_removes_what_mounts_of_a_killed_daemon_left_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("mounts");
+        let new = || Mounts::new(&MountsConfig::default(), &folder).unwrap();
+        new(); // nothing was ever mounted
+        std::fs::create_dir(&folder).unwrap();
+        let put = |name: &str| std::fs::write(folder.join(name), b"x").unwrap();
+        let left = ["0a1b2c3d.scratch", "0a1b2c3d.sock", "ffffffff.scratch"];
+        let others =
+            ["0a1b2c3d.vmdk", "0a1b2c3.sock", "0A1B2C3D.scratch", "web1.scratch", "0a1b2c3d.scratch.old"];
+        left.into_iter().chain(others).for_each(put);
+        std::fs::create_dir(folder.join("11111111.scratch")).unwrap();
+        new();
+        let mut stays: Vec<String> = std::fs::read_dir(&folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        stays.sort_unstable();
+        let mut expected = [&others[..], &["11111111.scratch"]].concat();
+        expected.sort_unstable();
+        assert_eq!(stays, expected, "a folder of such a name is not ours either");
+    }
+
+    #[test]
+    fn a_mount_that_could_not_be_made_keeps_no_scratch_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0a1b2c3d.scratch");
+        for by_hand in [false, true] {
+            std::fs::write(&path, b"x").unwrap();
+            let scratch = Scratch(path.clone());
+            if by_hand {
+                scratch.remove().unwrap();
+            } else {
+                drop(scratch);
+            }
+            assert!(!path.exists());
+        }
+    }
 }

@@ -5,10 +5,13 @@
 //!
 //! Invariants: a fuzzy point is listed only when asked for and never chosen by `newest` or a time; one that is known to be
 //! damaged is listed as that, never chosen so, and handed out only to who accepts it; a machine's point is one that all
-//! its disks have; which is newer says the place of points, never their time. Units: entry numbers, sequences, times by the
+//! its disks have, and a time between two of them only where nothing is missing on any (`times`); which is newer says the place of points, never their time. Units: entry numbers, sequences, times by the
 //! source's clock. Called by `admin`.
 
+mod times;
+
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, anyhow, bail};
@@ -22,12 +25,13 @@ use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::{Journal, JournalError};
 use reprotect_engine::units::{DiskId, Sequence, Timestamp};
 
-use crate::api::{DiskTimeline, IntervalInfo, PointInfo, PointPart, RollbackAnswer};
+use crate::api::{DiskTimeline, IntervalInfo, PointInfo, PointPart, RollbackAnswer, RollbackAnswers};
 use crate::catalogue::ProtectedDisk;
 use crate::disk_worker::DiskInputs;
 use crate::journaled::Journaled;
 use crate::redo::kept_point;
 use crate::registry::Registry;
+use crate::retention::Retention;
 use crate::rot::note_entry;
 
 pub(crate) const NO_JOURNAL: &str =
@@ -39,8 +43,11 @@ fn with_journal<T>(
     registry: &Registry,
     work: impl FnOnce(&mut Journal) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
-    let retention = registry.retention().context(NO_JOURNAL)?;
-    work(retention.lock().get()?)
+    work(retention(registry)?.lock().get()?)
+}
+
+fn retention(registry: &Registry) -> anyhow::Result<&Arc<Retention>> {
+    registry.retention().context(NO_JOURNAL)
 }
 
 /// The points of a disk that can be had now, oldest first.
@@ -48,12 +55,16 @@ fn with_journal<T>(
 /// # Errors
 /// When the disk is in no journal, or its marks cannot be read.
 pub(crate) fn of_disk(registry: &Registry, disk: DiskId) -> anyhow::Result<Vec<Point>> {
-    with_journal(registry, |journal| {
-        if !journal.shape().disks.contains_key(&disk) {
-            bail!(NOT_YET);
-        }
-        reading(journal, disk, |journal| points::points(journal, disk))
-    })
+    points_of(retention(registry)?, disk)
+}
+
+fn points_of(retention: &Retention, disk: DiskId) -> anyhow::Result<Vec<Point>> {
+    let mut locked = retention.lock();
+    let journal = locked.get()?;
+    if !journal.shape().disks.contains_key(&disk) {
+        bail!(NOT_YET);
+    }
+    reading(journal, disk, |journal| points::points(journal, disk))
 }
 
 /// Reads of the log what points need; an entry that turns out to be damaged is recorded, and the others are read.
@@ -89,10 +100,10 @@ impl Common {
 }
 
 /// The points of disks, each with the disks that have it, oldest first.
-fn common(registry: &Registry, disks: &[DiskId]) -> anyhow::Result<Vec<Common>> {
+fn common(retention: &Retention, disks: &[DiskId]) -> anyhow::Result<Vec<Common>> {
     let mut all = Vec::new();
     for disk in disks {
-        all = merged(all, *disk, &of_disk(registry, *disk)?);
+        all = merged(all, *disk, &points_of(retention, *disk)?);
     }
     Ok(all)
 }
@@ -131,7 +142,7 @@ fn merged(mut known: Vec<Common>, disk: DiskId, points: &[Point]) -> Vec<Common>
 /// # Errors
 /// When a disk is in no journal, or its marks cannot be read.
 pub fn list(registry: &Registry, disks: &[DiskId], all: bool) -> anyhow::Result<Vec<PointInfo>> {
-    let found = common(registry, disks)?.into_iter().rev();
+    let found = common(retention(registry)?, disks)?.into_iter().rev();
     let is_named = |common: &Common| !common.point.name.as_str().is_empty();
     let wanted = found.filter(|common| all || common.point.class != MarkClass::Fuzzy || is_named(common));
     Ok(wanted.map(|common| info(&common, disks.len())).collect())
@@ -229,47 +240,51 @@ fn parse_time(text: &str) -> anyhow::Result<Option<Timestamp>> {
     Ok(Some(Timestamp(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))))
 }
 
+/// Where a point that was asked for is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// On each disk.
+    pub places: Vec<(DiskId, At)>,
+    /// What is to be told to whoever asked: another point than the one meant was taken, and why.
+    pub note: Option<String>,
+}
+
+impl From<Vec<(DiskId, At)>> for Chosen {
+    fn from(places: Vec<(DiskId, At)>) -> Self {
+        Self { places, note: None }
+    }
+}
+
 /// Where a point is on each of some disks of one machine.
 ///
 /// # Errors
 /// When there is none, or only some of the disks have it; the text says what there is.
-pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result<Vec<(DiskId, At)>> {
+pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result<Chosen> {
     match Asked::parse(text)? {
-        Asked::Time(time) => {
-            let at = |disk: &DiskId| {
-                with_journal(registry, |journal| {
-                    let found = reading(journal, *disk, |journal| points::at_time(journal, *disk, time))?;
-                    let shown = UNIX_EPOCH + Duration::from_nanos(found.source_time.0);
-                    let shown = humantime::format_rfc3339_millis(shown);
-                    tracing::info!(%disk, at = %found.at, %shown, text, "the state of a time was looked up");
-                    Ok((*disk, found.at))
-                })
-            };
-            disks.iter().map(at).collect()
-        }
+        Asked::Time(time) => times::by_time(retention(registry)?, disks, time),
         Asked::Sequence(sequence) => {
             let [disk] = disks else { bail!("a sequence is of one disk; write MACHINE:DISK") };
             with_journal(registry, |journal| {
                 let found = reading(journal, *disk, |journal| points::at_sequence(journal, *disk, sequence))?;
-                Ok(vec![(*disk, found.at)])
+                Ok(vec![(*disk, found.at)].into())
             })
         }
         Asked::Place(at) => {
             let [disk] = disks else { bail!("{text} is a point of one disk; write MACHINE:DISK") };
             // It may be no mark but a record of an ordered stretch: whether it can be had is seen when it is opened.
-            Ok(vec![(*disk, at)])
+            Ok(vec![(*disk, at)].into())
         }
         Asked::Newest(class) => {
-            let all = common(registry, disks)?;
+            let all = common(retention(registry)?, disks)?;
             let fits = |common: &&Common| {
                 common.parts.len() == disks.len()
                     && common.point.is_sound()
                     && class.is_none_or(|class| class == common.point.class)
             };
             let newest = all.iter().rev().find(fits);
-            newest.map(|common| common.parts.clone()).ok_or_else(|| nothing_newest(&all))
+            newest.map(|common| common.parts.clone().into()).ok_or_else(|| nothing_newest(&all))
         }
-        Asked::Label(label) => by_label(registry, disks, &label),
+        Asked::Label(label) => by_label(registry, disks, &label).map(Chosen::from),
     }
 }
 
@@ -277,16 +292,11 @@ pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result
 ///
 /// # Errors
 /// As for [`find`]; and what is damaged of the point.
-pub fn choose(
-    registry: &Registry,
-    disks: &[DiskId],
-    text: &str,
-    accepted: bool,
-) -> anyhow::Result<Vec<(DiskId, At)>> {
-    let places = find(registry, disks, text)?;
+pub fn choose(registry: &Registry, disks: &[DiskId], text: &str, accepted: bool) -> anyhow::Result<Chosen> {
+    let chosen = find(registry, disks, text)?;
     if !accepted {
         with_journal(registry, |journal| {
-            for (disk, at) in &places {
+            for (disk, at) in &chosen.places {
                 if let Some(rot) = journal.shape().disks.get(disk).and_then(|known| known.rot(*at)) {
                     bail!(
                         "point {at} of disk {disk} is damaged ({rot}); choose another one that `points` lists, restore the file from a copy of the retention folder, or write --accept-damage for what can be read of it"
@@ -296,11 +306,11 @@ pub fn choose(
             Ok(())
         })?;
     }
-    Ok(places)
+    Ok(chosen)
 }
 
 fn by_label(registry: &Registry, disks: &[DiskId], label: &str) -> anyhow::Result<Vec<(DiskId, At)>> {
-    let all = common(registry, disks)?;
+    let all = common(retention(registry)?, disks)?;
     let named: Vec<&Common> = all.iter().filter(|common| common.point.name.as_str() == label).collect();
     let by_id = |common: &&Common| label.len() >= 6 && hex(&common.point.id).starts_with(label);
     let found = if named.is_empty() { all.iter().filter(by_id).collect() } else { named };
@@ -350,16 +360,16 @@ pub fn change(
     text: &str,
     pinned: Option<bool>,
     name: Option<&str>,
-) -> anyhow::Result<Vec<(DiskId, At)>> {
-    let places = find(registry, disks, text)?;
+) -> anyhow::Result<Chosen> {
+    let chosen = find(registry, disks, text)?;
     with_journal(registry, |journal| {
         let mut edits = Vec::new();
-        for (disk, at) in &places {
+        for (disk, at) in &chosen.places {
             edits.extend(changed(journal, *disk, *at, pinned, name)?);
         }
         Ok(journal.edit(&edits, wall_clock())?)
     })?;
-    Ok(places)
+    Ok(chosen)
 }
 
 fn changed(
@@ -456,8 +466,8 @@ pub fn rollback(
     disks: &[DiskId],
     text: &str,
     accept_damage: bool,
-) -> anyhow::Result<Vec<RollbackAnswer>> {
-    let places = choose(registry, disks, text, accept_damage)?;
+) -> anyhow::Result<RollbackAnswers> {
+    let Chosen { places, note } = choose(registry, disks, text, accept_damage)?;
     if disks.iter().any(|disk| registry.is_connected(*disk)) {
         bail!(
             "its agent is connected and would write on over the point; stop the agent or `unprotect` the disk first, then roll back"
@@ -478,12 +488,11 @@ pub fn rollback(
         })?;
         done.push(answer);
     }
-    Ok(done)
+    Ok(RollbackAnswers { disks: done, note })
 }
 
 fn rollback_disk(registry: &Registry, disk: DiskId, at: At) -> anyhow::Result<RollbackAnswer> {
-    let retention = registry.retention().context(NO_JOURNAL)?;
-    let hold = retention.hold(disk, at);
+    let hold = retention(registry)?.hold(disk, at);
     let (inputs, _) = registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
     let done = on_disk(&inputs, move |store| store.rollback(at))?;
     drop(hold);

@@ -141,7 +141,7 @@ fn capacity(folder: &Path, chosen: &RetentionSettings) -> Finding {
             "add space, or shorten the retention",
         );
     }
-    Finding::pass(name, format!("{shown}; `retention` says how many hours that holds at the churn it sees"))
+    Finding::pass(name, shown)
 }
 
 fn has_journal(folder: &Path) -> bool {

@@ -2,7 +2,7 @@
 //!
 //! Invariants: a change is durable in the state directory before it takes effect, and outlives a restart; what does not
 //! make sense is refused with the reason and changes nothing. Units: durations as an operator writes them, bytes.
-//! Called by `daemon` at the start and by `admin_points`.
+//! Called by `daemon` at the start, by `admin_points`, and by `check` where no daemon runs.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,14 +12,16 @@ use reprotect_engine::host::values::DurationText;
 use reprotect_engine::io::durable::{Access, read_bounded, replace_file};
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::journal::ladder::{Ladder, Rung};
-use reprotect_engine::store::journal::{DiskShape, Journal};
-use reprotect_engine::units::Timestamp;
+use reprotect_engine::store::journal::offline::Offline;
+use reprotect_engine::store::journal::recovery::LogEntry;
+use reprotect_engine::store::journal::{DiskShape, JournalError, Shape};
+use reprotect_engine::units::{DiskId, Timestamp};
 
 use crate::api::{RetentionAnswer, RetentionRequest};
 use crate::config::rungs;
 use crate::housekeeping::Room;
 use crate::points::NO_JOURNAL;
-use crate::registry::Registry;
+use crate::registry::{Registry, fs_opener};
 use crate::retention::Retention;
 
 /// Largest file read.
@@ -58,9 +60,19 @@ impl RetentionPolicy {
     /// # Errors
     /// When the policy file is damaged.
     pub fn take_effect(&self, retention: &Retention) -> anyhow::Result<()> {
-        let Some(configured) = &self.configured else { return Ok(()) };
-        retention.set_ladder(changed(configured, &self.changes()?)?);
+        if let Some(ladder) = self.ladder()? {
+            retention.set_ladder(ladder);
+        }
         Ok(())
+    }
+
+    /// What is kept; nothing where no journal is configured.
+    ///
+    /// # Errors
+    /// When the policy file is damaged.
+    pub fn ladder(&self) -> anyhow::Result<Option<Ladder>> {
+        let Some(configured) = &self.configured else { return Ok(None) };
+        changed(configured, &self.changes()?).map(Some)
     }
 }
 
@@ -122,7 +134,12 @@ pub fn show(registry: &Registry, policy: &RetentionPolicy) -> anyhow::Result<Ret
     let retention = registry.retention().context(NO_JOURNAL)?;
     let room = Room::of(retention.folder()).unwrap_or(Room { free_bytes: 0, total_bytes: 0 });
     let ladder = retention.ladder();
-    let churn = Churn::of(retention.lock().get()?, wall_clock());
+    let churn = {
+        let mut locked = retention.lock();
+        let journal = locked.get()?;
+        Churn::of(journal.shape(), |disk| journal.entries(disk), wall_clock())
+    };
+    let reach = churn.reach(room, ladder.any_write);
     Ok(RetentionAnswer {
         folder: retention.folder().display().to_string(),
         ladder: as_text(&ladder),
@@ -136,8 +153,48 @@ pub fn show(registry: &Registry, policy: &RetentionPolicy) -> anyhow::Result<Ret
         undo_bytes: churn.undo_bytes,
         log_bytes_last_hour: churn.log_last_hour,
         undo_bytes_last_hour: churn.undo_last_hour,
-        hours_held: churn.hours_held(room, ladder.any_write),
+        hours_held: reach.hours_held,
+        is_young: reach.is_young,
     })
+}
+
+/// How far a drive reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reach {
+    /// Hours of history at the last hour's churn; `None` without any, or without an hour of it.
+    pub hours_held: Option<u64>,
+    /// There is no hour of history yet, so nobody knows what an hour's churn is.
+    pub is_young: bool,
+}
+
+/// How far the drive of a journal reaches that nobody has open, by the last hour in which it was written to: the wall clock
+/// would only say how long nothing ran. Changes nothing.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn reach_at_rest(folder: &Path, ladder: &Ladder) -> anyhow::Result<Reach> {
+    let nothing_yet = Reach { hours_held: None, is_young: true };
+    if !folder.exists() {
+        return Ok(nothing_yet);
+    }
+    let offline = match Offline::open(fs_opener(), folder) {
+        Ok(offline) => offline,
+        Err(JournalError::NoJournal { .. }) => return Ok(nothing_yet),
+        Err(error) => return Err(error.into()),
+    };
+    let entries = |disk| offline.entries(disk);
+    let churn = Churn::of(offline.shape(), entries, newest(offline.shape(), entries));
+    let room = Room::of(folder).context("the system does not say how large the drive is")?;
+    Ok(churn.reach(room, ladder.any_write))
+}
+
+/// When something was last written to a journal.
+fn newest<'a>(shape: &Shape, entries: impl Fn(DiskId) -> &'a [LogEntry]) -> Timestamp {
+    let of = |(disk, known): (&DiskId, &DiskShape)| {
+        let closed = known.epochs.iter().filter_map(|epoch| epoch.closed).map(|closed| closed.time);
+        closed.chain(entries(*disk).iter().map(|entry| entry.time)).max()
+    };
+    shape.disks.iter().filter_map(of).max().unwrap_or(Timestamp(0))
 }
 
 fn text(duration: Duration) -> String {
@@ -174,21 +231,30 @@ struct Churn {
     undo_bytes: u64,
     log_last_hour: u64,
     undo_last_hour: u64,
+    /// No disk has been there for an hour.
+    is_young: bool,
 }
 
 impl Churn {
-    fn of(journal: &Journal, now: Timestamp) -> Self {
+    fn of<'a>(shape: &Shape, entries: impl Fn(DiskId) -> &'a [LogEntry], now: Timestamp) -> Self {
         let hour_ago = now.0.saturating_sub(nanos(HOUR));
-        let shape = journal.shape();
-        let mut churn =
-            Self { log_bytes: shape.segments.values().map(|segment| segment.bytes).sum(), ..Self::default() };
+        let mut churn = Self {
+            log_bytes: shape.segments.values().map(|segment| segment.bytes).sum(),
+            is_young: !shape.disks.values().any(|disk| disk.added.time.0 <= hour_ago),
+            ..Self::default()
+        };
         for (disk, known) in &shape.disks {
             churn.undo_bytes += known.runs.iter().map(|run| run.bytes).sum::<u64>();
             churn.undo_last_hour += undo_since(known, hour_ago);
-            let recent = journal.entries(*disk).iter().rev().take_while(|entry| entry.time.0 >= hour_ago);
+            let recent = entries(*disk).iter().rev().take_while(|entry| entry.time.0 >= hour_ago);
             churn.log_last_hour += recent.map(|entry| entry.place.bytes).sum::<u64>();
         }
         churn
+    }
+
+    fn reach(&self, room: Room, any_write: Duration) -> Reach {
+        let hours_held = if self.is_young { None } else { self.hours_held(room, any_write) };
+        Reach { hours_held, is_young: self.is_young }
     }
 
     /// Hours of history at this churn: what the log takes for its window comes off, and nothing is thinned.
@@ -215,6 +281,7 @@ fn nanos(duration: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::housekeeping::tests::{Lab, lab};
 
     fn ladder() -> Ladder {
         Ladder {
@@ -266,9 +333,33 @@ mod tests {
     #[test]
     fn a_drive_holds_what_is_left_after_the_log_at_the_last_hours_churn() {
         const GIB: u64 = 1 << 30;
-        let churn = Churn { log_bytes: 0, undo_bytes: 0, log_last_hour: 2 * GIB, undo_last_hour: GIB };
+        let churn = Churn { log_last_hour: 2 * GIB, undo_last_hour: GIB, ..Churn::default() };
         let room = Room { free_bytes: 100 * GIB, total_bytes: 100 * GIB };
         assert_eq!(churn.hours_held(room, 2 * HOUR), Some(76), "80 GiB less 4 for the log");
         assert_eq!(Churn::default().hours_held(room, HOUR), None);
+    }
+
+    #[test]
+    fn a_journal_at_rest_says_how_far_its_drive_reaches_by_its_last_hour_and_that_it_has_none_yet() {
+        let folder = |lab: &Lab| lab.retention.folder().to_owned();
+        let of = |lab: &Lab| reach_at_rest(&folder(lab), &ladder()).unwrap();
+        let none = Reach { hours_held: None, is_young: true };
+        let (young, old) = (lab(11), lab(24)); // points every five minutes
+        assert_eq!(of(&young), none);
+        let names = |folder: &Path| std::fs::read_dir(folder).unwrap().count();
+        let before = names(&folder(&old));
+        let reach = of(&old);
+        assert!(!reach.is_young && reach.hours_held.is_some_and(|hours| hours > 0), "{reach:?}");
+        assert_eq!(names(&folder(&old)), before);
+        let shape = old.retention.shape();
+        let hour: u64 =
+            shape.disks.values().flat_map(|disk| &disk.runs).map(|run| run.bytes).sum::<u64>() / 2;
+        let churn = Churn::of(&shape, |_| &[], newest(&shape, |_| &[]));
+        assert!(
+            (hour..=hour * 13 / 12).contains(&churn.undo_last_hour),
+            "half of what two hours left: {churn:?}"
+        );
+        let empty = tempfile::tempdir().unwrap();
+        assert_eq!(reach_at_rest(&empty.path().join("none"), &ladder()).unwrap(), none);
     }
 }

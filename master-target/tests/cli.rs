@@ -56,6 +56,18 @@ fn the_printed_default_passes_its_own_check_and_a_wrong_key_exits_with_2() {
 }
 
 #[test]
+fn check_says_how_far_the_retention_drive_reaches_or_that_there_is_no_hour_of_history_yet() {
+    let dir = tempfile::tempdir().unwrap();
+    let configured = format!("[retention]\npath = {:?}\n", dir.path().join("retention"));
+    std::fs::write(dir.path().join("master-target.toml"), configured).unwrap();
+    let checked = program(&["check", "--state-dir", dir.path().to_str().unwrap()]);
+    let text = String::from_utf8_lossy(&checked.stdout).into_owned();
+    let line = text.lines().find(|line| line.contains("retention-reach")).unwrap_or_else(|| panic!("{text}"));
+    assert!(line.contains("PASS") && line.contains("there is no hour of history yet"), "{line}");
+    assert!(!dir.path().join("retention").exists(), "nothing is made");
+}
+
+#[test]
 fn commands_without_a_daemon_say_how_to_start_it() {
     let dir = tempfile::tempdir().unwrap();
     let state_dir = dir.path().to_str().unwrap();

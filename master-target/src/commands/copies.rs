@@ -34,6 +34,7 @@ pub async fn export(context: &Context, args: &ExportArgs) -> anyhow::Result<()> 
         accept_damage: args.accept_damage,
     };
     let answer: ExportAnswer = daemon(context).post_json("/v1/export", &request).await?;
+    context.tell(answer.note.as_deref());
     context.output.result(&answer, || {
         let line = |copy: &crate::api::ExportedInfo| {
             format!(

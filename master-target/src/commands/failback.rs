@@ -81,6 +81,9 @@ fn summary(answer: &FailbackAnswer) -> String {
         class => text.push_str(&format!(", {class}")),
     }
     text.push('\n');
+    if let Some(note) = &answer.note {
+        text.push_str(&format!("  {note}\n"));
+    }
     for disk in &answer.disks {
         text.push_str(&line(disk));
         text.push('\n');

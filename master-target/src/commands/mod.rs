@@ -52,6 +52,13 @@ impl Context {
     pub fn daemon(&self) -> AdminClient {
         AdminClient::new(Program::MasterTarget, &self.settings.places.socket).with_wait(DAEMON_WAIT)
     }
+
+    /// What the operator has to know besides the result, also where that is piped on.
+    fn tell(&self, note: Option<&str>) {
+        if let Some(note) = note.filter(|_| !self.output.json()) {
+            eprintln!("{}: {note}", Program::MasterTarget);
+        }
+    }
 }
 
 /// Runs the command of a parsed command line; answers the exit status, errors already printed.

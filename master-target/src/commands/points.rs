@@ -75,6 +75,7 @@ pub async fn mount(context: &Context, args: &MountArgs) -> anyhow::Result<()> {
         accept_damage: args.accept_damage,
     };
     let answer: MountAnswer = context.daemon().post_json("/v1/mount", &request).await?;
+    context.tell(answer.note.as_deref());
     for mount in &answer.mounts {
         context.output.note(&format!("point {} of {} is mounted as {}", mount.point, mount.disk, mount.id));
     }
@@ -110,6 +111,7 @@ pub async fn unpin(context: &Context, args: &UnpinArgs) -> anyhow::Result<()> {
 
 async fn change(context: &Context, request: &PinRequest, now: &str) -> anyhow::Result<()> {
     let answer: PinAnswer = context.daemon().post_json("/v1/pin", request).await?;
+    context.tell(answer.note.as_deref());
     let line = |part: &crate::api::PointPart| format!("point {} of {} {now}", part.point, part.disk);
     context.output.result(&answer, || answer.parts.iter().map(line).collect::<Vec<_>>().join("\n"))?;
     Ok(())
@@ -142,6 +144,7 @@ pub async fn rollback(context: &Context, args: &RollbackArgs) -> anyhow::Result<
         accept_damage: args.accept_damage,
     };
     let answer: RollbackAnswers = context.daemon().post_json("/v1/rollback", &request).await?;
+    context.tell(answer.note.as_deref());
     let line = |disk: &RollbackAnswer| {
         format!(
             "{} is as it was at {}: {} compared, {} written",

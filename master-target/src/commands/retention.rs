@@ -7,6 +7,7 @@ use reprotect_engine::host::output::bytes;
 use super::Context;
 use crate::api::{RetentionAnswer, RetentionRequest};
 use crate::cli::RetentionArgs;
+use crate::retention_policy::Reach;
 
 /// `retention`: shows it, after the changes that were asked for.
 ///
@@ -30,16 +31,28 @@ pub async fn retention(context: &Context, args: &RetentionArgs) -> anyhow::Resul
 }
 
 /// How far the drive reaches, in words.
-pub(super) fn reach(answer: &RetentionAnswer) -> String {
-    match answer.hours_held {
-        Some(hours) => format!("at the last hour's churn this drive holds {hours} h of points"),
-        None => "nothing changed in the last hour: how far the drive reaches cannot be told yet".to_owned(),
+pub(super) fn reach(reach: Reach) -> String {
+    match reach {
+        Reach { hours_held: Some(hours), .. } => {
+            format!("at the last hour's churn this drive holds {hours} h of points")
+        }
+        Reach { is_young: true, .. } => {
+            "there is no hour of history yet: how far the drive reaches cannot be told before".to_owned()
+        }
+        Reach { .. } => {
+            "nothing changed in the last hour: how far the drive reaches cannot be told".to_owned()
+        }
     }
+}
+
+/// How far the drive of a running master target reaches.
+pub(super) fn reach_of(answer: &RetentionAnswer) -> Reach {
+    Reach { hours_held: answer.hours_held, is_young: answer.is_young }
 }
 
 fn render(answer: &RetentionAnswer) -> String {
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
-    let (ladder, reach, keep) = (&answer.ladder, reach(answer), text(&answer.ladder.keep));
+    let (ladder, reach, keep) = (&answer.ladder, reach(reach_of(answer)), text(&answer.ladder.keep));
     let mut rungs = ladder.rungs.clone().unwrap_or_default();
     rungs.retain(|rung| !answer.without_effect.contains(rung));
     let without_effect = match answer.without_effect.is_empty() {

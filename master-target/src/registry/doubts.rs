@@ -146,6 +146,7 @@ mod tests {
             class: text(),
             source_time_ms: 0,
             loss: loss.map(str::to_owned),
+            note: None,
             disks: vec![disk],
             next: Vec::new(),
         }

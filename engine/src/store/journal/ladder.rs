@@ -7,11 +7,15 @@
 //! | each rung | one point in each slot of its length |
 //! | over `keep` | pinned points |
 //!
-//! In a slot the best point stays: one that all disks of its machine have, then what promises more, then the newest.
-//! Named and pinned points stay besides. A slot is looked at once all of it is old enough, so that its runs are merged
-//! once.
+//! In a slot the best point stays: one that all disks of its machine have, then a sound one, then what promises more, then
+//! the newest. Named and pinned points stay besides. A slot is looked at once all of it is old enough, so that its runs are
+//! merged once.
 //!
-//! Invariants: pure; the newest point of a disk always stays, and which is the newest says its place, no clock; the disks of
+//! Three points of a disk never go, however old they are and however full the drive is: the newest; the newest that all disks
+//! of its machine have, for where one stands and the others go on that is all they have in common, and the only way to fail
+//! the machine back; and the newest of those that is sound, since what came after it may be fuzzy.
+//!
+//! Invariants: pure; these three stay, and which is the newest says its place, no clock; the disks of
 //! a machine keep the same points where they have the same. Units: nanoseconds. Age is by the target's clock; the source's
 //! only cuts slots, for all disks of a machine alike: it may be wrong, jump, and be set back. Called by retention.
 
@@ -76,7 +80,7 @@ pub enum Pressure {
     Guaranteed,
     /// 90 %: the redo log is kept only as long as it is needed.
     ShortLog,
-    /// 95 %: the newest point and the oldest guaranteed one.
+    /// 95 %: the points that never go, and the oldest guaranteed one.
     Least,
     /// 98 %, or the reserve is touched: nothing more is taken in.
     Stop,
@@ -110,7 +114,9 @@ impl Pressure {
             Self::ThinEarly => "the drive is 80 % full: points are thinned early",
             Self::Guaranteed => "the drive is 85 % full: points older than the guaranteed time are dropped",
             Self::ShortLog => "the drive is 90 % full: the redo log is kept only as long as it is needed",
-            Self::Least => "the drive is 95 % full: only the newest and the oldest guaranteed point are kept",
+            Self::Least => {
+                "the drive is 95 % full: only the newest points and the oldest guaranteed one are kept"
+            }
             Self::Stop => "the drive is 98 % full: nothing more is taken in until there is space",
         }
     }
@@ -135,6 +141,8 @@ pub struct Candidate {
     pub pinned: bool,
     /// All disks of its machine have it.
     pub complete: bool,
+    /// On every disk that has it it is a state the source was in, and whole as far as is known.
+    pub sound: bool,
 }
 
 /// How long the redo log is kept under a pressure.
@@ -151,12 +159,14 @@ pub fn dropped(
     pressure: Pressure,
     now: Timestamp,
 ) -> BTreeSet<[u8; 16]> {
-    let Some(newest) = points.iter().max_by_key(|point| point.place) else { return BTreeSet::new() };
+    let last = never_dropped(points);
     let mut gone = BTreeSet::new();
     let mut slots: BTreeMap<(usize, u64), Vec<&Candidate>> = BTreeMap::new();
     let keep = if pressure >= Pressure::Guaranteed { ladder.guaranteed } else { ladder.keep };
-    let oldest = points.iter().filter(|point| age(point, now) <= keep).min_by_key(|point| point.place);
-    for point in points.iter().filter(|point| !point.pinned && point.id != newest.id) {
+    let young = points.iter().filter(|point| age(point, now) <= keep);
+    // Of use is one that all disks have; where they differ in their oldest, each would keep its own.
+    let oldest = young.min_by_key(|point| (!point.complete, point.place));
+    for point in points.iter().filter(|point| !point.pinned && !last.contains(&point.id)) {
         if age(point, now) > keep || pressure >= Pressure::Least {
             let last_resort =
                 pressure >= Pressure::Least && oldest.is_some_and(|oldest| oldest.id == point.id);
@@ -168,13 +178,24 @@ pub fn dropped(
         }
     }
     for rivals in slots.into_values() {
-        let best = rivals.iter().max_by_key(|point| (point.complete, rank(point.class), point.place));
+        let worth = |point: &&&Candidate| (point.complete, point.sound, rank(point.class), point.place);
+        let best = rivals.iter().max_by_key(worth);
         let best = best.map(|point| point.id);
         gone.extend(
             rivals.iter().filter(|point| !point.named && Some(point.id) != best).map(|point| point.id),
         );
     }
     gone
+}
+
+/// The newest point, the newest that all disks of the machine have, and the newest of these that is sound.
+fn never_dropped(points: &[Candidate]) -> BTreeSet<[u8; 16]> {
+    let newest = |fits: fn(&Candidate) -> bool| {
+        points.iter().filter(|point| fits(point)).max_by_key(|point| point.place).map(|point| point.id)
+    };
+    let last =
+        [newest(|_| true), newest(|point| point.complete), newest(|point| point.complete && point.sound)];
+    last.into_iter().flatten().collect()
 }
 
 /// The rung and slot a point stands in, if all of the slot is old enough for that rung: as much later than the point as
@@ -242,6 +263,7 @@ mod tests {
             named: false,
             pinned: false,
             complete: true,
+            sound: true,
         }
     }
 
@@ -277,16 +299,18 @@ mod tests {
     }
 
     #[test]
-    fn in_a_slot_the_machine_wins_then_the_promise_then_the_newest_and_names_and_pins_stay() {
+    fn in_a_slot_the_machine_wins_then_the_sound_then_the_promise_then_the_newest_and_names_and_pins_stay() {
         let hour = |minute: u64| point(10 * 60 + minute);
         let mut points: Vec<Candidate> = (0..60).step_by(5).map(hour).collect();
         points.push(point(40 * 60));
         points[2].class = MarkClass::App;
         points[2].complete = false;
         points[5].class = MarkClass::App;
+        points[6].class = MarkClass::App;
+        points[6].sound = false;
         points[3].named = true;
         points[4].pinned = true;
-        points[11].class = MarkClass::Fuzzy;
+        (points[11].class, points[11].sound) = (MarkClass::Fuzzy, false);
         let ids: Vec<u64> =
             left(&points, Pressure::None, 40 * 60).iter().map(|p| p.time.0 / MINUTE).collect();
         assert_eq!(ids, [615, 620, 625, 2400]);
@@ -341,6 +365,42 @@ mod tests {
         assert_eq!(log_kept(&ladder(), Pressure::ShortLog), Duration::ZERO);
     }
 
+    fn minutes(points: &[Candidate]) -> Vec<u64> {
+        points.iter().map(|point| point.place.0).collect()
+    }
+
+    /// A disk goes on while another of its machine stands at minute 60; the point there was fuzzy, that of minute 55 was not.
+    #[test]
+    fn the_last_points_that_the_disks_have_in_common_outlive_what_is_kept_and_a_full_drive() {
+        let hour: Vec<Candidate> = (5..=60).step_by(5).map(point).collect();
+        let on = |minute: u64| Candidate { complete: minute <= 60, sound: minute != 60, ..point(minute) };
+        let going: Vec<Candidate> = (5..=50 * 60).step_by(5).map(on).collect();
+        let standing: Vec<Candidate> = hour.iter().map(|point| on(point.place.0)).collect();
+        for (pressure, days) in [(Pressure::None, 32), (Pressure::Least, 3), (Pressure::Stop, 40)] {
+            let now = days * 24 * 60;
+            assert_eq!(
+                minutes(&left(&standing, pressure, now)),
+                [55, 60],
+                "the disk that stands, {pressure:?}"
+            );
+            let stays = minutes(&left(&going, pressure, now));
+            assert_eq!(stays[..2], [55, 60], "the disk that goes on, {pressure:?}");
+            assert_eq!(stays.last(), Some(&(50 * 60)), "{pressure:?}");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_has_just_ended_an_epoch_on_a_full_drive_keeps_the_point_before_until_the_others_have_it_too()
+     {
+        let of = |newest_is_complete| {
+            let mut points = [point(10), point(15), point(20)];
+            points[2].complete = newest_is_complete;
+            minutes(&left(&points, Pressure::Least, 200))
+        };
+        assert_eq!(of(false), [15, 20]);
+        assert_eq!(of(true), [20]);
+    }
+
     #[test]
     fn pressure_has_the_documented_steps() {
         let of = |used| Pressure::of(used, 1000, 10);
@@ -368,19 +428,58 @@ mod tests {
         fn whatever_goes_the_newest_and_the_pinned_stay_and_thinning_twice_changes_nothing(
             minutes in proptest::collection::btree_set(0..50_000_u64, 1..60),
             pins in proptest::collection::vec(any::<bool>(), 60),
+            whole in proptest::collection::vec(any::<(bool, bool)>(), 60),
             later in 0..50_000_u64,
             pressure in prop_oneof![Just(Pressure::None), Just(Pressure::ThinEarly), Just(Pressure::Guaranteed), Just(Pressure::Least)],
         ) {
             let points: Vec<Candidate> = minutes
                 .iter()
-                .zip(&pins)
-                .map(|(minute, pinned)| Candidate { pinned: *pinned, ..point(*minute) })
+                .zip(pins.iter().zip(&whole))
+                .map(|(minute, (pinned, (complete, sound)))| Candidate {
+                    pinned: *pinned,
+                    complete: *complete,
+                    sound: *sound,
+                    ..point(*minute)
+                })
                 .collect();
             let now = minutes.iter().max().copied().unwrap_or(0) + later;
             let stays = left(&points, pressure, now);
             prop_assert!(stays.contains(points.last().unwrap()));
+            let common = || points.iter().rev().filter(|point| point.complete);
+            prop_assert!(common().take(1).all(|point| stays.contains(point)));
+            prop_assert!(common().filter(|point| point.sound).take(1).all(|point| stays.contains(point)));
             prop_assert!(points.iter().filter(|point| point.pinned).all(|point| stays.contains(point)));
             prop_assert_eq!(&left(&stays, pressure, now), &stays);
+        }
+
+        /// Two disks with points of which some are on both: thinned one after the other, as housekeeping does, and as often
+        /// as it likes, they never lose the last that they have in common.
+        #[test]
+        fn two_disks_keep_their_newest_common_point_and_the_newest_sound_one_whatever_each_has_besides(
+            points in proptest::collection::vec((0..3_u8, any::<bool>()), 1..60),
+            steps in proptest::collection::vec((0..20_000_u64, prop_oneof![Just(Pressure::None), Just(Pressure::Guaranteed), Just(Pressure::Least)]), 1..6),
+        ) {
+            let all: Vec<(u64, u8, bool)> =
+                points.iter().zip(0..).map(|((on, sound), at)| (at * 7, *on, *sound)).collect();
+            let newest = |sound: bool| all.iter().rev().find(|(_, on, is)| *on == 2 && (!sound || *is));
+            let mut disks = [0, 1].map(|disk| {
+                let has = all.iter().filter(move |(_, on, _)| *on == disk || *on == 2);
+                has.map(|(minute, _, sound)| Candidate { sound: *sound, ..point(*minute) }).collect::<Vec<_>>()
+            });
+            let mut now = 60 * 7;
+            for (later, pressure) in steps {
+                now += later;
+                for disk in [0, 1] {
+                    let other = minutes(&disks[1 - disk]);
+                    for point in &mut disks[disk] {
+                        point.complete = other.contains(&point.place.0);
+                    }
+                    disks[disk] = left(&disks[disk], pressure, now);
+                }
+                for (minute, ..) in newest(false).into_iter().chain(newest(true)) {
+                    prop_assert!(disks.iter().all(|disk| minutes(disk).contains(minute)), "{minute} at {now}");
+                }
+            }
         }
     }
 }

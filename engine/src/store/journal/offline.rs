@@ -18,7 +18,7 @@ use super::log::segment_path;
 use super::manifest::{Manifest, superblock_copies, walk_manifest};
 use super::ongoing::inspect;
 use super::points::{Point, all_points_and_ruins};
-use super::recovery::{Damage, Scan, Seen, scan, scan_showing};
+use super::recovery::{Damage, LogEntry, Scan, Seen, scan, scan_showing};
 use super::strays::{check_known, sort_files};
 use super::tolerant::Tolerant;
 use super::undo::{ActiveRun, Hole, SealedRun};
@@ -98,6 +98,12 @@ impl Offline {
     #[must_use]
     pub const fn superblock(&self) -> &Superblock {
         &self.superblock
+    }
+
+    /// Entries of a disk in the log, as [`Journal::entries`].
+    #[must_use]
+    pub fn entries(&self, disk: DiskId) -> &[LogEntry] {
+        self.journal.entries(disk)
     }
 
     /// The folder.

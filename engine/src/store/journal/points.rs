@@ -72,6 +72,13 @@ impl Point {
         self.cause == MarkCause::Pass && !self.name.as_str().is_empty()
     }
 
+    /// A point that a disk keeps, with what is known to be damaged of it.
+    #[must_use]
+    pub fn of_kept(disk: &DiskShape, point: &PointKept) -> Self {
+        let kept = Self::kept(point);
+        Self { damaged: disk.rot(kept.at), ..kept }
+    }
+
     fn kept(point: &PointKept) -> Self {
         Self {
             at: At::entry(point.epoch, point.number),
@@ -240,6 +247,8 @@ fn shown(marks: &[Point], at: At, label: Timestamp) -> Timestamp {
 pub struct OrderedRun {
     /// The undo epoch of each, and the entry; never empty.
     entries: Vec<(u64, LogEntry)>,
+    /// Number of the last state of the run: its last entry, or a mark behind it with nothing between.
+    end: u64,
 }
 
 impl OrderedRun {
@@ -262,7 +271,7 @@ pub fn ordered_runs(journal: &mut Journal, disk: DiskId) -> Result<Vec<OrderedRu
     let mut runs: Vec<OrderedRun> = Vec::new();
     let mut run: Vec<(u64, LogEntry)> = Vec::new();
     let mut is_state = false;
-    let mut previous = 0;
+    let (mut previous, mut end) = (0, 0);
     for entry in entries {
         if entry.number != previous + 1 {
             is_state = false;
@@ -286,12 +295,13 @@ pub fn ordered_runs(journal: &mut Journal, disk: DiskId) -> Result<Vec<OrderedRu
             if entry.kind == EntryKind::Ordered {
                 run.push((epoch.opened.epoch, entry));
             }
+            end = entry.number;
         } else if !run.is_empty() {
-            runs.push(OrderedRun { entries: std::mem::take(&mut run) });
+            runs.push(OrderedRun { entries: std::mem::take(&mut run), end });
         }
     }
     if !run.is_empty() {
-        runs.push(OrderedRun { entries: run });
+        runs.push(OrderedRun { entries: run, end });
     }
     Ok(runs)
 }
@@ -350,6 +360,35 @@ pub fn at_time(journal: &mut Journal, disk: DiskId, time: Timestamp) -> Result<F
         let oldest = states.clone().next().map(|point| point.source_time);
         JournalError::NoState { disk, oldest }
     })
+}
+
+/// Whether nothing that was written to the disk up to `time` is missing in what [`at_time`] found for it. That says what follows: a
+/// younger state of the same ordered run, which has all between. Where the run ends before that time nobody knows what came
+/// after, and a batch of just that time may be a part of what was written in that moment.
+///
+/// # Errors
+/// When the log cannot be read.
+pub fn covers(
+    journal: &mut Journal,
+    disk: DiskId,
+    found: &Found,
+    time: Timestamp,
+) -> Result<bool, JournalError> {
+    let next = found.at.number + 1;
+    if !ordered_runs(journal, disk)?.iter().any(|run| (run.numbers().0..=run.end).contains(&next)) {
+        return Ok(false);
+    }
+    let Some(entry) = journal.entries(disk).iter().find(|entry| entry.number == next).copied() else {
+        return Ok(false);
+    };
+    match entry.kind {
+        EntryKind::Mark => {
+            let marks = points(journal, disk)?;
+            Ok(marks.iter().any(|mark| mark.at.number == next && mark.source_time >= time))
+        }
+        EntryKind::Ordered => Ok(header(journal, &entry)?.source_time > time),
+        _ => Ok(false),
+    }
 }
 
 /// The state behind a sequence, inside an ORDERED stretch or at a mark.
