@@ -272,6 +272,7 @@ pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result
         Asked::Place(at) => {
             let [disk] = disks else { bail!("{text} is a point of one disk; write MACHINE:DISK") };
             // It may be no mark but a record of an ordered stretch: whether it can be had is seen when it is opened.
+            check_state(retention(registry)?, *disk, at)?;
             Ok(vec![(*disk, at)].into())
         }
         Asked::Newest(class) => {
@@ -286,6 +287,22 @@ pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result
         }
         Asked::Label(label) => by_label(registry, disks, &label).map(Chosen::from),
     }
+}
+
+/// Refuses a place at which the disk never was as it would be shown: inside a stretch whose writes are only together a state.
+fn check_state(retention: &Retention, disk: DiskId, at: At) -> anyhow::Result<()> {
+    let is_listed = points_of(retention, disk)?.iter().any(|point| point.at == at);
+    let mut locked = retention.lock();
+    let entries = locked.get()?.entries(disk);
+    let entry = entries.binary_search_by_key(&at.through(), |entry| entry.number).ok();
+    // What is not in the log any more is none of it, or cannot be had: that is said where it is opened.
+    let kind = entry.and_then(|entry| entries.get(entry)).map(|entry| entry.kind);
+    if !is_listed && matches!(kind, Some(EntryKind::Batch | EntryKind::Bulk)) {
+        bail!(
+            "{at} is inside a scan round or a window: the disk never held just that; choose a point that `points --all` lists, or a time as @TIME"
+        );
+    }
+    Ok(())
 }
 
 /// As [`find`], for who wants to have the point: one that is known to be damaged is refused unless that is `accepted`.

@@ -334,4 +334,26 @@ mod tests {
         let alone = by_time(&machine.retention, &DISKS[..1], at(30)).unwrap();
         assert_eq!((alone.places[0].1.number, alone.note), (3, None));
     }
+
+    /// Of a scan round, or of what a window read, only the end is a state; of an ordered stretch each record.
+    #[test]
+    fn a_place_inside_a_stretch_that_is_no_state_is_refused_with_what_there_is() {
+        use super::super::check_state;
+        use reprotect_engine::store::journal::view::At;
+
+        let mut machine = Machine::new();
+        machine.batch(A, Stretch::Ordered, 11); // entry 3
+        machine.batch(A, Stretch::Diff, 12);
+        machine.batch(A, Stretch::Diff, 13);
+        machine.mark(&[A], 2, 14);
+        let check =
+            |number, records| check_state(&machine.retention, DISKS[A], At { epoch: 1, number, records });
+        for (number, records) in [(0, 0), (2, 0), (2, 1), (3, 0), (6, 0), (70, 0), (70, 1)] {
+            check(number, records).unwrap();
+        }
+        for (number, records) in [(1, 0), (3, 1), (4, 0), (5, 0)] {
+            let error = check(number, records).unwrap_err().to_string();
+            assert!(error.contains("points --all") && error.contains("@TIME"), "{number}+{records}: {error}");
+        }
+    }
 }
