@@ -24,9 +24,14 @@ async fn a_restarted_daemon_is_the_same_target_and_a_second_one_is_refused() {
     let daemon = start(dir.path()).await;
     let first = daemon.status().await;
     assert_eq!((first.site.as_str(), first.disks.len()), ("lyon", 0));
+    // As of a mount, which the first one has and a kill would leave.
+    let scratch = dir.path().join("mounts").join("0a1b2c3d.scratch");
+    std::fs::create_dir(scratch.parent().unwrap()).unwrap();
+    std::fs::write(&scratch, b"x").unwrap();
     let second = spawn(dir.path()).task.await.unwrap().unwrap_err().to_string();
     assert!(second.contains("already runs") && second.contains(&std::process::id().to_string()), "{second}");
     assert_eq!(daemon.status().await.target, first.target, "the first one is not disturbed");
+    assert!(scratch.exists(), "nor are its mounts");
     let (socket, client) = (dir.path().join("master-target.sock"), daemon.client.clone());
     daemon.stop().await;
     assert!(!socket.exists());
@@ -34,6 +39,7 @@ async fn a_restarted_daemon_is_the_same_target_and_a_second_one_is_refused() {
     assert!(matches!(error, AdminError::NotRunning { .. }), "{error}");
     let again = start(dir.path()).await;
     assert_eq!(again.status().await.target, first.target);
+    assert!(!scratch.exists(), "no mount outlives its daemon");
     again.stop().await;
 }
 
