@@ -123,6 +123,9 @@ pub struct StatusInfo {
     /// The session's packets travel over TCP, for UDP does not get through.
     #[serde(default)]
     pub over_tcp: bool,
+    /// How fast data may be sent now, in bytes per second; none for no limit.
+    #[serde(default)]
+    pub send_rate: Option<u64>,
     /// Sessions begun.
     pub sessions: u64,
     /// The peers this agent may use, the best first.

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use reprotect_engine::host::config::{ConfigError, Loaded, Overrides};
 use reprotect_engine::host::config_doc::KeyDoc;
+use reprotect_engine::host::hours::RateHours;
 use reprotect_engine::host::logging::{self, LOG_KEYS, LogConfig};
 use reprotect_engine::host::pki::{self, PKI_KEYS, PkiConfig};
 use reprotect_engine::host::places::{MASTER_TARGET_PORT, Places, Program};
@@ -142,6 +143,10 @@ pub struct RawConfig {
     pub compress_level: LevelText,
     /// Limit on reading the disks.
     pub read_rate: Rate,
+    /// Limit on sending.
+    pub send_rate: Rate,
+    /// When another holds.
+    pub send_hours: Vec<RateHours>,
     /// Pause between two passes over a disk.
     pub scan_interval: DurationText,
     /// Payload budget.
@@ -170,6 +175,8 @@ impl Default for RawConfig {
             compress: Compress::Auto,
             compress_level: LevelText::Adaptive,
             read_rate: Rate::UNLIMITED,
+            send_rate: Rate::UNLIMITED,
+            send_hours: Vec::new(),
             scan_interval: DurationText(Duration::from_secs(15 * 60)),
             memory: ByteSize(256 << 20),
             rpo_threshold: DurationText(Duration::from_secs(15 * 60)),
@@ -184,7 +191,7 @@ impl Default for RawConfig {
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 22] = [
+pub const KEYS: [KeyDoc; 24] = [
     KeyDoc {
         key: "state_dir",
         about: "Where identity, certificates and progress are kept; setting it moves the admin socket there too.",
@@ -218,6 +225,20 @@ pub const KEYS: [KeyDoc; 22] = [
         about: "Limit on reading the disks, all together, so that the machine's own work goes on.",
         unit: "unlimited, or a rate such as 200 Mbit/s or 100 MB/s",
         cost: "a lower rate makes initial sync and every pass last longer",
+        example: "",
+    },
+    KeyDoc {
+        key: "send_rate",
+        about: "Limit on sending data, all disks together; a tenth of it stays for what is compared or copied while new writes want all of it. Control messages are not limited.",
+        unit: "unlimited, or a rate such as 200 Mbit/s or 100 MB/s",
+        cost: "with less than the disks' changes need, the durable state grows old",
+        example: "",
+    },
+    KeyDoc {
+        key: "send_hours",
+        about: "Hours of the week in which another `send_rate` holds; the first that fits counts. By this machine's clock and time zone.",
+        unit: "list of \"DAYS FROM-TO RATE\", such as \"mon-fri 08:00-18:00 50 Mbit/s\"",
+        cost: "none",
         example: "",
     },
     KeyDoc {
@@ -328,6 +349,10 @@ pub struct Settings {
     pub compress_level: LevelText,
     /// Limit on reading.
     pub read_rate: Rate,
+    /// Limit on sending.
+    pub send_rate: Rate,
+    /// When another holds.
+    pub send_hours: Vec<RateHours>,
     /// Pause between two passes.
     pub scan_interval: Duration,
     /// Payload budget in bytes.
@@ -404,6 +429,8 @@ impl Settings {
             compress: raw.compress,
             compress_level: raw.compress_level,
             read_rate: raw.read_rate,
+            send_rate: raw.send_rate,
+            send_hours: raw.send_hours.clone(),
             scan_interval: loaded.in_range("scan_interval", raw.scan_interval, &scan_range)?.0,
             memory_bytes: loaded
                 .in_range("memory", raw.memory, &(ByteSize(64 << 20)..=ByteSize(64 << 30)))?

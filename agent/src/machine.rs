@@ -19,6 +19,7 @@ use reprotect_engine::host::output;
 use reprotect_engine::host::values::LevelText;
 use reprotect_engine::limits::{CHUNKS_OPEN_MAX, UNWRITTEN_BYTES_MAX};
 use reprotect_engine::net::mono_clock;
+use reprotect_engine::net::shaper::Shaper;
 use reprotect_engine::proto::agent::{Agent, AgentEvent};
 use reprotect_engine::proto::pass::{PassAction, Sink};
 use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence, Timestamp};
@@ -63,6 +64,7 @@ pub struct Machine {
     plan: Arc<Plan>,
     pub(crate) sources: Sources,
     throttle: Arc<Throttle>,
+    pub(crate) shaper: Arc<Shaper>,
     pub(crate) workers: Workers,
     pub(crate) inputs: Inputs,
     deliver: mpsc::UnboundedSender<(DiskId, FromDisk)>,
@@ -138,6 +140,7 @@ impl Machine {
             host_name: host_name.to_owned(),
             plans,
             throttle: Arc::new(Throttle::new(plan.settings.read_rate.bytes_per_second())),
+            shaper: Arc::new(Shaper::new(plan.send_rate_now())),
             plan: Arc::clone(&plan),
             sources: Sources::new(),
             workers: Workers::start(threads, level, &done_in)?,
@@ -190,6 +193,7 @@ impl Machine {
     pub(crate) fn replan(&mut self) -> bool {
         let plan = Arc::clone(&self.plans.borrow_and_update());
         self.throttle.set_rate(plan.settings.read_rate.bytes_per_second());
+        self.shaper.set_rate(plan.send_rate_now());
         self.set_sources(plan.sources.clone());
         self.status.send_modify(|status| status.warnings.clone_from(&plan.warnings));
         self.plan = plan;

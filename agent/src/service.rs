@@ -12,6 +12,7 @@ use reprotect_engine::host::places::Program;
 use reprotect_engine::host::preflight::{insist, report};
 use reprotect_engine::host::run_lock::RunLock;
 use reprotect_engine::host::shutdown::{Shutdown, on_signals};
+use reprotect_engine::host::values::Rate;
 use reprotect_engine::io::durable::{Access, replace_file};
 use reprotect_engine::net::enroll::enroll as enroll_at;
 use reprotect_engine::net::identity::Role;
@@ -186,7 +187,12 @@ async fn watch(client: &AdminClient, output: Output) -> anyhow::Result<()> {
 fn render(info: &StatusInfo) -> String {
     let link = match (&info.upstream, info.connected) {
         (Some(upstream), true) => {
-            format!("connected to {} {upstream}", info.upstream_role.as_deref().unwrap_or("peer"))
+            let limit = info.send_rate.map(|rate| format!(", sending at most {}", Rate(Some(rate))));
+            format!(
+                "connected to {} {upstream}{}",
+                info.upstream_role.as_deref().unwrap_or("peer"),
+                limit.unwrap_or_default()
+            )
         }
         _ => format!("not connected: {}", info.problem.as_deref().unwrap_or("no session yet")),
     };

@@ -5,6 +5,7 @@
 //! frames are made, so that a burst costs one turn; a refusal is told apart from a loss, because only a person can
 //! mend it. Called by `daemon`, which dials again when it returns.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use reprotect_engine::error::{Answer, Severity};
@@ -85,6 +86,7 @@ impl Machine {
             probing,
             ticks: 0,
         };
+        link.writer.shape(Arc::clone(&self.shaper));
         self.core.handle_connected(session);
         let ended = self.drive(&mut link, upstreams).await;
         self.end_session();
@@ -161,6 +163,12 @@ impl Machine {
                         return ended;
                     }
                     self.handle_tick();
+                    self.shaper.set_rate(self.plan().send_rate_now());
+                    self.status().send_if_modified(|status| {
+                        let is_new = status.send_rate != self.shaper.rate();
+                        status.send_rate = self.shaper.rate();
+                        is_new
+                    });
                     self.adapt_level(link.compress, link.unwritten_bytes as u64);
                     self.publish(link.compress);
                 }

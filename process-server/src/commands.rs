@@ -14,6 +14,7 @@ use reprotect_engine::host::output::{self, Align, Output, Table};
 use reprotect_engine::host::places::Program;
 use reprotect_engine::host::preflight::{Finding, Refusal, insist, report};
 use reprotect_engine::host::shutdown::{Shutdown, on_signals, reloads};
+use reprotect_engine::host::values::Rate;
 use reprotect_engine::net::enroll;
 use reprotect_engine::net::identity::{IDENTITY_FILE, Role};
 use reprotect_engine::net::token::{Token, TokenError};
@@ -133,6 +134,9 @@ fn render(status: &Status) -> String {
         output::bytes(totals.traffic.batch_bytes),
         ratio(totals.traffic.ratio()),
     );
+    if let Some(rate) = status.send_rate {
+        text.push_str(&format!("at most {} to the master targets now\n", Rate(Some(rate))));
+    }
     if !status.sessions.is_empty() {
         text.push('\n');
         text.push_str(&sessions_table(&status.sessions));

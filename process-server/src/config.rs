@@ -8,10 +8,11 @@ use std::path::PathBuf;
 
 use reprotect_engine::host::config::{ConfigError, Loaded, Overrides};
 use reprotect_engine::host::config_doc::KeyDoc;
+use reprotect_engine::host::hours::RateHours;
 use reprotect_engine::host::logging::{self, LOG_KEYS, LogConfig};
 use reprotect_engine::host::pki::{self, PKI_KEYS, PkiConfig};
 use reprotect_engine::host::places::{MASTER_TARGET_PORT, PROCESS_SERVER_PORT, Places, Program};
-use reprotect_engine::host::values::{AddressText, ByteSize, HostPort, LevelText, ListenText};
+use reprotect_engine::host::values::{AddressText, ByteSize, HostPort, LevelText, ListenText, Rate};
 use reprotect_engine::limits::RELAY_MEMORY_BYTES_DEFAULT;
 use reprotect_engine::net::credentials::Credentials;
 use serde::{Deserialize, Serialize};
@@ -28,6 +29,10 @@ pub struct RawConfig {
     pub targets: Vec<AddressText>,
     /// Payload budget.
     pub memory: ByteSize,
+    /// Limit on sending.
+    pub send_rate: Rate,
+    /// When another holds.
+    pub send_hours: Vec<RateHours>,
     /// zstd level.
     pub level: LevelText,
     /// Compression threads; 0 means one per CPU.
@@ -45,6 +50,8 @@ impl Default for RawConfig {
             listen: ListenText::ANY,
             targets: Vec::new(),
             memory: ByteSize(RELAY_MEMORY_BYTES_DEFAULT),
+            send_rate: Rate::UNLIMITED,
+            send_hours: Vec::new(),
             level: LevelText::Adaptive,
             workers: 0,
             pki: PkiConfig::default(),
@@ -54,7 +61,7 @@ impl Default for RawConfig {
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 11] = [
+pub const KEYS: [KeyDoc; 13] = [
     KeyDoc {
         key: "state_dir",
         about: "Where identity and certificates are kept; setting it moves the admin socket there too.",
@@ -81,6 +88,20 @@ pub const KEYS: [KeyDoc; 11] = [
         about: "Budget for batches received and not yet acknowledged by the target, all peers together.",
         unit: "size from 64 MiB to 256 GiB",
         cost: "this much memory; each machine needs 1 MiB and each of its open disks 8.5 MiB at least, who does not fit is refused; less holds agents back sooner when the far link is slow",
+        example: "",
+    },
+    KeyDoc {
+        key: "send_rate",
+        about: "Limit on sending data to the master targets, all machines together: the share of the link that replication may have. A tenth of it stays for what is compared or copied while new writes want all of it.",
+        unit: "unlimited, or a rate such as 200 Mbit/s or 100 MB/s",
+        cost: "with less than the disks' changes need, the durable state grows old",
+        example: "",
+    },
+    KeyDoc {
+        key: "send_hours",
+        about: "Hours of the week in which another `send_rate` holds; the first that fits counts. By this machine's clock and time zone.",
+        unit: "list of \"DAYS FROM-TO RATE\", such as \"mon-fri 08:00-18:00 50 Mbit/s\"",
+        cost: "none",
         example: "",
     },
     KeyDoc {
@@ -117,6 +138,10 @@ pub struct Settings {
     pub targets: Vec<HostPort>,
     /// Payload budget in bytes.
     pub memory_bytes: u64,
+    /// Limit on sending.
+    pub send_rate: Rate,
+    /// When another holds.
+    pub send_hours: Vec<RateHours>,
     /// Identity and roots.
     pub credentials: Credentials,
     /// zstd level.
@@ -159,6 +184,8 @@ impl Settings {
             memory_bytes: loaded
                 .in_range("memory", raw.memory, &(ByteSize(64 << 20)..=ByteSize(256 << 30)))?
                 .0,
+            send_rate: raw.send_rate,
+            send_hours: raw.send_hours.clone(),
             level: raw.level,
             workers,
             log: logging::resolve(loaded, &raw.log, overrides.log_level.as_deref())?,

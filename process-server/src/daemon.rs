@@ -17,14 +17,16 @@ use axum::routing::get;
 use axum::{Json, Router};
 use reprotect_engine::error::{Answer, Severity};
 use reprotect_engine::host::admin::{AdminServer, AdminServerError};
+use reprotect_engine::host::hours::{RateHours, rate_now};
 use reprotect_engine::host::places::{PlaceError, Program};
 use reprotect_engine::host::run_lock::{RunLock, RunLockError};
 use reprotect_engine::host::shutdown::{Notifier, Shutdown};
-use reprotect_engine::host::values::LevelText;
+use reprotect_engine::host::values::{LevelText, Rate};
 use reprotect_engine::net::endpoint::{Accepted, CloseCode, EndpointError, Server, bind_server};
 use reprotect_engine::net::enroll;
 use reprotect_engine::net::enroll_wire::is_host_name;
 use reprotect_engine::net::identity::{Identity, Role};
+use reprotect_engine::net::shaper::Shaper;
 use reprotect_engine::net::tls::{self, TlsError};
 use reprotect_engine::net::trust::{PeerRule, Trust};
 use reprotect_engine::net::{mono_clock, wall_clock};
@@ -96,6 +98,8 @@ struct Daemon {
     server: Server,
     listen: SocketAddr,
     adaptive: bool,
+    /// The usual limit on sending, and when another holds.
+    send: (Rate, Vec<RateHours>),
     state_dir: PathBuf,
     started: Instant,
 }
@@ -123,6 +127,7 @@ pub async fn run(settings: Settings, shutdown: Shutdown) -> Result<(), RunError>
     );
     let mut tasks = JoinSet::new();
     tasks.spawn(Arc::clone(&daemon).follow_load(shutdown.clone()));
+    tasks.spawn(Arc::clone(&daemon).follow_hours(shutdown.clone()));
     tasks.spawn(Arc::clone(&daemon).renew_when_due(shutdown.clone()));
     tasks.spawn({
         let relay = Arc::clone(&daemon.relay);
@@ -186,6 +191,7 @@ impl Daemon {
                 .map_err(system("start the compression threads"))?,
             budget: Budget::new(settings.memory_bytes),
             register: Arc::new(Register::default()),
+            shaper: Arc::new(Shaper::new(rate_now(settings.send_rate, &settings.send_hours))),
         };
         Ok(Self {
             relay: Arc::new(relay),
@@ -194,6 +200,7 @@ impl Daemon {
             server,
             listen,
             adaptive: settings.level == LevelText::Adaptive,
+            send: (settings.send_rate, settings.send_hours.clone()),
             state_dir,
             started: Instant::now(),
         })
@@ -210,6 +217,17 @@ impl Daemon {
         while !shutdown.is_requested() {
             tick.tick().await;
             governor.observe(&self.relay.pool, mono_clock(), self.relay.register.output_permille());
+        }
+    }
+
+    /// Keeps the rate that the hour asks for.
+    async fn follow_hours(self: Arc<Self>, shutdown: Shutdown) {
+        let (usual, hours) = &self.send;
+        let mut tick = tokio::time::interval(OBSERVE);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        while !hours.is_empty() && !shutdown.is_requested() {
+            tick.tick().await;
+            self.relay.shaper.set_rate(rate_now(*usual, hours));
         }
     }
 
@@ -283,6 +301,7 @@ impl Daemon {
             workers: self.relay.pool.workers(),
             target_micros,
             target_problem,
+            send_rate: self.relay.shaper.rate(),
             sessions,
             totals,
         }

@@ -25,6 +25,7 @@ use reprotect_engine::limits::HANDSHAKE_NANOS_MAX;
 use reprotect_engine::net::endpoint::{CloseCode, PeerConnection};
 use reprotect_engine::net::lanes::{self, Arrival, LaneError, LaneReader, LaneWriter};
 use reprotect_engine::net::mono_clock;
+use reprotect_engine::net::shaper::Shaper;
 use reprotect_engine::net::silence::Silence;
 use reprotect_engine::net::standby::{self, Lanes, stand_by};
 use reprotect_engine::proto::process_server::{RelayAction, RelaySession, Side};
@@ -58,6 +59,8 @@ pub struct Relay {
     pub budget: Arc<Budget>,
     /// Who is here.
     pub register: Arc<Register>,
+    /// How fast data may leave for the targets.
+    pub shaper: Arc<Shaper>,
 }
 
 /// Why a session ended.
@@ -307,7 +310,9 @@ impl Session {
         );
         self.status.target = Some(format!("{} at {}", peer.peer.peer, peer.place()));
         self.status.state = SessionState::Relaying;
-        self.target = Some(Line::new(peer, lanes));
+        let mut line = Line::new(peer, lanes);
+        line.writer.shape(Arc::clone(&relay.shaper));
+        self.target = Some(line);
         self.core.handle_dialled();
         Ok(())
     }

@@ -38,6 +38,9 @@ pub struct Status {
     /// Why it cannot be reached.
     #[serde(default)]
     pub target_problem: Option<String>,
+    /// How fast data may be sent to the targets now, in bytes per second; none for no limit.
+    #[serde(default)]
+    pub send_rate: Option<u64>,
     /// Sessions now.
     pub sessions: Vec<SessionStatus>,
     /// Sums since the start, running sessions included.

@@ -8,6 +8,7 @@ pub mod admin;
 pub mod admin_client;
 pub mod config;
 pub mod config_doc;
+pub mod hours;
 pub mod logging;
 pub mod open_files;
 pub mod output;

@@ -13,6 +13,8 @@ use std::time::Duration;
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 use serde::{Serialize, Serializer};
 
+use crate::host::hours::RateHours;
+
 /// Why a value was refused: what is wrong and what to write.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what}; {remedy}")]
@@ -412,6 +414,7 @@ serde_by_text! {
     AddressText: "an address such as \"host:port\"",
     ListenText: "an IP address such as \"[::]:7443\"",
     LevelText: "\"adaptive\" or a level from -5 to 3",
+    RateHours: "hours and a rate such as \"mon-fri 08:00-18:00 50 Mbit/s\"",
 }
 
 #[cfg(test)]

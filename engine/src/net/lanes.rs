@@ -7,22 +7,35 @@
 //! without a copy. Units: frames. Called by the three programs' session tasks.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use quinn::{Connection, ReadExactError, RecvStream, SendStream};
 use tokio::sync::mpsc;
+use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::error::{Answer, Severity};
 use crate::format::FormatError;
 use crate::format::frame::{Frame, FrameHeader, FrameKind};
 use crate::net::endpoint::CloseCode;
+use crate::net::shaper::{Class, Shaper};
 use crate::proto::{Lane, Outgoing};
 
 /// Control frames read and not yet handled.
 const CONTROL_FRAMES_MAX: usize = 64;
 /// Data frames (up to 8 MiB each) read and not yet handled, per connection.
 const DATA_FRAMES_MAX: usize = 4;
+/// What is sent first where several lanes wait: quinn sends of the highest, and of equals in turn.
+const CONTROL_PRIORITY: i32 = 3;
+const BULK_PRIORITY_IN_ITS_TURN: i32 = 2;
+const DELTA_PRIORITY: i32 = 1;
+const BULK_PRIORITY: i32 = 0;
+/// Length of a turn, and every how many of them is bulk's.
+const TURN: Duration = Duration::from_millis(20);
+const BULK_TURNS: u32 = 10;
+/// Turns that are taken after the last frame: 5 s.
+const TURNS_BEHIND: u32 = 250;
 /// How long the connection's own reason is waited for after the peer finished the control lane.
 const REASON_WAIT: Duration = Duration::from_secs(1);
 
@@ -90,6 +103,7 @@ pub struct LaneWriter<T> {
     connection: Connection,
     control: mpsc::UnboundedSender<(Frame, T)>,
     data: HashMap<Lane, mpsc::UnboundedSender<(Frame, T)>>,
+    shaper: Arc<Shaper>,
     written: mpsc::UnboundedSender<T>,
 }
 
@@ -125,9 +139,14 @@ fn join<T: Send + 'static>(
     tokio::spawn(read_control(connection.clone(), recv, control_in));
     tokio::spawn(accept_data_lanes(connection.clone(), data_in));
     let (written, handed_over) = mpsc::unbounded_channel();
-    let control_out = spawn_writer(connection.clone(), send, 2, written.clone());
-    let writer =
-        LaneWriter { connection: connection.clone(), control: control_out, data: HashMap::new(), written };
+    let control_out = spawn_writer(connection.clone(), send, written.clone());
+    let writer = LaneWriter {
+        connection: connection.clone(),
+        control: control_out,
+        data: HashMap::new(),
+        shaper: Arc::default(),
+        written,
+    };
     (LaneReader { control, data }, writer, handed_over)
 }
 
@@ -137,12 +156,19 @@ impl<T: Send + 'static> LaneWriter<T> {
         LaneError::ended(&self.connection.closed().await)
     }
 
+    /// Data leave as fast as this allows; of lanes that were not used yet.
+    pub fn shape(&mut self, shaper: Arc<Shaper>) {
+        self.shaper = shaper;
+    }
+
     /// Queues a frame on its lane. A lane that cannot be written closes the connection, which the reader notices.
     pub fn send(&mut self, outgoing: Outgoing, token: T) {
         let lane = match outgoing.lane {
             Lane::Control => &self.control,
             data => self.data.entry(data).or_insert_with(|| {
-                open_data_lane(self.connection.clone(), matches!(data, Lane::Delta(_)), self.written.clone())
+                let class = if matches!(data, Lane::Delta(_)) { Class::Delta } else { Class::Bulk };
+                let shaper = Arc::clone(&self.shaper);
+                open_data_lane(self.connection.clone(), class, shaper, self.written.clone())
             }),
         };
         // A failed send means that the writer ended with the connection; the session is being torn down.
@@ -207,45 +233,150 @@ async fn read_frame(recv: &mut RecvStream) -> Result<Option<(FrameKind, Bytes)>,
 fn spawn_writer<T: Send + 'static>(
     connection: Connection,
     send: SendStream,
-    priority: i32,
     written: mpsc::UnboundedSender<T>,
 ) -> mpsc::UnboundedSender<(Frame, T)> {
     let (queue, frames) = mpsc::unbounded_channel();
-    tokio::spawn(write_lane(connection, send, priority, frames, written));
+    let lane = WriteLane { connection, send, written };
+    // An error means that the stream is gone, which the next write reports.
+    let _ = lane.send.set_priority(CONTROL_PRIORITY);
+    tokio::spawn(lane.control(frames));
     queue
 }
 
 fn open_data_lane<T: Send + 'static>(
     connection: Connection,
-    delta: bool,
+    class: Class,
+    shaper: Arc<Shaper>,
     written: mpsc::UnboundedSender<T>,
 ) -> mpsc::UnboundedSender<(Frame, T)> {
     let (queue, frames) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         if let Ok(send) = connection.open_uni().await {
-            write_lane(connection, send, i32::from(delta), frames, written).await;
+            let lane = WriteLane { connection, send, written };
+            lane.data(frames, class, &shaper).await;
         }
     });
     queue
 }
 
-async fn write_lane<T>(
+/// One lane that is written.
+struct WriteLane<T> {
     connection: Connection,
-    mut send: SendStream,
-    priority: i32,
-    mut frames: mpsc::UnboundedReceiver<(Frame, T)>,
+    send: SendStream,
     written: mpsc::UnboundedSender<T>,
-) {
-    // An error means that the stream is gone, which the next write reports.
-    let _ = send.set_priority(priority);
-    while let Some((frame, token)) = frames.recv().await {
-        let mut parts = frame.into_parts();
-        if send.write_all_chunks(&mut parts).await.is_err() {
-            // The connection is over, or the peer refuses this lane: without it the session would stand still, so
-            // the connection ends and its reader tells the session.
-            return CloseCode::Violation.close(&connection);
+}
+
+impl<T> WriteLane<T> {
+    async fn control(mut self, mut frames: mpsc::UnboundedReceiver<(Frame, T)>) {
+        while let Some((frame, token)) = frames.recv().await {
+            if self.send.write_all_chunks(&mut frame.into_parts()).await.is_err() {
+                return self.give_up();
+            }
+            let _ = self.written.send(token);
         }
-        let _ = written.send(token);
+        let _ = self.send.finish();
     }
-    let _ = send.finish();
+
+    async fn data(mut self, mut frames: mpsc::UnboundedReceiver<(Frame, T)>, class: Class, shaper: &Shaper) {
+        let mut turns = Turns::new(class, &self.send);
+        loop {
+            let next = tokio::select! {
+                next = frames.recv() => next,
+                () = turns.next() => {
+                    turns.take(&self.send);
+                    continue;
+                }
+            };
+            let Some((frame, token)) = next else { break };
+            turns.are_wanted();
+            for mut part in frame.into_parts() {
+                // What is not limited need not be cut.
+                while !part.is_empty() {
+                    let piece = part.split_to(part.len().min(shaper.piece_bytes()));
+                    if !self.write(piece, class, shaper, &mut turns).await {
+                        return self.give_up();
+                    }
+                }
+            }
+            let _ = self.written.send(token);
+        }
+        let _ = self.send.finish();
+    }
+
+    /// Writes a piece when it may leave; answers whether the stream still took it.
+    async fn write(&mut self, piece: Bytes, class: Class, shaper: &Shaper, turns: &mut Turns) -> bool {
+        let bytes = piece.len();
+        let passing = shaper.pass(class, bytes);
+        tokio::pin!(passing);
+        loop {
+            tokio::select! {
+                () = &mut passing => break,
+                () = turns.next() => turns.take(&self.send),
+            }
+        }
+        let mut rest = [piece];
+        loop {
+            // Nothing of what was not taken is lost when the other branch comes first.
+            let taken = tokio::select! {
+                biased;
+                taken = self.send.write_chunks(&mut rest) => Some(taken),
+                () = turns.next() => None,
+            };
+            match taken {
+                None => turns.take(&self.send),
+                Some(Ok(_)) if rest[0].is_empty() => return true,
+                Some(Ok(_)) => {}
+                Some(Err(_)) => return false,
+            }
+        }
+    }
+
+    /// The connection is over, or the peer refuses this lane: without it the session would stand still, so the connection
+    /// ends and its reader tells the session.
+    fn give_up(&self) {
+        CloseCode::Violation.close(&self.connection);
+    }
+}
+
+/// The priority of a data lane: that of delta is above that of bulk, but for one turn in ten. So bulk has a tenth of a
+/// connection that delta could fill, wherever the two wait for one another.
+struct Turns {
+    /// None for delta.
+    ticks: Option<Interval>,
+    number: u32,
+    /// How many more turns are taken without anything to write: what was written may not have left yet.
+    left: u32,
+}
+
+impl Turns {
+    fn new(class: Class, send: &SendStream) -> Self {
+        // An error means that the stream is gone, which the next write reports.
+        let _ = send.set_priority(if class == Class::Delta { DELTA_PRIORITY } else { BULK_PRIORITY });
+        let ticks = (class == Class::Bulk).then(|| {
+            let mut ticks = tokio::time::interval(TURN);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            ticks
+        });
+        Self { ticks, number: 0, left: 0 }
+    }
+
+    fn are_wanted(&mut self) {
+        self.left = TURNS_BEHIND;
+    }
+
+    /// Waits for the next turn; for ever where there is none. Safe to drop at the await.
+    async fn next(&mut self) {
+        match &mut self.ticks {
+            Some(ticks) if self.left > 0 => drop(ticks.tick().await),
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Takes the turn that came.
+    fn take(&mut self, send: &SendStream) {
+        self.left = self.left.saturating_sub(1);
+        self.number += 1;
+        let is_bulks = self.number.is_multiple_of(BULK_TURNS);
+        let _ = send.set_priority(if is_bulks { BULK_PRIORITY_IN_ITS_TURN } else { BULK_PRIORITY });
+    }
 }

@@ -14,6 +14,7 @@
 //! | [`ca`] | the master target's certificate authority |
 //! | [`tls`] | rustls configurations |
 //! | [`lanes`] | the frames of a session over a connection |
+//! | [`shaper`] | how fast data may leave, and the part that bulk keeps |
 //! | [`standby`], [`silence`] | connections kept ready, and when a peer counts as dead |
 //! | [`nbd`] | disks served to NBD clients |
 //! | [`endpoint`], [`dialer`] | transport limits, accepting and dialling |
@@ -34,6 +35,7 @@ pub mod invitations;
 pub mod lanes;
 pub mod nbd;
 pub mod revocations;
+pub mod shaper;
 pub mod silence;
 mod socket;
 pub mod standby;
