@@ -91,11 +91,11 @@ fn a_time_answers_the_newest_state_that_is_not_younger() {
 
 /// The times for which nothing up to then is missing, asked second by second.
 fn covered(store: &mut Store) -> Vec<u64> {
-    store.journal.commit(store.now()).unwrap();
+    store.journal.commit(store.now()).expect("a commit");
     let is_covered = |clock: &u64| {
         let time = Timestamp(clock * SECOND);
         let found = points::at_time(&mut store.journal, DISK, time);
-        found.is_ok_and(|found| points::covers(&mut store.journal, DISK, &found, time).unwrap())
+        found.is_ok_and(|found| points::covers(&mut store.journal, DISK, &found, time).expect("the log"))
     };
     (0..40).filter(is_covered).collect()
 }
