@@ -89,6 +89,57 @@ fn a_time_answers_the_newest_state_that_is_not_younger() {
     assert_eq!(start.number, 2);
 }
 
+/// The times for which nothing up to then is missing, asked second by second.
+fn covered(store: &mut Store) -> Vec<u64> {
+    store.journal.commit(store.now()).expect("a commit");
+    let is_covered = |clock: &u64| {
+        let time = Timestamp(clock * SECOND);
+        let found = points::at_time(&mut store.journal, DISK, time);
+        found.is_ok_and(|found| points::covers(&mut store.journal, DISK, &found, time).expect("the log"))
+    };
+    (0..40).filter(is_covered).collect()
+}
+
+#[test]
+fn up_to_a_time_nothing_is_missing_where_its_ordered_run_goes_on_behind_it() {
+    let mut store = Store::new();
+    let step = |store: &mut Store, clock: u64| store.clock = clock - 1;
+    step(&mut store, 2);
+    store.batch(Stretch::Diff, 4);
+    step(&mut store, 4);
+    store.end(MarkClass::Crash, "");
+    step(&mut store, 6);
+    store.mark(MarkClass::Crash, ""); // nothing says that writes between two marks were all known
+    assert_eq!(covered(&mut store), [0; 0]);
+    step(&mut store, 8);
+    store.batch(Stretch::Ordered, 2);
+    assert_eq!(covered(&mut store), [6, 7], "of that second there may be more");
+    step(&mut store, 10);
+    store.batch(Stretch::Ordered, 2);
+    step(&mut store, 12);
+    store.mark(MarkClass::Crash, "");
+    step(&mut store, 15);
+    store.end(MarkClass::Crash, "");
+    assert_eq!(covered(&mut store), (6..15).collect::<Vec<u64>>());
+    step(&mut store, 18);
+    store.batch(Stretch::Diff, 2);
+    step(&mut store, 20);
+    store.mark(MarkClass::Fuzzy, "");
+    step(&mut store, 22);
+    store.batch(Stretch::Ordered, 2); // behind no state
+    step(&mut store, 24);
+    store.mark(MarkClass::Crash, "");
+    step(&mut store, 26);
+    store.batch(Stretch::Ordered, 2);
+    step(&mut store, 30);
+    store.mark(MarkClass::Fuzzy, "");
+    store.apply();
+    let expected = [(6..15).collect::<Vec<u64>>(), vec![24, 25]].concat();
+    assert_eq!(covered(&mut store), expected);
+    let mut store = store.reopen();
+    assert_eq!(covered(&mut store), expected, "after a restart");
+}
+
 #[test]
 fn where_the_source_set_its_clock_back_or_ahead_order_stays_and_shown_times_ascend() {
     let mut store = Store::new();

@@ -5,12 +5,14 @@
 //! Called by `daemon` at the start, by `admin_points`, and by `check` where no daemon runs.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use reprotect_engine::host::values::DurationText;
 use reprotect_engine::io::durable::{Access, read_bounded, replace_file};
 use reprotect_engine::net::wall_clock;
+use reprotect_engine::store::files::Files;
 use reprotect_engine::store::journal::ladder::{Ladder, Rung};
 use reprotect_engine::store::journal::offline::Offline;
 use reprotect_engine::store::journal::recovery::LogEntry;
@@ -21,7 +23,7 @@ use crate::api::{RetentionAnswer, RetentionRequest};
 use crate::config::rungs;
 use crate::housekeeping::Room;
 use crate::points::NO_JOURNAL;
-use crate::registry::{Registry, fs_opener};
+use crate::registry::Registry;
 use crate::retention::Retention;
 
 /// Largest file read.
@@ -172,12 +174,12 @@ pub struct Reach {
 ///
 /// # Errors
 /// When the folder cannot be read.
-pub fn reach_at_rest(folder: &Path, ladder: &Ladder) -> anyhow::Result<Reach> {
+pub fn reach_at_rest(files: Arc<dyn Files>, folder: &Path, ladder: &Ladder) -> anyhow::Result<Reach> {
     let nothing_yet = Reach { hours_held: None, is_young: true };
     if !folder.exists() {
         return Ok(nothing_yet);
     }
-    let offline = match Offline::open(fs_opener(), folder) {
+    let offline = match Offline::open(files, folder) {
         Ok(offline) => offline,
         Err(JournalError::NoJournal { .. }) => return Ok(nothing_yet),
         Err(error) => return Err(error.into()),
@@ -282,6 +284,7 @@ fn nanos(duration: Duration) -> u64 {
 mod tests {
     use super::*;
     use crate::housekeeping::tests::{Lab, lab};
+    use crate::registry::fs_opener;
 
     fn ladder() -> Ladder {
         Ladder {
@@ -342,7 +345,7 @@ mod tests {
     #[test]
     fn a_journal_at_rest_says_how_far_its_drive_reaches_by_its_last_hour_and_that_it_has_none_yet() {
         let folder = |lab: &Lab| lab.retention.folder().to_owned();
-        let of = |lab: &Lab| reach_at_rest(&folder(lab), &ladder()).unwrap();
+        let of = |lab: &Lab| reach_at_rest(fs_opener(), &folder(lab), &ladder()).unwrap();
         let none = Reach { hours_held: None, is_young: true };
         let (young, old) = (lab(11), lab(24)); // points every five minutes
         assert_eq!(of(&young), none);
@@ -360,6 +363,6 @@ mod tests {
             "half of what two hours left: {churn:?}"
         );
         let empty = tempfile::tempdir().unwrap();
-        assert_eq!(reach_at_rest(&empty.path().join("none"), &ladder()).unwrap(), none);
+        assert_eq!(reach_at_rest(fs_opener(), &empty.path().join("none"), &ladder()).unwrap(), none);
     }
 }

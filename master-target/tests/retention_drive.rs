@@ -199,7 +199,7 @@ fn a_drive_that_is_shared_with_something_of_ours_is_warned_of_and_targets_in_the
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_check_beside_a_running_daemon_says_how_far_the_drive_reaches() {
+async fn a_check_says_how_far_the_drive_reaches_beside_a_running_daemon_and_without_one() {
     let dir = daemon::dir();
     let retention = dir.path().join("retention");
     std::fs::create_dir(&retention).unwrap();
@@ -208,10 +208,15 @@ async fn a_check_beside_a_running_daemon_says_how_far_the_drive_reaches() {
         &format!("[retention]\npath = {retention:?}\nsegment_bytes = \"32 MiB\"\n"),
     );
     let running = daemon::start(dir.path()).await;
-    let (state, folder) = (dir.path().to_owned(), retention.clone());
-    let checked = tokio::task::spawn_blocking(move || program(&state, &folder, &["check", "--json"]));
-    let check = check_of(&checked.await.unwrap(), "retention-reach");
-    assert_eq!(check["verdict"], "PASS", "{check}");
-    assert!(check["reason"].as_str().unwrap().contains("cannot be told yet"), "nothing was written: {check}");
+    let said = async || {
+        let (state, folder) = (dir.path().to_owned(), retention.clone());
+        let checked = tokio::task::spawn_blocking(move || program(&state, &folder, &["check", "--json"]));
+        let check = check_of(&checked.await.unwrap(), "retention-reach");
+        assert_eq!(check["verdict"], "PASS", "{check}");
+        check["reason"].as_str().unwrap().to_owned()
+    };
+    let beside = said().await;
+    assert!(beside.contains("there is no hour of history yet"), "{beside}");
     running.stop().await;
+    assert_eq!(said().await, beside, "by what stands in the folder");
 }

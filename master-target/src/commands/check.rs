@@ -11,7 +11,7 @@ use reprotect_engine::host::output::{EXIT_FAILED, EXIT_OK, Output};
 use reprotect_engine::host::places::Program;
 use reprotect_engine::host::preflight::{self, Finding};
 
-use super::{retention, wait};
+use super::{journal, retention, wait};
 use crate::api::RetentionAnswer;
 use crate::checks::{everything, is_running};
 use crate::config::Settings;
@@ -58,7 +58,8 @@ fn reach_of_drive(settings: &Settings) -> Option<Finding> {
         Ok(ladder) => ladder?,
         Err(error) => return Some(Finding::fail(name, error.to_string(), "no start is possible before")),
     };
-    let reach = reach_at_rest(folder, &ladder).ok()?;
+    // No lock is taken: a daemon that starts meanwhile must not be refused because of it.
+    let reach = reach_at_rest(journal::reader(true), folder, &ladder).ok()?;
     Some(finding(name, reach, ladder.guaranteed, " (the last in which a master target ran)"))
 }
 

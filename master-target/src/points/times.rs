@@ -324,6 +324,23 @@ mod tests {
     }
 
     #[test]
+    fn where_the_source_set_its_clock_back_since_the_mark_before_its_times_order_nothing() {
+        let mut machine = Machine::new();
+        machine.cut(&[A], 20);
+        machine.cut(&[A], 21);
+        machine.cut(&[B], 5); // later than both of A
+        machine.mark(&[A, B], 2, 12);
+        machine.falls_back(11, B);
+        machine.cut(&[A, B], 20);
+        machine.cut(&[A, B], 22);
+        machine.cut(&[A], 14);
+        machine.cut(&[A, B], 25);
+        let (numbers, note) = machine.found(20);
+        assert_eq!(numbers, [5, 4], "point 2");
+        assert!(note.unwrap().contains(&DISKS[A].to_string()));
+    }
+
+    #[test]
     fn a_time_for_which_the_machine_has_nothing_is_refused_with_what_there_is_and_a_disk_alone_has_its_own() {
         let mut machine = Machine::new();
         machine.cut(&[A, B], 20);

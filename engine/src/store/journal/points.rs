@@ -364,7 +364,8 @@ pub fn at_time(journal: &mut Journal, disk: DiskId, time: Timestamp) -> Result<F
 
 /// Whether nothing that was written to the disk up to `time` is missing in what [`at_time`] found for it. That says what follows: a
 /// younger state of the same ordered run, which has all between. Where the run ends before that time nobody knows what came
-/// after, and a batch of just that time may be a part of what was written in that moment.
+/// after, and a batch of just that time may be a part of what was written in that moment. Where the source's clock was set back
+/// since the mark before, times say nothing of what came first, least of all to another disk of the machine.
 ///
 /// # Errors
 /// When the log cannot be read.
@@ -375,20 +376,27 @@ pub fn covers(
     time: Timestamp,
 ) -> Result<bool, JournalError> {
     let next = found.at.number + 1;
-    if !ordered_runs(journal, disk)?.iter().any(|run| (run.numbers().0..=run.end).contains(&next)) {
-        return Ok(false);
-    }
-    let Some(entry) = journal.entries(disk).iter().find(|entry| entry.number == next).copied() else {
+    let runs = ordered_runs(journal, disk)?;
+    let Some(run) = runs.iter().find(|run| (run.numbers().0..=run.end).contains(&next)) else {
         return Ok(false);
     };
-    match entry.kind {
-        EntryKind::Mark => {
-            let marks = points(journal, disk)?;
-            Ok(marks.iter().any(|mark| mark.at.number == next && mark.source_time >= time))
+    let marks = points(journal, disk)?;
+    let before = marks.iter().rfind(|mark| mark.at.number < next && !mark.is_targets_own());
+    let after = marks.iter().find(|mark| mark.at.number >= next && !mark.is_targets_own());
+    let (from, to) = (before.map_or(0, |mark| mark.at.number), after.map_or(u64::MAX, |mark| mark.at.number));
+    let mut label = before.map_or(Timestamp(0), |mark| mark.source_time);
+    let mut is_younger = after.is_some_and(|mark| mark.at.number == next && mark.source_time >= time);
+    for (_, entry) in run.entries.iter().filter(|(_, entry)| (from + 1..to).contains(&entry.number)) {
+        let of_entry = header(journal, entry)?.source_time;
+        if of_entry < label {
+            return Ok(false);
         }
-        EntryKind::Ordered => Ok(header(journal, &entry)?.source_time > time),
-        _ => Ok(false),
+        label = of_entry;
+        if entry.number == next {
+            is_younger = of_entry > time;
+        }
     }
+    Ok(is_younger)
 }
 
 /// The state behind a sequence, inside an ORDERED stretch or at a mark.

@@ -83,6 +83,10 @@ impl DiskShape {
     /// What is damaged of that which a point is made from; `None` for one that is whole as far as is known.
     #[must_use]
     pub fn rot(&self, at: At) -> Option<Rot> {
+        // Asked of every point of every disk; hardly ever is there anything.
+        if self.damaged.is_empty() && self.damaged_entries.is_empty() {
+            return None;
+        }
         self.rot_of_entry(at).or_else(|| self.rot_of_images(at))
     }
 

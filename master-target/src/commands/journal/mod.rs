@@ -40,7 +40,7 @@ pub fn journal(args: &JournalArgs, output: Output) -> anyhow::Result<bool> {
 
 /// Files that are only read. Unless `beside`, each is locked against writers: that is how a running master target, or a
 /// machine that was powered on, is noticed and kept out.
-fn reader(beside: bool) -> Arc<dyn Files> {
+pub(super) fn reader(beside: bool) -> Arc<dyn Files> {
     Arc::new(FsFiles::new(move |path, writable| {
         if writable {
             let source = std::io::Error::new(std::io::ErrorKind::ReadOnlyFilesystem, "it is only read here");
