@@ -284,27 +284,106 @@ async fn strangers_at_the_tcp_port_keep_nobody_out() {
     drop(silent);
 }
 
-/// Through a tunnel of its own, with a good certificate, somebody sends what is no packet: its tunnel ends, no other.
+/// Longer than any test: what ends sooner was ended.
+fn patient() -> TransportSettings {
+    TransportSettings { idle_timeout: Duration::from_secs(600), ..TransportSettings::default() }
+}
+
+/// The outer TLS connection of a tunnel, and nothing in it; `None` shows no certificate.
+async fn bare_tunnel(
+    site: &Site,
+    identity: Option<&Identity>,
+    daemon: &Daemon,
+) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
+    let rule = PeerRule::of_site("berlin", &[Role::ProcessServer]);
+    let mut config = match identity {
+        Some(identity) => tls::client_config(identity, Arc::clone(&site.trust), rule).unwrap(),
+        None => tls::enrolment_config(site.ca.key_sha256().unwrap(), rule).unwrap(),
+    };
+    config.alpn_protocols = vec![b"reprotect-tunnel/1".to_vec()];
+    let name = rustls_pki_types::ServerName::try_from("any.reprotect.internal").unwrap();
+    let stream = TcpStream::connect(daemon.address).await?;
+    tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await
+}
+
+/// Waits for the end of a tunnel into which nothing is written any more.
+async fn is_ended(mut stream: tokio_rustls::client::TlsStream<TcpStream>) {
+    let mut answer = Vec::new();
+    // With an error or without.
+    let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await.expect("it goes on");
+    assert!(answer.is_empty(), "{answer:?}");
+}
+
+/// With a good certificate somebody sends what is no packet: that tunnel ends, no other.
 #[tokio::test]
 async fn garbage_in_a_tunnel_ends_that_tunnel_alone() {
     let site = Site::new();
-    let daemon = relay(&site);
+    let daemon = site.daemon_set(&[Role::Agent], patient());
     let firewall = Firewall::before(daemon.address).await;
     let agent = site.identity(Role::Agent);
     let kept = dial(&site, &dialer(), &agent, &daemon, firewall.address).await.unwrap();
-    let rule = PeerRule::of_site("berlin", &[Role::ProcessServer]);
-    let mut config = tls::client_config(&agent, Arc::clone(&site.trust), rule).unwrap();
-    config.alpn_protocols = vec![b"reprotect-tunnel/1".to_vec()];
-    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
     for garbage in [&[0, 0][..], &[255, 255, 1, 2, 3], &[0, 3, 1, 2, 3, 35, 40]] {
-        let name = rustls_pki_types::ServerName::try_from("any.reprotect.internal").unwrap();
-        let stream = TcpStream::connect(daemon.address).await.unwrap();
-        let mut stream = connector.connect(name, stream).await.unwrap();
+        let mut stream = bare_tunnel(&site, Some(&agent), &daemon).await.unwrap();
         stream.write_all(garbage).await.unwrap();
-        let mut answer = Vec::new();
-        // With an error or without: it is over.
-        let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answer)).await.unwrap();
-        assert!(answer.is_empty(), "{answer:?}");
+        is_ended(stream).await;
     }
     assert!(echoes(&kept.connection).await);
+}
+
+#[tokio::test]
+async fn a_peer_has_as_many_tunnels_as_connections_and_none_once_it_is_revoked() {
+    let site = Site::new();
+    let daemon =
+        site.daemon_set(&[Role::Agent], TransportSettings { connections_per_agent_max: 2, ..patient() });
+    let (greedy, other) = (site.identity(Role::Agent), site.identity(Role::Agent));
+    let first = bare_tunnel(&site, Some(&greedy), &daemon).await.unwrap();
+    let second = bare_tunnel(&site, Some(&greedy), &daemon).await.unwrap();
+    is_ended(bare_tunnel(&site, Some(&greedy), &daemon).await.unwrap()).await;
+    let firewall = Firewall::before(daemon.address).await;
+    let peer = dial(&site, &dialer(), &other, &daemon, firewall.address).await.unwrap();
+    site.revocations.revoke(Revocation::Peer(greedy.own().peer)).unwrap();
+    is_ended(first).await;
+    is_ended(second).await;
+    assert!(echoes(&peer.connection).await);
+}
+
+#[tokio::test]
+async fn where_nobody_enrols_nobody_gets_a_tunnel_without_a_certificate() {
+    let site = Site::new();
+    let daemon = site.daemon_set(&[Role::Agent], patient());
+    is_ended(bare_tunnel(&site, None, &daemon).await.unwrap()).await;
+}
+
+/// Where many handshakes are not finished, whoever dials over UDP is first asked to show that it is where it says. Over TCP it
+/// has shown that.
+#[tokio::test]
+async fn tunnels_come_about_also_under_load() {
+    let site = Site::new();
+    let settings = TransportSettings { unfinished_handshakes_max: 2, ..TransportSettings::default() };
+    let daemon = site.daemon_set(&[Role::Agent], settings);
+    // What the daemon answers to this one never arrives.
+    let (front, back) =
+        (UdpSocket::bind(loopback()).await.unwrap(), UdpSocket::bind(loopback()).await.unwrap());
+    let (one_way, server) = (front.local_addr().unwrap(), daemon.address);
+    tokio::spawn(async move {
+        let mut packet = vec![0; 1 << 16];
+        while let Ok((len, _)) = front.recv_from(&mut packet).await {
+            let _ = back.send_to(&packet[..len], server).await;
+        }
+    });
+    let agent = site.identity(Role::Agent);
+    let stuck_dialer = dialer();
+    let stuck = dial(&site, &stuck_dialer, &agent, &daemon, one_way);
+    let firewall = Firewall::before(daemon.address).await;
+    let tunnelled = async {
+        while daemon.open_connections() == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let peer = dial(&site, &dialer(), &agent, &daemon, firewall.address).await.unwrap();
+        assert!(peer.way() == Way::Tcp && echoes(&peer.connection).await);
+    };
+    tokio::select! {
+        _ = stuck => panic!("it was answered"),
+        () = tunnelled => {}
+    }
 }

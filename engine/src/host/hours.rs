@@ -108,8 +108,11 @@ impl FromStr for RateHours {
 
     fn from_str(text: &str) -> Result<Self, ValueError> {
         let text = text.trim();
-        let mut parts = text.splitn(3, char::is_whitespace).map(str::trim);
-        let (Some(on), Some(hours), Some(rate)) = (parts.next(), parts.next(), parts.next()) else {
+        let parts = text.split_once(char::is_whitespace).and_then(|(on, rest)| {
+            let (hours, rate) = rest.trim_start().split_once(char::is_whitespace)?;
+            Some((on, hours, rate.trim_start()))
+        });
+        let Some((on, hours, rate)) = parts else {
             return refuse(format!("\"{text}\" has no days, hours and rate"));
         };
         let Some(days) = days(on) else { return refuse(format!("\"{on}\" names no days")) };

@@ -1,7 +1,8 @@
 //! Dialling: over UDP, and through a tunnel over TCP where UDP does not get through.
 //!
 //! Invariants: TCP is tried when nothing has come over UDP for a while, at once where that was so the last time, and UDP is
-//! always tried, too: whichever is there first is used. A peer that refuses over UDP is not asked again over TCP. Units:
+//! always tried, too: whichever is there first is used. A peer that refuses over UDP is not asked again over TCP; over TCP
+//! somebody else may have the port, so a refusal there counts only when UDP has ended as well. Both end in the same time. Units:
 //! `Duration`s. Called by the three programs and by enrolment.
 
 use std::collections::HashSet;
@@ -91,7 +92,8 @@ impl Dialer {
         let over_udp = self.over_udp(address, tls.clone(), &name);
         let over_tcp = async {
             tokio::time::sleep(head_start).await;
-            self.over_tcp(address, tls, &name).await
+            self.over_tcp(address, tls, &name, self.settings.handshake_timeout.saturating_sub(head_start))
+                .await
         };
         tokio::pin!(over_udp, over_tcp);
         let (mut waits_for_udp, mut tcp_error) = (true, None);
@@ -117,17 +119,12 @@ impl Dialer {
                         tcp.tunnels.push(tunnelled);
                         return Ok(connection);
                     }
-                    Err(error) => {
-                        if let Some(refusal) = refusal_of_tunnel(&error) {
-                            let (tcp, refusal) = (error.to_string(), Some(refusal));
-                            return Err(EndpointError::TimedOut { address, tcp, refusal });
-                        }
-                        tcp_error = Some(error);
-                    }
+                    // Who refuses may be somebody else, who has this port number over TCP only.
+                    Err(error) => tcp_error = Some(error),
                 },
             }
             if let Some(error) = tcp_error.as_ref().filter(|_| !waits_for_udp) {
-                let (tcp, refusal) = (error.to_string(), None);
+                let (tcp, refusal) = (error.to_string(), refusal_of_tunnel(error));
                 return Err(EndpointError::TimedOut { address, tcp, refusal });
             }
         }
@@ -156,11 +153,12 @@ impl Dialer {
         address: SocketAddr,
         tls: rustls::ClientConfig,
         name: &str,
+        patience: Duration,
     ) -> Result<io::Result<Tunnelled>, EndpointError> {
         let config = (endpoint_config(&self.settings)?, self.config(tls.clone())?);
         let limits = (self.settings.udp_payload_bytes_max.into(), self.settings.idle_timeout);
         let connecting = tunnel::connect(address, name, tls, config, limits);
-        let connected = tokio::time::timeout(self.settings.handshake_timeout, connecting).await;
+        let connected = tokio::time::timeout(patience, connecting).await;
         Ok(connected.unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no answer in time"))))
     }
 

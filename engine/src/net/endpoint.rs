@@ -430,8 +430,8 @@ pub fn bind_server(
     let config = quic_server_config(tls.clone(), &settings)?;
     let error = |action, source| EndpointError::Socket { action, address, source };
     let (udp, tcp) = both_sockets(address, &settings)?;
-    let (socket, tunnels) =
-        tunnel::listen(tcp, udp, tls, &settings).map_err(|source| error("use TCP", source))?;
+    let (socket, tunnels) = tunnel::listen(tcp, udp, tls, &settings, Arc::clone(&revocations))
+        .map_err(|source| error("use TCP", source))?;
     let endpoint = endpoint(socket, Some(config), &settings)?.map_err(|source| error("use UDP", source))?;
     let (deliver, accepted) = mpsc::channel(ACCEPTED_MAX);
     let gate = Gate {
@@ -556,7 +556,7 @@ pub(super) fn endpoint(
 
 /// Live connections of verified peers, by peer.
 #[derive(Debug, Default)]
-struct Believed(std::sync::Mutex<HashMap<PeerId, usize>>);
+pub(super) struct Believed(std::sync::Mutex<HashMap<PeerId, usize>>);
 
 impl Believed {
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<PeerId, usize>> {
@@ -569,7 +569,7 @@ impl Believed {
     }
 
     /// Counts one more of `peer`, unless that is too many.
-    fn enter(&self, peer: &PeerIdentity, settings: &TransportSettings) -> bool {
+    pub(super) fn enter(&self, peer: &PeerIdentity, settings: &TransportSettings) -> bool {
         let most = match peer.role {
             Role::Agent => settings.connections_per_agent_max,
             Role::ProcessServer => settings.connections_per_relay_max,
@@ -584,7 +584,7 @@ impl Believed {
         true
     }
 
-    fn leave(&self, peer: PeerId) {
+    pub(super) fn leave(&self, peer: PeerId) {
         let mut peers = self.lock();
         match peers.get_mut(&peer) {
             Some(own) if *own > 1 => *own -= 1,
@@ -626,7 +626,9 @@ impl Gate {
         let kept = self.endpoint.open_connections().saturating_sub(self.believed.count());
         let doubtful = kept.max(max - self.slots.available_permits().min(max));
         let under_load = doubtful >= max / 2;
-        if under_load && !incoming.remote_address_validated() && incoming.may_retry() {
+        // Who comes through a tunnel has shown that it is where it says; a retry's token knows no tunnels.
+        let is_over_udp = tunnel::way(incoming.remote_address()) == Way::Udp;
+        if under_load && is_over_udp && !incoming.remote_address_validated() && incoming.may_retry() {
             if let Err(error) = incoming.retry() {
                 error.into_incoming().refuse();
             }

@@ -8,7 +8,8 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use quinn::{Connection, ReadExactError, RecvStream, SendStream};
@@ -27,15 +28,16 @@ const CONTROL_FRAMES_MAX: usize = 64;
 /// Data frames (up to 8 MiB each) read and not yet handled, per connection.
 const DATA_FRAMES_MAX: usize = 4;
 /// What is sent first where several lanes wait: quinn sends of the highest, and of equals in turn.
-const CONTROL_PRIORITY: i32 = 3;
-const BULK_PRIORITY_IN_ITS_TURN: i32 = 2;
+const CONTROL_PRIORITY: i32 = 2;
 const DELTA_PRIORITY: i32 = 1;
 const BULK_PRIORITY: i32 = 0;
-/// Length of a turn, and every how many of them is bulk's.
-const TURN: Duration = Duration::from_millis(20);
-const BULK_TURNS: u32 = 10;
-/// Turns that are taken after the last frame: 5 s.
-const TURNS_BEHIND: u32 = 250;
+/// In a part of each of these, delta stands beside bulk, not before it: long against a tick, short against a timeout.
+const CYCLE: Duration = Duration::from_secs(1);
+const TICK: Duration = Duration::from_millis(20);
+/// Of a link that delta could fill, bulk has this part.
+const BULK_PART: u32 = 10;
+/// Ticks after the last frame: what was written may not have left yet. A minute.
+const TICKS_BEHIND: u32 = 3000;
 /// How long the connection's own reason is waited for after the peer finished the control lane.
 const REASON_WAIT: Duration = Duration::from_secs(1);
 
@@ -104,6 +106,7 @@ pub struct LaneWriter<T> {
     control: mpsc::UnboundedSender<(Frame, T)>,
     data: HashMap<Lane, mpsc::UnboundedSender<(Frame, T)>>,
     shaper: Arc<Shaper>,
+    shares: Arc<Shares>,
     written: mpsc::UnboundedSender<T>,
 }
 
@@ -145,6 +148,7 @@ fn join<T: Send + 'static>(
         control: control_out,
         data: HashMap::new(),
         shaper: Arc::default(),
+        shares: Arc::default(),
         written,
     };
     (LaneReader { control, data }, writer, handed_over)
@@ -167,8 +171,8 @@ impl<T: Send + 'static> LaneWriter<T> {
             Lane::Control => &self.control,
             data => self.data.entry(data).or_insert_with(|| {
                 let class = if matches!(data, Lane::Delta(_)) { Class::Delta } else { Class::Bulk };
-                let shaper = Arc::clone(&self.shaper);
-                open_data_lane(self.connection.clone(), class, shaper, self.written.clone())
+                let limits = (Arc::clone(&self.shaper), Arc::clone(&self.shares));
+                open_data_lane(self.connection.clone(), class, limits, self.written.clone())
             }),
         };
         // A failed send means that the writer ended with the connection; the session is being torn down.
@@ -246,14 +250,14 @@ fn spawn_writer<T: Send + 'static>(
 fn open_data_lane<T: Send + 'static>(
     connection: Connection,
     class: Class,
-    shaper: Arc<Shaper>,
+    (shaper, shares): (Arc<Shaper>, Arc<Shares>),
     written: mpsc::UnboundedSender<T>,
 ) -> mpsc::UnboundedSender<(Frame, T)> {
     let (queue, frames) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         if let Ok(send) = connection.open_uni().await {
             let lane = WriteLane { connection, send, written };
-            lane.data(frames, class, &shaper).await;
+            lane.data(frames, class, &shaper, &shares).await;
         }
     });
     queue
@@ -277,8 +281,14 @@ impl<T> WriteLane<T> {
         let _ = self.send.finish();
     }
 
-    async fn data(mut self, mut frames: mpsc::UnboundedReceiver<(Frame, T)>, class: Class, shaper: &Shaper) {
-        let mut turns = Turns::new(class, &self.send);
+    async fn data(
+        mut self,
+        mut frames: mpsc::UnboundedReceiver<(Frame, T)>,
+        class: Class,
+        shaper: &Shaper,
+        shares: &Shares,
+    ) {
+        let mut turns = Turns::new(class, shares, &self.send);
         loop {
             let next = tokio::select! {
                 next = frames.recv() => next,
@@ -288,7 +298,7 @@ impl<T> WriteLane<T> {
                 }
             };
             let Some((frame, token)) = next else { break };
-            turns.are_wanted();
+            turns.begin();
             for mut part in frame.into_parts() {
                 // What is not limited need not be cut.
                 while !part.is_empty() {
@@ -298,19 +308,22 @@ impl<T> WriteLane<T> {
                     }
                 }
             }
+            turns.end(frames.is_empty());
             let _ = self.written.send(token);
         }
         let _ = self.send.finish();
     }
 
     /// Writes a piece when it may leave; answers whether the stream still took it.
-    async fn write(&mut self, piece: Bytes, class: Class, shaper: &Shaper, turns: &mut Turns) -> bool {
+    async fn write(&mut self, piece: Bytes, class: Class, shaper: &Shaper, turns: &mut Turns<'_>) -> bool {
         let bytes = piece.len();
         let passing = shaper.pass(class, bytes);
         tokio::pin!(passing);
         loop {
             tokio::select! {
                 () = &mut passing => break,
+                // Nobody waits for it any more, and what it waits for is others'.
+                _ = self.connection.closed() => return false,
                 () = turns.next() => turns.take(&self.send),
             }
         }
@@ -338,33 +351,76 @@ impl<T> WriteLane<T> {
     }
 }
 
-/// The priority of a data lane: that of delta is above that of bulk, but for one turn in ten. So bulk has a tenth of a
-/// connection that delta could fill, wherever the two wait for one another.
-struct Turns {
-    /// None for delta.
-    ticks: Option<Interval>,
-    number: u32,
-    /// How many more turns are taken without anything to write: what was written may not have left yet.
-    left: u32,
+/// What the data lanes of a connection know of one another.
+#[derive(Debug)]
+struct Shares {
+    begun: Instant,
+    /// Lanes that have something to write.
+    deltas: AtomicU32,
+    bulks: AtomicU32,
 }
 
-impl Turns {
-    fn new(class: Class, send: &SendStream) -> Self {
+impl Default for Shares {
+    fn default() -> Self {
+        Self { begun: Instant::now(), deltas: AtomicU32::new(0), bulks: AtomicU32::new(0) }
+    }
+}
+
+impl Shares {
+    /// Whether delta stands beside bulk now: as long as gives bulk its part, for what stands together is sent in turn.
+    fn is_even(&self) -> bool {
+        // What has nothing to write may have something that has not left yet.
+        let (deltas, bulks) = (self.deltas.load(Relaxed), self.bulks.load(Relaxed).max(1));
+        let part = CYCLE.as_millis() * u128::from(deltas + bulks) / u128::from(bulks * BULK_PART);
+        self.begun.elapsed().as_millis() % CYCLE.as_millis() < part
+    }
+}
+
+/// The priority of a data lane, as time goes on.
+///
+/// Delta comes before bulk, but for a part of each second: else bulk would wait for as long as delta fills the link. It is
+/// delta that is moved, for the transport asks for a stream's priority when it takes it up, and bulk it would never take up.
+struct Turns<'a> {
+    shares: &'a Shares,
+    /// Where it is counted while it has something to write.
+    busy: &'a AtomicU32,
+    /// For delta.
+    ticks: Option<Interval>,
+    /// How many more ticks are looked at.
+    left: u32,
+    is_busy: bool,
+}
+
+impl<'a> Turns<'a> {
+    fn new(class: Class, shares: &'a Shares, send: &SendStream) -> Self {
+        let is_delta = class == Class::Delta;
         // An error means that the stream is gone, which the next write reports.
-        let _ = send.set_priority(if class == Class::Delta { DELTA_PRIORITY } else { BULK_PRIORITY });
-        let ticks = (class == Class::Bulk).then(|| {
-            let mut ticks = tokio::time::interval(TURN);
+        let _ = send.set_priority(if is_delta { DELTA_PRIORITY } else { BULK_PRIORITY });
+        let ticks = is_delta.then(|| {
+            let mut ticks = tokio::time::interval(TICK);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             ticks
         });
-        Self { ticks, number: 0, left: 0 }
+        let busy = if is_delta { &shares.deltas } else { &shares.bulks };
+        Self { shares, busy, ticks, left: 0, is_busy: false }
     }
 
-    fn are_wanted(&mut self) {
-        self.left = TURNS_BEHIND;
+    /// A frame is to be written.
+    fn begin(&mut self) {
+        self.left = TICKS_BEHIND;
+        if !std::mem::replace(&mut self.is_busy, true) {
+            self.busy.fetch_add(1, Relaxed);
+        }
     }
 
-    /// Waits for the next turn; for ever where there is none. Safe to drop at the await.
+    /// It is written.
+    fn end(&mut self, is_last: bool) {
+        if is_last && std::mem::take(&mut self.is_busy) {
+            self.busy.fetch_sub(1, Relaxed);
+        }
+    }
+
+    /// Waits until it is time to look again; for ever where that is never. Safe to drop at the await.
     async fn next(&mut self) {
         match &mut self.ticks {
             Some(ticks) if self.left > 0 => drop(ticks.tick().await),
@@ -372,11 +428,16 @@ impl Turns {
         }
     }
 
-    /// Takes the turn that came.
+    /// Looks. Where it looks no more, it is before bulk.
     fn take(&mut self, send: &SendStream) {
-        self.left = self.left.saturating_sub(1);
-        self.number += 1;
-        let is_bulks = self.number.is_multiple_of(BULK_TURNS);
-        let _ = send.set_priority(if is_bulks { BULK_PRIORITY_IN_ITS_TURN } else { BULK_PRIORITY });
+        self.left = if self.is_busy { TICKS_BEHIND } else { self.left.saturating_sub(1) };
+        let is_even = self.left > 0 && self.shares.is_even();
+        let _ = send.set_priority(if is_even { BULK_PRIORITY } else { DELTA_PRIORITY });
+    }
+}
+
+impl Drop for Turns<'_> {
+    fn drop(&mut self) {
+        self.end(true);
     }
 }

@@ -73,7 +73,14 @@ impl Site {
     }
 
     pub(crate) fn daemon_with(&self, identity: &Identity, trust: Arc<Trust>, clients: &[Role]) -> Daemon {
-        self.start(identity, trust, clients, TransportSettings::default())
+        self.start(identity, trust, clients, TransportSettings::default(), true)
+    }
+
+    /// One that enrols nobody, as a process server.
+    pub(crate) fn daemon_set(&self, clients: &[Role], settings: TransportSettings) -> Daemon {
+        let identity = self.identity(Role::ProcessServer);
+        let daemon = self.start(&identity, Arc::clone(&self.trust), clients, settings, false);
+        Daemon { posed: Role::ProcessServer, ..daemon }
     }
 
     pub(crate) fn daemon_limited(
@@ -83,7 +90,7 @@ impl Site {
         unfinished_handshakes_max: usize,
     ) -> Daemon {
         let settings = TransportSettings { unfinished_handshakes_max, ..TransportSettings::default() };
-        self.start(&self.identity(role), Arc::clone(&self.trust), clients, settings)
+        self.start(&self.identity(role), Arc::clone(&self.trust), clients, settings, true)
     }
 
     fn start(
@@ -92,8 +99,10 @@ impl Site {
         trust: Arc<Trust>,
         clients: &[Role],
         settings: TransportSettings,
+        enrols: bool,
     ) -> Daemon {
-        let tls = tls::server_config(identity, trust, PeerRule::of_site("berlin", clients), true).unwrap();
+        let rule = PeerRule::of_site("berlin", clients);
+        let tls = tls::server_config(identity, trust, rule, enrols).unwrap();
         let server = Arc::new(bind_server(loopback(), tls, Arc::clone(&self.revocations), settings).unwrap());
         let address = server.local_address().unwrap();
         let seen = Arc::new(Mutex::new(Vec::new()));

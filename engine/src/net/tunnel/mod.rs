@@ -23,14 +23,17 @@ use quinn::udp::Transmit;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 pub(super) use client::{Tunnelled, connect};
 pub(super) use server::{Listening, listen};
 
 /// ALPN of a tunnel.
 const ALPN_TUNNEL: &[u8] = b"reprotect-tunnel/1";
-/// Bytes that wait to be written: with so many, a sender waits or loses packets. Ten milliseconds at 1 Gbit/s.
-const WAITING_BYTES_MAX: usize = 1 << 20;
+/// Bytes that wait to be written: with so many, a sender waits or loses packets, and what is urgent waits behind them.
+const WAITING_BYTES_MAX: usize = 256 << 10;
+/// Bytes that are taken from these at a time.
+const TAKEN_BYTES_MAX: usize = 64 << 10;
 /// Bytes that the system holds unsent: what is urgent waits behind them.
 const UNSENT_BYTES_MAX: u32 = 128 << 10;
 /// Packets that were read and not taken yet.
@@ -146,11 +149,12 @@ impl Outgoing {
         Poll::Pending
     }
 
-    /// All that waits; `None` when the tunnel is closed and nothing does.
+    /// What waits, or the first part of it; `None` when the tunnel is closed and nothing does.
     fn poll_take(&self, context: &Context<'_>) -> Poll<Option<Bytes>> {
         let mut waiting = self.lock();
         if !waiting.bytes.is_empty() {
-            let bytes = std::mem::take(&mut waiting.bytes).freeze();
+            let taken = waiting.bytes.len().min(TAKEN_BYTES_MAX);
+            let bytes = waiting.bytes.split_to(taken).freeze();
             waiting.senders.drain(..).for_each(Waker::wake);
             return Poll::Ready(Some(bytes));
         }
@@ -194,9 +198,10 @@ async fn carry<S: AsyncRead + AsyncWrite>(
     };
     let read = async {
         let mut bytes = BytesMut::with_capacity(READ_BYTES);
+        let mut ends_at = Instant::now() + limits.idle;
         loop {
             bytes.reserve(READ_BYTES);
-            let read = tokio::time::timeout(limits.idle, reader.read_buf(&mut bytes)).await;
+            let read = tokio::time::timeout_at(ends_at, reader.read_buf(&mut bytes)).await;
             match read {
                 Ok(Ok(0)) => return Ok(()),
                 Ok(Ok(_)) => {}
@@ -207,6 +212,8 @@ async fn carry<S: AsyncRead + AsyncWrite>(
                 if incoming.send((address, packet)).await.is_err() {
                     return Ok(()); // the endpoint is gone
                 }
+                // A packet, not a byte of one.
+                ends_at = Instant::now() + limits.idle;
             }
         }
     };
@@ -288,12 +295,20 @@ mod tests {
         while outgoing.push(&transmit(&packet, None)).is_ok() {}
         assert!(outgoing.lock().bytes.len() < WAITING_BYTES_MAX + 2 * 8902);
         assert!(outgoing.poll_room(&context).is_pending());
-        assert!(matches!(outgoing.poll_take(&context), Poll::Ready(Some(_))));
+        let take = |outgoing: &Outgoing| match outgoing.poll_take(&context) {
+            Poll::Ready(bytes) => bytes.map(|bytes| bytes.len()),
+            Poll::Pending => panic!("nothing waits"),
+        };
+        assert_eq!(take(&outgoing), Some(TAKEN_BYTES_MAX));
         assert!(outgoing.poll_room(&context).is_ready());
         outgoing.push(&transmit(&packet, None)).unwrap();
         outgoing.close();
+        let waits = outgoing.lock().bytes.len();
         outgoing.push(&transmit(&packet, None)).unwrap();
-        assert!(matches!(outgoing.poll_take(&context), Poll::Ready(Some(bytes)) if bytes.len() == 8902));
-        assert!(matches!(outgoing.poll_take(&context), Poll::Ready(None)));
+        let mut taken = 0;
+        while let Some(bytes) = take(&outgoing) {
+            taken += bytes;
+        }
+        assert_eq!(taken, waits, "what came behind the end is lost, nothing else");
     }
 }

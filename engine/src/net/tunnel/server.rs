@@ -19,15 +19,23 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::AbortHandle;
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 
 use super::client::poll_packets;
 use super::{ALPN_TUNNEL, Limits, Outgoing, PACKETS_MAX, Packet, carry, marked, prepare, tunnel_of};
-use crate::net::endpoint::TransportSettings;
+use crate::net::ALPN_ENROLL;
+use crate::net::endpoint::{Believed, TransportSettings};
+use crate::net::identity::PeerIdentity;
+use crate::net::revocations::Revocations;
 
-/// Of the tunnels that may exist, this part is for those that show no certificate: they enrol.
+/// Of the tunnels that may exist, this part is for those that show no certificate: they enrol, where that can be.
 const STRANGERS_PART: usize = 8;
+/// So long a tunnel without a certificate lasts.
+const STRANGER_LIFE: Duration = Duration::from_secs(60);
 /// Longest wait for TLS while many are waited for: those that never mean to finish lose their places sooner.
 const HURRIED: Duration = Duration::from_secs(2);
+/// How long the tunnels of a revoked peer outlive its connections.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// How long nothing is accepted after the system refused, for want of descriptors for example.
 const REFUSED_PAUSE: Duration = Duration::from_millis(100);
 
@@ -56,6 +64,18 @@ impl Tunnels {
 
     fn leave(&self, number: u32) {
         self.lock().1.remove(&number);
+    }
+}
+
+/// Leaves a tunnel out when it is over, however that came.
+struct Leaving<'a> {
+    tunnels: &'a Tunnels,
+    number: u32,
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.tunnels.leave(self.number);
     }
 }
 
@@ -155,18 +175,23 @@ pub(in crate::net) fn listen(
     udp: Arc<dyn AsyncUdpSocket>,
     tls: rustls::ServerConfig,
     settings: &TransportSettings,
+    revocations: Arc<Revocations>,
 ) -> io::Result<(Arc<Junction>, Listening)> {
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
     let (deliver, packets) = mpsc::channel(PACKETS_MAX);
+    let enrols = tls.alpn_protocols.iter().any(|protocol| protocol == ALPN_ENROLL);
+    let strangers = if enrols { (settings.connections_max / STRANGERS_PART).max(1) } else { 0 };
     let (tunnels, tls) = (Arc::new(Tunnels::default()), Arc::new(Mutex::new(outer(tls))));
     let gate = Gate {
         tunnels: Arc::clone(&tunnels),
         tls: Arc::clone(&tls),
         looked_at: Arc::new(Semaphore::new(settings.unfinished_handshakes_max)),
         looked_at_max: settings.unfinished_handshakes_max,
-        believed: Arc::new(Semaphore::new(settings.connections_max)),
-        strangers: Arc::new(Semaphore::new((settings.connections_max / STRANGERS_PART).max(1))),
+        believed: Arc::default(),
+        strangers: Arc::new(Semaphore::new(strangers)),
+        settings: settings.clone(),
+        revocations,
         handshake_timeout: settings.handshake_timeout,
         limits: Limits {
             packet_bytes_max: settings.udp_payload_bytes_max.into(),
@@ -188,9 +213,12 @@ struct Gate {
     /// Places for those whose TLS is not done.
     looked_at: Arc<Semaphore>,
     looked_at_max: usize,
-    /// Places for tunnels of those that showed a certificate, and of those that did not.
-    believed: Arc<Semaphore>,
+    /// The tunnels of those that showed a certificate, as many of each as of connections.
+    believed: Arc<Believed>,
+    /// Places for those that did not.
     strangers: Arc<Semaphore>,
+    settings: TransportSettings,
+    revocations: Arc<Revocations>,
     handshake_timeout: Duration,
     limits: Limits,
     deliver: mpsc::Sender<Packet>,
@@ -228,15 +256,38 @@ impl Gate {
         if session.alpn_protocol() != Some(ALPN_TUNNEL) {
             return tracing::debug!(%address, "no tunnel: another protocol");
         }
-        let places = if session.peer_certificates().is_some() { &self.believed } else { &self.strangers };
-        let Ok(_held) = Arc::clone(places).try_acquire_owned() else {
-            return tracing::warn!(%address, "too many tunnels: refused");
-        };
-        drop(place);
+        let peer = session.peer_certificates().and_then(<[_]>::first).map(PeerIdentity::from_certificate);
+        match peer {
+            Some(Ok(peer)) if self.believed.enter(&peer, &self.settings) => {
+                drop(place);
+                tokio::select! {
+                    () = self.carried(stream, address) => {}
+                    () = self.gone(&peer) => {}
+                }
+                self.believed.leave(peer.peer);
+            }
+            Some(_) => tracing::warn!(%address, "a tunnel was refused: too many of this peer or in all"),
+            None => {
+                let Ok(_held) = Arc::clone(&self.strangers).try_acquire_owned() else {
+                    return tracing::debug!(%address, "a tunnel without a certificate was refused");
+                };
+                drop(place);
+                let _ = tokio::time::timeout(STRANGER_LIFE, self.carried(stream, address)).await;
+            }
+        }
+    }
+
+    /// Ends when a peer is revoked, and its connections had the time to say so.
+    async fn gone(&self, peer: &PeerIdentity) {
+        self.revocations.revoked(peer).await;
+        tokio::time::sleep(FAREWELL).await;
+    }
+
+    async fn carried(&self, stream: TlsStream<TcpStream>, address: SocketAddr) {
         let (number, outgoing) = self.tunnels.enter();
         let far = marked(address, number);
+        let _leaving = Leaving { tunnels: &self.tunnels, number };
         let ended = carry(stream, far, &outgoing, &self.deliver, self.limits).await;
-        self.tunnels.leave(number);
         tracing::debug!(%address, ?ended, "a tunnel ended");
     }
 }
