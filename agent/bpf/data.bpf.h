@@ -87,6 +87,7 @@ struct copying {
     __u64 from;  /* address of the vec's data */
     __u32 length; /* of the vec */
     __u32 failed;
+    __u32 busy;   /* a write that came in the midst of this one must not have it */
     __u32 rest;   /* of the bio, behind the record in hand */
     __u32 base;   /* of the record in hand in the bio */
     struct flight flight;
@@ -336,6 +337,11 @@ static __always_inline void record(struct control *ctl, struct tally *tally, str
     struct copying *copy = bpf_map_lookup_elem(&copying, &zero);
     if (!copy)
         return;
+    if (copy->busy) {
+        lose(ctl, tally, flags);
+        return;
+    }
+    *(volatile __u32 *)&copy->busy = 1;
     copy->vec = (__u64)place;
     copy->done = done;
     copy->at = 0;
@@ -350,4 +356,5 @@ static __always_inline void record(struct control *ctl, struct tally *tally, str
         record_large(ctl, tally, copy, flight, word, flags);
     else
         record_pieces(ctl, tally, copy, flight, word, flags);
+    *(volatile __u32 *)&copy->busy = 0;
 }

@@ -444,9 +444,6 @@ pub struct RetentionAnswer {
 pub struct RollbackAnswers {
     /// What went back.
     pub disks: Vec<RollbackAnswer>,
-    /// Another point than the one meant was taken, and why.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub note: Option<String>,
 }
 
 /// A disk that went back.

@@ -240,7 +240,7 @@ fn decide(
     };
     let Chosen { places, note } = places_of(registry, &disks, &text, request)?;
     if let Some(note) = note {
-        tracing::warn!(note, "the point of the failback is not the one meant");
+        bail!("{note}; name that point with --point if it is the one to go home with");
     }
     let listed = points::list(registry, &disks, true)?;
     let info = listed.iter().find(|info| {

@@ -20,7 +20,7 @@ use reprotect_engine::format::manifest::{Edit, PointDropped, PointKept};
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::net::wall_clock;
-use reprotect_engine::store::journal::points::{self, Offer, Point};
+use reprotect_engine::store::journal::points::{self, Offer, OrderedRun, Point};
 use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::{Journal, JournalError};
 use reprotect_engine::units::{DiskId, Sequence, Timestamp};
@@ -236,7 +236,14 @@ fn parse_time(text: &str) -> anyhow::Result<Option<Timestamp>> {
         }
         None => humantime::parse_rfc3339_weak(time).map_err(|_| refused())?,
     };
-    let since = at.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    // To the end of the second, or of the part of one, that is written: `points` shows whole seconds.
+    let digits =
+        time.rsplit_once('.').map_or(0, |(_, part)| part.bytes().take_while(u8::is_ascii_digit).count());
+    let rest = match 9_u32.saturating_sub(u32::try_from(digits).unwrap_or(9)) {
+        _ if time.starts_with('-') => 0,
+        missing => 10_u64.pow(missing) - 1,
+    };
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO) + Duration::from_nanos(rest);
     Ok(Some(Timestamp(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))))
 }
 
@@ -291,13 +298,22 @@ pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result
 
 /// Refuses a place at which the disk never was as it would be shown: inside a stretch whose writes are only together a state.
 fn check_state(retention: &Retention, disk: DiskId, at: At) -> anyhow::Result<()> {
-    let is_listed = points_of(retention, disk)?.iter().any(|point| point.at == at);
+    if points_of(retention, disk)?.iter().any(|point| point.at == at) {
+        return Ok(());
+    }
     let mut locked = retention.lock();
-    let entries = locked.get()?.entries(disk);
+    let journal = locked.get()?;
+    let entries = journal.entries(disk);
     let entry = entries.binary_search_by_key(&at.through(), |entry| entry.number).ok();
     // What is not in the log any more is none of it, or cannot be had: that is said where it is opened.
-    let kind = entry.and_then(|entry| entries.get(entry)).map(|entry| entry.kind);
-    if !is_listed && matches!(kind, Some(EntryKind::Batch | EntryKind::Bulk)) {
+    let is_change = entry.and_then(|at| entries.get(at)).is_some_and(|entry| entry.kind != EntryKind::Mark);
+    let runs = if is_change {
+        reading(journal, disk, |journal| points::ordered_runs(journal, disk))?
+    } else {
+        Vec::new()
+    };
+    let is_state = |run: &OrderedRun| (run.numbers().0..=run.numbers().1).contains(&at.through());
+    if is_change && !runs.iter().any(is_state) {
         bail!(
             "{at} is inside a scan round or a window: the disk never held just that; choose a point that `points --all` lists, or a time as @TIME"
         );
@@ -485,6 +501,10 @@ pub fn rollback(
     accept_damage: bool,
 ) -> anyhow::Result<RollbackAnswers> {
     let Chosen { places, note } = choose(registry, disks, text, accept_damage)?;
+    if let Some(note) = note {
+        // Whoever said yes said it to what was asked for.
+        bail!("{note}; name that point if it is the one to go back to");
+    }
     if disks.iter().any(|disk| registry.is_connected(*disk)) {
         bail!(
             "its agent is connected and would write on over the point; stop the agent or `unprotect` the disk first, then roll back"
@@ -505,7 +525,7 @@ pub fn rollback(
         })?;
         done.push(answer);
     }
-    Ok(RollbackAnswers { disks: done, note })
+    Ok(RollbackAnswers { disks: done })
 }
 
 fn rollback_disk(registry: &Registry, disk: DiskId, at: At) -> anyhow::Result<RollbackAnswer> {
@@ -564,8 +584,11 @@ mod tests {
     #[test]
     fn times_are_read_with_and_without_date_signs_and_nonsense_is_refused() {
         let nanos = |text: &str| parse_time(text).unwrap().map(|time| time.0 / 1_000_000);
-        assert_eq!(nanos("@1970-01-02T00:00:01Z"), Some(86_401_000));
-        assert_eq!(nanos("@1970-01-02 00:00:01.5"), Some(86_401_500));
+        // Up to their end: what is shown is shorter than what is meant.
+        assert_eq!(nanos("@1970-01-02T00:00:01Z"), Some(86_401_999));
+        assert_eq!(nanos("@1970-01-02 00:00:01.5"), Some(86_401_599));
+        assert_eq!(nanos("@1970-01-02 00:00:01.769Z"), Some(86_401_769));
+        assert_eq!(parse_time("@1970-01-01 00:00:01.000000001Z").unwrap(), Some(Timestamp(1_000_000_001)));
         assert_eq!(nanos("newest"), None);
         let ago = nanos("@-10m").unwrap();
         let now = wall_clock().0 / 1_000_000;

@@ -268,6 +268,7 @@ mod tests {
     use reprotect_engine::proto::target_disk::TargetDisk;
     use reprotect_engine::store::journal::JournalSettings;
     use reprotect_engine::store::journal::applier::Position;
+    use reprotect_engine::store::journal::points;
     use reprotect_engine::units::{Generation, LineageId, PeerId};
 
     use super::*;
@@ -415,6 +416,11 @@ mod tests {
             let state = TargetDisk::new_state(DISK, PeerId([2; 16]), [3; 16], 64, LINEAGE, PassMode::Done);
             assert_eq!(applied_sequence(&mut journal, DISK, number, &state).unwrap(), Sequence(3));
             assert!(journal.shape().disks[&DISK].is_entry_damaged(number), "and it is known");
+            // Nor does it keep anybody from what else there is.
+            let listed = points::points(&mut journal, DISK).unwrap();
+            assert!(listed.iter().all(|point| point.at.number != number), "{listed:?}");
+            points::timeline(&mut journal, DISK).unwrap();
+            points::ordered_runs(&mut journal, DISK).unwrap();
         }
     }
 

@@ -144,7 +144,6 @@ pub async fn rollback(context: &Context, args: &RollbackArgs) -> anyhow::Result<
         accept_damage: args.accept_damage,
     };
     let answer: RollbackAnswers = context.daemon().post_json("/v1/rollback", &request).await?;
-    context.tell(answer.note.as_deref());
     let line = |disk: &RollbackAnswer| {
         format!(
             "{} is as it was at {}: {} compared, {} written",

@@ -362,13 +362,17 @@ mod tests {
         machine.batch(A, Stretch::Ordered, 11); // entry 3
         machine.batch(A, Stretch::Diff, 12);
         machine.batch(A, Stretch::Diff, 13);
-        machine.mark(&[A], 2, 14);
+        machine.mark(&[A], 2, 14); // entry 6
+        // As a window sends it: what was read, and over it what was written meanwhile.
+        machine.batch(A, Stretch::Diff, 15);
+        machine.batch(A, Stretch::Ordered, 16);
+        machine.mark(&[A], 3, 17);
         let check =
             |number, records| check_state(&machine.retention, DISKS[A], At { epoch: 1, number, records });
-        for (number, records) in [(0, 0), (2, 0), (2, 1), (3, 0), (6, 0), (70, 0), (70, 1)] {
+        for (number, records) in [(0, 0), (2, 0), (2, 1), (3, 0), (6, 0), (9, 0), (70, 0), (70, 1)] {
             check(number, records).unwrap();
         }
-        for (number, records) in [(1, 0), (3, 1), (4, 0), (5, 0)] {
+        for (number, records) in [(1, 0), (3, 1), (4, 0), (5, 0), (7, 0), (7, 1), (8, 0)] {
             let error = check(number, records).unwrap_err().to_string();
             assert!(error.contains("points --all") && error.contains("@TIME"), "{number}+{records}: {error}");
         }

@@ -197,7 +197,7 @@ fn known_points(
         let mark = match journal.mark(disk, &entry) {
             Ok(mark) => mark,
             Err(error) => {
-                unreadable((at, &entry), known.rot(at).is_some(), error)?;
+                unreadable((at, &entry), known.is_log_damaged(entry.number), error)?;
                 continue;
             }
         };
@@ -285,10 +285,16 @@ pub fn ordered_runs(journal: &mut Journal, disk: DiskId) -> Result<Vec<OrderedRu
         match entry.kind {
             _ if known.rot(At::entry(epoch.opened.epoch, entry.number)).is_some() => is_state = false,
             EntryKind::Mark => {
-                let mark = journal.mark(disk, &entry)?;
-                is_state = mark.is_state() && !known.is_degraded_mark(&mark, entry.number);
+                is_state = match journal.mark(disk, &entry) {
+                    Ok(mark) => mark.is_state() && !known.is_degraded_mark(&mark, entry.number),
+                    // What it promised is kept, where it is a kept point.
+                    Err(_) if known.is_log_damaged(entry.number) => begins_with_state(&known, entry.number),
+                    Err(error) => return Err(error),
+                };
             }
-            EntryKind::Ordered => is_state &= !known.is_doubtful(entry.number),
+            EntryKind::Ordered => {
+                is_state &= !known.is_doubtful(entry.number) && !known.is_entry_damaged(entry.number);
+            }
             _ => is_state = false,
         }
         if is_state && can_be_had(&known, epoch, entry.number, first) {

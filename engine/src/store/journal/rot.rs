@@ -108,6 +108,16 @@ impl DiskShape {
         Some(Rot { bytes: 0, entry: Some(damaged.number), cause: damaged.cause })
     }
 
+    /// Whether it is known that an entry, or one before it in its undo epoch, cannot be read: of several the first says it all.
+    #[must_use]
+    pub fn is_log_damaged(&self, number: u64) -> bool {
+        self.epoch_of(number).is_some_and(|epoch| {
+            let is_before =
+                |entry: &EntryDamaged| entry.number > epoch.opened.after && entry.number <= number;
+            self.damaged_entries.iter().any(is_before)
+        })
+    }
+
     /// Whether an applied entry is known to be damaged.
     #[must_use]
     pub fn is_entry_damaged(&self, number: u64) -> bool {
