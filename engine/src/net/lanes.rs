@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -32,12 +32,13 @@ const CONTROL_PRIORITY: i32 = 2;
 const DELTA_PRIORITY: i32 = 1;
 const BULK_PRIORITY: i32 = 0;
 /// In a part of each of these, delta stands beside bulk, not before it: long against a tick, short against a timeout.
-const CYCLE: Duration = Duration::from_secs(1);
+const CYCLE_MS: u64 = 1000;
 const TICK: Duration = Duration::from_millis(20);
 /// Of a link that delta could fill, bulk has this part.
 const BULK_PART: u32 = 10;
-/// Ticks after the last frame: what was written may not have left yet. A minute.
+/// After the last frame: what was written may not have left yet. A minute.
 const TICKS_BEHIND: u32 = 3000;
+const BULK_BEHIND_MS: u64 = 60_000;
 /// How long the connection's own reason is waited for after the peer finished the control lane.
 const REASON_WAIT: Duration = Duration::from_secs(1);
 
@@ -358,21 +359,35 @@ struct Shares {
     /// Lanes that have something to write.
     deltas: AtomicU32,
     bulks: AtomicU32,
+    /// When bulk last had something to write, in milliseconds since `begun`.
+    bulk_at: AtomicU64,
 }
 
 impl Default for Shares {
     fn default() -> Self {
-        Self { begun: Instant::now(), deltas: AtomicU32::new(0), bulks: AtomicU32::new(0) }
+        // Long ago: nothing of it waits.
+        let bulk_at = AtomicU64::new(u64::MAX);
+        Self { begun: Instant::now(), deltas: AtomicU32::new(0), bulks: AtomicU32::new(0), bulk_at }
     }
 }
 
 impl Shares {
+    fn millis(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Whether bulk has something that has not left yet, or may have.
+    fn has_bulk(&self) -> bool {
+        let (now, at) = (self.millis(), self.bulk_at.load(Relaxed));
+        self.bulks.load(Relaxed) > 0 || (at != u64::MAX && now.saturating_sub(at) < BULK_BEHIND_MS)
+    }
+
     /// Whether delta stands beside bulk now: as long as gives bulk its part, for what stands together is sent in turn.
     fn is_even(&self) -> bool {
         // What has nothing to write may have something that has not left yet.
         let (deltas, bulks) = (self.deltas.load(Relaxed), self.bulks.load(Relaxed).max(1));
-        let part = CYCLE.as_millis() * u128::from(deltas + bulks) / u128::from(bulks * BULK_PART);
-        self.begun.elapsed().as_millis() % CYCLE.as_millis() < part
+        self.has_bulk()
+            && self.millis() % CYCLE_MS < CYCLE_MS * u64::from(deltas + bulks) / u64::from(bulks * BULK_PART)
     }
 }
 
@@ -389,6 +404,7 @@ struct Turns<'a> {
     /// How many more ticks are looked at.
     left: u32,
     is_busy: bool,
+    is_even: bool,
 }
 
 impl<'a> Turns<'a> {
@@ -402,7 +418,7 @@ impl<'a> Turns<'a> {
             ticks
         });
         let busy = if is_delta { &shares.deltas } else { &shares.bulks };
-        Self { shares, busy, ticks, left: 0, is_busy: false }
+        Self { shares, busy, ticks, left: 0, is_busy: false, is_even: false }
     }
 
     /// A frame is to be written.
@@ -415,6 +431,9 @@ impl<'a> Turns<'a> {
 
     /// It is written.
     fn end(&mut self, is_last: bool) {
+        if self.ticks.is_none() {
+            self.shares.bulk_at.store(self.shares.millis(), Relaxed);
+        }
         if is_last && std::mem::take(&mut self.is_busy) {
             self.busy.fetch_sub(1, Relaxed);
         }
@@ -423,7 +442,10 @@ impl<'a> Turns<'a> {
     /// Waits until it is time to look again; for ever where that is never. Safe to drop at the await.
     async fn next(&mut self) {
         match &mut self.ticks {
-            Some(ticks) if self.left > 0 => drop(ticks.tick().await),
+            // Without bulk nobody looks, but to stand before it again.
+            Some(ticks) if self.left > 0 && (self.is_even || self.shares.has_bulk()) => {
+                ticks.tick().await;
+            }
             _ => std::future::pending().await,
         }
     }
@@ -431,8 +453,8 @@ impl<'a> Turns<'a> {
     /// Looks. Where it looks no more, it is before bulk.
     fn take(&mut self, send: &SendStream) {
         self.left = if self.is_busy { TICKS_BEHIND } else { self.left.saturating_sub(1) };
-        let is_even = self.left > 0 && self.shares.is_even();
-        let _ = send.set_priority(if is_even { BULK_PRIORITY } else { DELTA_PRIORITY });
+        self.is_even = self.left > 0 && self.shares.is_even();
+        let _ = send.set_priority(if self.is_even { BULK_PRIORITY } else { DELTA_PRIORITY });
     }
 }
 
