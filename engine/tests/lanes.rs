@@ -5,9 +5,8 @@
 #[path = "tls_matrix/support.rs"]
 mod support;
 
-use std::net::{SocketAddr, UdpSocket};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use quinn::Connection;
@@ -32,18 +31,13 @@ type End = (LaneReader, LaneWriter<()>, Connection);
 
 /// Both ends of one session: who dialled, who accepted. The server lives as long as it is held.
 async fn session(site: &Site) -> (End, End, Arc<Server>) {
-    session_over(site, |server| server).await
-}
-
-/// As [`session`], over a path to the server.
-async fn session_over(site: &Site, path: impl FnOnce(SocketAddr) -> SocketAddr) -> (End, End, Arc<Server>) {
     let (near, far) = (site.identity(Role::Agent), site.identity(Role::ProcessServer));
     let tls = site.server_tls(&far, &[Role::Agent]);
     let settings = TransportSettings::default();
     let server = Arc::new(bind_server(loopback(), tls, Arc::clone(&site.revocations), settings).unwrap());
     let rule = PeerRule::of_site("berlin", &[Role::ProcessServer]);
     let tls = tls::client_config(&near, Arc::clone(&site.trust), rule).unwrap();
-    let address = path(server.local_address().unwrap());
+    let address = server.local_address().unwrap();
     let dial = async {
         let peer = dialer().connect(address, tls, Some(far.own().peer), &site.revocations).await.unwrap();
         let (reader, mut writer, _) = lanes::dialled(&peer.connection).await.unwrap();
@@ -148,57 +142,4 @@ async fn data_wait_for_their_rate_and_what_is_urgent_does_not() {
     let mut expected = [FrameKind::Batch, FrameKind::Bulk];
     expected.sort_by_key(|kind| *kind as u8);
     assert_eq!(kinds, expected);
-}
-
-/// A path that carries so many bytes a second towards the server, and loses what does not fit into its queue.
-fn narrow(server: SocketAddr, bytes_per_second: u64) -> SocketAddr {
-    let front = Arc::new(UdpSocket::bind(loopback()).unwrap());
-    let back = Arc::new(UdpSocket::bind(loopback()).unwrap());
-    let address = front.local_addr().unwrap();
-    let client = Arc::new(Mutex::new(None));
-    let (in_front, at_back, known) = (Arc::clone(&front), Arc::clone(&back), Arc::clone(&client));
-    std::thread::spawn(move || {
-        let (mut packet, mut free_at) = (vec![0; 1 << 16], Instant::now());
-        while let Ok((len, from)) = in_front.recv_from(&mut packet) {
-            *known.lock().unwrap() = Some(from);
-            free_at = free_at.max(Instant::now())
-                + Duration::from_nanos(len as u64 * 1_000_000_000 / bytes_per_second);
-            std::thread::sleep(free_at.saturating_duration_since(Instant::now()));
-            let _ = at_back.send_to(&packet[..len], server);
-        }
-    });
-    std::thread::spawn(move || {
-        let mut packet = vec![0; 1 << 16];
-        while let Ok((len, _)) = back.recv_from(&mut packet) {
-            let to: Option<SocketAddr> = *client.lock().unwrap();
-            if let Some(to) = to {
-                let _ = front.send_to(&packet[..len], to);
-            }
-        }
-    });
-    address
-}
-
-/// The new writes of a busy disk could fill the link for ever; the initial sync of another goes on all the same.
-#[tokio::test]
-async fn bulk_keeps_a_part_of_a_link_that_delta_could_fill() {
-    const DELTA_FRAMES: usize = 240;
-    let site = Site::new();
-    let (near, far, _server) = session_over(&site, |server| narrow(server, 4_000_000)).await;
-    let ((_, mut writer, _near), (mut reader, ..)) = (near, far);
-    next_kind(&mut reader).await;
-    for _ in 0..DELTA_FRAMES {
-        writer.send(data(Lane::Delta(DISK), 64 << 10), ());
-        writer.send(data(Lane::Bulk(DiskId([2; 16])), 64 << 10), ());
-    }
-    let (mut deltas, mut bulks) = (0, 0);
-    while deltas < DELTA_FRAMES {
-        match next_kind(&mut reader).await {
-            FrameKind::Batch => deltas += 1,
-            _ => bulks += 1,
-        }
-    }
-    println!("{bulks} frames of bulk beside {deltas} of delta");
-    assert!(bulks >= DELTA_FRAMES / 30, "bulk starves: {bulks} frames beside {deltas}");
-    assert!(bulks <= DELTA_FRAMES / 3, "delta does not come first: {bulks} frames beside {deltas}");
 }

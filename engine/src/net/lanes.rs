@@ -8,13 +8,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use quinn::{Connection, ReadExactError, RecvStream, SendStream};
 use tokio::sync::mpsc;
-use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::error::{Answer, Severity};
 use crate::format::FormatError;
@@ -27,18 +25,11 @@ use crate::proto::{Lane, Outgoing};
 const CONTROL_FRAMES_MAX: usize = 64;
 /// Data frames (up to 8 MiB each) read and not yet handled, per connection.
 const DATA_FRAMES_MAX: usize = 4;
-/// What is sent first where several lanes wait: quinn sends of the highest, and of equals in turn.
+/// What is sent first where several lanes wait: quinn sends of the highest, and of equals in turn. They never change: quinn asks
+/// for a stream's priority when it takes the stream up, so one that was lowered for a while stays behind all others.
 const CONTROL_PRIORITY: i32 = 2;
 const DELTA_PRIORITY: i32 = 1;
 const BULK_PRIORITY: i32 = 0;
-/// In a part of each of these, delta stands beside bulk, not before it: long against a tick, short against a timeout.
-const CYCLE_MS: u64 = 1000;
-const TICK: Duration = Duration::from_millis(20);
-/// Of a link that delta could fill, bulk has this part.
-const BULK_PART: u32 = 10;
-/// After the last frame: what was written may not have left yet. A minute.
-const TICKS_BEHIND: u32 = 3000;
-const BULK_BEHIND_MS: u64 = 60_000;
 /// How long the connection's own reason is waited for after the peer finished the control lane.
 const REASON_WAIT: Duration = Duration::from_secs(1);
 
@@ -107,7 +98,6 @@ pub struct LaneWriter<T> {
     control: mpsc::UnboundedSender<(Frame, T)>,
     data: HashMap<Lane, mpsc::UnboundedSender<(Frame, T)>>,
     shaper: Arc<Shaper>,
-    shares: Arc<Shares>,
     written: mpsc::UnboundedSender<T>,
 }
 
@@ -149,7 +139,6 @@ fn join<T: Send + 'static>(
         control: control_out,
         data: HashMap::new(),
         shaper: Arc::default(),
-        shares: Arc::default(),
         written,
     };
     (LaneReader { control, data }, writer, handed_over)
@@ -172,8 +161,8 @@ impl<T: Send + 'static> LaneWriter<T> {
             Lane::Control => &self.control,
             data => self.data.entry(data).or_insert_with(|| {
                 let class = if matches!(data, Lane::Delta(_)) { Class::Delta } else { Class::Bulk };
-                let limits = (Arc::clone(&self.shaper), Arc::clone(&self.shares));
-                open_data_lane(self.connection.clone(), class, limits, self.written.clone())
+                let shaper = Arc::clone(&self.shaper);
+                open_data_lane(self.connection.clone(), class, shaper, self.written.clone())
             }),
         };
         // A failed send means that the writer ended with the connection; the session is being torn down.
@@ -251,14 +240,14 @@ fn spawn_writer<T: Send + 'static>(
 fn open_data_lane<T: Send + 'static>(
     connection: Connection,
     class: Class,
-    (shaper, shares): (Arc<Shaper>, Arc<Shares>),
+    shaper: Arc<Shaper>,
     written: mpsc::UnboundedSender<T>,
 ) -> mpsc::UnboundedSender<(Frame, T)> {
     let (queue, frames) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         if let Ok(send) = connection.open_uni().await {
             let lane = WriteLane { connection, send, written };
-            lane.data(frames, class, &shaper, &shares).await;
+            lane.data(frames, class, &shaper).await;
         }
     });
     queue
@@ -282,184 +271,41 @@ impl<T> WriteLane<T> {
         let _ = self.send.finish();
     }
 
-    async fn data(
-        mut self,
-        mut frames: mpsc::UnboundedReceiver<(Frame, T)>,
-        class: Class,
-        shaper: &Shaper,
-        shares: &Shares,
-    ) {
-        let mut turns = Turns::new(class, shares, &self.send);
-        loop {
-            let next = tokio::select! {
-                next = frames.recv() => next,
-                () = turns.next() => {
-                    turns.take(&self.send);
-                    continue;
-                }
-            };
-            let Some((frame, token)) = next else { break };
-            turns.begin();
+    async fn data(mut self, mut frames: mpsc::UnboundedReceiver<(Frame, T)>, class: Class, shaper: &Shaper) {
+        let priority = if class == Class::Delta { DELTA_PRIORITY } else { BULK_PRIORITY };
+        // An error means that the stream is gone, which the next write reports.
+        let _ = self.send.set_priority(priority);
+        while let Some((frame, token)) = frames.recv().await {
             for mut part in frame.into_parts() {
                 // What is not limited need not be cut.
                 while !part.is_empty() {
                     let piece = part.split_to(part.len().min(shaper.piece_bytes()));
-                    if !self.write(piece, class, shaper, &mut turns).await {
+                    if !self.write(piece, class, shaper).await {
                         return self.give_up();
                     }
                 }
             }
-            turns.end(frames.is_empty());
             let _ = self.written.send(token);
         }
         let _ = self.send.finish();
     }
 
     /// Writes a piece when it may leave; answers whether the stream still took it.
-    async fn write(&mut self, piece: Bytes, class: Class, shaper: &Shaper, turns: &mut Turns<'_>) -> bool {
-        let bytes = piece.len();
-        let passing = shaper.pass(class, bytes);
-        tokio::pin!(passing);
-        loop {
-            tokio::select! {
-                () = &mut passing => break,
-                // Nobody waits for it any more, and what it waits for is others'.
-                _ = self.connection.closed() => return false,
-                () = turns.next() => turns.take(&self.send),
-            }
+    async fn write(&mut self, piece: Bytes, class: Class, shaper: &Shaper) -> bool {
+        tokio::select! {
+            biased;
+            () = shaper.pass(class, piece.len()) => {}
+            // Nobody waits for it any more, and what it waits for is others'.
+            _ = self.connection.closed() => return false,
         }
-        let mut rest = [piece];
-        loop {
-            // Nothing of what was not taken is lost when the other branch comes first.
-            let taken = tokio::select! {
-                biased;
-                taken = self.send.write_chunks(&mut rest) => Some(taken),
-                () = turns.next() => None,
-            };
-            match taken {
-                None => turns.take(&self.send),
-                Some(Ok(_)) if rest[0].is_empty() => return true,
-                Some(Ok(_)) => {}
-                Some(Err(_)) => return false,
-            }
-        }
+        self.send.write_chunk(piece).await.is_ok()
     }
 
     /// The connection is over, or the peer refuses this lane: without it the session would stand still, so the connection
-    /// ends and its reader tells the session.
+    /// ends and its reader tells the session. Who closed it before keeps its reason.
     fn give_up(&self) {
-        CloseCode::Violation.close(&self.connection);
-    }
-}
-
-/// What the data lanes of a connection know of one another.
-#[derive(Debug)]
-struct Shares {
-    begun: Instant,
-    /// Lanes that have something to write.
-    deltas: AtomicU32,
-    bulks: AtomicU32,
-    /// When bulk last had something to write, in milliseconds since `begun`.
-    bulk_at: AtomicU64,
-}
-
-impl Default for Shares {
-    fn default() -> Self {
-        // Long ago: nothing of it waits.
-        let bulk_at = AtomicU64::new(u64::MAX);
-        Self { begun: Instant::now(), deltas: AtomicU32::new(0), bulks: AtomicU32::new(0), bulk_at }
-    }
-}
-
-impl Shares {
-    fn millis(&self) -> u64 {
-        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
-
-    /// Whether bulk has something that has not left yet, or may have.
-    fn has_bulk(&self) -> bool {
-        let (now, at) = (self.millis(), self.bulk_at.load(Relaxed));
-        self.bulks.load(Relaxed) > 0 || (at != u64::MAX && now.saturating_sub(at) < BULK_BEHIND_MS)
-    }
-
-    /// Whether delta stands beside bulk now: as long as gives bulk its part, for what stands together is sent in turn.
-    fn is_even(&self) -> bool {
-        // What has nothing to write may have something that has not left yet.
-        let (deltas, bulks) = (self.deltas.load(Relaxed), self.bulks.load(Relaxed).max(1));
-        self.has_bulk()
-            && self.millis() % CYCLE_MS < CYCLE_MS * u64::from(deltas + bulks) / u64::from(bulks * BULK_PART)
-    }
-}
-
-/// The priority of a data lane, as time goes on.
-///
-/// Delta comes before bulk, but for a part of each second: else bulk would wait for as long as delta fills the link. It is
-/// delta that is moved, for the transport asks for a stream's priority when it takes it up, and bulk it would never take up.
-struct Turns<'a> {
-    shares: &'a Shares,
-    /// Where it is counted while it has something to write.
-    busy: &'a AtomicU32,
-    /// For delta.
-    ticks: Option<Interval>,
-    /// How many more ticks are looked at.
-    left: u32,
-    is_busy: bool,
-    is_even: bool,
-}
-
-impl<'a> Turns<'a> {
-    fn new(class: Class, shares: &'a Shares, send: &SendStream) -> Self {
-        let is_delta = class == Class::Delta;
-        // An error means that the stream is gone, which the next write reports.
-        let _ = send.set_priority(if is_delta { DELTA_PRIORITY } else { BULK_PRIORITY });
-        let ticks = is_delta.then(|| {
-            let mut ticks = tokio::time::interval(TICK);
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-            ticks
-        });
-        let busy = if is_delta { &shares.deltas } else { &shares.bulks };
-        Self { shares, busy, ticks, left: 0, is_busy: false, is_even: false }
-    }
-
-    /// A frame is to be written.
-    fn begin(&mut self) {
-        self.left = TICKS_BEHIND;
-        if !std::mem::replace(&mut self.is_busy, true) {
-            self.busy.fetch_add(1, Relaxed);
+        if self.connection.close_reason().is_none() {
+            CloseCode::Violation.close(&self.connection);
         }
-    }
-
-    /// It is written.
-    fn end(&mut self, is_last: bool) {
-        if self.ticks.is_none() {
-            self.shares.bulk_at.store(self.shares.millis(), Relaxed);
-        }
-        if is_last && std::mem::take(&mut self.is_busy) {
-            self.busy.fetch_sub(1, Relaxed);
-        }
-    }
-
-    /// Waits until it is time to look again; for ever where that is never. Safe to drop at the await.
-    async fn next(&mut self) {
-        match &mut self.ticks {
-            // Without bulk nobody looks, but to stand before it again.
-            Some(ticks) if self.left > 0 && (self.is_even || self.shares.has_bulk()) => {
-                ticks.tick().await;
-            }
-            _ => std::future::pending().await,
-        }
-    }
-
-    /// Looks. Where it looks no more, it is before bulk.
-    fn take(&mut self, send: &SendStream) {
-        self.left = if self.is_busy { TICKS_BEHIND } else { self.left.saturating_sub(1) };
-        self.is_even = self.left > 0 && self.shares.is_even();
-        let _ = send.set_priority(if self.is_even { BULK_PRIORITY } else { DELTA_PRIORITY });
-    }
-}
-
-impl Drop for Turns<'_> {
-    fn drop(&mut self) {
-        self.end(true);
     }
 }

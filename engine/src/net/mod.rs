@@ -14,7 +14,7 @@
 //! | [`ca`] | the master target's certificate authority |
 //! | [`tls`] | rustls configurations |
 //! | [`lanes`] | the frames of a session over a connection |
-//! | [`shaper`] | how fast data may leave, and the part that bulk keeps |
+//! | [`shaper`] | how fast data may leave, and the part of it that bulk keeps |
 //! | [`standby`], [`silence`] | connections kept ready, and when a peer counts as dead |
 //! | [`nbd`] | disks served to NBD clients |
 //! | [`endpoint`], [`dialer`] | transport limits, accepting and dialling |
