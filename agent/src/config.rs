@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use reprotect_engine::host::config::{ConfigError, Loaded, Overrides};
 use reprotect_engine::host::config_doc::KeyDoc;
-use reprotect_engine::host::hours::RateHours;
+use reprotect_engine::host::hours::{HourlyRate, RateHours, SEND_HOURS_KEY};
 use reprotect_engine::host::logging::{self, LOG_KEYS, LogConfig};
 use reprotect_engine::host::pki::{self, PKI_KEYS, PkiConfig};
 use reprotect_engine::host::places::{MASTER_TARGET_PORT, Places, Program};
@@ -234,13 +234,7 @@ pub const KEYS: [KeyDoc; 24] = [
         cost: "with less than the disks' changes need, the durable state grows old",
         example: "",
     },
-    KeyDoc {
-        key: "send_hours",
-        about: "Hours of the week in which another `send_rate` holds; the first that fits counts. By this machine's clock and time zone.",
-        unit: "list of \"DAYS FROM-TO RATE\", such as \"mon-fri 08:00-18:00 50 Mbit/s\"",
-        cost: "none",
-        example: "",
-    },
+    SEND_HOURS_KEY,
     KeyDoc {
         key: "scan_interval",
         about: "Pause between the end of one pass over a disk and the beginning of the next.",
@@ -350,9 +344,7 @@ pub struct Settings {
     /// Limit on reading.
     pub read_rate: Rate,
     /// Limit on sending.
-    pub send_rate: Rate,
-    /// When another holds.
-    pub send_hours: Vec<RateHours>,
+    pub send_rate: HourlyRate,
     /// Pause between two passes.
     pub scan_interval: Duration,
     /// Payload budget in bytes.
@@ -429,8 +421,7 @@ impl Settings {
             compress: raw.compress,
             compress_level: raw.compress_level,
             read_rate: raw.read_rate,
-            send_rate: raw.send_rate,
-            send_hours: raw.send_hours.clone(),
+            send_rate: HourlyRate { usual: raw.send_rate, hours: raw.send_hours.clone() },
             scan_interval: loaded.in_range("scan_interval", raw.scan_interval, &scan_range)?.0,
             memory_bytes: loaded
                 .in_range("memory", raw.memory, &(ByteSize(64 << 20)..=ByteSize(64 << 30)))?

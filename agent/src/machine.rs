@@ -140,7 +140,7 @@ impl Machine {
             host_name: host_name.to_owned(),
             plans,
             throttle: Arc::new(Throttle::new(plan.settings.read_rate.bytes_per_second())),
-            shaper: Arc::new(Shaper::new(plan.send_rate_now())),
+            shaper: Arc::new(Shaper::new(plan.settings.send_rate.now())),
             plan: Arc::clone(&plan),
             sources: Sources::new(),
             workers: Workers::start(threads, level, &done_in)?,
@@ -193,7 +193,7 @@ impl Machine {
     pub(crate) fn replan(&mut self) -> bool {
         let plan = Arc::clone(&self.plans.borrow_and_update());
         self.throttle.set_rate(plan.settings.read_rate.bytes_per_second());
-        self.shaper.set_rate(plan.send_rate_now());
+        self.shaper.set_rate(plan.settings.send_rate.now());
         self.set_sources(plan.sources.clone());
         self.status.send_modify(|status| status.warnings.clone_from(&plan.warnings));
         self.plan = plan;

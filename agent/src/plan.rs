@@ -6,7 +6,6 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use reprotect_engine::host::hours::rate_now;
 use reprotect_engine::host::values::HostPort;
 use tokio::sync::watch;
 
@@ -44,12 +43,6 @@ impl Plan {
             tracing::warn!("{problem}");
         }
         Ok(Self { settings, sources: found.sources, upstream, warnings: found.problems })
-    }
-
-    /// How fast data may be sent now, in bytes per second.
-    #[must_use]
-    pub fn send_rate_now(&self) -> Option<u64> {
-        rate_now(self.settings.send_rate, &self.settings.send_hours)
     }
 }
 

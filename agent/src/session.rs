@@ -163,7 +163,7 @@ impl Machine {
                         return ended;
                     }
                     self.handle_tick();
-                    self.shaper.set_rate(self.plan().send_rate_now());
+                    self.shaper.set_rate(self.plan().settings.send_rate.now());
                     self.status().send_if_modified(|status| {
                         let is_new = status.send_rate != self.shaper.rate();
                         status.send_rate = self.shaper.rate();

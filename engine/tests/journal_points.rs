@@ -43,6 +43,10 @@ fn every_record_of_an_ordered_stretch_can_be_had_and_of_no_other() {
             let again: At = found.at.to_string().parse().unwrap();
             assert_eq!(again, found.at);
         }
+        // More records than the entry has are no other state.
+        let ends = points::at_sequence(&mut store.journal, DISK, Sequence(first)).unwrap().at;
+        let beyond = View::open(&store.journal, DISK, At { records: 6, ..ends }).unwrap_err();
+        assert!(beyond.to_string().contains("has 5 records, not 6"), "{beyond}");
         for outside in [1, last + 1, last + 3, store.sequence, store.sequence + 9] {
             let refused = points::at_sequence(&mut store.journal, DISK, Sequence(outside));
             assert!(matches!(refused, Err(JournalError::NoState { .. })), "{outside}: {refused:?}");

@@ -30,7 +30,7 @@ use crate::retention::Retention;
 /// At this look a disk that could has let go; what it has in the log is carried forward.
 const CARRY_AT: u32 = 3;
 /// Bytes that are carried while the journal is locked, and the pause in which others have it.
-const PIECE_BYTES: u64 = 8 << 20;
+const PIECE_BYTES: u64 = if cfg!(test) { 100 << 10 } else { 8 << 20 }; // of segments of 1 MiB, in tests
 const BETWEEN_PIECES: Duration = Duration::from_millis(1);
 /// At this look what waits may be given up.
 const GIVE_UP_AT: u32 = 30;

@@ -14,7 +14,7 @@ use reprotect_engine::host::places::Program;
 use reprotect_engine::host::preflight::Finding;
 use reprotect_engine::net::endpoint::both_free;
 use reprotect_engine::net::identity::Identity;
-use reprotect_engine::net::tunnel::Way;
+use reprotect_engine::net::tunnel::{UDP_REMEDY, Way};
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::units::PeerId;
 
@@ -187,7 +187,7 @@ async fn targets(settings: &Settings) -> Vec<Finding> {
                     Way::Tcp => Finding::warn(
                         "targets",
                         format!("{text}, over TCP: nothing came over UDP"),
-                        "let UDP through on this port number, both ways: over TCP everything works, and costs more",
+                        UDP_REMEDY,
                     ),
                 }
             }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use reprotect_engine::host::config::{ConfigError, Loaded, Overrides};
 use reprotect_engine::host::config_doc::KeyDoc;
-use reprotect_engine::host::hours::RateHours;
+use reprotect_engine::host::hours::{HourlyRate, RateHours, SEND_HOURS_KEY};
 use reprotect_engine::host::logging::{self, LOG_KEYS, LogConfig};
 use reprotect_engine::host::pki::{self, PKI_KEYS, PkiConfig};
 use reprotect_engine::host::places::{MASTER_TARGET_PORT, PROCESS_SERVER_PORT, Places, Program};
@@ -97,13 +97,7 @@ pub const KEYS: [KeyDoc; 13] = [
         cost: "with less than the disks' changes need, the durable state grows old",
         example: "",
     },
-    KeyDoc {
-        key: "send_hours",
-        about: "Hours of the week in which another `send_rate` holds; the first that fits counts. By this machine's clock and time zone.",
-        unit: "list of \"DAYS FROM-TO RATE\", such as \"mon-fri 08:00-18:00 50 Mbit/s\"",
-        cost: "none",
-        example: "",
-    },
+    SEND_HOURS_KEY,
     KeyDoc {
         key: "level",
         about: "How hard batches are compressed.",
@@ -139,9 +133,7 @@ pub struct Settings {
     /// Payload budget in bytes.
     pub memory_bytes: u64,
     /// Limit on sending.
-    pub send_rate: Rate,
-    /// When another holds.
-    pub send_hours: Vec<RateHours>,
+    pub send_rate: HourlyRate,
     /// Identity and roots.
     pub credentials: Credentials,
     /// zstd level.
@@ -184,8 +176,7 @@ impl Settings {
             memory_bytes: loaded
                 .in_range("memory", raw.memory, &(ByteSize(64 << 20)..=ByteSize(256 << 30)))?
                 .0,
-            send_rate: raw.send_rate,
-            send_hours: raw.send_hours.clone(),
+            send_rate: HourlyRate { usual: raw.send_rate, hours: raw.send_hours.clone() },
             level: raw.level,
             workers,
             log: logging::resolve(loaded, &raw.log, overrides.log_level.as_deref())?,

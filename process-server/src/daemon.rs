@@ -17,11 +17,11 @@ use axum::routing::get;
 use axum::{Json, Router};
 use reprotect_engine::error::{Answer, Severity};
 use reprotect_engine::host::admin::{AdminServer, AdminServerError};
-use reprotect_engine::host::hours::{RateHours, rate_now};
+use reprotect_engine::host::hours::HourlyRate;
 use reprotect_engine::host::places::{PlaceError, Program};
 use reprotect_engine::host::run_lock::{RunLock, RunLockError};
 use reprotect_engine::host::shutdown::{Notifier, Shutdown};
-use reprotect_engine::host::values::{LevelText, Rate};
+use reprotect_engine::host::values::LevelText;
 use reprotect_engine::net::endpoint::{Accepted, CloseCode, EndpointError, Server, bind_server};
 use reprotect_engine::net::enroll;
 use reprotect_engine::net::enroll_wire::is_host_name;
@@ -98,8 +98,8 @@ struct Daemon {
     server: Server,
     listen: SocketAddr,
     adaptive: bool,
-    /// The usual limit on sending, and when another holds.
-    send: (Rate, Vec<RateHours>),
+    /// The limit on sending.
+    send_rate: HourlyRate,
     state_dir: PathBuf,
     started: Instant,
 }
@@ -191,7 +191,7 @@ impl Daemon {
                 .map_err(system("start the compression threads"))?,
             budget: Budget::new(settings.memory_bytes),
             register: Arc::new(Register::default()),
-            shaper: Arc::new(Shaper::new(rate_now(settings.send_rate, &settings.send_hours))),
+            shaper: Arc::new(Shaper::new(settings.send_rate.now())),
         };
         Ok(Self {
             relay: Arc::new(relay),
@@ -200,7 +200,7 @@ impl Daemon {
             server,
             listen,
             adaptive: settings.level == LevelText::Adaptive,
-            send: (settings.send_rate, settings.send_hours.clone()),
+            send_rate: settings.send_rate.clone(),
             state_dir,
             started: Instant::now(),
         })
@@ -222,12 +222,11 @@ impl Daemon {
 
     /// Keeps the rate that the hour asks for.
     async fn follow_hours(self: Arc<Self>, shutdown: Shutdown) {
-        let (usual, hours) = &self.send;
         let mut tick = tokio::time::interval(OBSERVE);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        while !hours.is_empty() && !shutdown.is_requested() {
+        while !self.send_rate.hours.is_empty() && !shutdown.is_requested() {
             tick.tick().await;
-            self.relay.shaper.set_rate(rate_now(*usual, hours));
+            self.relay.shaper.set_rate(self.send_rate.now());
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Invariants: only a master target of the own site is believed, and exactly the one the agent asked for where it
 //! named one; an address that does not answer costs at most [`DIAL_TIMEOUT`]; the error names every address tried and
-//! what to do. One UDP socket per address family serves all sessions. Called by `relay`, `check` and the renewal.
+//! what to do. One UDP socket per address family serves all sessions that go over UDP. Called by `relay`, `check` and the renewal.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use reprotect_engine::host::preflight::{Finding, reason_and_remedy};
 use reprotect_engine::net::endpoint::{CloseCode, PeerConnection};
-use reprotect_engine::net::tunnel::Way;
+use reprotect_engine::net::tunnel::{UDP_REMEDY, Way};
 
 use crate::config::Settings;
 use crate::daemon::{host_name, load_identity};
@@ -71,9 +71,7 @@ fn judge(address: &str, peer: &PeerConnection, rtt: Duration) -> Finding {
     }
     let text = format!("{address} is a {}, round trip {} ms", peer.peer.role, rtt.as_millis());
     if peer.way() == Way::Tcp {
-        let remedy =
-            "let UDP through on this port number, both ways: over TCP everything works, and costs more";
-        return Finding::warn("upstream", format!("{text}, over TCP: nothing came over UDP"), remedy);
+        return Finding::warn("upstream", format!("{text}, over TCP: nothing came over UDP"), UDP_REMEDY);
     }
     if rtt > RTT_WANTED {
         let remedy = "put a process server near this machine and name it as `upstream`";

@@ -10,6 +10,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::host::config_doc::KeyDoc;
 use crate::host::values::{Rate, ValueError};
 
 const DAYS: [&str; 7] = ["mon", "tue", "wed", "thu", "fri", "sat", "sun"];
@@ -56,19 +57,37 @@ impl RateHours {
     }
 }
 
-/// The rate that holds at a minute.
-#[must_use]
-pub fn rate_at(usual: Rate, hours: &[RateHours], now: Minute) -> Rate {
-    hours.iter().find(|hours| hours.has(now)).map_or(usual, |hours| hours.rate)
+/// A rate by the hour.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HourlyRate {
+    /// Where none of the hours fits.
+    pub usual: Rate,
+    /// The first that fits counts.
+    pub hours: Vec<RateHours>,
 }
 
-/// The rate that holds now, in bytes per second; `None` for no limit.
-#[must_use]
-pub fn rate_now(usual: Rate, hours: &[RateHours]) -> Option<u64> {
-    // The clock is not asked where it does not matter.
-    let rate = if hours.is_empty() { usual } else { rate_at(usual, hours, Minute::now()) };
-    rate.bytes_per_second()
+impl HourlyRate {
+    fn at(&self, now: Minute) -> Rate {
+        self.hours.iter().find(|hours| hours.has(now)).map_or(self.usual, |hours| hours.rate)
+    }
+
+    /// What holds now, in bytes per second; `None` for no limit.
+    #[must_use]
+    pub fn now(&self) -> Option<u64> {
+        // The clock is not asked where it does not matter.
+        let rate = if self.hours.is_empty() { self.usual } else { self.at(Minute::now()) };
+        rate.bytes_per_second()
+    }
 }
+
+/// The key of hours of sending, which all programs that send have.
+pub const SEND_HOURS_KEY: KeyDoc = KeyDoc {
+    key: "send_hours",
+    about: "Hours of the week in which another `send_rate` holds; the first that fits counts. By this machine's clock and time zone.",
+    unit: "list of \"DAYS FROM-TO RATE\", such as \"mon-fri 08:00-18:00 50 Mbit/s\"",
+    cost: "none",
+    example: "",
+};
 
 fn refuse<T>(what: String) -> Result<T, ValueError> {
     Err(ValueError { what, remedy: REMEDY.to_owned() })
@@ -152,7 +171,8 @@ mod tests {
     #[test]
     fn the_first_that_fits_counts_and_elsewhere_the_usual_rate() {
         let (work, noon) = ("mon-fri 08:00-18:00 10 MB/s", "wed 12:00-13:00 unlimited");
-        let (ten, list) = (Rate(Some(10_000_000)), [hours(noon), hours(work)]);
+        let ten = Rate(Some(10_000_000));
+        let rates = HourlyRate { usual: USUAL, hours: vec![hours(noon), hours(work)] };
         for (day, time, rate) in [
             (0, "07:59", USUAL),
             (0, "08:00", ten),
@@ -162,14 +182,14 @@ mod tests {
             (2, "12:30", USUAL),
             (2, "13:00", ten),
         ] {
-            assert_eq!(rate_at(USUAL, &list, at(day, time)), rate, "{day} {time}");
+            assert_eq!(rates.at(at(day, time)), rate, "{day} {time}");
         }
-        assert_eq!(rate_at(ten, &[], at(0, "00:00")), ten);
+        assert_eq!(HourlyRate { usual: ten, hours: Vec::new() }.at(at(0, "00:00")), ten);
     }
 
     #[test]
     fn nights_belong_to_the_day_they_begin_on_and_days_go_over_the_end_of_the_week() {
-        let night = [hours("sun 22:00-06:00 1 MB/s")];
+        let night = HourlyRate { usual: USUAL, hours: vec![hours("sun 22:00-06:00 1 MB/s")] };
         let slow = Rate(Some(1_000_000));
         for (day, time, rate) in [
             (6, "21:59", USUAL),
@@ -178,7 +198,7 @@ mod tests {
             (0, "06:00", USUAL),
             (6, "05:00", USUAL),
         ] {
-            assert_eq!(rate_at(USUAL, &night, at(day, time)), rate, "{day} {time}");
+            assert_eq!(night.at(at(day, time)), rate, "{day} {time}");
         }
         let weekend = hours("fri-mon 00:00-24:00 1 MB/s");
         assert_eq!(weekend.days, [true, false, false, false, true, true, true]);

@@ -1,6 +1,6 @@
 //! Dialling: over UDP, and through a tunnel over TCP where UDP does not get through.
 //!
-//! Invariants: TCP is tried when nothing has come over UDP for a while, at once where that was so the last time, and UDP is
+//! Invariants: TCP is tried when nothing has come over UDP for a while, sooner where that was so the last time, and UDP is
 //! always tried, too: whichever is there first is used. A peer that refuses over UDP is not asked again over TCP; over TCP
 //! somebody else may have the port, so a refusal there counts only when UDP has ended as well. Both end in the same time. Units:
 //! `Duration`s. Called by the three programs and by enrolment.

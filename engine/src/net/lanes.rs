@@ -276,18 +276,36 @@ impl<T> WriteLane<T> {
         // An error means that the stream is gone, which the next write reports.
         let _ = self.send.set_priority(priority);
         while let Some((frame, token)) = frames.recv().await {
-            for mut part in frame.into_parts() {
-                // What is not limited need not be cut.
-                while !part.is_empty() {
-                    let piece = part.split_to(part.len().min(shaper.piece_bytes()));
-                    if !self.write(piece, class, shaper).await {
-                        return self.give_up();
-                    }
-                }
+            let mut parts = frame.into_parts();
+            let is_written = match shaper.piece_bytes() {
+                Some(piece_bytes) => self.write_in_pieces(parts, piece_bytes, class, shaper).await,
+                None => self.send.write_all_chunks(&mut parts).await.is_ok(),
+            };
+            if !is_written {
+                return self.give_up();
             }
             let _ = self.written.send(token);
         }
         let _ = self.send.finish();
+    }
+
+    /// As fast as that is allowed; answers whether the stream took all.
+    async fn write_in_pieces(
+        &mut self,
+        parts: Vec<Bytes>,
+        piece_bytes: usize,
+        class: Class,
+        shaper: &Shaper,
+    ) -> bool {
+        for mut part in parts {
+            while !part.is_empty() {
+                let piece = part.split_to(part.len().min(piece_bytes));
+                if !self.write(piece, class, shaper).await {
+                    return false;
+                }
+            }
+        }
+        true
     }
 
     /// Writes a piece when it may leave; answers whether the stream still took it.

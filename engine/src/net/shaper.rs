@@ -82,10 +82,9 @@ impl State {
         start
     }
 
-    fn piece_bytes(&self) -> usize {
-        let Some(rate) = self.bytes_per_second else { return usize::MAX };
-        let bytes = (rate as f64 * PIECE.as_secs_f64()) as u64;
-        bytes.clamp(PIECE_BYTES_MIN, PIECE_BYTES_MAX) as usize
+    fn piece_bytes(&self) -> Option<usize> {
+        let bytes = (self.bytes_per_second? as f64 * PIECE.as_secs_f64()) as u64;
+        Some(bytes.clamp(PIECE_BYTES_MIN, PIECE_BYTES_MAX) as usize)
     }
 }
 
@@ -114,8 +113,8 @@ impl Shaper {
         self.lock().bytes_per_second
     }
 
-    /// Bytes that are best let pass together.
-    pub(super) fn piece_bytes(&self) -> usize {
+    /// Bytes that are best let pass together; `None` where nothing is limited.
+    pub(super) fn piece_bytes(&self) -> Option<usize> {
         self.lock().piece_bytes()
     }
 
@@ -156,7 +155,7 @@ mod tests {
     /// bytes of delta and of bulk in so many seconds.
     fn play(rate: u64, (deltas, bulks): (usize, usize), trickle: u64, seconds: u64) -> (u64, u64) {
         let mut state = State { bytes_per_second: Some(rate), ..State::default() };
-        let (begin, piece) = (Instant::now(), state.piece_bytes() as u64);
+        let (begin, piece) = (Instant::now(), state.piece_bytes().unwrap() as u64);
         let mut lanes: Vec<(Class, u64, Instant)> = std::iter::repeat_n((Class::Delta, piece, begin), deltas)
             .chain(std::iter::repeat_n((Class::Bulk, piece, begin), bulks))
             .collect();

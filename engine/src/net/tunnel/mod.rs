@@ -41,6 +41,10 @@ const PACKETS_MAX: usize = 256;
 const READ_BYTES: usize = 64 << 10;
 const LENGTH_BYTES: usize = 2;
 
+/// What whoever finds a connection in a tunnel is told to do.
+pub const UDP_REMEDY: &str =
+    "let UDP through on this port number, both ways: over TCP everything works, and costs more";
+
 /// How the packets of a connection travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
