@@ -30,6 +30,7 @@ use crate::capturing::{Batch, CaptureNews, Capturing, Order, ToFreeze, WindowRea
 use crate::config::CaptureMode;
 use crate::disks::SourceKind;
 use crate::health::Code;
+use crate::labels::Labels;
 use crate::machine::Machine;
 use crate::marking::hex;
 use crate::positions::{Holding, Positions};
@@ -100,6 +101,8 @@ pub(crate) struct Following {
     accounted: BTreeMap<DiskId, (Sequence, Timestamp)>,
     /// Disks whose every write is streamed since the last window.
     streams: BTreeSet<DiskId>,
+    /// Of what is streamed.
+    labels: Labels,
     /// What could not be said yet of points: the session was away.
     doubtful: BTreeMap<DiskId, (Sequence, Sequence, String)>,
     /// What was missed on disks that are not compared since.
@@ -140,12 +143,20 @@ impl Following {
             positions,
             accounted,
             streams: BTreeSet::new(),
+            labels: Labels::default(),
             doubtful: BTreeMap::new(),
             missed: BTreeMap::new(),
             windows_failed: 0,
             window_problem: None,
             events_skipped: 0,
             refused: BTreeMap::new(),
+        }
+    }
+
+    /// A point of these disks stands behind all that was labelled; where others stream, too, labels go on.
+    pub(crate) fn restart_labels(&mut self, disks: &BTreeSet<DiskId>) {
+        if self.streams.is_subset(disks) {
+            self.labels.restart();
         }
     }
 
@@ -662,7 +673,7 @@ impl Machine {
         if self.following.streams.is_empty() {
             return; // it was ended meanwhile; the maps have it
         }
-        let now = wall_clock();
+        let now = self.following.labels.at(wall_clock());
         for batch in batches {
             let disk = batch.disk;
             self.handle_batch_sent(&batch);
@@ -720,7 +731,7 @@ impl Machine {
             }
             Ok(WindowRead { batches, open, streams, frozen, source_time: taken, unread, .. }) => {
                 (held, source_time) = (frozen, taken);
-                let now = wall_clock();
+                let now = self.following.labels.at(wall_clock());
                 if streams && self.following.streams.is_empty() {
                     tracing::info!(?disks, "every write is known from here on");
                     disks.iter().for_each(|disk| self.step(*disk, "data", "a window stays open"));

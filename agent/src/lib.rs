@@ -28,6 +28,7 @@ mod freshness;
 mod growing;
 pub mod health;
 pub mod hooks;
+mod labels;
 pub mod machine;
 mod marking;
 mod metrics;

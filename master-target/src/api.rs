@@ -421,9 +421,10 @@ pub struct RetentionAnswer {
     pub free_bytes: u64,
     /// What the drive's fill does.
     pub pressure: String,
-    /// What is pinned and stays whatever the fill; `None` where nothing is.
+    /// What stays whatever the fill, and the remedy: what is pinned, and the last points that the disks of a machine have in
+    /// common; `None` where nothing is.
     #[serde(default)]
-    pub pins: Option<String>,
+    pub stays: Option<String>,
     /// Bytes of redo log and of undo runs.
     pub log_bytes: u64,
     /// Bytes of undo runs.

@@ -26,7 +26,7 @@ use reprotect_engine::store::journal::view::At;
 use reprotect_engine::store::journal::{DiskShape, Journal, JournalError, RunFile, Shape, thin};
 use reprotect_engine::units::{DiskId, Timestamp};
 
-use crate::pinned;
+use crate::pinned::{self, BETWEEN_PIECES, Way};
 use crate::retention::Retention;
 
 /// How often segments and the drive are looked at.
@@ -86,7 +86,7 @@ fn look_at_drive(retention: &Retention) -> bool {
     let (free, total) = (room.free_bytes, room.total_bytes);
     match pressure.cmp(&before) {
         std::cmp::Ordering::Greater => {
-            tracing::warn!(%folder, free, total, pins = retention.pins(), "{}", pressure.text());
+            tracing::warn!(%folder, free, total, stays = retention.stays(), "{}", pressure.text());
         }
         std::cmp::Ordering::Less => tracing::info!(%folder, free, total, "{}", pressure.text()),
         std::cmp::Ordering::Equal => {}
@@ -155,8 +155,13 @@ pub fn tidy_log(retention: &Retention) -> Result<(), JournalError> {
         if is_read || journal.newest_in(number).is_some_and(|newest| newest.0 > old) {
             break;
         }
-        if !pinned::release(retention, journal, number, now)? {
-            break;
+        match pinned::release(retention, journal, number, now)? {
+            Way::Free => {}
+            Way::Going => {
+                drop(locked);
+                std::thread::sleep(BETWEEN_PIECES);
+            }
+            Way::Kept => break,
         }
     }
     pinned::free(retention, old, now)?;
@@ -315,7 +320,7 @@ fn expirable(known: &DiskShape, oldest: u64) -> u64 {
 }
 
 /// Points that every disk of a machine has.
-fn common_points(shape: &Shape, of: &DiskShape) -> BTreeSet<[u8; 16]> {
+pub(crate) fn common_points(shape: &Shape, of: &DiskShape) -> BTreeSet<[u8; 16]> {
     let mut counts: BTreeMap<[u8; 16], usize> = BTreeMap::new();
     let mut disks = 0;
     for disk in shape.disks.values().filter(|disk| disk.added.machine == of.added.machine) {
@@ -328,7 +333,7 @@ fn common_points(shape: &Shape, of: &DiskShape) -> BTreeSet<[u8; 16]> {
 }
 
 /// Points of a machine that are not sound on one of its disks at least: a part that is no state spoils the whole.
-fn unsound_points(shape: &Shape, of: &DiskShape) -> BTreeSet<[u8; 16]> {
+pub(crate) fn unsound_points(shape: &Shape, of: &DiskShape) -> BTreeSet<[u8; 16]> {
     let mut unsound = BTreeSet::new();
     for disk in shape.disks.values().filter(|disk| disk.added.machine == of.added.machine) {
         let spoilt = disk.points.values().filter(|point| !Point::of_kept(disk, point).is_sound());
@@ -339,7 +344,7 @@ fn unsound_points(shape: &Shape, of: &DiskShape) -> BTreeSet<[u8; 16]> {
 
 /// When the target had the points of a disk, by its own clock: when the last disk of the machine had them, so that all of
 /// these let go of them together.
-fn times_of(shape: &Shape, of: &DiskShape) -> BTreeMap<[u8; 16], Timestamp> {
+pub(crate) fn times_of(shape: &Shape, of: &DiskShape) -> BTreeMap<[u8; 16], Timestamp> {
     let mut times: BTreeMap<[u8; 16], Timestamp> = BTreeMap::new();
     for disk in shape.disks.values().filter(|disk| disk.added.machine == of.added.machine) {
         for point in disk.points.values() {
@@ -433,6 +438,7 @@ pub(crate) mod tests {
     use crate::registry::fs_opener;
     use crate::retention::RetentionSettings;
     use crate::scrub::ScrubSettings;
+    use crate::staying;
 
     const SECTORS: u64 = 64;
     const MINUTE: u64 = 60_000_000_000;
@@ -537,6 +543,12 @@ pub(crate) mod tests {
                 drop(locked);
                 self.begin(number, now);
             }
+        }
+
+        fn stays(&self, minutes: u64) -> Option<String> {
+            let (ladder, pressure) = (self.retention.ladder(), self.retention.pressure());
+            let now = Timestamp(self.begun + minutes * MINUTE);
+            staying::text(self.retention.lock().get().unwrap(), &ladder, pressure, now)
         }
 
         fn thin(&self, minutes: u64) {
@@ -672,12 +684,18 @@ pub(crate) mod tests {
                 assert_eq!(lab.left(0), [11, 12, 20], "{pressure:?}");
                 assert_eq!(lab.left(1), [11, 12], "{pressure:?}");
             }
+            let stays = lab.stays(hours * 60).unwrap();
+            for part in ["0c0c0c0c", &disk(1).to_string(), "`unprotect`"] {
+                assert!(stays.contains(part), "{part}: {stays}");
+            }
+            assert!(!stays.contains(&disk(0).to_string()), "it goes on: {stays}");
             // It catches up: what is in common now is newer.
             (13..=20).for_each(|epoch| lab.end_of(1..2, epoch));
             lab.thin(hours * 60);
             assert_eq!(lab.left(0), [20], "{pressure:?}");
             lab.thin(hours * 60);
             assert_eq!(lab.left(1), [20], "{pressure:?}");
+            assert_eq!(lab.stays(hours * 60), None);
         }
     }
 

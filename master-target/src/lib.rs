@@ -43,4 +43,5 @@ pub mod retention_policy;
 mod rot;
 pub mod scrub;
 pub mod session;
+mod staying;
 mod target_map;

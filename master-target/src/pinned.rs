@@ -22,7 +22,7 @@ use std::time::Duration;
 use reprotect_engine::format::manifest::{Edit, PointDropped};
 use reprotect_engine::store::journal::ladder::Pressure;
 use reprotect_engine::store::journal::view::At;
-use reprotect_engine::store::journal::{Carried, Journal, JournalError, LostPin};
+use reprotect_engine::store::journal::{Carried, CarriedPins, Journal, JournalError, LostPin};
 use reprotect_engine::units::{DiskId, Timestamp};
 
 use crate::retention::Retention;
@@ -31,9 +31,20 @@ use crate::retention::Retention;
 const CARRY_AT: u32 = 3;
 /// Bytes that are carried while the journal is locked, and the pause in which others have it.
 const PIECE_BYTES: u64 = if cfg!(test) { 100 << 10 } else { 8 << 20 }; // of segments of 1 MiB, in tests
-const BETWEEN_PIECES: Duration = Duration::from_millis(1);
+pub(crate) const BETWEEN_PIECES: Duration = Duration::from_millis(1);
 /// At this look what waits may be given up.
 const GIVE_UP_AT: u32 = 30;
+
+/// Whether a segment that nothing waits in may go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Nobody needs it.
+    Free,
+    /// A piece of what pins need was carried, and more is left: others have the journal first.
+    Going,
+    /// It stays: nothing would be gained, there is no room, or something cannot be read and is tried again.
+    Kept,
+}
 
 /// Frees the oldest segments of the log where they are past their time (`old`) and disks keep them from being released.
 ///
@@ -146,8 +157,10 @@ fn free_one(
                 return Ok(false);
             }
             // Nothing is lost for a segment that stays.
-            if !make_way(retention, journal, segment, now)? {
-                return Ok(false);
+            match make_way(retention, journal, segment, now)? {
+                Way::Free => {}
+                Way::Going => return Ok(true),
+                Way::Kept => return Ok(false),
             }
             for (disk, reason) in unreadable {
                 // To keep what nobody can read would keep everything behind it, of all disks.
@@ -168,16 +181,20 @@ fn free_one(
         return Ok(false);
     }
     let Some(disk) = standing(retention, journal, (segment, disks)) else { return Ok(false) };
-    if !make_way(retention, journal, segment, now)? {
-        if looks.is_multiple_of(GIVE_UP_AT) {
-            let pinned_bytes = journal.pinned_bytes();
-            tracing::warn!(
-                segment,
-                pinned_bytes,
-                "the redo log cannot be given back, for pinned points need it and there is no room to carry what they need: `unpin` those that are not needed"
-            );
+    match make_way(retention, journal, segment, now)? {
+        Way::Free => {}
+        Way::Going => return Ok(true),
+        Way::Kept => {
+            if looks.is_multiple_of(GIVE_UP_AT) {
+                let pinned_bytes = journal.pinned_bytes();
+                tracing::warn!(
+                    segment,
+                    pinned_bytes,
+                    "the redo log cannot be given back, for pinned points need it and there is no room to carry what they need: `unpin` those that are not needed"
+                );
+            }
+            return Ok(false);
         }
-        return Ok(false);
     }
     lose(journal, disk, "given up: the retention drive was full", now)?;
     if journal.pinned().is_none() {
@@ -188,7 +205,7 @@ fn free_one(
     Ok(true)
 }
 
-/// Releases a segment that nothing waits in, as [`make_way`] allows; answers whether it was released.
+/// Releases a segment that nothing waits in, as [`make_way`] allows.
 ///
 /// # Errors
 /// When log or manifest cannot be written.
@@ -197,42 +214,43 @@ pub(crate) fn release(
     journal: &mut Journal,
     segment: u64,
     now: Timestamp,
-) -> Result<bool, JournalError> {
-    let is_free = make_way(retention, journal, segment, now)?;
-    if is_free {
+) -> Result<Way, JournalError> {
+    let way = make_way(retention, journal, segment, now)?;
+    if way == Way::Free {
         journal.release(segment, now)?;
     }
-    Ok(is_free)
+    Ok(way)
 }
 
 /// What pinned points inside undo epochs need of a segment, and rollbacks that stopped on their way, is carried to the head
-/// of the log, where more is gained than copied; answers whether the segment may go. A pin that cannot be read is dropped.
+/// of the log a piece at a time, where more is gained than copied. A pin that cannot be read is dropped.
 fn make_way(
     retention: &Retention,
     journal: &mut Journal,
     segment: u64,
     now: Timestamp,
-) -> Result<bool, JournalError> {
+) -> Result<Way, JournalError> {
     let (here, everywhere) = journal.pinned_in(segment);
     if here == 0 {
-        return Ok(true);
+        return Ok(Way::Free);
     }
     let bytes = bytes_of(journal, segment);
     if !is_worth_it(journal, (here, everywhere), bytes) {
-        return Ok(false);
+        return Ok(Way::Kept);
     }
-    let lost = match journal.carry_pinned(segment, now) {
-        Ok(lost) => lost,
-        Err(error) if error.is_full() => return Ok(false),
+    let lost = match journal.carry_pinned_piece(segment, PIECE_BYTES, now) {
+        Ok(CarriedPins { is_all: false, .. }) => return Ok(Way::Going),
+        Ok(CarriedPins { lost, .. }) => lost,
+        Err(error) if error.is_full() => return Ok(Way::Kept),
         Err(error) => return Err(error),
     };
-    let Some(LostPin { disk, reason, .. }) = lost.first() else { return Ok(true) };
+    let Some(LostPin { disk, reason, .. }) = lost.first() else { return Ok(Way::Free) };
     if retention.could_not_read(segment) < GIVE_UP_AT {
         tracing::warn!(%disk, reason, "what a pinned point needs of the redo log cannot be read; it is tried again for a minute");
-        return Ok(false);
+        return Ok(Way::Kept);
     }
     drop_pins(journal, &lost, now)?;
-    Ok(true)
+    Ok(Way::Free)
 }
 
 /// Drops the pins that can never be had again, for a part of the log that they are made from is gone: nobody could find them

@@ -20,7 +20,7 @@ use reprotect_engine::format::manifest::{Edit, PointDropped, PointKept};
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::net::wall_clock;
-use reprotect_engine::store::journal::points::{self, Offer, OrderedRun, Point};
+use reprotect_engine::store::journal::points::{self, Offer, Point};
 use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::{Journal, JournalError};
 use reprotect_engine::units::{DiskId, Sequence, Timestamp};
@@ -296,31 +296,16 @@ pub fn find(registry: &Registry, disks: &[DiskId], text: &str) -> anyhow::Result
     }
 }
 
-/// Refuses a place at which the disk never was as it would be shown: inside a stretch whose writes are only together a state.
+/// Refuses a place at which the disk never was as it would be shown.
 fn check_state(retention: &Retention, disk: DiskId, at: At) -> anyhow::Result<()> {
-    if points_of(retention, disk)?.iter().any(|point| point.at == at) {
-        return Ok(());
-    }
     let mut locked = retention.lock();
     let journal = locked.get()?;
-    if journal.shape().disks.get(&disk).is_some_and(|known| known.rot(at).is_some()) {
-        return Ok(()); // that is said by who hands it out, and it may be accepted
-    }
-    let entries = journal.entries(disk);
-    let entry = entries.binary_search_by_key(&at.through(), |entry| entry.number).ok();
-    // What is not in the log any more is none of it, or cannot be had: that is said where it is opened.
-    let is_change = entry.and_then(|at| entries.get(at)).is_some_and(|entry| entry.kind != EntryKind::Mark);
-    let runs = if is_change {
-        reading(journal, disk, |journal| points::ordered_runs(journal, disk))?
-    } else {
-        Vec::new()
-    };
-    let is_state = |run: &OrderedRun| (run.numbers().0..=run.numbers().1).contains(&at.through());
-    if is_change && !runs.iter().any(is_state) {
-        bail!(
-            "{at} is inside a scan round or a window: the disk never held just that; choose a point that `points --all` lists, or a time as @TIME"
-        );
-    }
+    anyhow::ensure!(journal.shape().disks.contains_key(&disk), NOT_YET);
+    let is_state = reading(journal, disk, |journal| points::is_state(journal, disk, at))?;
+    anyhow::ensure!(
+        is_state,
+        "{at} is inside a scan round or a window: the disk never held just that; choose a point that `points --all` lists, or a time as @TIME"
+    );
     Ok(())
 }
 

@@ -33,6 +33,7 @@ use crate::journaled::back::unfinished;
 use crate::pinned::loss_text;
 use crate::rot::note_error;
 use crate::scrub::ScrubSettings;
+use crate::staying;
 
 /// After this pause the last group is proven durable by an empty one.
 const SEAL_AFTER: Duration = Duration::from_millis(50);
@@ -289,22 +290,15 @@ impl Retention {
 
     /// Why nothing is taken in.
     pub(crate) fn no_room(&self) -> String {
-        let pins = self.pins().map_or_else(String::new, |pins| format!("; {pins}"));
-        format!("the retention drive at {} is full{pins}", self.folder.display())
+        let stays = self.stays().map_or_else(String::new, |stays| format!("; {stays}"));
+        format!("the retention drive at {} is full{stays}", self.folder.display())
     }
 
-    /// What is pinned, for people whose drive is short; `None` where nothing is.
-    pub(crate) fn pins(&self) -> Option<String> {
+    /// What only a person can let go of, for people whose drive is short; `None` where nothing is.
+    pub(crate) fn stays(&self) -> Option<String> {
+        let (ladder, pressure) = (self.ladder(), self.pressure());
         let mut locked = self.lock();
-        let journal = locked.get().ok()?;
-        let points = journal.shape().disks.values().flat_map(|disk| disk.points.values());
-        let count = points.filter(|point| point.pinned).count();
-        let mib = journal.pinned_bytes().div_ceil(1 << 20);
-        (count > 0).then(|| {
-            format!(
-                "{count} points of disks are pinned and stay, with {mib} MiB of the redo log and all undo runs behind them: `unpin` those that are not needed"
-            )
-        })
+        staying::text(locked.get().ok()?, &ladder, pressure, wall_clock())
     }
 
     /// One more look at which what pins need of a segment could not be read; answers how many there were.

@@ -150,7 +150,7 @@ pub fn show(registry: &Registry, policy: &RetentionPolicy) -> anyhow::Result<Ret
         total_bytes: room.total_bytes,
         free_bytes: room.free_bytes,
         pressure: retention.pressure().text().to_owned(),
-        pins: retention.pins(),
+        stays: retention.stays(),
         log_bytes: churn.log_bytes,
         undo_bytes: churn.undo_bytes,
         log_bytes_last_hour: churn.log_last_hour,

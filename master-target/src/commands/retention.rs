@@ -82,7 +82,7 @@ fn render(answer: &RetentionAnswer) -> String {
         bytes(answer.log_bytes),
         bytes(answer.undo_bytes),
         answer.pressure,
-        answer.pins.as_ref().map_or_else(String::new, |pins| format!("{pins}\n")),
+        answer.stays.as_ref().map_or_else(String::new, |stays| format!("{stays}\n")),
         bytes(answer.log_bytes_last_hour),
         bytes(answer.undo_bytes_last_hour),
     )

@@ -450,6 +450,26 @@ fn a_pin_of_a_disk_that_was_failed_back_keeps_nobodys_log() {
     drop(registry);
 }
 
+/// A third of the segment waits, and a pin needs a little more than another third of it.
+#[test]
+fn what_waits_and_what_pins_need_of_a_segment_count_together_against_what_its_release_gains() {
+    let dir = tempfile::tempdir().unwrap();
+    let retention = pins_lab(fs_opener(), dir.path(), 10, &[6], Some(2));
+    let first = oldest(&retention);
+    go_on(&retention);
+    for _ in 0..2 * CARRY_AT {
+        crate::housekeeping::tidy_log(&retention).unwrap();
+    }
+    assert_eq!(oldest(&retention), first, "most of it would be copied for a small gain");
+    // A log twice as long as all that stays is worth it.
+    for _ in 0..4 {
+        go_on(&retention);
+    }
+    assert!(oldest(&retention) > first);
+    check_pin(&retention, 6);
+    assert_eq!(numbers(&retention), [1, 2, 3, 4, 5]);
+}
+
 #[test]
 fn what_waits_is_not_given_up_for_a_segment_that_a_pin_keeps_all_the_same() {
     let dir = tempfile::tempdir().unwrap();
@@ -547,7 +567,7 @@ fn a_full_drive_names_what_is_pinned_and_the_remedy() {
     assert!(text.contains("2 points") && text.contains("2 MiB") && text.contains("`unpin`"), "{text}");
     let dir = tempfile::tempdir().unwrap();
     let retention = pins_lab(fs_opener(), dir.path(), ENTRIES, &[], None);
-    assert!(!retention.no_room().contains("pin") && retention.pins().is_none());
+    assert!(!retention.no_room().contains("pin") && retention.stays().is_none());
 }
 
 /// What is lost of disks, as first and last entry.

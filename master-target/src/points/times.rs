@@ -11,11 +11,15 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::anyhow;
 use reprotect_engine::store::journal::JournalError;
-use reprotect_engine::store::journal::points::{self, Found};
+use reprotect_engine::store::journal::points::{self, Coverage, Found};
 use reprotect_engine::units::{DiskId, Timestamp};
 
 use super::{Chosen, Common, common, info, reading};
 use crate::retention::Retention;
+use crate::rot::note_entry;
+
+/// A part of the log that is not what it was when it was planned is looked at again so often.
+const READS_MAX: u32 = 3;
 
 /// The newest state of disks of one machine that is not younger than `time`; of one disk any state of its own.
 ///
@@ -46,14 +50,30 @@ fn is_none_so_old(error: &JournalError) -> bool {
     matches!(error, JournalError::NoState { .. })
 }
 
-/// What a disk has for a time, and whether nothing up to then is missing.
+/// What a disk has for a time, and whether nothing up to then is missing. The log between two marks is read without the lock:
+/// what was given to others meanwhile is not in it any more when it is looked at again.
 fn of_disk(retention: &Retention, disk: DiskId, time: Timestamp) -> anyhow::Result<(Found, bool)> {
-    let mut locked = retention.lock();
-    let journal = locked.get()?;
-    reading(journal, disk, |journal| {
-        let found = points::at_time(journal, disk, time)?;
-        Ok((found, points::covers(journal, disk, &found, time)?))
-    })
+    let mut tries = 0;
+    loop {
+        let (found, plan) = {
+            let mut locked = retention.lock();
+            reading(locked.get()?, disk, |journal| {
+                let found = points::at_time(journal, disk, time)?;
+                Ok((found, Coverage::plan(journal, disk, &found, time)?))
+            })?
+        };
+        let Some(plan) = plan else { return Ok((found, false)) };
+        match plan.read() {
+            Ok(covers) => return Ok((found, covers)),
+            Err(error) => {
+                tries += 1;
+                let is_news = note_entry(retention.lock().get()?, disk, &error)?;
+                if !is_news && tries >= READS_MAX {
+                    return Err(error.into());
+                }
+            }
+        }
+    }
 }
 
 /// The newest sound point that all disks have and that is not younger than `time`; `lacking` is why it is not that time.
@@ -119,6 +139,7 @@ mod tests {
     use reprotect_engine::format::manifest::{DiskAdded, EpochCause};
     use reprotect_engine::format::segment::EntryKind;
     use reprotect_engine::format::wire::Text;
+    use reprotect_engine::store::journal::Shape;
     use reprotect_engine::store::journal::applier::{Applier, Position};
     use reprotect_engine::store::journal::ladder::Ladder;
     use reprotect_engine::units::{Generation, LineageId, SECTOR_BYTES, Sequence};
@@ -341,6 +362,48 @@ mod tests {
     }
 
     #[test]
+    fn a_part_of_the_log_that_is_given_to_others_while_it_is_read_without_the_lock_is_damage_to_nobody() {
+        let mut machine = Machine::new();
+        machine.cut(&[A, B], 20);
+        machine.cut(&[A, B], 30);
+        let (disk, time) = (DISKS[A], at(20));
+        let plan = {
+            let mut locked = machine.retention.lock();
+            let journal = locked.get().unwrap();
+            let found = points::at_time(journal, disk, time).unwrap();
+            let plan = || Coverage::plan(journal, disk, &found, time).unwrap().unwrap();
+            let mut plan = plan;
+            assert!(plan().read().unwrap(), "what stands there covers it");
+            plan()
+        };
+        {
+            let mut locked = machine.retention.lock();
+            let journal = locked.get().unwrap();
+            let (first, slot) = {
+                let (number, opened) = journal.shape().segments.first_key_value().unwrap();
+                (*number, opened.slot)
+            };
+            let large = vec![9; 200 << 10];
+            let is_used_again = |shape: &Shape| {
+                shape.segments.iter().any(|(number, opened)| *number > first && opened.slot == slot)
+            };
+            for step in 0..100 {
+                journal.append(DISKS[B], EntryKind::Batch, &[&large], at(40)).unwrap();
+                journal.commit(at(40)).unwrap();
+                let older: Vec<u64> = journal.shape().segments.keys().copied().rev().skip(1).collect();
+                older.into_iter().for_each(|number| journal.release(number, at(40)).unwrap());
+                if is_used_again(journal.shape()) {
+                    break;
+                }
+                assert!(step < 99, "its file is not used again");
+            }
+        }
+        let error = plan.read().unwrap_err();
+        let mut locked = machine.retention.lock();
+        assert!(!note_entry(locked.get().unwrap(), disk, &error).unwrap());
+    }
+
+    #[test]
     fn a_time_for_which_the_machine_has_nothing_is_refused_with_what_there_is_and_a_disk_alone_has_its_own() {
         let mut machine = Machine::new();
         machine.cut(&[A, B], 20);
@@ -356,6 +419,7 @@ mod tests {
     #[test]
     fn a_place_inside_a_stretch_that_is_no_state_is_refused_with_what_there_is() {
         use super::super::check_state;
+        use reprotect_engine::store::journal::offline::Offline;
         use reprotect_engine::store::journal::view::At;
 
         let mut machine = Machine::new();
@@ -369,12 +433,25 @@ mod tests {
         machine.mark(&[A], 3, 17);
         let check =
             |number, records| check_state(&machine.retention, DISKS[A], At { epoch: 1, number, records });
-        for (number, records) in [(0, 0), (2, 0), (2, 1), (3, 0), (6, 0), (9, 0), (70, 0), (70, 1)] {
+        let states = [(0, 0), (2, 0), (2, 1), (3, 0), (6, 0), (9, 0), (70, 0), (70, 1)];
+        let others = [(1, 0), (3, 1), (4, 0), (5, 0), (7, 0), (7, 1), (8, 0)];
+        for (number, records) in states {
             check(number, records).unwrap();
         }
-        for (number, records) in [(1, 0), (3, 1), (4, 0), (5, 0), (7, 0), (7, 1), (8, 0)] {
+        for (number, records) in others {
             let error = check(number, records).unwrap_err().to_string();
             assert!(error.contains("points --all") && error.contains("@TIME"), "{number}+{records}: {error}");
+        }
+        // From the folder alone it is the same.
+        let folder = machine.retention.folder().to_owned();
+        let mut offline = Offline::open(fs_opener(), &folder).unwrap();
+        for (is_state, (number, records)) in
+            states.map(|place| (true, place)).into_iter().chain(others.map(|place| (false, place)))
+        {
+            let at = At { epoch: 1, number, records };
+            assert_eq!(offline.is_state(DISKS[A], at).unwrap(), is_state, "{at}");
+            let extracted = crate::commands::journal::find_point(&mut offline, DISKS[A], &at.to_string());
+            assert_eq!(extracted.is_ok(), is_state, "{at}");
         }
     }
 }

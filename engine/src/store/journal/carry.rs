@@ -44,6 +44,15 @@ pub struct Carried {
     pub unreadable: Vec<(DiskId, String)>,
 }
 
+/// What became of a piece of what pinned points need.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CarriedPins {
+    /// Nothing that can be read is left there.
+    pub is_all: bool,
+    /// Points of which something there cannot be read, and why.
+    pub lost: Vec<LostPin>,
+}
+
 /// An entry that is to be added again: its disk, its number, what it is and its body.
 type Copied = (DiskId, u64, EntryKind, Vec<u8>);
 
@@ -161,23 +170,63 @@ impl Journal {
         Ok(Carried { is_all, unreadable })
     }
 
-    /// As [`Self::carry`], of what pinned points inside undo epochs need, and a rollback that is not at its end. A point of
-    /// which something there cannot be read is answered, and nothing is carried that only such points need: it is to be
-    /// dropped before the segment is released.
+    /// As [`Self::carry`], of what pinned points inside undo epochs need, and a rollback that is not at its end. Answers the
+    /// points that are lost with the segment.
     ///
     /// # Errors
     /// As for [`Self::carry`].
     pub fn carry_pinned(&mut self, segment: u64, now: Timestamp) -> Result<Vec<LostPin>, JournalError> {
-        self.commit(now)?;
-        let (mut wanted, mut lost) = (Vec::new(), Vec::new());
-        let disks: Vec<DiskId> = self.disks.keys().copied().collect();
-        for disk in disks {
-            let (entries, unreadable) = self.readable_of_pins(disk, segment);
-            wanted.push((disk, entries));
-            lost.extend(unreadable);
+        loop {
+            let carried = self.carry_pinned_piece(segment, u64::MAX, now)?;
+            if carried.is_all {
+                return Ok(carried.lost);
+            }
         }
-        self.copy_to_head(wanted, now)?;
-        Ok(lost)
+    }
+
+    /// As [`Self::carry_piece`], of what pinned points inside undo epochs need, and a rollback that is not at its end. A point of
+    /// which something there cannot be read is answered, and nothing behind that is carried that only such points need: it is
+    /// to be dropped before the segment is released.
+    ///
+    /// # Errors
+    /// As for [`Self::carry`].
+    pub fn carry_pinned_piece(
+        &mut self,
+        segment: u64,
+        bytes_max: u64,
+        now: Timestamp,
+    ) -> Result<CarriedPins, JournalError> {
+        self.commit(now)?;
+        let inside = |entry: &&LogEntry| entry.place.segment == segment;
+        let of = |disk: &DiskId| (*disk, self.pinned_entries(*disk).filter(inside).copied().collect());
+        let pinned: Vec<(DiskId, Vec<LogEntry>)> = self.disks.keys().map(of).collect();
+        let (mut copies, mut bytes, mut lost) = (Vec::new(), 0, Vec::new());
+        let mut is_all = true;
+        'disks: for (disk, entries) in pinned {
+            let mut sound = self.shape().disks.get(&disk).map(DiskShape::needed_inside).unwrap_or_default();
+            for entry in entries {
+                if !sound.iter().any(|needed| needed.has(entry.number)) {
+                    continue;
+                }
+                if bytes >= bytes_max {
+                    is_all = false;
+                    break 'disks;
+                }
+                match self.read(entry.place) {
+                    Ok((head, body)) => copies.push((disk, entry.number, head.kind, body)),
+                    Err(error) => {
+                        let reason = error.to_string();
+                        let bad = sound.extract_if(.., |needed| needed.has(entry.number));
+                        let of =
+                            |needed: Needed| LostPin { disk, point: needed.point, reason: reason.clone() };
+                        lost.extend(bad.map(of));
+                    }
+                }
+                bytes += entry.place.bytes;
+            }
+        }
+        self.add_copies(copies, now)?;
+        Ok(CarriedPins { is_all, lost })
     }
 
     /// The pinned points inside undo epochs that can never be had again: an entry that they are made from is not in the log
@@ -197,28 +246,6 @@ impl Journal {
             shape.needed_inside().into_iter().filter_map(of).collect::<Vec<_>>()
         };
         self.shape().disks.iter().flat_map(lost).collect()
-    }
-
-    /// What pins of a disk need of a segment, without that of pins which lack something there; and these.
-    fn readable_of_pins(&mut self, disk: DiskId, segment: u64) -> (Vec<LogEntry>, Vec<LostPin>) {
-        let inside = |entry: &&LogEntry| entry.place.segment == segment;
-        let mut entries: Vec<LogEntry> = self.pinned_entries(disk).filter(inside).copied().collect();
-        if entries.is_empty() {
-            return (entries, Vec::new());
-        }
-        let unreadable = |entry: &LogEntry| Some((entry.number, self.read(entry.place).err()?.to_string()));
-        let bad: Vec<(u64, String)> = entries.iter().filter_map(unreadable).collect();
-        let (mut sound, mut lost) = (Vec::new(), Vec::new());
-        for needed in self.shape().disks.get(&disk).map(DiskShape::needed_inside).unwrap_or_default() {
-            match bad.iter().find(|(number, _)| needed.has(*number)) {
-                Some((_, reason)) => {
-                    lost.push(LostPin { disk, point: needed.point, reason: reason.clone() });
-                }
-                None => sound.push(needed),
-            }
-        }
-        entries.retain(|entry| sound.iter().any(|needed| needed.has(entry.number)));
-        (entries, lost)
     }
 
     /// Bytes of the log that pinned points inside undo epochs need, and a rollback that is not at its end: in a segment,
@@ -252,22 +279,6 @@ impl Journal {
             done = done.max(to);
             applied.get(from..to).unwrap_or_default()
         })
-    }
-
-    /// Adds entries that can be read to the head of the log, durably; their copies count from then on.
-    fn copy_to_head(
-        &mut self,
-        wanted: Vec<(DiskId, Vec<LogEntry>)>,
-        now: Timestamp,
-    ) -> Result<(), JournalError> {
-        let mut copies = Vec::new();
-        for (disk, wanted) in wanted {
-            for entry in wanted {
-                let (head, body) = self.read(entry.place)?;
-                copies.push((disk, entry.number, head.kind, body));
-            }
-        }
-        self.add_copies(copies, now)
     }
 
     /// Adds copies of entries to the head of the log, durably; they count from then on.

@@ -57,7 +57,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use carry::{Carried, LostPin};
+pub use carry::{Carried, CarriedPins, LostPin};
 pub use error::JournalError;
 pub(super) use error::random_u64;
 pub use log::{Place, Room};

@@ -17,7 +17,7 @@ use super::indexed::{FoundIndex, read_index};
 use super::log::segment_path;
 use super::manifest::{Manifest, superblock_copies, walk_manifest};
 use super::ongoing::inspect;
-use super::points::{Point, all_points_and_ruins};
+use super::points::{Point, all_points_and_ruins, is_state};
 use super::recovery::{Damage, LogEntry, Scan, Seen, scan, scan_showing};
 use super::strays::{check_known, sort_files};
 use super::tolerant::Tolerant;
@@ -183,6 +183,16 @@ impl Offline {
             Listed { point, refused }
         };
         Ok(found.into_iter().map(listed).collect())
+    }
+
+    /// Whether the disk was ever as a place would show it, as [`is_state`]; where the log cannot be read nobody knows, and
+    /// what can be had is not refused for that.
+    ///
+    /// # Errors
+    /// When the disk is not in the journal.
+    pub fn is_state(&mut self, disk: DiskId, at: At) -> Result<bool, JournalError> {
+        shape(&self.journal, disk)?;
+        Ok(is_state(&mut self.journal, disk, at).unwrap_or(true))
     }
 
     /// A sealed undo run of a disk.

@@ -16,7 +16,7 @@ use super::Journal;
 use super::applier::shape;
 use super::error::JournalError;
 use super::recovery::LogEntry;
-use super::redo_index::entries_between;
+use super::redo_index::{Wanted, entries_between};
 use super::rot::Rot;
 use super::shape::{DiskShape, Epoch};
 use super::view::{At, View};
@@ -368,41 +368,75 @@ pub fn at_time(journal: &mut Journal, disk: DiskId, time: Timestamp) -> Result<F
     })
 }
 
-/// Whether nothing that was written to the disk up to `time` is missing in what [`at_time`] found for it. That says what follows: a
+/// Whether nothing that was written to the disk up to a time is missing in what [`at_time`] found for it. That says what follows: a
 /// younger state of the same ordered run, which has all between. Where the run ends before that time nobody knows what came
 /// after, and a batch of just that time may be a part of what was written in that moment. Where the source's clock was set back
 /// since the mark before, times say nothing of what came first, least of all to another disk of the machine.
 ///
-/// # Errors
-/// When the log cannot be read.
-pub fn covers(
-    journal: &mut Journal,
-    disk: DiskId,
-    found: &Found,
+/// Planned with the journal's lock; the stretch between two marks, which may be large, is read without it.
+#[derive(Debug)]
+pub struct Coverage {
     time: Timestamp,
-) -> Result<bool, JournalError> {
-    let next = found.at.number + 1;
-    let runs = ordered_runs(journal, disk)?;
-    let Some(run) = runs.iter().find(|run| (run.numbers().0..=run.end).contains(&next)) else {
-        return Ok(false);
-    };
-    let marks = points(journal, disk)?;
-    let before = marks.iter().rfind(|mark| mark.at.number < next && !mark.is_targets_own());
-    let after = marks.iter().find(|mark| mark.at.number >= next && !mark.is_targets_own());
-    let (from, to) = (before.map_or(0, |mark| mark.at.number), after.map_or(u64::MAX, |mark| mark.at.number));
-    let mut label = before.map_or(Timestamp(0), |mark| mark.source_time);
-    let mut is_younger = after.is_some_and(|mark| mark.at.number == next && mark.source_time >= time);
-    for (_, entry) in run.entries.iter().filter(|(_, entry)| (from + 1..to).contains(&entry.number)) {
-        let of_entry = header(journal, entry)?.source_time;
-        if of_entry < label {
-            return Ok(false);
-        }
-        label = of_entry;
-        if entry.number == next {
-            is_younger = of_entry > time;
-        }
+    /// The entry behind what was found.
+    next: u64,
+    /// Of the mark before it.
+    label: Timestamp,
+    /// The mark right behind it is as young.
+    is_younger: bool,
+    /// The ordered entries between the two marks.
+    stretch: Wanted,
+}
+
+impl Coverage {
+    /// What is to be read for it; `None` where it is known without that not to be so.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn plan(
+        journal: &mut Journal,
+        disk: DiskId,
+        found: &Found,
+        time: Timestamp,
+    ) -> Result<Option<Self>, JournalError> {
+        let next = found.at.number + 1;
+        let runs = ordered_runs(journal, disk)?;
+        let Some(run) = runs.iter().find(|run| (run.numbers().0..=run.end).contains(&next)) else {
+            return Ok(None);
+        };
+        let marks = points(journal, disk)?;
+        let before = marks.iter().rfind(|mark| mark.at.number < next && !mark.is_targets_own());
+        let after = marks.iter().find(|mark| mark.at.number >= next && !mark.is_targets_own());
+        let (from, to) =
+            (before.map_or(0, |mark| mark.at.number), after.map_or(u64::MAX, |mark| mark.at.number));
+        let between = run.entries.iter().map(|(_, entry)| *entry);
+        let between: Vec<LogEntry> = between.filter(|entry| (from + 1..to).contains(&entry.number)).collect();
+        Ok(Some(Self {
+            time,
+            next,
+            label: before.map_or(Timestamp(0), |mark| mark.source_time),
+            is_younger: after.is_some_and(|mark| mark.at.number == next && mark.source_time >= time),
+            stretch: Wanted::these(journal, disk, &between),
+        }))
     }
-    Ok(is_younger)
+
+    /// Reads it. Blocks; needs no lock.
+    ///
+    /// # Errors
+    /// When an entry cannot be read, is damaged, or was given up meanwhile.
+    pub fn read(self) -> Result<bool, JournalError> {
+        let Self { time, next, mut label, mut is_younger, stretch } = self;
+        let mut ascends = true;
+        stretch.each(|entry, body| {
+            let (header, _) = BatchHeader::read_prefix(body)?;
+            ascends &= header.source_time >= label;
+            label = header.source_time;
+            if entry.number == next {
+                is_younger = header.source_time > time;
+            }
+            Ok(())
+        })?;
+        Ok(ascends && is_younger)
+    }
 }
 
 /// The state behind a sequence, inside an ORDERED stretch or at a mark.
@@ -430,6 +464,26 @@ pub fn at_sequence(journal: &mut Journal, disk: DiskId, sequence: Sequence) -> R
     let mark = marks.iter().rfind(|point| point.sequence == sequence && point.is_sound());
     mark.map(|point| Found { at: point.at, source_time: point.source_time, sequence })
         .ok_or(JournalError::NoState { disk, oldest: None })
+}
+
+/// Whether the disk was ever as a place would show it: not so inside a stretch whose writes are only together a state. What is
+/// damaged, or not in the log any more, is not judged: that is said by who opens it.
+///
+/// # Errors
+/// As for [`points`].
+pub fn is_state(journal: &mut Journal, disk: DiskId, at: At) -> Result<bool, JournalError> {
+    let is_damaged = shape(journal, disk)?.rot(at).is_some();
+    if is_damaged || points(journal, disk)?.iter().any(|point| point.at == at) {
+        return Ok(true);
+    }
+    let entries = journal.entries(disk);
+    let entry = entries.binary_search_by_key(&at.through(), |entry| entry.number).ok();
+    let is_change = entry.and_then(|at| entries.get(at)).is_some_and(|entry| entry.kind != EntryKind::Mark);
+    if !is_change {
+        return Ok(true);
+    }
+    let is_inside = |run: &OrderedRun| (run.numbers().0..=run.numbers().1).contains(&at.through());
+    Ok(ordered_runs(journal, disk)?.iter().any(is_inside))
 }
 
 /// What a stretch of time offers.

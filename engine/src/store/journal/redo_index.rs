@@ -25,7 +25,7 @@ use super::window::Window;
 use crate::compress::Decompressor;
 use crate::format::FormatError;
 use crate::format::extent::{Record, RecordHeader, RecordKind};
-use crate::format::segment::EntryHead;
+use crate::format::segment::{EntryHead, EntryKind};
 use crate::io::{BlockFile, ReadAt};
 use crate::store::files::{Files, FilesError};
 use crate::units::{BLOCK_SECTORS, DiskId, SECTOR_BYTES, SectorRange};
@@ -96,19 +96,49 @@ impl Wanted {
         self
     }
 
+    /// Just these entries, whole.
+    pub(super) fn these(journal: &Journal, disk: DiskId, entries: &[LogEntry]) -> Self {
+        let segments = Segments::of(journal, entries);
+        Self { disk, entries: entries.iter().map(|entry| (*entry, usize::MAX)).collect(), segments }
+    }
+
     /// Reads them, to see what they wrote.
     ///
     /// # Errors
     /// When one cannot be read, is damaged, or was given up meanwhile.
     pub(super) fn index(self) -> Result<RedoIndex, JournalError> {
+        let mut builder = Builder { runs: Window::default(), records: Vec::new() };
+        self.read(|entry, counts, kind, body| {
+            let has = builder.add(entry, kind, body, counts)?;
+            Ok(if counts != usize::MAX && counts > has { Err(has) } else { Ok(()) })
+        })?;
+        let Builder { runs, records } = builder;
+        Ok(RedoIndex { runs, records, segments: self.segments, open: Mutex::default() })
+    }
+
+    /// Reads them one after the other, each checked, and shows their bodies.
+    ///
+    /// # Errors
+    /// When one cannot be read, is damaged, or was given up meanwhile.
+    pub(super) fn each(
+        &self,
+        mut see: impl FnMut(&LogEntry, &Bytes) -> Result<(), FormatError>,
+    ) -> Result<(), JournalError> {
+        self.read(|entry, _, _, body| see(entry, &body).map(Ok))
+    }
+
+    /// Shows each entry with the number of records that count; who sees it may answer that it has only so many.
+    fn read(
+        &self,
+        mut see: impl FnMut(&LogEntry, usize, EntryKind, Bytes) -> Result<Result<(), usize>, FormatError>,
+    ) -> Result<(), JournalError> {
         let Self { disk, entries, segments } = self;
-        let mut builder = Builder { disk, runs: Window::default(), records: Vec::new() };
         // One thread reads, this one looks at what was read.
         let (send, receive) = mpsc::sync_channel(GROUPS_AHEAD);
         thread::scope(|scope| {
             let read = || {
                 let mut open = Open::default();
-                for group in groups(&entries) {
+                for group in groups(entries) {
                     let read = segments.read_entries(&mut open, group).map(|bytes| (group, bytes));
                     let failed = read.is_err();
                     if send.send(read).is_err() || failed {
@@ -123,19 +153,30 @@ impl Wanted {
             for read in receive {
                 let (group, bytes) = read?;
                 for ((entry, counts), bytes) in group.iter().zip(bytes) {
-                    let added = builder.add(entry, bytes, *counts);
-                    let has = added.map_err(|error| segments.error(entry.place, error))?;
-                    if *counts != usize::MAX && *counts > has {
+                    let seen = body_of(*disk, entry, bytes)
+                        .and_then(|(kind, body)| see(entry, *counts, kind, body))
+                        .map_err(|error| segments.error(entry.place, error))?;
+                    if let Err(has) = seen {
                         let what = format!("entry {} has {has} records, not {counts}", entry.number);
-                        return Err(JournalError::Gone { disk, what });
+                        return Err(JournalError::Gone { disk: *disk, what });
                     }
                 }
             }
-            Ok::<_, JournalError>(())
-        })?;
-        let Builder { runs, records, .. } = builder;
-        Ok(RedoIndex { runs, records, segments, open: Mutex::default() })
+            Ok(())
+        })
     }
+}
+
+/// The body of an entry as it was read, if it is the one that is wanted.
+fn body_of(disk: DiskId, entry: &LogEntry, mut bytes: Vec<u8>) -> Result<(EntryKind, Bytes), FormatError> {
+    let head = EntryHead::open(&bytes)?;
+    if (head.disk, head.number) != (disk, entry.number) {
+        let expected = "the entry that stood here: its space was given to others";
+        return Err(FormatError::Field { what: "EntryHead", field: "number", got: head.number, expected });
+    }
+    let body = bytes.split_off(EntryHead::BYTES.min(bytes.len()));
+    head.check_body(&body)?;
+    Ok((head.kind, body.into()))
 }
 
 /// Entries that are read in one go.
@@ -260,28 +301,20 @@ struct LoggedRecord {
 }
 
 struct Builder {
-    disk: DiskId,
     runs: Window<Logged>,
     records: Vec<LoggedRecord>,
 }
 
 impl Builder {
     /// Puts the first `counts` records of an entry over what is there; answers how many it has.
-    fn add(&mut self, entry: &LogEntry, mut bytes: Vec<u8>, counts: usize) -> Result<usize, FormatError> {
-        let head = EntryHead::open(&bytes)?;
-        if (head.disk, head.number) != (self.disk, entry.number) {
-            let expected = "the entry that stood here: its space was given to others";
-            return Err(FormatError::Field {
-                what: "EntryHead",
-                field: "number",
-                got: head.number,
-                expected,
-            });
-        }
-        let body = bytes.split_off(EntryHead::BYTES.min(bytes.len()));
-        head.check_body(&body)?;
-        let body = Bytes::from(body);
-        let (keep, records) = entry_records(head.kind, body.clone())?;
+    fn add(
+        &mut self,
+        entry: &LogEntry,
+        kind: EntryKind,
+        body: Bytes,
+        counts: usize,
+    ) -> Result<usize, FormatError> {
+        let (keep, records) = entry_records(kind, body.clone())?;
         let all: usize = records.iter().map(Record::encoded_bytes).sum();
         let (has, mut at) = (records.len(), body.len().saturating_sub(all));
         for record in records.into_iter().take(counts) {

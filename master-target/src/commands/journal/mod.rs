@@ -90,16 +90,22 @@ fn find_disk(offline: &Offline, name: &str) -> anyhow::Result<DiskId> {
 }
 
 /// The point of a name or `EPOCH.NUMBER`.
-fn find_point(offline: &mut Offline, disk: DiskId, name: &str) -> anyhow::Result<At> {
+pub(crate) fn find_point(offline: &mut Offline, disk: DiskId, name: &str) -> anyhow::Result<At> {
     let points = offline.points(disk)?;
     let named = points.iter().rev().find(|listed| listed.point.name.as_str() == name && !name.is_empty());
     if let Some(listed) = named {
         return Ok(listed.point.at);
     }
-    // Any entry inside the log will do, mark or not: where writes were ordered each is a state.
-    name.parse()
+    // Any entry inside the log will do, mark or not, where writes were ordered: there each is a state.
+    let at = name
+        .parse()
         .ok()
-        .with_context(|| format!("there is no point {name}; `journal list` shows those there are"))
+        .with_context(|| format!("there is no point {name}; `journal list` shows those there are"))?;
+    anyhow::ensure!(
+        offline.is_state(disk, at)?,
+        "{at} is inside a scan round or a window: the disk never held just that; choose a point that `journal list` shows"
+    );
+    Ok(at)
 }
 
 const fn class_name(class: MarkClass) -> &'static str {
