@@ -40,6 +40,7 @@ use crate::limits::{
     CHUNK_BYTES, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX,
     GRACE_BYTES,
 };
+use crate::mutants::{Mutant, mutant};
 use crate::range_set::RangeSet;
 use crate::units::{
     BLOCK_BYTES, DiskId, Generation, LineageId, PeerId, SECTOR_BYTES, SectorRange, Sequence, Timestamp,
@@ -129,6 +130,10 @@ impl Agent {
             }
             disk.end_walk();
             disk.balance = Balance::default();
+            if mutant(Mutant::ForgetUndurable) {
+                disk.forget_undurable();
+            }
+            disk.wanted = disk.wanted.filter(|_| !mutant(Mutant::ForgetWantedPass));
         }
     }
 
@@ -386,6 +391,7 @@ impl Agent {
         self.disks.get(&disk).is_some_and(|state| {
             let walking = state.pass.is_some() || state.wanted.is_some();
             let drained = state.marks.is_empty() && state.unacked.is_empty();
+            let drained = drained || mutant(Mutant::ScanOverUndurable);
             state.phase == AgentDiskPhase::Open && !walking && drained
         })
     }
@@ -442,6 +448,9 @@ impl Agent {
             disk.give_up_stream(PassCause::DamagedStream);
             let message = disk.ask_to_open(nack.disk, disk.size_sectors);
             return self.control(&message);
+        }
+        if mutant(Mutant::ForgetNack) {
+            return;
         }
         let from = disk.unacked.iter().position(|batch| batch.header.last_sequence() >= nack.resume_from);
         disk.unsent_from = from.unwrap_or(disk.unacked.len());
@@ -516,7 +525,11 @@ impl Agent {
     }
 
     fn pass_of(&mut self, disk: DiskId, epoch: u64) -> Option<&mut Pass> {
-        self.disks.get_mut(&disk).filter(|disk| disk.epoch == epoch)?.pass.as_mut()
+        self.disks
+            .get_mut(&disk)
+            .filter(|disk| disk.epoch == epoch || mutant(Mutant::LateAnswers))?
+            .pass
+            .as_mut()
     }
 
     /// Submits the records of a chunk of the current pass; `as_of` as handed out with the work item, `time` when the

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, VecDeque};
 use crate::checksum::UnitHash;
 use crate::format::message::PassMode;
 use crate::limits::{CHUNK_BYTES, CHUNKS_OPEN_MAX, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES};
+use crate::mutants::{Mutant, mutant};
 use crate::range_set::RangeSet;
 use crate::units::{SECTOR_BYTES, SectorRange};
 
@@ -364,7 +365,8 @@ impl Pass {
     /// Whether everything is settled; true once, so that the end is announced once.
     #[must_use]
     pub fn take_end(&mut self) -> bool {
-        let over = !self.end_announced && self.open.is_empty() && self.settled.contains(self.whole);
+        let settled = if mutant(Mutant::EndPassEarly) { &self.begun } else { &self.settled };
+        let over = !self.end_announced && self.open.is_empty() && settled.contains(self.whole);
         self.end_announced |= over;
         over
     }

@@ -29,6 +29,7 @@ use crate::format::message::{
     PassCause, PassEnd, PassMode, PointDegrade, SourceId,
 };
 use crate::limits::CHUNKS_OPEN_MAX;
+use crate::mutants::{Mutant, mutant};
 use crate::range_set::RangeSet;
 use crate::units::{DiskId, Generation, LineageId, MonoTime, PeerId, SectorRange, Sequence};
 
@@ -276,7 +277,9 @@ impl TargetDisk {
             return self.reply(session, Message::Fenced(self.fenced()));
         }
         self.phase.become_state(TargetDiskPhase::Opening);
-        self.state.generation = self.state.generation.next();
+        if !(mutant(Mutant::ReuseGeneration) && self.ever_opened) {
+            self.state.generation = self.state.generation.next();
+        }
         if self.ever_opened && self.state.mode == PassMode::Copy {
             self.state.mode = PassMode::Compare; // something was perhaps written and not recorded
         }
@@ -293,6 +296,9 @@ impl TargetDisk {
         self.pass_announce = false;
         self.touch(now);
         self.checkpoint_if_due(now, true);
+        if mutant(Mutant::GrantEarly) {
+            self.grant(session);
+        }
     }
 
     /// A delta batch whose payload was checked. What a peer does wrong is answered, never an error here.
@@ -312,14 +318,16 @@ impl TargetDisk {
         }
         let chain = (header.lineage == self.state.lineage).then_some(self.state.chain);
         let last = header.last_sequence();
-        if chain.is_some() && last <= self.received {
+        let twice = mutant(Mutant::AcceptTwice) && last <= self.received;
+        if chain.is_some() && last <= self.received && !twice {
             self.window_dropped(cost);
             if last <= self.durable {
                 self.ack(session);
             }
             return;
         }
-        if header.first_sequence > self.received.next() {
+        let gap = header.first_sequence > self.received.next();
+        if gap && !mutant(Mutant::ContinueOverGap) {
             self.window_dropped(cost);
             if !self.nacked {
                 self.nacked = true;
@@ -327,7 +335,9 @@ impl TargetDisk {
             }
             return;
         }
-        if header.first_sequence != self.received.next() || chain != Some(header.chain) {
+        let same = chain == Some(header.chain) || mutant(Mutant::IgnoreChain);
+        let follows = header.first_sequence == self.received.next() && same;
+        if !follows && !twice && !gap {
             let text = "the stream's history does not fit what the target holds; a person must choose a side";
             return self.expel(session, ErrorCode::Fork, text);
         }
@@ -335,7 +345,7 @@ impl TargetDisk {
             let text = format!("{} lie outside the granted disk", bad.range());
             return self.expel(session, ErrorCode::Grant, &text);
         }
-        self.nacked = false;
+        self.nacked = mutant(Mutant::NackOnce) && self.nacked;
         self.received = last;
         self.state.sequence = last;
         self.state.chain = header.chain_after(&records);
@@ -346,7 +356,11 @@ impl TargetDisk {
                 }
             }
         }
-        let pieces = records.into_iter().map(|record| Piece { keep: vec![record.range()], record }).collect();
+        let piece = |record: Record| Piece { keep: vec![record.range()], record };
+        let mut pieces: Vec<Piece> = records.into_iter().map(piece).collect();
+        if mutant(Mutant::ReverseRecords) {
+            pieces.reverse();
+        }
         self.order_write(now, pieces, cost);
     }
 
@@ -426,7 +440,13 @@ impl TargetDisk {
     /// What bulk may write of a range: not what delta wrote since the pass began, and nothing twice in one pass, for
     /// what came after the first time is not remembered.
     fn bulk_may_write(&self, range: SectorRange) -> Vec<SectorRange> {
+        if mutant(Mutant::BulkTwice) {
+            return self.state.touched.missing(range);
+        }
         let unsettled = self.state.settled.missing(range);
+        if mutant(Mutant::BulkOverDelta) {
+            return unsettled;
+        }
         unsettled.into_iter().flat_map(|part| self.state.touched.missing(part)).collect()
     }
 
@@ -453,7 +473,9 @@ impl TargetDisk {
         }
         self.state.pass += 1;
         self.state.mode = PassMode::Compare;
-        self.state.settled.clear();
+        if !mutant(Mutant::KeepSettled) {
+            self.state.settled.clear();
+        }
         self.state.touched.clear();
         self.fresh_settled.clear();
         self.pass_end_wanted = false;
@@ -525,10 +547,10 @@ impl TargetDisk {
     /// A [`DiskAction::Checkpoint`] is done: what it recorded is durable.
     pub fn handle_checkpointed(&mut self, now: MonoTime) {
         let Some(done) = self.running.take() else { return };
-        self.durable = done.sequence;
+        self.durable = if mutant(Mutant::AcknowledgeEarly) { self.state.sequence } else { done.sequence };
         self.durable_marked = done.marked;
         if done.generation == self.state.generation {
-            self.durable_mark = done.mark;
+            self.durable_mark = if mutant(Mutant::MarkEarly) { self.mark } else { done.mark };
         }
         self.window.made_durable(done.cost);
         if done.marked > Sequence::ZERO && done.marked == done.sequence {
@@ -609,9 +631,8 @@ impl TargetDisk {
     }
 
     fn may_write(&self, session: SessionId, generation: Generation) -> bool {
-        self.phase == TargetDiskPhase::Open
-            && self.session == Some(session)
-            && generation == self.state.generation
+        let granted = self.session == Some(session) && generation == self.state.generation;
+        self.phase == TargetDiskPhase::Open && (granted || mutant(Mutant::AcceptOldGeneration))
     }
 
     fn order_write(&mut self, now: MonoTime, pieces: Vec<Piece>, cost: u64) {

@@ -14,7 +14,7 @@ use super::scenario::{Mode, Sabotage};
 use super::workload::WriteKind;
 use super::world::{Event, World};
 use crate::checksum::unit_hash;
-use crate::format::batch::{MarkCause, MarkClass, MarkLabel, Stretch};
+use crate::format::batch::{MarkCause, MarkClass, MarkLabel, Stretch, credit_cost};
 use crate::format::extent::Record;
 use crate::format::frame::FrameKind;
 use crate::format::message::{Auth, ErrorCode, Message, PassCause, PassMode};
@@ -52,10 +52,18 @@ pub(super) struct AgentNode {
     synced: BTreeSet<usize>,
     /// Disks the target took away in this session.
     stopped: BTreeSet<usize>,
+    /// Captured writes of each disk that are not harvested yet, oldest first.
+    captured: BTreeMap<usize, Vec<Captured>>,
     /// Running scan rounds: when they began.
     scans: BTreeMap<usize, u64>,
     /// Disks with a scan round that began after the last write and ended.
     pub(super) scanned: BTreeSet<usize>,
+}
+
+/// A write as it was captured.
+struct Captured {
+    write: u64,
+    records: Vec<Record>,
 }
 
 /// Proves an identity to the simulated authority.
@@ -99,6 +107,7 @@ impl AgentNode {
             kept: BTreeMap::new(),
             synced: BTreeSet::new(),
             stopped: BTreeSet::new(),
+            captured: BTreeMap::new(),
             scans: BTreeMap::new(),
             scanned: BTreeSet::new(),
         }
@@ -107,6 +116,8 @@ impl AgentNode {
 
 /// How long until a broken or refused agent tries again.
 const AGAIN_NANOS: u64 = 300_000_000;
+/// What a harvested batch of several writes may cost, in bytes: less than the smallest window.
+const HARVEST_COST_MAX: u64 = 176 << 10;
 
 impl World {
     pub(super) fn agent_dials(&mut self, agent: usize, life: u64) {
@@ -154,6 +165,9 @@ impl World {
         }
         node.connection = None;
         node.core.handle_disconnected();
+        if self.plan.sabotage == Some(Sabotage::HarvestForgotten) {
+            node.captured.clear();
+        }
         node.scans.clear();
         node.synced.clear();
         node.stopped.clear();
@@ -442,13 +456,14 @@ impl World {
         if !node.alive || node.life != life {
             return;
         }
-        let hashes = |data: &Bytes, chunk, unit, units: &[u16]| {
-            hash_spans(chunk, unit, units).into_iter().map(|span| unit_hash(&data[span])).collect::<Vec<_>>()
-        };
         let result = match job {
             Job::Read { disk, epoch, chunk, hash } => {
                 let data = Bytes::copy_from_slice(self.sources[disk].read(chunk));
-                let unit_hashes = hash.then(|| hashes(&data, chunk, COMPARE_UNIT_BYTES, &[]));
+                let source = &mut self.sources[disk];
+                let unit_hashes = hash.then(|| {
+                    let spans = hash_spans(chunk, COMPARE_UNIT_BYTES, &[]);
+                    spans.into_iter().map(|span| source.hash(chunk.part(span))).collect()
+                });
                 node.kept.retain(|(other, old, _), _| *other != disk || *old >= epoch);
                 node.kept.insert((disk, epoch, chunk.start), data);
                 let held = node.kept.keys().filter(|key| (key.0, key.1) == (disk, epoch)).count() as u64;
@@ -459,7 +474,9 @@ impl World {
                 let data = node.kept.get(&(disk, epoch, chunk.start)).cloned();
                 match data {
                     Some(data) => {
-                        let fine = hashes(&data, chunk, COMPARE_FINE_BYTES, &units);
+                        // Of what was read, which the source may hold no more.
+                        let spans = hash_spans(chunk, COMPARE_FINE_BYTES, &units);
+                        let fine = spans.into_iter().map(|span| unit_hash(&data[span])).collect();
                         node.core.handle_fine(self.target.disks[disk].id, epoch, chunk, fine)
                     }
                     None => Ok(()), // of a walk that is over
@@ -496,6 +513,7 @@ impl World {
     pub(super) fn agent_marks(&mut self, disk: usize) {
         let agent = self.plan.disks[disk].0;
         if self.agents[agent].alive {
+            self.agent_harvests(agent, disk);
             let (id, source_time) = (self.target.disks[disk].id, Timestamp(self.now));
             // Several at one sequence, too: each is durable or lost by itself.
             for _ in 0..self.rng.between(1, 4) {
@@ -526,14 +544,60 @@ impl World {
                 cut_records(range.start, &data, &[range], DELTA_RECORD_BYTES_MAX)
             }
         };
-        let count = records.len();
-        let id = self.target.disks[disk].id;
-        let time = Timestamp(self.now);
-        let last = self.agents[agent].core.submit_delta(id, Stretch::Ordered, time, records);
-        if let Some(last) = last {
-            self.checker.assigned(disk, last, count, write);
+        let node = &mut self.agents[agent];
+        let waiting = node.captured.entry(disk).or_default();
+        waiting.push(Captured { write, records });
+        let (first, life, within) = (waiting.len() == 1, node.life, self.plan.harvest_nanos);
+        if within == 0 {
+            self.agent_harvested(agent, life, disk);
+        } else if first {
+            let delay = self.rng.below(within);
+            self.after(delay, Event::AgentHarvest { agent, life, disk });
         }
-        self.agent_pump(agent);
+    }
+
+    pub(super) fn agent_harvested(&mut self, agent: usize, life: u64, disk: usize) {
+        if self.agents[agent].alive && self.agents[agent].life == life {
+            self.agent_harvests(agent, disk);
+            self.agent_pump(agent);
+        }
+    }
+
+    /// What was captured goes into batches, as much into each as its credit allows.
+    fn agent_harvests(&mut self, agent: usize, disk: usize) {
+        let id = self.target.disks[disk].id;
+        let mut waiting = self.agents[agent].captured.remove(&disk).unwrap_or_default();
+        if self.plan.sabotage == Some(Sabotage::HarvestReversed) {
+            waiting.reverse();
+        }
+        let mut waiting = waiting.into_iter().peekable();
+        while let Some(first) = waiting.next() {
+            let mut writes = vec![(first.write, first.records.len())];
+            let mut records = first.records;
+            let mut cost = credit_cost(&records);
+            while let Some(more) =
+                waiting.next_if(|more| cost + credit_cost(&more.records) <= HARVEST_COST_MAX)
+            {
+                cost += credit_cost(&more.records);
+                writes.push((more.write, more.records.len()));
+                records.extend(more.records);
+            }
+            let (count, time) = (records.len() as u64, Timestamp(self.now));
+            let Some(last) = self.agents[agent].core.submit_delta(id, Stretch::Ordered, time, records) else {
+                continue;
+            };
+            let mut sequence = last.0 - count;
+            for (write, records) in writes {
+                sequence += records as u64;
+                self.checker.assigned(disk, Sequence(sequence), records, write);
+            }
+        }
+    }
+
+    /// How many of the newest writes of a disk are captured and not harvested.
+    pub(super) fn captured_of(&self, disk: usize) -> u64 {
+        let captured = &self.agents[self.plan.disks[disk].0].captured;
+        captured.get(&disk).map_or(0, |waiting| waiting.len() as u64)
     }
 
     /// Whether a disk is synced, as far as its agent knows, and really.
@@ -548,6 +612,7 @@ impl World {
             && node.synced.contains(&disk)
             && node.core.pass_progress(target.id).is_none()
             && !node.core.mark_pending(target.id)
+            && self.captured_of(disk) == 0
             && (self.plan.mode == Mode::Ordered || node.scanned.contains(&disk))
     }
 

@@ -87,7 +87,10 @@ struct Watch {
     persisted_marked: Sequence,
     persisted_settled: BTreeMap<u64, RangeSet>,
     done_passes: u64,
-    acknowledged: BTreeMap<u64, Sequence>,
+    /// By core, and by how many losses of the tail before.
+    acknowledged: BTreeMap<(u64, usize), Sequence>,
+    /// Losses of what was durable: the last generation before, and what was persisted, with the last mark.
+    losses: Vec<(Generation, Sequence, Sequence)>,
     /// Marks that survive any crash.
     marks: BTreeSet<[u8; 16]>,
     taint: Taint,
@@ -116,6 +119,7 @@ impl Checker {
             persisted_settled: BTreeMap::new(),
             done_passes: 0,
             acknowledged: BTreeMap::new(),
+            losses: Vec::new(),
             marks: BTreeSet::new(),
             taint: Taint::None,
             floor: (0, 0),
@@ -229,8 +233,13 @@ impl Checker {
     /// An acknowledgement reached an agent's core (`core` names it).
     pub(super) fn acknowledged(&mut self, disk: usize, core: u64, ack: &Ack) {
         let watch = &mut self.watches[disk];
-        let (persisted, marked) = (watch.persisted, watch.persisted_marked);
-        let before = watch.acknowledged.insert(core, ack.durable).unwrap_or(Sequence::ZERO);
+        // What was sent before a loss, and true then, may arrive after it.
+        let era = watch.losses.partition_point(|loss| loss.0 < ack.generation);
+        let (persisted, marked) = match watch.losses.get(era) {
+            Some((_, persisted, marked)) => (*persisted, *marked),
+            None => (watch.persisted, watch.persisted_marked),
+        };
+        let before = watch.acknowledged.insert((core, era), ack.durable).unwrap_or(Sequence::ZERO);
         self.require(
             ack.received >= ack.durable && ack.durable >= ack.applied,
             Rule::Acknowledgement,
@@ -242,6 +251,12 @@ impl Checker {
         self.require(ack.durable >= before, Rule::Acknowledgement, || {
             format!("disk {disk}: durable went from {before} back to {}", ack.durable)
         });
+    }
+
+    /// The target lost the newest of what was durable, under this generation.
+    pub(super) fn tail_lost(&mut self, disk: usize, generation: Generation) {
+        let watch = &mut self.watches[disk];
+        watch.losses.push((generation, watch.persisted, watch.persisted_marked));
     }
 
     /// A mark was made durable.
@@ -312,13 +327,16 @@ impl Checker {
         }
         for sector in 0..source.sectors {
             let held = &content[span(sector)];
+            if held == &source.bytes()[span(sector)] {
+                continue; // the newest write is as good as any
+            }
             let mut history = source.history(sector).iter().rev();
             let first = history.clone().find(|id| **id <= oldest).copied().unwrap_or(0);
-            let fits = history.any(|id| (!strict || *id >= first) && held == source.content(*id, sector));
+            let fits = history.any(|id| (!strict || *id >= first) && source.left(*id, sector, held));
             let before =
-                !strict && (held == source.content(OLD_TARGET, sector) || held.iter().all(|byte| *byte == 0));
-            if !fits && !before {
-                let which = source.history(sector).iter().find(|id| held == source.content(**id, sector));
+                || !strict && (source.left(OLD_TARGET, sector, held) || held.iter().all(|byte| *byte == 0));
+            if !fits && !before() {
+                let which = source.history(sector).iter().find(|id| source.left(**id, sector, held));
                 self.broke(
                     Rule::Prefix,
                     format!(

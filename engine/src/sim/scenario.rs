@@ -40,6 +40,10 @@ pub enum Sabotage {
     NeverRead,
     /// The target does not keep the last mark of a checkpoint.
     LoseMarks,
+    /// The agent hands in what it harvested with the newest write first.
+    HarvestReversed,
+    /// The agent forgets what it captured and did not harvest with its connection.
+    HarvestForgotten,
 }
 
 /// How often what goes wrong, while faults last.
@@ -67,6 +71,8 @@ pub struct Faults {
     pub late_notices_per_mille: u64,
     /// Frames (per mille) that take far longer.
     pub spikes_per_mille: u64,
+    /// Crashes of the master target (per mille) that cost the newest of what was durable.
+    pub lost_tails_per_mille: u64,
 }
 
 /// One run.
@@ -104,6 +110,8 @@ pub struct Scenario {
     pub disk_nanos: u64,
     /// What goes wrong.
     pub faults: Faults,
+    /// How long captured writes may wait to be harvested, all into few batches; zero: each is a batch at once.
+    pub harvest_nanos: u64,
     /// A rule broken on purpose.
     pub sabotage: Option<Sabotage>,
     /// Whether every event is printed.
@@ -150,6 +158,7 @@ impl Scenario {
             delay_nanos: rng.pick(&[MS / 5, 2 * MS, 20 * MS]),
             disk_nanos: rng.pick(&[MS / 20, MS, 8 * MS]),
             faults: Faults::draw(&mut rng),
+            harvest_nanos: rng.pick(&[0, 0, 5, 100, 1000]) * MS,
             sabotage: None,
             trace: false,
         }
@@ -175,6 +184,7 @@ impl Faults {
             flips_per_mille: some(2, 20),
             late_notices_per_mille: some(100, 700),
             spikes_per_mille: some(5, 80),
+            lost_tails_per_mille: some(300, 1000),
         }
     }
 }

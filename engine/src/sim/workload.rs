@@ -4,7 +4,9 @@
 //! can tell which write a sector holds; write ids count up per disk and 0 is what was there at the beginning.
 //! Units: sectors. Called by `sim::agent` (reads), `sim::world` (writes) and `sim::checker`.
 
+use super::hashes::Hashes;
 use super::rng::{Rng, mix};
+use crate::checksum::{UnitHash, is_zero};
 use crate::units::{SECTOR_BYTES, SectorRange};
 
 /// What a write put there.
@@ -28,6 +30,7 @@ pub(super) struct Source {
     /// Its size in sectors.
     pub(super) sectors: u64,
     bytes: Vec<u8>,
+    hashes: Hashes,
     /// Kind of each write; index 0 stands for the first content.
     kinds: Vec<WriteKind>,
     /// The writes that touched each sector, ascending; begins with 0.
@@ -41,6 +44,7 @@ impl Source {
             salt,
             sectors,
             bytes: vec![0; (sectors * SECTOR_BYTES) as usize],
+            hashes: Hashes::default(),
             kinds: vec![WriteKind::Data],
             history: vec![vec![0]; sectors as usize],
         };
@@ -72,6 +76,7 @@ impl Source {
     pub(super) fn write(&mut self, range: SectorRange, kind: WriteKind) -> u64 {
         self.kinds.push(kind);
         let id = self.newest();
+        self.hashes.changed(range);
         for sector in range.start..range.end {
             self.put(id, sector);
             self.history[sector as usize].push(id);
@@ -90,6 +95,12 @@ impl Source {
         &self.bytes[from..from + range.bytes() as usize]
     }
 
+    /// The hash of a run now.
+    pub(super) fn hash(&mut self, range: SectorRange) -> UnitHash {
+        let from = range.byte_start() as usize;
+        self.hashes.of(range, &self.bytes[from..from + range.bytes() as usize])
+    }
+
     /// All bytes now.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.bytes
@@ -103,28 +114,56 @@ impl Source {
     /// What write `id` left in `sector`.
     pub(super) fn content(&self, id: u64, sector: u64) -> [u8; SECTOR_BYTES as usize] {
         let mut out = [0; SECTOR_BYTES as usize];
+        match self.stamp(id, sector) {
+            None => {}
+            Some((stamp, noisy)) => {
+                for (index, word) in out.chunks_exact_mut(8).enumerate() {
+                    word.copy_from_slice(&word_of(stamp, noisy, index).to_le_bytes());
+                }
+            }
+        }
+        out
+    }
+
+    /// Whether `held` is what write `id` left in `sector`; mostly the first word tells.
+    pub(super) fn left(&self, id: u64, sector: u64, held: &[u8]) -> bool {
+        match self.stamp(id, sector) {
+            None => is_zero(held),
+            Some((stamp, noisy)) => held
+                .chunks_exact(8)
+                .enumerate()
+                .all(|(index, word)| word == word_of(stamp, noisy, index).to_le_bytes()),
+        }
+    }
+
+    /// What a sector's words are made of as write `id` left it, and whether each is another; `None` for zeros.
+    fn stamp(&self, id: u64, sector: u64) -> Option<(u64, bool)> {
         let zero = match id {
             0 => mix(self.salt ^ (sector / 200)).is_multiple_of(2),
             OLD_TARGET => false,
             _ => self.kinds[id as usize] != WriteKind::Data,
         };
-        if zero {
-            return out;
-        }
         let stamp = mix(self.salt ^ id.wrapping_mul(0x1_0000_0001)) ^ mix(sector);
-        let noisy = id % 3 == 1;
-        for (index, word) in out.chunks_exact_mut(8).enumerate() {
-            let value = if noisy { mix(stamp ^ index as u64) } else { stamp };
-            word.copy_from_slice(&value.to_le_bytes());
-        }
-        out
+        (!zero).then_some((stamp, id % 3 == 1))
     }
+}
+
+const fn word_of(stamp: u64, noisy: bool, index: usize) -> u64 {
+    if noisy { mix(stamp ^ index as u64) } else { stamp }
 }
 
 /// The bytes of a sector.
 pub(super) fn span(sector: u64) -> std::ops::Range<usize> {
     let from = (sector * SECTOR_BYTES) as usize;
     from..from + SECTOR_BYTES as usize
+}
+
+impl SectorRange {
+    /// The part of it that bytes counted from its beginning cover.
+    pub(super) const fn part(self, bytes: std::ops::Range<usize>) -> Self {
+        let (from, to) = (bytes.start as u64 / SECTOR_BYTES, bytes.end as u64 / SECTOR_BYTES);
+        Self { start: self.start + from, end: self.start + to }
+    }
 }
 
 /// The next write: often to the same few places, so that order matters.

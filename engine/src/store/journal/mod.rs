@@ -69,6 +69,7 @@ use crate::format::disk_state::DiskState;
 use crate::format::manifest::{DiskAdded, DiskRemoved, Edit};
 use crate::format::segment::{Applied, EntryHead, EntryKind, JournalId};
 use crate::limits::{SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MIN};
+use crate::mutants::{Mutant, mutant};
 use crate::store::crc_map::MAP_PREFIX;
 use crate::store::files::Files;
 use crate::units::{DiskId, Timestamp};
@@ -518,6 +519,7 @@ impl Journal {
     pub fn releasable(&self) -> Vec<u64> {
         let current = self.log.current_segment();
         let needed = self.disks.keys().filter_map(|disk| self.oldest_needed(*disk)).min().unwrap_or(u64::MAX);
+        let needed = if mutant(Mutant::ReleaseUnapplied) { u64::MAX } else { needed };
         let segments = self.manifest.shape().segments.keys().copied();
         segments.take_while(|number| Some(*number) != current && *number < needed).collect()
     }
@@ -551,7 +553,9 @@ impl Journal {
                 self.put_state(disk, state, now)?;
                 kept = true;
             }
-            if let Some((applied, _)) = numbers.applied_entry.filter(|(_, place)| inside(*place)) {
+            if let Some((applied, _)) = numbers.applied_entry.filter(|(_, place)| inside(*place))
+                && !mutant(Mutant::ForgetApplied)
+            {
                 self.put_applied(disk, applied, now)?;
                 kept = true;
             }
