@@ -96,6 +96,8 @@ fn seeds_that_once_failed_keep_every_rule() {
         (36_259, "another session's bulk was taken for one's own"),
         (37_164, "another session ended the pass before this one tracked writes"),
         (2529, "a disk was called synced although a compare pass was wanted"),
+        (3445, "delta overtook the beginning of the pass that was to bring what is missing before it"),
+        (11_423, "the same, with another disk"),
     ];
     for (seed, what) in found {
         play(&Scenario::from_seed(seed)).unwrap_or_else(|failure| panic!("again: {what}\n{failure}"));

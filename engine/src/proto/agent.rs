@@ -391,7 +391,6 @@ impl Agent {
         self.disks.get(&disk).is_some_and(|state| {
             let walking = state.pass.is_some() || state.wanted.is_some();
             let drained = state.marks.is_empty() && state.unacked.is_empty();
-            let drained = drained || mutant(Mutant::ScanOverUndurable);
             state.phase == AgentDiskPhase::Open && !walking && drained
         })
     }

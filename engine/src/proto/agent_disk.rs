@@ -434,8 +434,13 @@ impl AgentDisk {
     }
 }
 
-/// The next delta batch or mark of a disk that credit allows; a mark goes exactly behind its last record.
+/// The next delta batch or mark of a disk that credit allows; a mark goes exactly behind its last record. Nothing goes while
+/// a compare pass is wanted and has not begun at the target: something before it is missing there, and a target that does
+/// not know would take what follows for a state of the source. PASS_BEGIN travels on another lane, and may be lost.
 pub(super) fn next_delta(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
+    if disk.wanted.is_some() {
+        return None;
+    }
     if let Some(mark) = disk.next_mark()
         && !(mutant(Mutant::DropMark) && mark.number % 2 == 1)
     {

@@ -5,7 +5,6 @@
 
 use crate::format::batch::Chain;
 use crate::format::message::PassCause;
-use crate::mutants::{Mutant, mutant};
 use crate::units::{LineageId, Sequence};
 
 /// What the agent remembers of the stream.
@@ -70,9 +69,7 @@ pub fn decide(ours: &Ours, theirs: &Theirs) -> Decision {
         return Decision::Compare(PassCause::TrackingLost); // the source went back in time
     }
     match ours.chain_there {
-        Some(chain) if chain == theirs.chain || mutant(Mutant::ContinueForked) => {
-            Decision::Continue { from: theirs.durable.next() }
-        }
+        Some(chain) if chain == theirs.chain => Decision::Continue { from: theirs.durable.next() },
         _ => Decision::Compare(PassCause::ChainMismatch),
     }
 }

@@ -335,8 +335,7 @@ impl TargetDisk {
             }
             return;
         }
-        let same = chain == Some(header.chain) || mutant(Mutant::IgnoreChain);
-        let follows = header.first_sequence == self.received.next() && same;
+        let follows = header.first_sequence == self.received.next() && chain == Some(header.chain);
         if !follows && !twice && !gap {
             let text = "the stream's history does not fit what the target holds; a person must choose a side";
             return self.expel(session, ErrorCode::Fork, text);
@@ -345,7 +344,7 @@ impl TargetDisk {
             let text = format!("{} lie outside the granted disk", bad.range());
             return self.expel(session, ErrorCode::Grant, &text);
         }
-        self.nacked = mutant(Mutant::NackOnce) && self.nacked;
+        self.nacked = false;
         self.received = last;
         self.state.sequence = last;
         self.state.chain = header.chain_after(&records);
@@ -440,9 +439,6 @@ impl TargetDisk {
     /// What bulk may write of a range: not what delta wrote since the pass began, and nothing twice in one pass, for
     /// what came after the first time is not remembered.
     fn bulk_may_write(&self, range: SectorRange) -> Vec<SectorRange> {
-        if mutant(Mutant::BulkTwice) {
-            return self.state.touched.missing(range);
-        }
         let unsettled = self.state.settled.missing(range);
         if mutant(Mutant::BulkOverDelta) {
             return unsettled;

@@ -5,13 +5,14 @@
 //! Called by `sim::world`.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use bytes::Bytes;
 
 use super::checker::Rule;
 use super::network::Endpoint;
 use super::scenario::{Mode, Sabotage};
-use super::workload::WriteKind;
+use super::workload::{Source, WriteKind};
 use super::world::{Event, World};
 use crate::checksum::unit_hash;
 use crate::format::batch::{MarkCause, MarkClass, MarkLabel, Stretch, credit_cost};
@@ -31,14 +32,34 @@ use crate::units::{DiskId, PeerId, SectorRange, Sequence, Timestamp};
 /// A piece of work that takes time.
 #[derive(Clone, Debug)]
 pub(super) enum Job {
-    Read { disk: usize, epoch: u64, chunk: SectorRange, hash: bool },
-    HashFine { disk: usize, epoch: u64, chunk: SectorRange, units: Vec<u16> },
+    Read {
+        disk: usize,
+        epoch: u64,
+        chunk: SectorRange,
+        hash: bool,
+    },
+    HashFine {
+        disk: usize,
+        epoch: u64,
+        chunk: SectorRange,
+        units: Vec<u16>,
+    },
+    Submit {
+        disk: usize,
+        epoch: u64,
+        chunk: SectorRange,
+        as_of: Sequence,
+        time: Timestamp,
+        records: Vec<Record>,
+    },
 }
 
 /// An agent, or a stale twin of one.
 pub(super) struct AgentNode {
     pub(super) identity: usize,
     pub(super) twin: bool,
+    /// A twin that was restored from a snapshot reads each disk as this write left it.
+    snapshot: Option<Vec<u64>>,
     pub(super) alive: bool,
     life: u64,
     core: Agent,
@@ -97,6 +118,7 @@ impl AgentNode {
         Self {
             identity,
             twin: twin_of.is_some(),
+            snapshot: None,
             alive: true,
             life: 0,
             core: new_core(identity),
@@ -116,8 +138,9 @@ impl AgentNode {
 
 /// How long until a broken or refused agent tries again.
 const AGAIN_NANOS: u64 = 300_000_000;
-/// What a harvested batch of several writes may cost, in bytes: less than the smallest window.
-const HARVEST_COST_MAX: u64 = 176 << 10;
+/// What a harvested batch of several writes may cost, in bytes: what the smallest window always has room for, once all is
+/// written (7/8 of it, for smaller steps are not announced).
+const HARVEST_COST_MAX: u64 = 168 << 10;
 
 impl World {
     pub(super) fn agent_dials(&mut self, agent: usize, life: u64) {
@@ -225,7 +248,11 @@ impl World {
         let identity = self.rng.below(self.plan.agents as u64) as usize;
         let agent = self.agents.len();
         let name = self.fresh_name();
-        self.agents.push(AgentNode { core_name: name, ..AgentNode::new(agent, Some(identity)) });
+        let snapshot = self.rng.chance(500).then(|| {
+            let newest: Vec<u64> = self.sources.iter().map(Source::newest).collect();
+            newest.into_iter().map(|newest| self.rng.below(newest + 1)).collect()
+        });
+        self.agents.push(AgentNode { core_name: name, snapshot, ..AgentNode::new(agent, Some(identity)) });
         self.count("twins", 1);
         self.note(|| format!("agent{agent} is a twin of agent{identity}"));
         self.after(0, Event::AgentDial { agent, life: 0 });
@@ -458,11 +485,19 @@ impl World {
         }
         let result = match job {
             Job::Read { disk, epoch, chunk, hash } => {
-                let data = Bytes::copy_from_slice(self.sources[disk].read(chunk));
                 let source = &mut self.sources[disk];
+                let data = match &node.snapshot {
+                    Some(writes) => source.read_as_of(chunk, writes[disk]),
+                    None => Bytes::copy_from_slice(source.read(chunk)),
+                };
+                let restored = node.snapshot.is_some();
                 let unit_hashes = hash.then(|| {
-                    let spans = hash_spans(chunk, COMPARE_UNIT_BYTES, &[]);
-                    spans.into_iter().map(|span| source.hash(chunk.part(span))).collect()
+                    let spans = hash_spans(chunk, COMPARE_UNIT_BYTES, &[]).into_iter();
+                    let of = |span: Range<usize>| match restored {
+                        true => unit_hash(&data[span]),
+                        false => source.hash(chunk.part(span)),
+                    };
+                    spans.map(of).collect()
                 });
                 node.kept.retain(|(other, old, _), _| *other != disk || *old >= epoch);
                 node.kept.insert((disk, epoch, chunk.start), data);
@@ -481,6 +516,10 @@ impl World {
                     }
                     None => Ok(()), // of a walk that is over
                 }
+            }
+            Job::Submit { disk, epoch, chunk, as_of, time, records } => {
+                node.core.submit_chunk(self.target.disks[disk].id, epoch, chunk, as_of, time, records);
+                Ok(())
             }
         };
         if let Err(error) = result {
@@ -506,7 +545,13 @@ impl World {
         let record_bytes_max =
             if sink == Sink::Bulk { BULK_RECORD_BYTES_MAX } else { DELTA_RECORD_BYTES_MAX };
         let records = cut_records(chunk.start, &data, pieces, record_bytes_max);
-        node.core.submit_chunk(self.target.disks[disk].id, epoch, chunk, as_of, time, records);
+        let (life, within) = (node.life, self.plan.submit_nanos);
+        let job = Job::Submit { disk, epoch, chunk, as_of, time, records };
+        if within == 0 {
+            return self.agent_job_done(agent, life, job);
+        }
+        let delay = self.rng.below(within);
+        self.after(delay, Event::AgentJob { agent, life, job });
     }
 
     /// Somebody wants a mark.

@@ -94,8 +94,8 @@ struct Watch {
     /// Marks that survive any crash.
     marks: BTreeSet<[u8; 16]>,
     taint: Taint,
-    /// Newest write and newest sequence given out when the running pass began: a finished pass holds at least that.
-    floor: (u64, u64),
+    /// By pass, the newest write and the newest sequence given out when it began: a finished pass holds at least that.
+    floors: BTreeMap<u64, (u64, u64)>,
 }
 
 /// All rules' memory.
@@ -122,7 +122,7 @@ impl Checker {
             losses: Vec::new(),
             marks: BTreeSet::new(),
             taint: Taint::None,
-            floor: (0, 0),
+            floors: BTreeMap::new(),
         };
         Self { mode, watches: (0..disks).map(|_| watch()).collect(), broken: None }
     }
@@ -212,7 +212,7 @@ impl Checker {
             watch.taint = Taint::Waits(pass);
         }
         let given = watch.assigned.last_key_value().map_or(0, |(sequence, _)| *sequence);
-        watch.floor = (newest, given);
+        watch.floors.insert(pass, (newest, given));
     }
 
     /// The target's state file was replaced.
@@ -321,8 +321,12 @@ impl Checker {
                 let whole = watch.assigned.get(&(state.sequence.0 + 1)) != Some(write);
                 if whole { *write } else { write - 1 }
             });
-            if state.sequence.0 >= watch.floor.1 {
-                oldest = oldest.max(watch.floor.0);
+            // A crash may have undone the beginning of a later pass.
+            let begun = watch.floors.range(..=state.pass).next_back();
+            if let Some((_, (write, given))) = begun
+                && state.sequence.0 >= *given
+            {
+                oldest = oldest.max(*write);
             }
         }
         for sector in 0..source.sectors {

@@ -59,7 +59,7 @@ pub struct Faults {
     pub relay_crashes: u64,
     /// Crashes and restarts of the master target.
     pub target_crashes: u64,
-    /// A second agent of the same identity that appears for a while.
+    /// A second agent of the same identity that appears for a while, every other one restored from a snapshot.
     pub twins: u64,
     /// Writes (per mille) that find the target full.
     pub full_per_mille: u64,
@@ -112,6 +112,8 @@ pub struct Scenario {
     pub faults: Faults,
     /// How long captured writes may wait to be harvested, all into few batches; zero: each is a batch at once.
     pub harvest_nanos: u64,
+    /// How long the records of a chunk may take to be made.
+    pub submit_nanos: u64,
     /// A rule broken on purpose.
     pub sabotage: Option<Sabotage>,
     /// Whether every event is printed.
@@ -159,6 +161,7 @@ impl Scenario {
             disk_nanos: rng.pick(&[MS / 20, MS, 8 * MS]),
             faults: Faults::draw(&mut rng),
             harvest_nanos: rng.pick(&[0, 0, 5, 100, 1000]) * MS,
+            submit_nanos: rng.pick(&[0, 0, 20, 500]) * MS,
             sabotage: None,
             trace: false,
         }

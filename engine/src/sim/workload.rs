@@ -4,6 +4,8 @@
 //! can tell which write a sector holds; write ids count up per disk and 0 is what was there at the beginning.
 //! Units: sectors. Called by `sim::agent` (reads), `sim::world` (writes) and `sim::checker`.
 
+use bytes::Bytes;
+
 use super::hashes::Hashes;
 use super::rng::{Rng, mix};
 use crate::checksum::{UnitHash, is_zero};
@@ -93,6 +95,15 @@ impl Source {
     pub(super) fn read(&self, range: SectorRange) -> &[u8] {
         let from = range.byte_start() as usize;
         &self.bytes[from..from + range.bytes() as usize]
+    }
+
+    /// The bytes of a run as a write left it.
+    pub(super) fn read_as_of(&self, range: SectorRange, write: u64) -> Bytes {
+        let newest = |sector: u64| {
+            let mut history = self.history(sector).iter().rev();
+            history.find(|id| **id <= write).copied().unwrap_or(0)
+        };
+        (range.start..range.end).flat_map(|sector| self.content(newest(sector), sector)).collect()
     }
 
     /// The hash of a run now.

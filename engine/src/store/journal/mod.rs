@@ -544,7 +544,7 @@ impl Journal {
     pub fn release(&mut self, number: u64, now: Timestamp) -> Result<(), JournalError> {
         // What replaces an older STATE or APPLIED must be durable before the older one is given up.
         self.commit(now)?;
-        let inside = |place: Place| place.segment == number;
+        let inside = |place: Place| place.segment == number && !mutant(Mutant::ForgetApplied);
         let mut kept = false;
         let disks: Vec<(DiskId, DiskNumbers)> =
             self.disks.iter().map(|(disk, numbers)| (*disk, numbers.clone())).collect();
@@ -553,9 +553,7 @@ impl Journal {
                 self.put_state(disk, state, now)?;
                 kept = true;
             }
-            if let Some((applied, _)) = numbers.applied_entry.filter(|(_, place)| inside(*place))
-                && !mutant(Mutant::ForgetApplied)
-            {
+            if let Some((applied, _)) = numbers.applied_entry.filter(|(_, place)| inside(*place)) {
                 self.put_applied(disk, applied, now)?;
                 kept = true;
             }
