@@ -105,7 +105,8 @@ sim: ## the simulator: [SEED=n [MUTANT=name]] replays one seed with its events, 
 
 sim-mutants: ## deliberate bugs in the real cores and the store, a table of who sees each: [SEEDS=200] seeds played of each
 	SIM_MUTANTS=$(or $(SEEDS),200) RUST_BACKTRACE=0 $(CARGO) test -p reprotect-engine --all-features --test sim --test journal_model \
-		-- --nocapture --test-threads 1 mutants_of 2>&1 | grep -E ' within +[0-9]|NOT CAUGHT|is not seen|without|^test result|^error'
+		-- --nocapture --test-threads 1 mutants_of 2>&1 | \
+		awk '/ within +[0-9]|is not seen|^without|^test result|^error/ { print } /FAILED|^error/ { failed = 1 } END { exit failed }'
 
 model: ## the journal's executable model: [SEEDS=20000] plays that many, [SEED=n [RULE=name or CONTROL=name]] replays one, without a rule, or as without it
 	$(if $(SEED),MODEL_SEED=$(SEED) $(if $(RULE),MODEL_RULE=$(RULE)) $(if $(CONTROL),MODEL_CONTROL=$(CONTROL)),MODEL_SEEDS=$(or $(SEEDS),20000)) \

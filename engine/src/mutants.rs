@@ -114,14 +114,10 @@ mutants! {
         GroupUnflushed = 26,
         /// Redo is released although it is not applied.
         ReleaseUnapplied = 26,
-        /// What a released segment said last of state and progress of each disk is not carried on.
-        ForgetApplied = 200,
         /// In a merge the newer image wins.
         MergeNewestWins = 26,
-        /// A merged run is not flushed before the manifest names it.
-        MergeUnflushed = 200,
         /// A rollback that was cut short is not taken up again.
-        ForgetRollback = 26,
+        ForgetRollback = 40,
     }
 }
 

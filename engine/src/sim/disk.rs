@@ -16,6 +16,9 @@ use crate::units::{SECTOR_BYTES, SectorRange};
 /// How many checkpoints a crash may take back, at most.
 const TAIL_MAX: usize = 4;
 
+/// A run of sectors: where it begins, and what it holds.
+type Run = (u64, Vec<u8>);
+
 /// The disk.
 #[derive(Debug, Default)]
 pub(super) struct SimDisk {
@@ -24,12 +27,12 @@ pub(super) struct SimDisk {
     /// What a crash cannot take away.
     flushed: Vec<u8>,
     /// What was written since the last flush, oldest first, and where it begins.
-    unflushed: Vec<(u64, Vec<u8>)>,
+    unflushed: Vec<Run>,
     hashes: Hashes,
     /// What the newest checkpoints overwrote, oldest first, and the state file they replaced.
-    past: VecDeque<(Vec<(u64, Vec<u8>)>, Vec<u8>)>,
+    past: VecDeque<(Vec<Run>, Vec<u8>)>,
     /// What was flushed since the last checkpoint overwrote.
-    overwritten: Vec<(u64, Vec<u8>)>,
+    overwritten: Vec<Run>,
     /// The state file.
     pub(super) state_file: Vec<u8>,
 }

@@ -10,9 +10,9 @@
 //! each, so that all of 2,000 seeds would take hours. Called by `cargo test`.
 //!
 //! That it sees what it should is shown by `mutants.rs`, with bugs in the store itself. Others were tried by hand, and
-//! each is seen within 26 seeds: no first touch, runs after the point's epoch only, a sealed run that is not flushed before
-//! it is named, edits that are not flushed, the last group not flushed at opening, segments released while their epoch goes
-//! on, STATE not carried at a release. Four others change nothing that can be seen, for
+//! each is seen within 26 seeds (when every crash point is tried): no first touch, runs after the point's epoch only, a merged
+//! or sealed run that is not flushed before it is named, edits that are not flushed, the last group not flushed at opening, segments released while their epoch goes
+//! on, STATE and APPLIED not carried at a release. Four others change nothing that can be seen, for
 //! something else does the same: APPLIED counted durable early (a release commits first), a reopened run that is not
 //! flushed (the next window flushes it), an ended epoch that does not say what is applied (APPLIED is durable before), the
 //! superblock not flushed (`journal_store.rs` sees that while the journal is made).

@@ -54,6 +54,6 @@ fn mutants_of_the_store_are_caught_within_their_seeds() {
             None => missed.push(format!("{name} is not seen in {} seeds", known.within)),
         }
     }
-    println!("{}", rows.join("\n"));
+    println!("\n{}", rows.join("\n"));
     assert!(missed.is_empty(), "{}", missed.join("\n"));
 }

@@ -85,6 +85,7 @@ fn mutants_of_the_cores_are_caught_within_their_seeds() {
     });
     let mut rows = rows.into_inner().expect("no panic held it");
     rows.sort_by_key(|row| row.known.mutant as usize);
+    println!();
     for row in &rows {
         println!("{row}");
     }

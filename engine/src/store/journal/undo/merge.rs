@@ -67,9 +67,7 @@ pub fn merge(
         }
         let Output { index, writer, mut file, .. } = output;
         let trailer = index.finish(&mut *file, writer.end(), closed)?;
-        if !mutant(Mutant::MergeUnflushed) {
-            file.flush()?;
-        }
+        file.flush()?;
         Ok(trailer.places().file_bytes())
     });
     let opened = written.and_then(|file_bytes| {
