@@ -401,6 +401,27 @@ fn a_compare_pass_is_asked_for_until_it_begins() {
 }
 
 #[test]
+fn changes_and_marks_wait_until_a_wanted_compare_pass_began() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    source.agent.begin_pass(DISK, PassCause::TrackingLost);
+    source.submit(1);
+    assert!(source.agent.submit_mark(DISK, label(1)));
+    source.pump();
+    assert_eq!(source.kinds().last(), Some(&FrameKind::PassBegin), "what follows could overtake it");
+    assert!(!source.kinds().contains(&FrameKind::Batch) && !source.kinds().contains(&FrameKind::Mark));
+    source.sent.clear();
+    let (generation, mode) = (Generation(1), PassMode::Compare);
+    source.gets(&Message::PassState(PassState { disk: DISK, generation, pass: 2, mode }));
+    let delta: Vec<FrameKind> = source
+        .kinds()
+        .into_iter()
+        .filter(|kind| matches!(kind, FrameKind::Batch | FrameKind::Mark))
+        .collect();
+    assert_eq!(delta, [FrameKind::Batch, FrameKind::Mark]);
+}
+
+#[test]
 fn a_disk_is_not_synced_while_a_compare_pass_is_wanted() {
     let mut source = Source::new();
     source.open(1, (0, CHAIN_START), 1, PassMode::Compare);
