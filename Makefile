@@ -8,7 +8,7 @@ export SIZE_MIB APPLY_MIB EXTENTS EPOCH_MIB GROW GROWTHS SIZE TARGET TARGETS REL
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test failover-test tcp-test chaos delta-test points-test failback-test export-test grow-test capture-test guest-test unseen-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture bench-rpo sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test failover-test tcp-test chaos delta-test points-test failback-test export-test grow-test capture-test guest-test unseen-test scrub-test ordered-test crash flips capture-stress bench-sync bench-resync bench-journal bench-capture bench-rpo sim model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ delta-test: build ## an existing target, a share of its blocks changed: [SIZE=8G
 bench-sync: setup ## speed and cost of the initial sync, release build: [SIZE=8G] [FILL=50] [ROUNDS=3] [CASES="direct, -1;relayed, -1"]
 	$(CARGO) build --release --workspace --bins
 	@REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_sync.py
+
+bench-resync: setup ## an existing target repaired, beside rsync and beside reading, release build, as root: [SIZE=8G] [PERCENTS="5 1"] [ROUNDS=1] [LEVEL=adaptive] [SEED=1]
+	$(CARGO) build --release --workspace --bins
+	@PERCENTS="$(PERCENTS)" REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_resync.py
 
 bench-capture: setup ## cost of live capture, release build, as root: [ROUNDS=30] [SECONDS=1] [INTERVAL=10] [LOADS=4k-1,4k-32,1m,buffered] [MODES=bitmap,window,data] [SEED=n]
 	$(CARGO) build --release -p reprotect-benches --bin bench_capture

@@ -146,5 +146,6 @@ every_rule_can_fail! {
     memory_without_bound_is_seen: IgnoreCredit => Bounded;
     a_payload_nobody_checked_is_seen: TrustPayload => Prefix;
     a_mark_that_nobody_kept_is_seen: LoseMarks => Acknowledgement;
+    crcs_that_nobody_confirmed_are_seen: BelieveCrcs => Equality;
     a_disk_that_never_gets_synced_is_seen: NeverRead => Liveness;
 }

@@ -155,6 +155,38 @@ impl DiskStore {
         Ok(true)
     }
 
+    /// Reads parts of a range, each to where it belongs in `data`, which holds all of the range. Holes read as zeros; what lies
+    /// between the parts keeps what `data` held. One call for all: scattered parts one after another would cost a round trip to
+    /// the medium each.
+    pub(crate) fn read_parts(
+        &mut self,
+        range: SectorRange,
+        parts: &[SectorRange],
+        data: &mut [u8],
+    ) -> Result<(), NotDone> {
+        if let Self::Journaled(store) = self {
+            store.settle(range)?;
+        }
+        let target: &mut Target = match self {
+            Self::Direct(store) => &mut store.target,
+            Self::Journaled(store) => store.target(),
+        };
+        let mut reads = Vec::with_capacity(parts.len());
+        let (mut rest, mut at) = (data, range.byte_start());
+        for part in parts {
+            let part = byte_range(*part);
+            let (_, from) = rest.split_at_mut_checked((part.start - at) as usize).unwrap_or_default();
+            let (piece, after) = from.split_at_mut_checked(part.len() as usize).unwrap_or_default();
+            (rest, at) = (after, part.end);
+            if target.allocated(part)?.is_empty() {
+                piece.fill(0);
+            } else {
+                reads.push(ReadAt { offset: part.start, data: piece });
+            }
+        }
+        Ok(target.read(&mut reads)?)
+    }
+
     /// Makes the target larger. Nothing waits to be written, and nobody has the disk open.
     pub(crate) fn grow(&mut self, opener: &Arc<dyn Files>, size_bytes: u64) -> Result<(), NotGrown> {
         match self {

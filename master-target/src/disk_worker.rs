@@ -6,7 +6,8 @@
 //! Invariants: the writer executes the core's actions strictly in order, one after another; a record reaches the core
 //! only after every fragment's CRC held (I8); a failed
 //! write or flush stops this disk and no other (I6); a full medium pauses it until there is space; a panic of either thread stops this disk and is shown.
-//! Memory per disk: at most [`BATCH_SLOTS`] batches of 4 MiB plain, and 64 MiB of frames not yet opened. Started by `registry`.
+//! Memory per disk: at most [`BATCH_SLOTS`] batches of 4 MiB plain, and 64 MiB of frames not yet opened; while it is compared
+//! what [`crate::compare_cache`] says. Started by `registry`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use reprotect_engine::store::files::Files;
 use reprotect_engine::units::{BLOCK_BYTES, Generation};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use crate::compare_cache::CompareCache;
 use crate::disk_status::DiskStatus;
 use crate::disk_store::DiskStore;
 use crate::disk_writer::Writer;
@@ -228,6 +230,7 @@ impl DiskWorker {
             growing: None,
             waiting: false,
             sessions: Vec::new(),
+            compared: CompareCache::default(),
             chunk: Vec::new(),
         };
         let name = disk.to_string();

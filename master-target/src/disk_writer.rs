@@ -12,20 +12,22 @@ use std::sync::mpsc as sync_mpsc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use reprotect_engine::checksum::{UnitHash, unit_hash};
+use reprotect_engine::checksum::UnitHash;
 use reprotect_engine::format::batch::{Mark, Stretch};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
-use reprotect_engine::format::message::{CompareRequestHead, ErrorCode, Message};
+use reprotect_engine::format::message::{CompareAnswer, CompareRequestHead, ErrorCode, Message, RefineUnit};
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::limits::CHUNK_BYTES;
 use reprotect_engine::net::mono_clock;
+use reprotect_engine::proto::compare::{answer, wanted};
 use reprotect_engine::proto::master_target::DiskInput;
-use reprotect_engine::proto::pass::hash_spans;
+use reprotect_engine::proto::pass::unit_count;
 use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::proto::target_disk::{DiskAction, DiskNotice, Piece, SessionId, TargetDisk};
 use reprotect_engine::units::{DiskId, Generation, SECTOR_BYTES};
 
+use crate::compare_cache::CompareCache;
 use crate::disk_status::DiskStatus;
 use crate::disk_store::{DiskStore, NotDone, NotGrown, byte_range};
 use crate::disk_worker::{GrowOrder, Opened, Replies};
@@ -54,6 +56,8 @@ pub(crate) struct Writer {
     /// The medium is full.
     pub(crate) waiting: bool,
     pub(crate) sessions: Vec<(SessionId, Replies)>,
+    /// What was compared a moment ago.
+    pub(crate) compared: CompareCache,
     pub(crate) chunk: Vec<u8>,
 }
 
@@ -71,6 +75,7 @@ impl Writer {
                 Ok(input) => self.handle(input),
                 Err(sync_mpsc::RecvTimeoutError::Timeout) => {}
             }
+            self.compared.tick();
             self.disk.handle_timeout(mono_clock());
             self.execute(inputs);
             self.answer_fences();
@@ -103,16 +108,22 @@ impl Writer {
                     self.receipts.moved(moved);
                 }
             }
-            Opened::Ask(ask) => ask(match &mut self.store {
-                DiskStore::Journaled(store) if self.disk.phase() != TargetDiskPhase::Failed => Some(store),
-                _ => None,
-            }),
+            Opened::Ask(ask) => {
+                self.compared.forget_all(); // it may go back to a point
+                ask(match &mut self.store {
+                    DiskStore::Journaled(store) if self.disk.phase() != TargetDiskPhase::Failed => {
+                        Some(store)
+                    }
+                    _ => None,
+                });
+            }
             Opened::Fence(reason, answer) => {
                 self.disk.handle_fence(now, &reason);
                 self.fenced = Some(reason);
                 self.fencing.push(answer);
             }
             Opened::Grow(order) => {
+                self.compared.forget_all();
                 self.disk.handle_growing(now);
                 self.growing = Some(order);
             }
@@ -220,11 +231,11 @@ impl Writer {
                     self.disk.handle_written(cost);
                 }
                 DiskAction::Hash { session, request, units } => {
-                    if let Some(hashes) = self.hash(&request, &units, inputs) {
+                    if let Some(answer) = self.hash(&request, &units, inputs) {
                         if units.is_empty() {
                             self.receipts.compared(request.range.bytes());
                         }
-                        self.disk.handle_hashed(session, &request, hashes);
+                        self.disk.handle_hashed(session, &request, answer);
                     }
                 }
                 DiskAction::Checkpoint { state } => self.checkpoint(&state, Some(inputs)),
@@ -273,6 +284,9 @@ impl Writer {
 
     /// Writes the pieces; waits while the medium is full. Answers whether it succeeded; if not, the disk is stopped.
     fn write(&mut self, pieces: &[Piece], inputs: &sync_mpsc::Receiver<Opened>) -> bool {
+        for keep in pieces.iter().flat_map(|piece| &piece.keep) {
+            self.compared.forget(*keep);
+        }
         loop {
             match self.store.write(pieces) {
                 Ok(()) => {
@@ -369,14 +383,14 @@ impl Writer {
     fn hash(
         &mut self,
         request: &CompareRequestHead,
-        units: &[u16],
+        units: &[RefineUnit],
         inputs: &sync_mpsc::Receiver<Opened>,
-    ) -> Option<Vec<UnitHash>> {
+    ) -> Option<CompareAnswer> {
         loop {
             match self.hash_once(request, units) {
-                Ok(hashes) => {
+                Ok(answer) => {
                     self.there_is_space();
-                    return Some(hashes);
+                    return Some(answer);
                 }
                 Err(NotDone::Full(text)) => {
                     if !self.wait_for_space(&text, Some(inputs)) {
@@ -395,16 +409,38 @@ impl Writer {
         }
     }
 
-    fn hash_once(&mut self, request: &CompareRequestHead, units: &[u16]) -> Result<Vec<UnitHash>, NotDone> {
-        let spans = hash_spans(request.range, request.unit_bytes.into(), units);
+    /// A chunk is kept for the question that follows; where it is not any more, the units that differ are read again.
+    fn hash_once(
+        &mut self,
+        request: &CompareRequestHead,
+        units: &[RefineUnit],
+    ) -> Result<CompareAnswer, NotDone> {
         let range = byte_range(request.range);
-        self.chunk.resize(CHUNK_BYTES as usize, 0);
-        let data = self.chunk.get_mut(..range.len() as usize).unwrap_or_default();
-        if !self.store.read(range, data)? {
-            return Ok(vec![UnitHash::ZEROS; spans.len()]);
+        let len = range.len() as usize;
+        if !units.is_empty() {
+            if let Some(kept) = self.compared.take(request.range) {
+                return Ok(answer(units, kept.get(..len).unwrap_or_default()));
+            }
+            self.chunk.resize(CHUNK_BYTES as usize, 0);
+            let data = self.chunk.get_mut(..len).unwrap_or_default();
+            self.store.read_parts(request.range, &wanted(request.range, units), data)?;
+            return Ok(answer(units, data));
         }
-        let data = self.chunk.get(..range.len() as usize).unwrap_or_default();
-        Ok(spans.into_iter().map(|span| unit_hash(data.get(span).unwrap_or_default())).collect())
+        let mut kept = self.compared.buffer();
+        if kept.is_none() {
+            self.chunk.resize(CHUNK_BYTES as usize, 0);
+        }
+        let whole = kept.as_deref_mut().unwrap_or(&mut self.chunk);
+        let data = whole.get_mut(..len).unwrap_or_default();
+        if !self.store.read(range, data)? {
+            let hashes = vec![UnitHash::ZEROS; unit_count(request.range)];
+            return Ok(CompareAnswer { hashes, masks: Vec::new() });
+        }
+        let answered = answer(units, data);
+        if let Some(kept) = kept {
+            self.compared.keep(request.range, kept);
+        }
+        Ok(answered)
     }
 
     /// A batch, and its bytes as they were received; answers whether it was accepted.
@@ -504,5 +540,7 @@ fn broken(panic: &str) -> String {
     )
 }
 
+#[cfg(test)]
+mod comparing;
 #[cfg(test)]
 mod full;

@@ -19,6 +19,7 @@ use bytes::Bytes;
 use super::agent_disk::{AgentDisk, ScanEnd, SentBatch, WaitingBulk, WantedPass, next_bulk, next_delta};
 pub use super::agent_disk::{SentBytes, StreamPosition};
 pub use super::agent_event::AgentEvent;
+use super::compare::Computed;
 use super::credit::Balance;
 use super::pass::{Pass, PassAction, Sink};
 use super::resume::{Decision, Ours, Theirs, decide};
@@ -36,10 +37,7 @@ use crate::format::message::{
     Message, Nack, NackReason, OfferHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade,
 };
 use crate::format::wire::Text;
-use crate::limits::{
-    CHUNK_BYTES, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX,
-    GRACE_BYTES,
-};
+use crate::limits::{CHUNK_BYTES, DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX, GRACE_BYTES};
 use crate::range_set::RangeSet;
 use crate::units::{
     BLOCK_BYTES, DiskId, Generation, LineageId, PeerId, SECTOR_BYTES, SectorRange, Sequence, Timestamp,
@@ -179,12 +177,12 @@ impl Agent {
             }
             (AgentLink::Ready, Message::Nack(nack)) => self.handle_nack(&nack),
             (AgentLink::Ready, Message::Fenced(fenced)) => self.handle_fenced(&fenced),
-            (AgentLink::Ready, Message::CompareHashes(head, hashes)) => {
+            (AgentLink::Ready, Message::CompareHashes(head, answer)) => {
                 if let Some(disk) = self.open_disk(head.disk, head.generation)
                     && let Some(chunk) = disk.requests.remove(&head.request)
                     && let Some(pass) = disk.pass.as_mut()
                 {
-                    pass.handle_remote(chunk, hashes)
+                    pass.handle_remote(chunk, answer)
                         .map_err(|error| ProtoError::Limit(error.to_string()))?;
                 }
             }
@@ -496,20 +494,20 @@ impl Agent {
         }
     }
 
-    /// The fine hashes of a kept chunk.
+    /// What a work item wanted computed of a kept chunk.
     ///
     /// # Errors
-    /// When their number does not fit the chunk: a bug of the reader.
-    pub fn handle_fine(
+    /// When it does not fit what was asked: a bug of the reader.
+    pub fn handle_computed(
         &mut self,
         disk: DiskId,
         epoch: u64,
         chunk: SectorRange,
-        hashes: Vec<UnitHash>,
+        computed: Computed,
     ) -> Result<(), ProtoError> {
         match self.pass_of(disk, epoch) {
             Some(pass) => {
-                pass.handle_fine(chunk, hashes).map_err(|error| ProtoError::Limit(error.to_string()))
+                pass.handle_computed(chunk, computed).map_err(|error| ProtoError::Limit(error.to_string()))
             }
             None => Ok(()),
         }
@@ -664,15 +662,12 @@ impl Agent {
                     let request = disk.next_request;
                     disk.next_request += 1;
                     disk.requests.insert(request, chunk.start);
-                    let unit_bytes =
-                        if units.is_empty() { COMPARE_UNIT_BYTES } else { COMPARE_FINE_BYTES } as u32;
                     out.push(Message::CompareRequest(
                         CompareRequestHead {
                             disk: *id,
                             generation: disk.generation,
                             request,
                             range: chunk,
-                            unit_bytes,
                             unit_count: units.len() as u16,
                         },
                         units,

@@ -20,13 +20,12 @@ use std::collections::VecDeque;
 
 use super::credit::{FlowLimits, Window};
 use super::state::TargetDiskPhase;
-use crate::checksum::UnitHash;
 use crate::format::batch::{BatchHeader, BulkHeader, CHAIN_START, Chain, Mark, credit_cost};
 use crate::format::disk_state::DiskState;
 use crate::format::extent::Record;
 use crate::format::message::{
-    CompareHashesHead, CompareRequestHead, ErrorCode, Message, NackReason, OpenDiskHead, PassBegin,
-    PassCause, PassEnd, PassMode, PointDegrade, SourceId,
+    CompareAnswer, CompareHashesHead, CompareRequestHead, ErrorCode, Message, NackReason, OpenDiskHead,
+    PassBegin, PassCause, PassEnd, PassMode, PointDegrade, RefineUnit, SourceId,
 };
 use crate::limits::CHUNKS_OPEN_MAX;
 use crate::range_set::RangeSet;
@@ -59,14 +58,14 @@ pub enum DiskAction {
         /// To be reported back.
         cost: u64,
     },
-    /// Hash the target; then [`TargetDisk::handle_hashed`].
+    /// Compare the target as [`super::compare::answer`] says; then [`TargetDisk::handle_hashed`].
     Hash {
         /// Who asked.
         session: SessionId,
         /// What was asked.
         request: CompareRequestHead,
-        /// Units to refine.
-        units: Vec<u16>,
+        /// Units to refine; empty for hashes of the whole range.
+        units: Vec<RefineUnit>,
     },
     /// Flush the target, then make the state durable; then [`TargetDisk::handle_checkpointed`].
     Checkpoint {
@@ -431,7 +430,12 @@ impl TargetDisk {
     }
 
     /// A request for hashes.
-    pub fn handle_compare(&mut self, session: SessionId, request: CompareRequestHead, units: Vec<u16>) {
+    pub fn handle_compare(
+        &mut self,
+        session: SessionId,
+        request: CompareRequestHead,
+        units: Vec<RefineUnit>,
+    ) {
         if !self.may_write(session, request.generation) {
             return self.fence(session);
         }
@@ -511,15 +515,16 @@ impl TargetDisk {
     }
 
     /// A [`DiskAction::Hash`] is done.
-    pub fn handle_hashed(&mut self, session: SessionId, request: &CompareRequestHead, hashes: Vec<UnitHash>) {
+    pub fn handle_hashed(&mut self, session: SessionId, request: &CompareRequestHead, answer: CompareAnswer) {
         self.hashes_waiting = self.hashes_waiting.saturating_sub(1);
         let head = CompareHashesHead {
             disk: request.disk,
             generation: request.generation,
             request: request.request,
-            hash_count: hashes.len() as u32,
+            hash_count: answer.hashes.len() as u32,
+            mask_count: answer.masks.len() as u16, // at most a chunk's units
         };
-        self.reply(session, Message::CompareHashes(head, hashes));
+        self.reply(session, Message::CompareHashes(head, answer));
     }
 
     /// A [`DiskAction::Checkpoint`] is done: what it recorded is durable.

@@ -13,18 +13,17 @@ use super::network::Endpoint;
 use super::scenario::{Mode, Sabotage};
 use super::workload::WriteKind;
 use super::world::{Event, World};
-use crate::checksum::unit_hash;
+use crate::checksum::UnitHash;
 use crate::format::batch::{MarkCause, MarkClass, MarkLabel, Stretch};
 use crate::format::extent::Record;
 use crate::format::frame::FrameKind;
 use crate::format::message::{Auth, ErrorCode, Message, PassCause, PassMode};
-use crate::limits::{
-    BULK_RECORD_BYTES_MAX, CHUNKS_OPEN_MAX, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DELTA_RECORD_BYTES_MAX,
-};
+use crate::limits::{BULK_RECORD_BYTES_MAX, CHUNKS_OPEN_MAX, DELTA_RECORD_BYTES_MAX};
 use crate::proto::Prover;
 use crate::proto::agent::{Agent, AgentEvent};
 use crate::proto::batch::cut_records;
-use crate::proto::pass::{PassAction, Sink, hash_spans};
+use crate::proto::compare::{Computed, Question, unit_hashes};
+use crate::proto::pass::{PassAction, Sink};
 use crate::proto::state::TargetDiskPhase;
 use crate::units::{DiskId, PeerId, SectorRange, Sequence, Timestamp};
 
@@ -32,7 +31,7 @@ use crate::units::{DiskId, PeerId, SectorRange, Sequence, Timestamp};
 #[derive(Clone, Debug)]
 pub(super) enum Job {
     Read { disk: usize, epoch: u64, chunk: SectorRange, hash: bool },
-    HashFine { disk: usize, epoch: u64, chunk: SectorRange, units: Vec<u16> },
+    Compute { disk: usize, epoch: u64, chunk: SectorRange, question: Question },
 }
 
 /// An agent, or a stale twin of one.
@@ -422,7 +421,7 @@ impl World {
         let life = self.agents[agent].life;
         let job = match action {
             PassAction::Read { chunk, hash, .. } => Job::Read { disk, epoch, chunk, hash },
-            PassAction::HashFine { chunk, units } => Job::HashFine { disk, epoch, chunk, units },
+            PassAction::Compute { chunk, question } => Job::Compute { disk, epoch, chunk, question },
             PassAction::Send { chunk, pieces } => {
                 return self.agent_sends(agent, disk, epoch, sink, as_of, chunk, &pieces);
             }
@@ -442,25 +441,26 @@ impl World {
         if !node.alive || node.life != life {
             return;
         }
-        let hashes = |data: &Bytes, chunk, unit, units: &[u16]| {
-            hash_spans(chunk, unit, units).into_iter().map(|span| unit_hash(&data[span])).collect::<Vec<_>>()
-        };
+        let credulous = self.plan.sabotage == Some(Sabotage::BelieveCrcs);
         let result = match job {
             Job::Read { disk, epoch, chunk, hash } => {
                 let data = Bytes::copy_from_slice(self.sources[disk].read(chunk));
-                let unit_hashes = hash.then(|| hashes(&data, chunk, COMPARE_UNIT_BYTES, &[]));
+                let unit_hashes = hash.then(|| unit_hashes(&data));
                 node.kept.retain(|(other, old, _), _| *other != disk || *old >= epoch);
                 node.kept.insert((disk, epoch, chunk.start), data);
                 let held = node.kept.keys().filter(|key| (key.0, key.1) == (disk, epoch)).count() as u64;
                 self.checker.bounded("an agent", disk, held, CHUNKS_OPEN_MAX as u64);
                 node.core.handle_read(self.target.disks[disk].id, epoch, chunk, unit_hashes)
             }
-            Job::HashFine { disk, epoch, chunk, units } => {
+            Job::Compute { disk, epoch, chunk, question } => {
                 let data = node.kept.get(&(disk, epoch, chunk.start)).cloned();
                 match data {
                     Some(data) => {
-                        let fine = hashes(&data, chunk, COMPARE_FINE_BYTES, &units);
-                        node.core.handle_fine(self.target.disks[disk].id, epoch, chunk, fine)
+                        let computed = match question.answer(&data) {
+                            Computed::Confirmed(_) if credulous => Computed::Confirmed(UnitHash::ZEROS),
+                            computed => computed,
+                        };
+                        node.core.handle_computed(self.target.disks[disk].id, epoch, chunk, computed)
                     }
                     None => Ok(()), // of a walk that is over
                 }

@@ -8,7 +8,7 @@ use std::fmt;
 
 use super::disk::SimDisk;
 use super::scenario::Mode;
-use super::workload::{OLD_TARGET, Source, span};
+use super::workload::{COLLIDES, OLD_TARGET, Source, span};
 use crate::format::batch::{BatchHeader, CHAIN_START, Chain};
 use crate::format::disk_state::DiskState;
 use crate::format::extent::Record;
@@ -315,8 +315,9 @@ impl Checker {
             let mut history = source.history(sector).iter().rev();
             let first = history.clone().find(|id| **id <= oldest).copied().unwrap_or(0);
             let fits = history.any(|id| (!strict || *id >= first) && held == source.content(*id, sector));
-            let before =
-                !strict && (held == source.content(OLD_TARGET, sector) || held.iter().all(|byte| *byte == 0));
+            let before = !strict
+                && ([OLD_TARGET, COLLIDES].iter().any(|id| held == source.content(*id, sector))
+                    || held.iter().all(|byte| *byte == 0));
             if !fits && !before {
                 let which = source.history(sector).iter().find(|id| held == source.content(**id, sector));
                 self.broke(

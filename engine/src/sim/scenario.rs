@@ -40,6 +40,8 @@ pub enum Sabotage {
     NeverRead,
     /// The target does not keep the last mark of a checkpoint.
     LoseMarks,
+    /// Both ends take blocks with equal CRCs for equal.
+    BelieveCrcs,
 }
 
 /// How often what goes wrong, while faults last.

@@ -16,17 +16,17 @@ use super::network::Endpoint;
 use super::scenario::{Sabotage, Scenario};
 use super::workload::Source;
 use super::world::{Event, World};
-use crate::checksum::unit_hash;
+use crate::checksum::UnitHash;
 use crate::format::batch::{BatchHeader, credit_cost, decode_batch, decode_bulk};
 use crate::format::disk_state::DiskState;
 use crate::format::extent::{Record, RecordKind};
 use crate::format::frame::FrameKind;
 use crate::format::handshake::Role;
-use crate::format::message::{Auth, CompareRequestHead, ErrorCode, Message, PassMode};
+use crate::format::message::{Auth, CompareRequestHead, ErrorCode, Message, PassMode, RefineUnit};
 use crate::limits::HANDSHAKE_NANOS_MAX;
 use crate::proto::Authority;
+use crate::proto::compare::answer;
 use crate::proto::master_target::{DiskInput, SessionEvent, TargetSession, Transport};
-use crate::proto::pass::hash_spans;
 use crate::proto::state::TargetDiskPhase;
 use crate::proto::target_disk::{DiskAction, DiskNotice, Piece, SessionId, TargetDisk};
 use crate::units::{DiskId, Generation, LineageId, MonoTime, PeerId, SECTOR_BYTES};
@@ -521,14 +521,19 @@ impl World {
         }
     }
 
-    fn hash_done(&mut self, disk: usize, session: SessionId, request: &CompareRequestHead, units: &[u16]) {
+    fn hash_done(
+        &mut self,
+        disk: usize,
+        session: SessionId,
+        request: &CompareRequestHead,
+        units: &[RefineUnit],
+    ) {
         let node = &mut self.target.disks[disk];
-        let data = node.sim.read(request.range);
-        let hashes = hash_spans(request.range, request.unit_bytes.into(), units)
-            .into_iter()
-            .map(|span| unit_hash(&data[span]))
-            .collect();
-        node.td.handle_hashed(session, request, hashes);
+        let mut answer = answer(units, node.sim.read(request.range));
+        if self.plan.sabotage == Some(Sabotage::BelieveCrcs) && !units.is_empty() {
+            answer.hashes = vec![UnitHash::ZEROS]; // what the agent confirms then, whatever it holds
+        }
+        node.td.handle_hashed(session, request, answer);
     }
 
     fn checkpoint_done(&mut self, disk: usize, state: &DiskState) {

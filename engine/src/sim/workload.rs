@@ -20,6 +20,8 @@ pub(super) enum WriteKind {
 
 /// Write id of what a target held before it was protected.
 pub(super) const OLD_TARGET: u64 = u64::MAX;
+/// Write id of what a target held that differs from the source's first content and has the same CRC-32 all the same.
+pub(super) const COLLIDES: u64 = u64::MAX - 1;
 
 /// A source disk.
 #[derive(Debug)]
@@ -50,13 +52,17 @@ impl Source {
         source
     }
 
-    /// What a target may hold before it is protected: partly equal, partly older, partly foreign.
+    /// What a target may hold before it is protected: partly equal, partly older, partly foreign, partly such that only
+    /// a hash tells it from the source.
     pub(super) fn old_target(&self) -> Vec<u8> {
         let mut bytes = self.bytes.clone();
         for sector in 0..self.sectors {
             match mix(self.salt ^ (sector / 24)) % 4 {
                 0 => bytes[span(sector)].fill(0),
                 1 => bytes[span(sector)].copy_from_slice(&self.content(OLD_TARGET, sector)),
+                2 if sector.is_multiple_of(8) => {
+                    bytes[span(sector)].copy_from_slice(&self.content(COLLIDES, sector));
+                }
                 _ => {}
             }
         }
@@ -103,6 +109,11 @@ impl Source {
     /// What write `id` left in `sector`.
     pub(super) fn content(&self, id: u64, sector: u64) -> [u8; SECTOR_BYTES as usize] {
         let mut out = [0; SECTOR_BYTES as usize];
+        if id == COLLIDES {
+            out = self.content(0, sector);
+            collide(&mut out);
+            return out;
+        }
         let zero = match id {
             0 => mix(self.salt ^ (sector / 200)).is_multiple_of(2),
             OLD_TARGET => false,
@@ -119,6 +130,13 @@ impl Source {
         }
         out
     }
+}
+
+/// Changes data to others of the same length with the same CRC-32: a multiple of its polynomial is added.
+fn collide(data: &mut [u8]) {
+    // The 33 bits of the polynomial, as the reflected algorithm takes them: from the lowest bit of each byte on.
+    let polynomial = (u64::from(0xedb8_8320_u32) << 1 | 1).to_le_bytes();
+    data.iter_mut().zip(polynomial).for_each(|(byte, change)| *byte ^= change);
 }
 
 /// The bytes of a sector.
@@ -142,4 +160,17 @@ pub(super) fn next_write(rng: &mut Rng, sectors: u64) -> (SectorRange, WriteKind
         _ => WriteKind::Data,
     };
     (SectorRange::new(start, (start + length).min(sectors)), kind)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checksum::crc32;
+
+    #[test]
+    fn what_collides_differs_and_has_the_same_crc() {
+        let source = Source::new(1, 8);
+        let (ours, theirs) = (source.content(0, 3), source.content(COLLIDES, 3));
+        assert!(ours != theirs && crc32(&ours) == crc32(&theirs));
+    }
 }

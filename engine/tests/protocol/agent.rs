@@ -7,8 +7,8 @@ use reprotect_engine::format::batch::{
 };
 use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::message::{
-    Ack, CompareHashesHead, Credit, ErrorCode, Fenced, GrowDisk, Message, Nack, NackReason, OfferHead,
-    PassCause, PassMode, PassState, Welcome,
+    Ack, CompareAnswer, CompareHashesHead, Credit, ErrorCode, Fenced, GrowDisk, Message, Nack, NackReason,
+    OfferHead, PassCause, PassMode, PassState, Welcome,
 };
 use reprotect_engine::limits::{DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX, MARKS_PENDING_MAX};
 use reprotect_engine::proto::Lane;
@@ -140,8 +140,8 @@ impl Source {
             let hashes = vec![UnitHash::ZEROS; unit_count(head.range)];
             self.agent.handle_read(DISK, read.unwrap(), head.range, Some(hashes.clone())).unwrap();
             let (generation, request, hash_count) = (head.generation, head.request, hashes.len() as u32);
-            let answer = CompareHashesHead { disk: DISK, generation, request, hash_count };
-            self.gets(&Message::CompareHashes(answer, hashes));
+            let answer = CompareHashesHead { disk: DISK, generation, request, hash_count, mask_count: 0 };
+            self.gets(&Message::CompareHashes(answer, CompareAnswer { hashes, masks: Vec::new() }));
             self.submit_empty_chunks();
         }
     }

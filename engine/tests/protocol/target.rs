@@ -492,14 +492,8 @@ fn a_full_disk_is_told_while_its_write_waits() {
 fn requests_for_hashes_are_bounded() {
     let mut target = Target::new(PassMode::Compare);
     let generation = target.open(S1);
-    let request = CompareRequestHead {
-        disk: DISK,
-        generation,
-        request: 1,
-        range: range(0, 128),
-        unit_bytes: 65536,
-        unit_count: 0,
-    };
+    let request =
+        CompareRequestHead { disk: DISK, generation, request: 1, range: range(0, 128), unit_count: 0 };
     for _ in 0..10_000 {
         target.td.handle_compare(S1, request, Vec::new());
     }
