@@ -50,7 +50,7 @@ bench-sync: setup ## speed and cost of the initial sync, release build: [SIZE=8G
 	$(CARGO) build --release --workspace --bins
 	@REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_sync.py
 
-bench-resync: setup ## an existing target repaired, beside rsync and beside reading, release build, as root: [SIZE=8G] [PERCENTS="5 1"] [ROUNDS=1] [LEVEL=adaptive] [SEED=1]
+bench-resync: setup ## an existing target repaired, beside rsync and beside reading, release build, as root: [SIZE=8G] [PERCENTS="5 1"] [ROUNDS=1] [LEVEL=1] [SEED=1]
 	$(CARGO) build --release --workspace --bins
 	@PERCENTS="$(PERCENTS)" REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_resync.py
 

@@ -80,7 +80,7 @@ fn an_answer_is_what_the_target_holds_whatever_was_kept_of_it() {
     // A hole in the middle of what is read again, where the buffer holds what was there before.
     content[65_536..131_072].fill(0);
     put(&mut writer, Record::zeros(SectorRange::new(128, 256)));
-    for units in [&[0_u16, 1, 2][..], &[1], &[0, 2]] {
+    for units in [&[1_u16][..], &[0, 1, 2], &[0, 2]] {
         let asked = refine(&content, units);
         let answered = writer.hash(&request, &asked, &inputs).unwrap();
         assert_eq!(answered, answer(&asked, &content), "{units:?}");
