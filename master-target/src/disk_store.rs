@@ -139,20 +139,25 @@ impl DiskStore {
         }
     }
 
-    /// Reads the target as it is with every write that returned; `None` where it is a hole.
-    pub(crate) fn read(&mut self, range: ByteRange, data: &mut [u8]) -> Result<bool, NotDone> {
-        if let Self::Journaled(store) = self {
-            store.settle(sectors(range))?;
+    /// The target with every write to a range that returned.
+    fn settled(&mut self, range: SectorRange) -> Result<&mut Target, NotDone> {
+        match self {
+            Self::Direct(store) => Ok(&mut store.target),
+            Self::Journaled(store) => {
+                store.settle(range)?;
+                Ok(store.target())
+            }
         }
-        let target: &mut Target = match self {
-            Self::Direct(store) => &mut store.target,
-            Self::Journaled(store) => store.target(),
-        };
-        if target.allocated(range)?.is_empty() {
-            return Ok(false);
-        }
-        target.read(&mut [ReadAt { offset: range.start, data }])?;
-        Ok(true)
+    }
+
+    /// Whether nothing of a range is there: it reads as zeros.
+    pub(crate) fn is_hole(&mut self, range: ByteRange) -> Result<bool, NotDone> {
+        Ok(self.settled(sectors(range))?.allocated(range)?.is_empty())
+    }
+
+    /// Reads the target as it is with every write that returned.
+    pub(crate) fn read(&mut self, range: ByteRange, data: &mut [u8]) -> Result<(), NotDone> {
+        Ok(self.settled(sectors(range))?.read(&mut [ReadAt { offset: range.start, data }])?)
     }
 
     /// Reads parts of a range, each to where it belongs in `data`, which holds all of the range. Holes read as zeros; what lies
@@ -164,13 +169,7 @@ impl DiskStore {
         parts: &[SectorRange],
         data: &mut [u8],
     ) -> Result<(), NotDone> {
-        if let Self::Journaled(store) = self {
-            store.settle(range)?;
-        }
-        let target: &mut Target = match self {
-            Self::Direct(store) => &mut store.target,
-            Self::Journaled(store) => store.target(),
-        };
+        let target = self.settled(range)?;
         let mut reads = Vec::with_capacity(parts.len());
         let (mut rest, mut at) = (data, range.byte_start());
         for part in parts {

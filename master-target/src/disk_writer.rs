@@ -18,9 +18,10 @@ use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::message::{CompareAnswer, CompareRequestHead, ErrorCode, Message, RefineUnit};
 use reprotect_engine::format::segment::EntryKind;
-use reprotect_engine::limits::CHUNK_BYTES;
+use reprotect_engine::io::ByteRange;
+use reprotect_engine::limits::{CHUNK_BYTES, COMPARE_UNIT_BYTES};
 use reprotect_engine::net::mono_clock;
-use reprotect_engine::proto::compare::{answer, wanted};
+use reprotect_engine::proto::compare::{answer, unit_hashes, wanted};
 use reprotect_engine::proto::master_target::DiskInput;
 use reprotect_engine::proto::pass::unit_count;
 use reprotect_engine::proto::state::TargetDiskPhase;
@@ -415,8 +416,7 @@ impl Writer {
         request: &CompareRequestHead,
         units: &[RefineUnit],
     ) -> Result<CompareAnswer, NotDone> {
-        let range = byte_range(request.range);
-        let len = range.len() as usize;
+        let len = request.range.bytes() as usize;
         if !units.is_empty() {
             if let Some(kept) = self.compared.take(request.range) {
                 return Ok(answer(units, kept.get(..len).unwrap_or_default()));
@@ -426,21 +426,21 @@ impl Writer {
             self.store.read_parts(request.range, &wanted(request.range, units), data)?;
             return Ok(answer(units, data));
         }
+        if self.store.is_hole(byte_range(request.range))? {
+            let hashes = vec![UnitHash::ZEROS; unit_count(request.range)];
+            return Ok(CompareAnswer { hashes, masks: Vec::new() });
+        }
         let mut kept = self.compared.buffer();
         if kept.is_none() {
             self.chunk.resize(CHUNK_BYTES as usize, 0);
         }
         let whole = kept.as_deref_mut().unwrap_or(&mut self.chunk);
         let data = whole.get_mut(..len).unwrap_or_default();
-        if !self.store.read(range, data)? {
-            let hashes = vec![UnitHash::ZEROS; unit_count(request.range)];
-            return Ok(CompareAnswer { hashes, masks: Vec::new() });
-        }
-        let answered = answer(units, data);
+        let hashes = read_and_hash(&mut self.store, byte_range(request.range), data)?;
         if let Some(kept) = kept {
             self.compared.keep(request.range, kept);
         }
-        Ok(answered)
+        Ok(CompareAnswer { hashes, masks: Vec::new() })
     }
 
     /// A batch, and its bytes as they were received; answers whether it was accepted.
@@ -532,6 +532,31 @@ impl Writer {
         }
         self.status.set_closed();
     }
+}
+
+/// Reads a part of the target in two halves: while the second is read, the first is hashed, so that the medium has something to
+/// do meanwhile.
+fn read_and_hash(store: &mut DiskStore, range: ByteRange, data: &mut [u8]) -> Result<Vec<UnitHash>, NotDone> {
+    let middle = (data.len() / 2).next_multiple_of(COMPARE_UNIT_BYTES as usize).min(data.len());
+    let border = range.start + middle as u64;
+    let (first, second) = data.split_at_mut(middle);
+    store.read(ByteRange { end: border, ..range }, first)?;
+    let first = &*first;
+    std::thread::scope(|scope| {
+        let helper = std::thread::Builder::new().name("hash".to_owned());
+        let hashing = helper.spawn_scoped(scope, || unit_hashes(first));
+        if !second.is_empty() {
+            store.read(ByteRange { start: border, ..range }, second)?;
+        }
+        let rest = unit_hashes(second);
+        let mut hashes = match hashing.map(std::thread::ScopedJoinHandle::join) {
+            Ok(Ok(hashes)) => hashes,
+            Ok(Err(panic)) => std::panic::resume_unwind(panic),
+            Err(_) => unit_hashes(first), // no thread to be had
+        };
+        hashes.extend(rest);
+        Ok(hashes)
+    })
 }
 
 fn broken(panic: &str) -> String {

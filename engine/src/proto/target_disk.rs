@@ -641,6 +641,7 @@ impl TargetDisk {
             || self.opening.is_some()
             || self.pass_end_wanted
             || self.pass_announce
+            || self.is_covered()
             || self.dirty_since.is_some_and(|since| now >= since.plus_nanos(self.limits.flush_nanos));
         if !wanted || !self.dirty || self.running.is_some() || self.phase == TargetDiskPhase::Failed {
             return;
@@ -666,6 +667,12 @@ impl TargetDisk {
             announces_pass: std::mem::take(&mut self.pass_announce),
         });
         self.actions.push_back(DiskAction::Checkpoint { state: Box::new(self.state.clone()) });
+    }
+
+    /// The last batch of a pass came: its agent ends the pass when it hears that all of it is durable, so nothing more comes
+    /// that a flush could wait for.
+    fn is_covered(&self) -> bool {
+        !self.fresh_settled.is_empty() && self.state.settled.contains(self.state.whole())
     }
 
     /// The chain digest of everything accepted.
