@@ -8,7 +8,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use reprotect_engine::checksum::UnitHash;
 use reprotect_engine::format::batch::{
     BatchHeader, BulkHeader, Stretch, credit_cost, decode_batch, decode_bulk, encode_batch, encode_bulk,
 };
