@@ -8,7 +8,7 @@ export SIZE_MIB APPLY_MIB EXTENTS EPOCH_MIB GROW GROWTHS SIZE TARGET TARGETS REL
 export PYTHONDONTWRITEBYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build readers demo test accept kill-test failover-test tcp-test chaos delta-test points-test failback-test export-test grow-test capture-test guest-test unseen-test scrub-test ordered-test crash flips capture-stress bench-sync bench-journal bench-capture bench-rpo sim model fuzz lint clean
+.PHONY: help setup build readers demo test accept kill-test failover-test tcp-test chaos delta-test points-test failback-test export-test grow-test capture-test guest-test unseen-test scrub-test ordered-test crash flips capture-stress bench-sync bench-resync bench-journal bench-capture bench-rpo sim sim-mutants model fuzz lint clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ delta-test: build ## an existing target, a share of its blocks changed: [SIZE=8G
 bench-sync: setup ## speed and cost of the initial sync, release build: [SIZE=8G] [FILL=50] [ROUNDS=3] [CASES="direct, -1;relayed, -1"]
 	$(CARGO) build --release --workspace --bins
 	@REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_sync.py
+
+bench-resync: setup ## an existing target repaired, beside rsync and beside reading, release build, as root: [SIZE=8G] [PERCENTS="5 1"] [ROUNDS=1] [LEVEL=1] [SEED=1]
+	$(CARGO) build --release --workspace --bins
+	@PERCENTS="$(PERCENTS)" REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_resync.py
 
 bench-capture: setup ## cost of live capture, release build, as root: [ROUNDS=30] [SECONDS=1] [INTERVAL=10] [LOADS=4k-1,4k-32,1m,buffered] [MODES=bitmap,window,data] [SEED=n]
 	$(CARGO) build --release -p reprotect-benches --bin bench_capture
@@ -99,9 +103,14 @@ crash: ## the journal against power loss at every write of many workloads: [CASE
 flips: ## every bit of a journal of more than 1 MiB flipped, every truncation; ten thousand damaged ones opened
 	FLIPS=all $(CARGO) test -p reprotect-engine --all-features --test journal_flips -- --nocapture --test-threads 1
 
-sim: ## the simulator: [SEED=n] replays one seed with its events, [SEEDS=2000 or a..b] plays many
-	$(if $(SEED),SIM_SEED=$(SEED)) $(if $(SEEDS),SIM_SEEDS=$(SEEDS)) \
+sim: ## the simulator: [SEED=n [MUTANT=name]] replays one seed with its events, [SEEDS=2000 or a..b] plays many
+	$(if $(SEED),SIM_SEED=$(SEED)) $(if $(MUTANT),SIM_MUTANT=$(MUTANT)) $(if $(SEEDS),SIM_SEEDS=$(SEEDS)) \
 		$(CARGO) test --workspace --test sim -- --nocapture
+
+sim-mutants: ## deliberate bugs in the real cores and the store, a table of who sees each: [SEEDS=200] seeds played of each
+	SIM_MUTANTS=$(or $(SEEDS),200) RUST_BACKTRACE=0 $(CARGO) test -p reprotect-engine --all-features --test sim --test journal_model \
+		-- --nocapture --test-threads 1 mutants_of 2>&1 | \
+		awk '/ within +[0-9]|is not seen|^without|^test result|^error/ { print } /FAILED|^error/ { failed = 1 } END { exit failed }'
 
 model: ## the journal's executable model: [SEEDS=20000] plays that many, [SEED=n [RULE=name or CONTROL=name]] replays one, without a rule, or as without it
 	$(if $(SEED),MODEL_SEED=$(SEED) $(if $(RULE),MODEL_RULE=$(RULE)) $(if $(CONTROL),MODEL_CONTROL=$(CONTROL)),MODEL_SEEDS=$(or $(SEEDS),20000)) \

@@ -563,10 +563,10 @@ impl Machine {
                 let job = ReadJob { chunk, epoch, hash, pieces, in_parts: false };
                 self.want_chunk(disk, job, sink, as_of);
             }
-            PassAction::HashFine { chunk, units } => {
+            PassAction::Compute { chunk, question } => {
                 if let Some(kept) = state.kept.get(&chunk.start) {
                     let key = JobKey { disk, epoch, chunk };
-                    self.workers.submit(Job::Hash { key, data: kept.data.clone(), units: Some(units) });
+                    self.workers.submit(Job::Compute { key, data: kept.data.clone(), question });
                 }
             }
             PassAction::Send { chunk, pieces } => {
@@ -598,8 +598,8 @@ impl Machine {
     pub(crate) fn handle_done(&mut self, done: Done) {
         match done {
             Done::Hashed(key, hashes) => self.answer_read(key.disk, key.epoch, key.chunk, Some(hashes)),
-            Done::HashedFine(key, hashes) => {
-                if let Err(error) = self.core.handle_fine(key.disk, key.epoch, key.chunk, hashes) {
+            Done::Computed(key, computed) => {
+                if let Err(error) = self.core.handle_computed(key.disk, key.epoch, key.chunk, computed) {
                     tracing::error!(disk = %key.disk, %error, "a defect in hashing");
                 }
             }

@@ -69,7 +69,7 @@ impl Machine {
         }
         if job.hash {
             let key = JobKey { disk, epoch: job.epoch, chunk: job.chunk };
-            self.workers.submit(Job::Hash { key, data, units: None });
+            self.workers.submit(Job::Hash { key, data });
         } else {
             self.answer_read(disk, job.epoch, job.chunk, None);
         }

@@ -10,14 +10,13 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Instant;
 
 use bytes::Bytes;
-use reprotect_engine::checksum::{UnitHash, unit_hash};
+use reprotect_engine::checksum::UnitHash;
 use reprotect_engine::compress::Compressor;
 use reprotect_engine::format::extent::{Codec, Record};
-use reprotect_engine::limits::{
-    BULK_RECORD_BYTES_MAX, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DELTA_RECORD_BYTES_MAX,
-};
+use reprotect_engine::limits::{BULK_RECORD_BYTES_MAX, DELTA_RECORD_BYTES_MAX};
 use reprotect_engine::proto::batch::cut_records;
-use reprotect_engine::proto::pass::{Sink, hash_spans};
+use reprotect_engine::proto::compare::{Computed, Question, unit_hashes};
+use reprotect_engine::proto::pass::Sink;
 use reprotect_engine::units::{DiskId, SectorRange, Sequence, Timestamp};
 use tokio::sync::mpsc as async_mpsc;
 
@@ -37,14 +36,21 @@ pub struct JobKey {
 /// Something to compute.
 #[derive(Debug)]
 pub enum Job {
-    /// Hash the units of a chunk, or with `units` those units finely.
+    /// Hash the units of a chunk.
     Hash {
         /// Whose.
         key: JobKey,
         /// Its data.
         data: Bytes,
-        /// Units to refine.
-        units: Option<Vec<u16>>,
+    },
+    /// Compute something of a chunk that is compared.
+    Compute {
+        /// Whose.
+        key: JobKey,
+        /// Its data.
+        data: Bytes,
+        /// What.
+        question: Question,
     },
     /// Make records of pieces of a chunk.
     Cut {
@@ -72,8 +78,8 @@ pub enum Job {
 pub enum Done {
     /// Unit hashes.
     Hashed(JobKey, Vec<UnitHash>),
-    /// Fine hashes.
-    HashedFine(JobKey, Vec<UnitHash>),
+    /// What was asked.
+    Computed(JobKey, Computed),
     /// Records.
     Cut {
         /// Whose.
@@ -183,12 +189,8 @@ impl Worker {
 
     fn compute(&mut self, job: Job) -> Done {
         match job {
-            Job::Hash { key, data, units: None } => {
-                Done::Hashed(key, hashes(&data, key.chunk, COMPARE_UNIT_BYTES, &[]))
-            }
-            Job::Hash { key, data, units: Some(units) } => {
-                Done::HashedFine(key, hashes(&data, key.chunk, COMPARE_FINE_BYTES, &units))
-            }
+            Job::Hash { key, data } => Done::Hashed(key, unit_hashes(&data)),
+            Job::Compute { key, data, question } => Done::Computed(key, question.answer(&data)),
             Job::Cut { key, data, pieces, sink, as_of, time, compress, budget } => {
                 let record_bytes_max = match sink {
                     Sink::Bulk => BULK_RECORD_BYTES_MAX,
@@ -235,13 +237,6 @@ fn release_chunk(records: &mut [Record], chunk_bytes: usize, recoded: bool, budg
     for record in records.iter_mut().filter(raw) {
         *record = record.opened(budget.own(record.payload()));
     }
-}
-
-fn hashes(data: &Bytes, chunk: SectorRange, unit_bytes: u64, units: &[u16]) -> Vec<UnitHash> {
-    hash_spans(chunk, unit_bytes, units)
-        .into_iter()
-        .map(|span| unit_hash(data.get(span).unwrap_or_default()))
-        .collect()
 }
 
 #[cfg(test)]

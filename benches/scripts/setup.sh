@@ -10,7 +10,7 @@ declare -A packages=(
     [mke2fs]=e2fsprogs [mkfs.xfs]=xfsprogs [mkfs.btrfs]=btrfs-progs [mkfs.vfat]=dosfstools [qemu-img]=qemu-utils [losetup]=mount [mount]=mount [sfdisk]=fdisk
     [blockdev]=util-linux [swapon]=mount [python3]=python3 [cc]=gcc [make]=make [cmp]=diffutils [debugfs]=e2fsprogs
     [pkg-config]=pkg-config [nbdinfo]=libnbd-bin [nbdcopy]=libnbd-bin [nbdfuse]=libnbd-bin [mkfs.ext4]=e2fsprogs [qemu-io]=qemu-utils [fio]=fio
-    [clang]=clang [nbdkit]=nbdkit [partx]=util-linux [blkdiscard]=util-linux [busybox]=busybox-static [lvm]=lvm2 [strip]=binutils
+    [rsync]=rsync [clang]=clang [nbdkit]=nbdkit [partx]=util-linux [blkdiscard]=util-linux [busybox]=busybox-static [lvm]=lvm2 [strip]=binutils
 )
 missing=()
 for program in "${!packages[@]}"; do

@@ -72,7 +72,19 @@ pub fn unit_hash(data: &[u8]) -> UnitHash {
     if is_zero(data) {
         return UnitHash::ZEROS;
     }
-    let full = blake3::hash(data);
+    shortened(&blake3::hash(data))
+}
+
+/// The hash of some parts one after another; never [`UnitHash::ZEROS`], whatever they hold.
+pub fn hash_of_parts<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> UnitHash {
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        hasher.update(part);
+    }
+    shortened(&hasher.finalize())
+}
+
+fn shortened(full: &blake3::Hash) -> UnitHash {
     let mut short = [0_u8; HASH_BYTES];
     short.copy_from_slice(&full.as_bytes()[..HASH_BYTES]);
     if short == UnitHash::ZEROS.0 {

@@ -10,7 +10,7 @@
 //! | 4 | [`format`](mod@format) | bytes on wire and disk |
 //! | 3 | [`io`], [`dirty_map`], [`compress`] | files, dirty bits, bounded zstd |
 //! | 2 | [`range_set`], [`checksum`], [`limits`] | arithmetic |
-//! | 1 | [`error`], [`units`] | words |
+//! | 1 | [`error`], [`units`], [`mutants`] | words; bugs that tests put in force |
 //!
 //! # The path of one write
 //! `agent/src/reader.rs` reads it from the disk, [`checksum`] computes its CRCs, [`format::extent`] makes it a
@@ -30,6 +30,7 @@ pub mod format;
 pub mod host;
 pub mod io;
 pub mod limits;
+pub mod mutants;
 #[cfg(feature = "net")]
 pub mod net;
 pub mod proto;

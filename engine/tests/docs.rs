@@ -36,7 +36,7 @@ fn tables() -> Vec<(&'static str, Table)> {
         frame: FrameHeader | FrameKind;
         handshake: Hello HelloAck | Role;
         message: AuthHead Welcome InventoryHead InventoryDisk OfferHead OpenDiskHead GrantHead Ack BulkAckHead Credit
-            Nack Fenced CompareRequestHead CompareHashesHead PassBegin PassState PassEnd PointDegrade Policy MarkRequest
+            Nack Fenced CompareRequestHead RefineUnit CompareHashesHead PassBegin PassState PassEnd PointDegrade Policy MarkRequest
             MarkRefused GrowDisk ErrorHead
             | PassMode PassCause NackReason ErrorCode;
         standby: Probe Load |;

@@ -13,7 +13,7 @@ use points_lab::*;
 use reprotect_engine::format::batch::{MarkCause, MarkClass, Stretch};
 use reprotect_engine::format::manifest::{Edit, EpochsExpired, PointDropped, PointKept};
 use reprotect_engine::format::wire::Text;
-use reprotect_engine::store::journal::points::{self, Offer};
+use reprotect_engine::store::journal::points::{self, Coverage, Offer};
 use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::{Journal, JournalError, thin};
 use reprotect_engine::units::{Sequence, Timestamp};
@@ -99,7 +99,8 @@ fn covered(store: &mut Store) -> Vec<u64> {
     let is_covered = |clock: &u64| {
         let time = Timestamp(clock * SECOND);
         let found = points::at_time(&mut store.journal, DISK, time);
-        found.is_ok_and(|found| points::covers(&mut store.journal, DISK, &found, time).expect("the log"))
+        let covers = |found| Coverage::plan(&mut store.journal, DISK, &found, time).expect("the log");
+        found.ok().and_then(covers).is_some_and(|stretch| stretch.read().expect("the log"))
     };
     (0..40).filter(is_covered).collect()
 }

@@ -19,6 +19,7 @@ const LONG: &[(&str, &str)] = &[];
 const FLOORS: &[(&str, u8)] = &[
     ("error", 1),
     ("units", 1),
+    ("mutants", 1),
     ("range_set", 2),
     ("checksum", 2),
     ("limits", 2),

@@ -15,12 +15,12 @@ use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::handshake::{HELLO_MAGIC, HelloAck, Role};
 use reprotect_engine::format::message::{
-    Ack, BulkAckHead, CompareHashesHead, Credit, ErrorCode, Fenced, GrantHead, Message, Nack, NackReason,
-    OfferHead, PassCause, PassMode, PassState, Welcome,
+    Ack, BulkAckHead, CompareAnswer, CompareHashesHead, Credit, ErrorCode, Fenced, GrantHead, Message, Nack,
+    NackReason, OfferHead, PassCause, PassMode, PassState, RefineUnit, Welcome,
 };
-use reprotect_engine::limits::COMPARE_FINE_BYTES;
 use reprotect_engine::proto::agent::{Agent, AgentEvent};
-use reprotect_engine::proto::pass::{PassAction, Sink, hash_spans, unit_count};
+use reprotect_engine::proto::compare::{Computed, Question};
+use reprotect_engine::proto::pass::{PassAction, Sink, unit_count};
 use reprotect_engine::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence, Timestamp};
 
 use crate::input::Input;
@@ -42,7 +42,7 @@ struct Peer {
     chain: [u8; 16],
     limit: u64,
     spent: u64,
-    requests: Vec<(u64, usize)>,
+    requests: Vec<(u64, usize, usize)>,
 }
 
 struct World {
@@ -201,14 +201,16 @@ impl World {
     fn answer(&mut self, input: &mut Input<'_>) {
         let (disk, generation) = self.key(input);
         let peer = self.peers.entry(disk).or_default();
-        let (request, count) = match peer.requests.len() {
-            0 => (input.short(), 1),
+        let (request, count, refined) = match peer.requests.len() {
+            0 => (input.short(), 1, 0),
             len => peer.requests.swap_remove(usize::from(input.byte()) % len),
         };
-        let count = input.near(count as u64).min(1100) as usize;
+        let count = input.near(count as u64).min(70) as usize;
         let hashes = hashes(input, count);
-        let head = CompareHashesHead { disk, generation, request, hash_count: hashes.len() as u32 };
-        self.tell(input, &Message::CompareHashes(head, hashes));
+        let masks = vec![u16::from(input.byte()); input.near(refined as u64).min(70) as usize];
+        let (hash_count, mask_count) = (hashes.len() as u32, masks.len() as u16);
+        let head = CompareHashesHead { disk, generation, request, hash_count, mask_count };
+        self.tell(input, &Message::CompareHashes(head, CompareAnswer { hashes, masks }));
     }
 
     fn pass_state(&mut self, input: &mut Input<'_>) {
@@ -245,10 +247,15 @@ impl World {
                 let hashes = hash.then(|| hashes(input, unit_count(chunk)));
                 self.agent.handle_read(id, epoch, chunk, hashes)
             }
-            PassAction::HashFine { chunk, units } => {
-                let count = hash_spans(chunk, COMPARE_FINE_BYTES, &units).len();
-                let hashes = hashes(input, count);
-                self.agent.handle_fine(id, epoch, chunk, hashes)
+            PassAction::Compute { chunk, question: Question::Crcs(units) } => {
+                let crcs = [u32::from(input.byte()); 16];
+                let units = units.into_iter().map(|unit| RefineUnit { unit, crcs }).collect();
+                self.agent.handle_computed(id, epoch, chunk, Computed::Crcs(units))
+            }
+            PassAction::Compute { chunk, question: Question::Confirm(units) } => {
+                assert!(units.iter().any(|unit| unit.mask != 0), "nothing to confirm");
+                let hash = hashes(input, 1).pop().expect("one was made");
+                self.agent.handle_computed(id, epoch, chunk, Computed::Confirmed(hash))
             }
             PassAction::Send { chunk, pieces } => {
                 assert!(pieces.iter().all(|piece| chunk.contains(*piece)), "pieces outside their chunk");
@@ -345,9 +352,9 @@ impl World {
             _ => {
                 let message = Message::decode(kind, &body).expect("a message the target would refuse");
                 if let Message::CompareRequest(head, units) = message {
-                    let count = hash_spans(head.range, head.unit_bytes.into(), &units).len();
+                    let count = if units.is_empty() { unit_count(head.range) } else { 1 };
                     let peer = self.peers.entry(head.disk).or_default();
-                    peer.requests.push((head.request, count));
+                    peer.requests.push((head.request, count, units.len()));
                 }
                 return;
             }

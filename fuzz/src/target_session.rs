@@ -8,7 +8,6 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use reprotect_engine::checksum::UnitHash;
 use reprotect_engine::format::batch::{
     BatchHeader, BulkHeader, Stretch, credit_cost, decode_batch, decode_bulk, encode_batch, encode_bulk,
 };
@@ -18,12 +17,12 @@ use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::handshake::{Hello, Role};
 use reprotect_engine::format::message::{
     Auth, CompareRequestHead, InventoryHead, Message, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode,
-    PointDegrade,
+    PointDegrade, RefineUnit,
 };
 use reprotect_engine::format::wire::Text;
+use reprotect_engine::proto::compare::answer;
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::master_target::{DiskInput, SessionEvent, TargetSession, Transport};
-use reprotect_engine::proto::pass::hash_spans;
 use reprotect_engine::proto::target_disk::{DiskAction, SessionId, TargetDisk};
 use reprotect_engine::units::{DiskId, Generation, LineageId, MonoTime, SectorRange, Sequence, Timestamp};
 
@@ -239,13 +238,14 @@ impl World {
     fn compare(&mut self, input: &mut Input<'_>) {
         let (slot, id) = (slot(input), disk(input));
         let Some(state) = self.state(id) else { return };
-        let units: Vec<u16> = (0..input.byte() % 4).map(|at| u16::from(at) * 21).collect();
+        let crcs = [u32::from(input.byte()); 16];
+        let units = (0..input.byte() % 4).map(|at| RefineUnit { unit: u16::from(at) * 21, crcs });
+        let units: Vec<RefineUnit> = units.collect();
         let head = CompareRequestHead {
             disk: id,
             generation: Generation(input.near(state.generation.0)),
             request: 1,
             range: range(input, state.size_sectors, 8192),
-            unit_bytes: input.pick(&[4096, 65536]),
             unit_count: units.len() as u16,
         };
         self.tell(slot, input, &Message::CompareRequest(head, units));
@@ -400,8 +400,8 @@ impl World {
                 disk.core.handle_written(cost);
             }
             DiskAction::Hash { session, request, units } => {
-                let count = hash_spans(request.range, request.unit_bytes.into(), &units).len();
-                disk.core.handle_hashed(session, &request, vec![UnitHash::ZEROS; count]);
+                let data = vec![0; request.range.bytes() as usize];
+                disk.core.handle_hashed(session, &request, answer(&units, &data));
             }
             DiskAction::Checkpoint { state } => {
                 disk.stored =

@@ -336,8 +336,8 @@ async fn unprotect(
     Json(request): Json<UnprotectRequest>,
 ) -> Result<Json<UnprotectAnswer>, Refusal> {
     blocking(move || {
-        let _alone = state.registry.changing();
         let record = state.registry.protected(&request.disk)?;
+        let _alone = state.registry.changing_of(&record.agent)?;
         if !request.dry_run {
             state.registry.remove_disk(DiskId::parse(&record.disk)?)?;
             tracing::warn!(disk = record.disk, path = %record.path.display(), "no longer protected; the target stays");
@@ -356,7 +356,8 @@ async fn failback_machine(
     Json(request): Json<FailbackRequest>,
 ) -> Result<Json<FailbackAnswer>, Refusal> {
     blocking(move || {
-        let _alone = state.registry.changing();
+        let machine = state.registry.machine(&request.machine)?;
+        let _busy = state.registry.begin_long(&state.registry.protected_disks(&machine.agent)?)?;
         failback(&state.registry, &request)
     })
     .await

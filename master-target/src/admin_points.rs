@@ -129,7 +129,7 @@ async fn rollback(
     Json(request): Json<RollbackRequest>,
 ) -> Result<Json<RollbackAnswers>, Refusal> {
     blocking(move || {
-        let _alone = state.registry.changing();
+        let _busy = state.registry.begin_long(&state.registry.protected_disks(&request.disk)?)?;
         let disks = disks(&state, &request.disk)?;
         points::rollback(&state.registry, &disks, &request.point, request.accept_damage)
     })

@@ -148,6 +148,9 @@ pub async fn run_reloading(
         () = shutdown.requested() => {}
     }
     tracing::info!("stopping: closing sessions, then every target");
+    if let Some((retention, _)) = &retention {
+        retention.interrupt(); // what is ended below may wait for a disk that goes back
+    }
     counting.abort();
     // Best effort: systemd learns of the end by the exit as well.
     let _ = notifier.send("STOPPING=1");
@@ -183,6 +186,7 @@ fn open_disks(
     };
     let (retention, recovered) = Retention::open(fs_opener(), &folder, settings)?;
     policy.take_effect(&retention)?; // before the first points are thinned
+    let _opening = retention.opening(); // before anybody tidies the log up
     let threads = vec![
         retention.start().context("no thread for the retention journal")?,
         housekeeping::start(&retention).context("no thread for the retention journal")?,

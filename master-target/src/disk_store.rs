@@ -139,20 +139,51 @@ impl DiskStore {
         }
     }
 
-    /// Reads the target as it is with every write that returned; `None` where it is a hole.
-    pub(crate) fn read(&mut self, range: ByteRange, data: &mut [u8]) -> Result<bool, NotDone> {
-        if let Self::Journaled(store) = self {
-            store.settle(sectors(range))?;
+    /// The target with every write to a range that returned.
+    fn settled(&mut self, range: SectorRange) -> Result<&mut Target, NotDone> {
+        match self {
+            Self::Direct(store) => Ok(&mut store.target),
+            Self::Journaled(store) => {
+                store.settle(range)?;
+                Ok(store.target())
+            }
         }
-        let target: &mut Target = match self {
-            Self::Direct(store) => &mut store.target,
-            Self::Journaled(store) => store.target(),
-        };
-        if target.allocated(range)?.is_empty() {
-            return Ok(false);
+    }
+
+    /// Whether nothing of a range is there: it reads as zeros.
+    pub(crate) fn is_hole(&mut self, range: ByteRange) -> Result<bool, NotDone> {
+        Ok(self.settled(sectors(range))?.allocated(range)?.is_empty())
+    }
+
+    /// Reads the target as it is with every write that returned.
+    pub(crate) fn read(&mut self, range: ByteRange, data: &mut [u8]) -> Result<(), NotDone> {
+        Ok(self.settled(sectors(range))?.read(&mut [ReadAt { offset: range.start, data }])?)
+    }
+
+    /// Reads parts of a range, each to where it belongs in `data`, which holds all of the range. Holes read as zeros; what lies
+    /// between the parts keeps what `data` held. One call for all: scattered parts one after another would cost a round trip to
+    /// the medium each.
+    pub(crate) fn read_parts(
+        &mut self,
+        range: SectorRange,
+        parts: &[SectorRange],
+        data: &mut [u8],
+    ) -> Result<(), NotDone> {
+        let target = self.settled(range)?;
+        let mut reads = Vec::with_capacity(parts.len());
+        let (mut rest, mut at) = (data, range.byte_start());
+        for part in parts {
+            let part = byte_range(*part);
+            let (_, from) = rest.split_at_mut_checked((part.start - at) as usize).unwrap_or_default();
+            let (piece, after) = from.split_at_mut_checked(part.len() as usize).unwrap_or_default();
+            (rest, at) = (after, part.end);
+            if target.allocated(part)?.is_empty() {
+                piece.fill(0);
+            } else {
+                reads.push(ReadAt { offset: part.start, data: piece });
+            }
         }
-        target.read(&mut [ReadAt { offset: range.start, data }])?;
-        Ok(true)
+        Ok(target.read(&mut reads)?)
     }
 
     /// Makes the target larger. Nothing waits to be written, and nobody has the disk open.

@@ -6,7 +6,8 @@
 //! Invariants: the writer executes the core's actions strictly in order, one after another; a record reaches the core
 //! only after every fragment's CRC held (I8); a failed
 //! write or flush stops this disk and no other (I6); a full medium pauses it until there is space; a panic of either thread stops this disk and is shown.
-//! Memory per disk: at most [`BATCH_SLOTS`] batches of 4 MiB plain, and 64 MiB of frames not yet opened. Started by `registry`.
+//! Memory per disk: at most [`BATCH_SLOTS`] batches of 4 MiB plain, and 64 MiB of frames not yet opened; while it is compared
+//! what [`crate::compare_cache`] says. Started by `registry`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use reprotect_engine::store::files::Files;
 use reprotect_engine::units::{BLOCK_BYTES, Generation};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use crate::compare_cache::CompareCache;
 use crate::disk_status::DiskStatus;
 use crate::disk_store::DiskStore;
 use crate::disk_writer::Writer;
@@ -204,10 +206,13 @@ impl DiskWorker {
     ///
     /// # Errors
     /// When the system gives no threads or memory.
-    pub fn start(setup: DiskSetup) -> anyhow::Result<Self> {
+    pub fn start(mut setup: DiskSetup) -> anyhow::Result<Self> {
         let disk = setup.state.disk;
         let status = Arc::new(DiskStatus::new(&setup.state));
         let stopping = Arc::new(AtomicBool::new(false));
+        if let DiskStore::Journaled(store) = &mut setup.store {
+            store.stops_by(&stopping);
+        }
         let (sender, from_sessions) = mpsc::channel(INPUTS_MAX);
         let (to_writer, opened) = sync_mpsc::sync_channel(BATCH_SLOTS);
         let arena = BufferArena::new(BATCH_SLOTS, BATCH_PLAIN_BYTES_MAX as usize)?;
@@ -228,6 +233,7 @@ impl DiskWorker {
             growing: None,
             waiting: false,
             sessions: Vec::new(),
+            compared: CompareCache::default(),
             chunk: Vec::new(),
         };
         let name = disk.to_string();
@@ -238,7 +244,11 @@ impl DiskWorker {
                 .spawn(move || opener.run_guarded(from_sessions, &to_writer))?,
             std::thread::Builder::new().name(format!("disk-{short}")).spawn(move || {
                 // What a panic leaves of the core is not used again: the writer only tells of it and ends.
-                match catch_unwind(AssertUnwindSafe(|| writer.run(&opened))) {
+                let run = || {
+                    writer.go_on_back();
+                    writer.run(&opened);
+                };
+                match catch_unwind(AssertUnwindSafe(run)) {
                     Ok(()) => writer.close(),
                     Err(panic) => writer.panicked(&panic_text(&*panic)),
                 }
@@ -263,6 +273,7 @@ impl DiskWorker {
     /// As [`Self::stop`], and tells the disk's sessions that it is no longer protected.
     pub fn retire(self) {
         // An error means that the threads have ended already.
+        self.stopping.store(true, Ordering::Release); // a rollback that is gone on with ends on its way
         let _ = self.inputs.sender.blocking_send(WorkerMessage::Retire);
         self.stop();
     }

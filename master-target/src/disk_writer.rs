@@ -12,20 +12,23 @@ use std::sync::mpsc as sync_mpsc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use reprotect_engine::checksum::{UnitHash, unit_hash};
+use reprotect_engine::checksum::UnitHash;
 use reprotect_engine::format::batch::{Mark, Stretch};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
-use reprotect_engine::format::message::{CompareRequestHead, ErrorCode, Message};
+use reprotect_engine::format::message::{CompareAnswer, CompareRequestHead, ErrorCode, Message, RefineUnit};
 use reprotect_engine::format::segment::EntryKind;
-use reprotect_engine::limits::CHUNK_BYTES;
+use reprotect_engine::io::ByteRange;
+use reprotect_engine::limits::{CHUNK_BYTES, COMPARE_UNIT_BYTES};
 use reprotect_engine::net::mono_clock;
+use reprotect_engine::proto::compare::{answer, unit_hashes, wanted};
 use reprotect_engine::proto::master_target::DiskInput;
-use reprotect_engine::proto::pass::hash_spans;
+use reprotect_engine::proto::pass::unit_count;
 use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::proto::target_disk::{DiskAction, DiskNotice, Piece, SessionId, TargetDisk};
 use reprotect_engine::units::{DiskId, Generation, SECTOR_BYTES};
 
+use crate::compare_cache::CompareCache;
 use crate::disk_status::DiskStatus;
 use crate::disk_store::{DiskStore, NotDone, NotGrown, byte_range};
 use crate::disk_worker::{GrowOrder, Opened, Replies};
@@ -54,10 +57,27 @@ pub(crate) struct Writer {
     /// The medium is full.
     pub(crate) waiting: bool,
     pub(crate) sessions: Vec<(SessionId, Replies)>,
+    /// What was compared a moment ago.
+    pub(crate) compared: CompareCache,
     pub(crate) chunk: Vec<u8>,
 }
 
 impl Writer {
+    /// A rollback that was begun and stopped is gone on with, while other disks go on. One that cannot be finished leaves the
+    /// disk held, so that it can be taken back to another point.
+    pub(crate) fn go_on_back(&mut self) {
+        let (disk, DiskStore::Journaled(store)) = (self.id, &mut self.store) else { return };
+        match store.go_on_back() {
+            Ok(done) if done.compared_bytes > 0 => {
+                tracing::warn!(%disk, written = done.written_bytes, "a rollback that had stopped on its way was finished");
+            }
+            Ok(_) => {}
+            Err(error) => {
+                tracing::error!(%disk, %error, "a rollback did not get to its end; the disk is held")
+            }
+        }
+    }
+
     pub(crate) fn run(&mut self, inputs: &sync_mpsc::Receiver<Opened>) {
         let mut ready = None;
         loop {
@@ -71,6 +91,7 @@ impl Writer {
                 Ok(input) => self.handle(input),
                 Err(sync_mpsc::RecvTimeoutError::Timeout) => {}
             }
+            self.compared.tick();
             self.disk.handle_timeout(mono_clock());
             self.execute(inputs);
             self.answer_fences();
@@ -103,16 +124,22 @@ impl Writer {
                     self.receipts.moved(moved);
                 }
             }
-            Opened::Ask(ask) => ask(match &mut self.store {
-                DiskStore::Journaled(store) if self.disk.phase() != TargetDiskPhase::Failed => Some(store),
-                _ => None,
-            }),
+            Opened::Ask(ask) => {
+                self.compared.forget_all(); // it may go back to a point
+                ask(match &mut self.store {
+                    DiskStore::Journaled(store) if self.disk.phase() != TargetDiskPhase::Failed => {
+                        Some(store)
+                    }
+                    _ => None,
+                });
+            }
             Opened::Fence(reason, answer) => {
                 self.disk.handle_fence(now, &reason);
                 self.fenced = Some(reason);
                 self.fencing.push(answer);
             }
             Opened::Grow(order) => {
+                self.compared.forget_all();
                 self.disk.handle_growing(now);
                 self.growing = Some(order);
             }
@@ -220,11 +247,11 @@ impl Writer {
                     self.disk.handle_written(cost);
                 }
                 DiskAction::Hash { session, request, units } => {
-                    if let Some(hashes) = self.hash(&request, &units, inputs) {
+                    if let Some(answer) = self.hash(&request, &units, inputs) {
                         if units.is_empty() {
                             self.receipts.compared(request.range.bytes());
                         }
-                        self.disk.handle_hashed(session, &request, hashes);
+                        self.disk.handle_hashed(session, &request, answer);
                     }
                 }
                 DiskAction::Checkpoint { state } => self.checkpoint(&state, Some(inputs)),
@@ -273,6 +300,9 @@ impl Writer {
 
     /// Writes the pieces; waits while the medium is full. Answers whether it succeeded; if not, the disk is stopped.
     fn write(&mut self, pieces: &[Piece], inputs: &sync_mpsc::Receiver<Opened>) -> bool {
+        for keep in pieces.iter().flat_map(|piece| &piece.keep) {
+            self.compared.forget(*keep);
+        }
         loop {
             match self.store.write(pieces) {
                 Ok(()) => {
@@ -310,6 +340,7 @@ impl Writer {
             // Who waits for it keeps others from changing the set of disks.
             drop(order.answer.send(Err(text.clone())));
         }
+        self.fencing.drain(..).for_each(|answer| drop(answer.send(Err(text.clone()))));
         self.flush_replies();
         self.status.update(&self.disk);
         let stopped = "stopped while the medium was full";
@@ -369,14 +400,14 @@ impl Writer {
     fn hash(
         &mut self,
         request: &CompareRequestHead,
-        units: &[u16],
+        units: &[RefineUnit],
         inputs: &sync_mpsc::Receiver<Opened>,
-    ) -> Option<Vec<UnitHash>> {
+    ) -> Option<CompareAnswer> {
         loop {
             match self.hash_once(request, units) {
-                Ok(hashes) => {
+                Ok(answer) => {
                     self.there_is_space();
-                    return Some(hashes);
+                    return Some(answer);
                 }
                 Err(NotDone::Full(text)) => {
                     if !self.wait_for_space(&text, Some(inputs)) {
@@ -395,16 +426,37 @@ impl Writer {
         }
     }
 
-    fn hash_once(&mut self, request: &CompareRequestHead, units: &[u16]) -> Result<Vec<UnitHash>, NotDone> {
-        let spans = hash_spans(request.range, request.unit_bytes.into(), units);
-        let range = byte_range(request.range);
-        self.chunk.resize(CHUNK_BYTES as usize, 0);
-        let data = self.chunk.get_mut(..range.len() as usize).unwrap_or_default();
-        if !self.store.read(range, data)? {
-            return Ok(vec![UnitHash::ZEROS; spans.len()]);
+    /// A chunk is kept for the question that follows; where it is not any more, the units that differ are read again.
+    fn hash_once(
+        &mut self,
+        request: &CompareRequestHead,
+        units: &[RefineUnit],
+    ) -> Result<CompareAnswer, NotDone> {
+        let len = request.range.bytes() as usize;
+        if !units.is_empty() {
+            if let Some(kept) = self.compared.take(request.range) {
+                return Ok(answer(units, kept.get(..len).unwrap_or_default()));
+            }
+            self.chunk.resize(CHUNK_BYTES as usize, 0);
+            let data = self.chunk.get_mut(..len).unwrap_or_default();
+            self.store.read_parts(request.range, &wanted(request.range, units), data)?;
+            return Ok(answer(units, data));
         }
-        let data = self.chunk.get(..range.len() as usize).unwrap_or_default();
-        Ok(spans.into_iter().map(|span| unit_hash(data.get(span).unwrap_or_default())).collect())
+        if self.store.is_hole(byte_range(request.range))? {
+            let hashes = vec![UnitHash::ZEROS; unit_count(request.range)];
+            return Ok(CompareAnswer { hashes, masks: Vec::new() });
+        }
+        let mut kept = self.compared.buffer();
+        if kept.is_none() {
+            self.chunk.resize(CHUNK_BYTES as usize, 0);
+        }
+        let whole = kept.as_deref_mut().unwrap_or(&mut self.chunk);
+        let data = whole.get_mut(..len).unwrap_or_default();
+        let hashes = read_and_hash(&mut self.store, byte_range(request.range), data)?;
+        if let Some(kept) = kept {
+            self.compared.keep(request.range, kept);
+        }
+        Ok(CompareAnswer { hashes, masks: Vec::new() })
     }
 
     /// A batch, and its bytes as they were received; answers whether it was accepted.
@@ -498,11 +550,38 @@ impl Writer {
     }
 }
 
+/// Reads a part of the target in two halves: while the second is read, the first is hashed, so that the medium has something to
+/// do meanwhile.
+fn read_and_hash(store: &mut DiskStore, range: ByteRange, data: &mut [u8]) -> Result<Vec<UnitHash>, NotDone> {
+    let middle = (data.len() / 2).next_multiple_of(COMPARE_UNIT_BYTES as usize).min(data.len());
+    let border = range.start + middle as u64;
+    let (first, second) = data.split_at_mut(middle);
+    store.read(ByteRange { end: border, ..range }, first)?;
+    let first = &*first;
+    std::thread::scope(|scope| {
+        let helper = std::thread::Builder::new().name("hash".to_owned());
+        let hashing = helper.spawn_scoped(scope, || unit_hashes(first));
+        if !second.is_empty() {
+            store.read(ByteRange { start: border, ..range }, second)?;
+        }
+        let rest = unit_hashes(second);
+        let mut hashes = match hashing.map(std::thread::ScopedJoinHandle::join) {
+            Ok(Ok(hashes)) => hashes,
+            Ok(Err(panic)) => std::panic::resume_unwind(panic),
+            Err(_) => unit_hashes(first), // no thread to be had
+        };
+        hashes.extend(rest);
+        Ok(hashes)
+    })
+}
+
 fn broken(panic: &str) -> String {
     format!(
         "a defect of the master target stopped this disk: {panic}; restart it and report this with its log"
     )
 }
 
+#[cfg(test)]
+mod comparing;
 #[cfg(test)]
 mod full;

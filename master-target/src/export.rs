@@ -69,6 +69,9 @@ pub fn copy_point(registry: &Registry, request: &ExportRequest) -> anyhow::Resul
     // Every disk's point is looked up before the first byte is copied.
     let points::Chosen { places, note } =
         points::choose(registry, &disks, &request.point, request.accept_damage)?;
+    // Copying one disk may take longer than the points of the others would stay.
+    let retention = registry.retention().context(NO_JOURNAL)?;
+    let _holds: Vec<Hold> = places.iter().map(|(disk, at)| retention.hold(*disk, *at)).collect();
     let place =
         |record: &ProtectedDisk| places.iter().find(|(disk, _)| disk.to_string() == record.disk).copied();
     if let ([record], Some(place)) = (records.as_slice(), records.first().and_then(place)) {

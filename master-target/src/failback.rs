@@ -116,7 +116,7 @@ pub struct FailbackInfo {
     pub different: Vec<String>,
 }
 
-/// Carries it out. Blocks, perhaps for long; the caller holds [`Registry::changing`].
+/// Carries it out. Blocks, perhaps for long; the caller holds [`Registry::begin_long`] of its disks.
 ///
 /// # Errors
 /// What hinders it, and what to do; the same request again goes on where it was.
@@ -242,6 +242,10 @@ fn decide(
     if let Some(note) = note {
         bail!("{note}; name that point with --point if it is the one to go home with");
     }
+    // Before the record, after which no other point can be asked for.
+    let retention = registry.retention().context(NO_JOURNAL)?;
+    let _holds: Vec<_> = places.iter().map(|(disk, at)| retention.hold(*disk, *at)).collect();
+    points::all_can_go_back(registry, &places)?;
     let listed = points::list(registry, &disks, true)?;
     let info = listed.iter().find(|info| {
         places.iter().all(|(disk, at)| {

@@ -144,10 +144,33 @@ pub fn tidy_log(retention: &Retention) -> Result<(), JournalError> {
     let (ladder, pressure) = (retention.ladder(), retention.pressure());
     let now = wall_clock();
     let old = now.0.saturating_sub(nanos(log_kept(&ladder, pressure)));
+    give_back(retention, old, now)?;
+    // Segments are used again; when space is short, those beyond need go back to the drive.
+    if pressure >= Pressure::Guaranteed {
+        retention.lock().get()?.shrink(FREE_SEGMENTS)?;
+    }
+    loop {
+        let planned = retention.lock().get()?.plan_segment(FREE_SEGMENTS);
+        let Some(planned) = planned else { return Ok(()) };
+        // Writing a segment takes seconds; commits must not wait for it.
+        match planned.make() {
+            Ok(made) => retention.lock().get()?.adopt(made),
+            // Without free segments replication goes on in those there are, then waits; that is said where it waits.
+            Err(error) if error.is_full() => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Gives segments back that are past their time (`old`), and what keeps them is carried or given up; not while disks are opened.
+fn give_back(retention: &Retention, old: u64, now: Timestamp) -> Result<(), JournalError> {
     pinned::drop_lost(retention, now)?;
     loop {
         let mut locked = retention.lock();
         let journal = locked.get()?;
+        if retention.is_opening() {
+            return Ok(());
+        }
         // What is read of the log for a mount stays: on a drive that is nearly full the mount fails before replication does.
         let held = retention.oldest_held(journal);
         let Some(number) = journal.releasable().first().copied() else { break };
@@ -164,22 +187,7 @@ pub fn tidy_log(retention: &Retention) -> Result<(), JournalError> {
             Way::Kept => break,
         }
     }
-    pinned::free(retention, old, now)?;
-    // Segments are used again; when space is short, those beyond need go back to the drive.
-    if pressure >= Pressure::Guaranteed {
-        retention.lock().get()?.shrink(FREE_SEGMENTS)?;
-    }
-    loop {
-        let planned = retention.lock().get()?.plan_segment(FREE_SEGMENTS);
-        let Some(planned) = planned else { return Ok(()) };
-        // Writing a segment takes seconds; commits must not wait for it.
-        match planned.make() {
-            Ok(made) => retention.lock().get()?.adopt(made),
-            // Without free segments replication goes on in those there are, then waits; that is said where it waits.
-            Err(error) if error.is_full() => return Ok(()),
-            Err(error) => return Err(error),
-        }
-    }
+    pinned::free(retention, old, now)
 }
 
 /// Drops points, forgets what only they needed, and merges runs.

@@ -17,6 +17,7 @@ mod let_go;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use bytes::Bytes;
 use reprotect_engine::format::batch::{Mark, MarkCause, MarkClass};
@@ -44,7 +45,7 @@ use reprotect_engine::store::journal::{DiskLog, DiskShape, Journal, JournalError
 use reprotect_engine::store::target::Target;
 use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence, Timestamp};
 
-use self::back::{go_on_back, unfinished};
+use self::back::unfinished;
 use crate::backlog::Backlog;
 use crate::disk_store::{NotDone, write_pieces};
 use crate::guard::Guard;
@@ -94,6 +95,8 @@ pub struct Journaled {
     bulk_unflushed: bool,
     /// Something of ours was written since the guard last looked.
     unguarded: bool,
+    /// The disk is to be closed: a rollback ends on its way.
+    stopping: Arc<AtomicBool>,
     /// The newest entry is a mark at which the undo epoch ends, and has not yet.
     at_border: bool,
     /// It was handed over: no undo epoch goes on, and none is begun.
@@ -140,16 +143,10 @@ impl Journaled {
         note_holes(journal, id, &holes)?;
         let scrubbed = retention.scrub().bytes_per_second > 0;
         let mut map = TargetMap::open(journal, id, applier.size_sectors(), scrubbed)?;
-        if let Some(text) = unfinished(journal, id) {
+        if unfinished(journal, id).is_some() {
+            // It is gone on with on the disk's own thread, which may take hours: see `go_on_back`.
             map.forget_all()?;
-            drop(locked);
-            // Where it cannot be finished the disk is held, so that it can be taken back to another point.
-            if let Err(error) = go_on_back(retention, &mut applier) {
-                tracing::error!(disk = %id, %error, "{text}");
-            }
-            locked = retention.lock();
         }
-        let journal = locked.get()?;
         let tracked = journal.shape().disks.get(&id).is_some_and(is_tracked);
         if tracked && applier.open_epoch().is_none() {
             // The daemon ended between two undo epochs; nothing is applied outside of one (I1).
@@ -183,6 +180,7 @@ impl Journaled {
             last_mark: None,
             bulk_unflushed: false,
             unguarded: false,
+            stopping: Arc::default(),
             at_border: false,
             is_left: false,
             state,
@@ -193,6 +191,11 @@ impl Journaled {
         disk.last_mark = newest_marks.last().filter(|(number, _)| *number == at).copied();
         disk.guard.flushed();
         Ok(disk)
+    }
+
+    /// From now on a rollback ends on its way where this is set.
+    pub(crate) fn stops_by(&mut self, stopping: &Arc<AtomicBool>) {
+        self.stopping = Arc::clone(stopping);
     }
 
     /// From now on what is overwritten is saved first: before the first write to a disk that was found.

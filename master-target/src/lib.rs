@@ -14,6 +14,7 @@ pub mod catalogue;
 pub mod checks;
 pub mod cli;
 pub mod commands;
+mod compare_cache;
 pub mod config;
 pub mod daemon;
 pub mod device;

@@ -59,6 +59,9 @@ pub(crate) fn free(retention: &Retention, old: u64, now: Timestamp) -> Result<()
     loop {
         let mut locked = retention.lock();
         let journal = locked.get()?;
+        if retention.is_opening() {
+            return Ok(());
+        }
         let held = retention.oldest_held(journal);
         let is_old = |segment: &u64| {
             held.is_none_or(|held| *segment < held)

@@ -20,6 +20,7 @@ use reprotect_engine::format::manifest::{Edit, PointDropped, PointKept};
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::net::wall_clock;
+use reprotect_engine::proto::state::TargetDiskPhase;
 use reprotect_engine::store::journal::points::{self, Offer, Point};
 use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::{Journal, JournalError};
@@ -31,7 +32,7 @@ use crate::disk_worker::DiskInputs;
 use crate::journaled::Journaled;
 use crate::redo::kept_point;
 use crate::registry::Registry;
-use crate::retention::Retention;
+use crate::retention::{Hold, Retention};
 use crate::rot::note_entry;
 
 pub(crate) const NO_JOURNAL: &str =
@@ -498,6 +499,12 @@ pub fn rollback(
             "its agent is connected and would write on over the point; stop the agent or `unprotect` the disk first, then roll back"
         );
     }
+    // None of them may go, or be refused for want of room, when others have gone back.
+    let retention = retention(registry)?;
+    let _holds: Vec<Hold> = places.iter().map(|(disk, at)| retention.hold_to_go_back(*disk, *at)).collect();
+    if places.len() > 1 {
+        all_can_go_back(registry, &places)?;
+    }
     let mut done = Vec::new();
     for (disk, at) in places {
         let went = rollback_disk(registry, disk, at);
@@ -516,11 +523,37 @@ pub fn rollback(
     Ok(RollbackAnswers { disks: done })
 }
 
+/// Refuses to take disks back of which not all would get there: each point must be there, and what all of them overwrite must
+/// fit on the retention drive together. Changes nothing but that what waits is applied.
+///
+/// # Errors
+/// What hinders it, and what to do.
+pub(crate) fn all_can_go_back(registry: &Registry, places: &[(DiskId, At)]) -> anyhow::Result<()> {
+    let mut needed = 0;
+    for (disk, at) in places.iter().copied() {
+        let (inputs, _) = registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
+        let of_disk = on_disk(&inputs, move |store| store.needed_to_go_back(at));
+        needed += of_disk.with_context(|| format!("disk {disk} cannot go to {at}; nothing was changed"))?;
+    }
+    let retention = retention(registry)?;
+    if let Some(free) = retention.usable_bytes()?.filter(|free| needed > *free) {
+        bail!(
+            "to keep what {} disks hold now, up to {needed} bytes are needed at {}, and {free} may be used there: free some space or shorten the retention, then try again, or choose a newer point; nothing was changed",
+            places.len(),
+            retention.folder().display()
+        );
+    }
+    Ok(())
+}
+
 fn rollback_disk(registry: &Registry, disk: DiskId, at: At) -> anyhow::Result<RollbackAnswer> {
-    let hold = retention(registry)?.hold(disk, at);
     let (inputs, _) = registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
-    let done = on_disk(&inputs, move |store| store.rollback(at))?;
-    drop(hold);
+    // Asked on the disk's thread: its agent may have come since the command began.
+    let status = registry.disk_status(disk).context("the disk could not be opened; see `status`")?;
+    let is_open = move || matches!(status.snapshot().phase, TargetDiskPhase::Open | TargetDiskPhase::Opening);
+    let done =
+        on_disk(&inputs, move |store| if is_open() { Ok(None) } else { store.rollback(at).map(Some) })?;
+    let done = done.context("its agent opened it meanwhile and would write on over the point; stop the agent or `unprotect` the disk, then roll back")?;
     tracing::warn!(%disk, %at, written = done.written_bytes, "rolled back");
     Ok(RollbackAnswer {
         disk: disk.to_string(),

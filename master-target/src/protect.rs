@@ -92,8 +92,8 @@ pub fn protect(
     datastores: &[PathBuf],
     request: &ProtectRequest,
 ) -> anyhow::Result<ProtectAnswer> {
-    let _alone = registry.changing();
     let machine = registry.machine(&request.machine)?;
+    let _alone = registry.changing_of(&machine.agent)?;
     let mut left_out = Vec::new();
     let plan = plan(registry, datastores, &machine, request, &mut left_out)?;
     if plan.is_empty() {

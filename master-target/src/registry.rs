@@ -4,15 +4,18 @@
 //! listed with its problem and hinders no other; a session is offered exactly the disks of its agent.
 //! Called by `session` (per connection), `protect` and `admin`.
 
+mod busy;
 mod doubts;
 mod failing_back;
 mod growing;
+#[cfg(test)]
+mod machines;
 mod taken_again;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, anyhow};
 use reprotect_engine::format::disk_state::DiskState;
@@ -136,7 +139,10 @@ pub struct Registry {
     doubts: Mutex<BTreeMap<DiskId, Doubt>>,
     /// Held while the set of disks is planned and changed, so that no two do it at once.
     changes: Mutex<()>,
-    /// Points of disks that are released.
+    /// Machines on whose disks long work goes on, by their agents; and who waits for its end.
+    busy: Mutex<BTreeSet<String>>,
+    calm: Condvar,
+    /// Points of disks that are released, and those that failbacks go to.
     held: Mutex<Vec<Hold>>,
     /// No disk is opened any more.
     stopping: AtomicBool,
@@ -169,6 +175,7 @@ impl Registry {
         retention: Option<(Arc<Retention>, Recovered)>,
     ) -> anyhow::Result<Self> {
         let (retention, recovered) = retention.unzip();
+        let _opening = retention.as_ref().map(Retention::opening);
         let recovered = Mutex::new(recovered.map(|found| found.disks).unwrap_or_default());
         let (changes, held, inner) = (Mutex::default(), Mutex::default(), Mutex::default());
         let (stopping, doubts, waiting) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
@@ -183,6 +190,8 @@ impl Registry {
             waiting,
             doubts,
             changes,
+            busy: Mutex::default(),
+            calm: Condvar::new(),
             held,
             stopping,
             inner,
@@ -594,6 +603,12 @@ impl Registry {
         worker.is_some_and(|worker| worker.status().snapshot().phase == TargetDiskPhase::Open)
     }
 
+    /// What a disk is doing; `None` where it could not be opened.
+    pub(crate) fn disk_status(&self, disk: DiskId) -> Option<Arc<DiskStatus>> {
+        let inner = self.lock();
+        Some(Arc::clone(inner.disks.get(&disk)?.worker.as_ref()?.status()))
+    }
+
     /// The retention journal, if there is one.
     #[must_use]
     pub const fn retention(&self) -> Option<&Arc<Retention>> {
@@ -603,6 +618,10 @@ impl Registry {
     /// Flushes and closes every target. Blocks.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
+        if let Some(retention) = &self.retention {
+            retention.interrupt();
+        }
+        self.wait_for_long_work();
         // Whoever opens a disk now is done first.
         drop(self.changing());
         let disks = std::mem::take(&mut self.lock().disks);

@@ -12,6 +12,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -87,6 +88,10 @@ pub struct Retention {
     held: Mutex<BTreeMap<u64, Held>>,
     /// The segment of which what pins need could not be read, and at how many looks it could not.
     unreadable: Mutex<(u64, u32)>,
+    /// How many open disks now.
+    opening: AtomicU32,
+    /// Rollbacks are to end on their way.
+    interrupted: AtomicBool,
     /// Undo runs that could not be read to be merged, and when.
     passed_over: Mutex<BTreeMap<(DiskId, RunFile), Instant>>,
     progress: Mutex<Progress>,
@@ -96,6 +101,15 @@ pub struct Retention {
 impl std::fmt::Debug for Retention {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Retention").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+/// Disks are being opened; see [`Retention::opening`].
+pub struct Opening(Arc<Retention>);
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        self.0.opening.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -146,6 +160,8 @@ impl Retention {
             asked: Mutex::default(),
             held: Mutex::default(),
             unreadable: Mutex::default(),
+            opening: AtomicU32::new(0),
+            interrupted: AtomicBool::new(false),
             passed_over: Mutex::default(),
             progress: Mutex::default(),
             changed: Condvar::new(),
@@ -318,6 +334,30 @@ impl Retention {
         let mut passed = unpoisoned(&self.passed_over);
         passed.retain(|_, at| at.elapsed() < MERGE_AGAIN_AFTER);
         passed.keys().filter(|(of, _)| *of == disk).map(|(_, run)| *run).collect()
+    }
+
+    /// While somebody opens disks by what a start found in the log: it stays in its place, and a disk that is not open yet
+    /// is not taken for one that stands.
+    #[must_use]
+    pub fn opening(self: &Arc<Self>) -> Opening {
+        self.opening.fetch_add(1, Ordering::AcqRel);
+        Opening(Arc::clone(self))
+    }
+
+    /// Whether disks are being opened.
+    pub(crate) fn is_opening(&self) -> bool {
+        self.opening.load(Ordering::Acquire) > 0
+    }
+
+    /// Rollbacks end on their way from now on, for the daemon stops: who waits for their disks does not wait for hours. They are
+    /// gone on with by the next start.
+    pub fn interrupt(&self) {
+        self.interrupted.store(true, Ordering::Release);
+    }
+
+    /// Whether rollbacks are to end on their way.
+    pub(crate) fn is_interrupted(&self) -> bool {
+        self.interrupted.load(Ordering::Acquire)
     }
 
     /// Holds a point while somebody reads it: its runs are neither merged away nor forgotten, and what it needs of the log

@@ -241,6 +241,7 @@ fn a_rollback_is_finished_by_the_next_start_wherever_it_ended_and_the_way_forwar
         stopped += u32::from(went.is_err());
         disk.left.store(FOR_EVER, Ordering::SeqCst);
         disk.bench.restart();
+        disk.bench.ask(|_| ()); // its turn comes when the rollback is finished
         assert!(disk.stands(1), "after {changes} changes: {went:?}");
         assert!(disk.refusal().contains("is held"));
         let forward = disk.point("before-rollback");
@@ -250,6 +251,40 @@ fn a_rollback_is_finished_by_the_next_start_wherever_it_ended_and_the_way_forwar
     assert!(stopped >= 4, "it stopped on its way {stopped} times");
     disk.bench.restart();
     disk.bench.opened();
+    disk.bench.stop();
+}
+
+#[test]
+fn a_rollback_whose_daemon_stops_ends_between_two_steps_and_the_next_start_goes_on_with_it() {
+    let mut disk = Disk::new();
+    let one = disk.point("one");
+    let points = disk.points();
+    disk.bench.retention().interrupt();
+    let told = disk.go(one).unwrap_err();
+    assert!(told.contains("was not begun") && told.contains("repeat the command"), "{told}");
+    assert!(disk.stands(2) && disk.points() == points, "nothing was changed");
+    disk.bench.restart();
+    // It is interrupted when the first of its steps was written.
+    let (left, retention) = (Arc::clone(&disk.left), Arc::clone(disk.bench.retention()));
+    left.store(FOR_EVER, Ordering::SeqCst);
+    let watch = std::thread::spawn(move || {
+        let begun = std::time::Instant::now();
+        while left.load(Ordering::SeqCst) == FOR_EVER && begun.elapsed().as_secs() < 60 {
+            std::thread::sleep(std::time::Duration::from_micros(100));
+        }
+        retention.interrupt();
+    });
+    let went = disk.go(one);
+    watch.join().unwrap();
+    if let Err(told) = went {
+        assert!(told.contains("interrupted") && told.contains("starts again"), "{told}");
+        assert!(disk.refusal().contains("did not get to its end"));
+    }
+    disk.bench.restart();
+    disk.bench.ask(|_| ());
+    assert!(disk.stands(1));
+    disk.go(disk.point("before-rollback")).unwrap();
+    assert!(disk.stands(2));
     disk.bench.stop();
 }
 

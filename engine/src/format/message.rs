@@ -12,15 +12,15 @@ use super::handshake::{Hello, HelloAck};
 use super::standby::{Load, Probe};
 use super::wire::{Text, put_items, take_items, wire, wire_enum};
 use crate::checksum::UnitHash;
-use crate::limits::{CHUNK_BYTES, COMPARE_FINE_BYTES, RANGES_PER_MESSAGE_MAX};
+use crate::limits::{CHUNK_BYTES, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, RANGES_PER_MESSAGE_MAX};
 use crate::units::{DiskId, Generation, LineageId, PeerId, SectorRange, Sequence};
 
 mod tails;
 
 pub(in crate::format) use tails::check_size;
 use tails::{
-    all_items, bounded, put_auth, take_auth, take_blob, take_blob_of, take_compare_request, take_inventory,
-    take_point_degrade,
+    all_items, bounded, put_auth, take_auth, take_blob, take_blob_of, take_compare_hashes,
+    take_compare_request, take_inventory, take_point_degrade,
 };
 
 /// Identifies a source disk on its agent: derived from what the disk itself says, stable over reboots.
@@ -239,7 +239,7 @@ wire! {
 }
 
 wire! {
-    /// Head of COMPARE_REQUEST; the 64 KiB units to refine (u16 each, relative to the range) follow.
+    /// Head of COMPARE_REQUEST; the units to refine follow, ascending.
     pub struct CompareRequestHead / CompareRequestHeadWire = 64 {
         /// The disk.
         disk: DiskId,
@@ -249,16 +249,27 @@ wire! {
         request: u64,
         /// The sectors, at most one chunk.
         range: SectorRange,
-        /// Bytes a hash covers.
-        unit_bytes: u32,
-        /// Number of units to refine; zero for the whole range.
+        /// Number of units to refine; zero for hashes of the whole range.
         unit_count: u16,
-        ; reserved: [u8; 10],
+        ; reserved: [u8; 14],
+    }
+}
+
+/// Blocks of a compare unit.
+pub const BLOCKS_PER_UNIT: usize = (COMPARE_UNIT_BYTES / COMPARE_FINE_BYTES) as usize;
+
+wire! {
+    /// A unit to refine, in COMPARE_REQUEST.
+    pub struct RefineUnit / RefineUnitWire = 66 {
+        /// Number of the unit in 64 KiB from the range's start.
+        unit: u16,
+        /// CRC-32 of each of its 4 KiB blocks at the agent; zeros for blocks behind the range's end.
+        crcs: [u32; BLOCKS_PER_UNIT],
     }
 }
 
 wire! {
-    /// Head of COMPARE_HASHES; hashes in address order follow.
+    /// Head of COMPARE_HASHES; the hashes follow, then the masks.
     pub struct CompareHashesHead / CompareHashesHeadWire = 48 {
         /// The disk.
         disk: DiskId,
@@ -266,10 +277,21 @@ wire! {
         generation: Generation,
         /// The request answered.
         request: u64,
-        /// Number of hashes.
+        /// Number of hashes: one for each unit of the range, or where units were refined the one that confirms the masks.
         hash_count: u32,
-        ; reserved: [u8; 12],
+        /// Number of masks (u16): one for each unit that was refined.
+        mask_count: u16,
+        ; reserved: [u8; 10],
     }
+}
+
+/// What a target answers when it is asked to compare.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CompareAnswer {
+    /// Hashes of the units, or the one over all blocks of `masks`.
+    pub hashes: Vec<UnitHash>,
+    /// For each unit to refine, which of its blocks have the CRC that was sent: bit 0 is the first.
+    pub masks: Vec<u16>,
 }
 
 wire_enum! {
@@ -482,8 +504,8 @@ pub enum Message {
     Credit(Credit),
     Nack(Nack),
     Fenced(Fenced),
-    CompareRequest(CompareRequestHead, Vec<u16>),
-    CompareHashes(CompareHashesHead, Vec<UnitHash>),
+    CompareRequest(CompareRequestHead, Vec<RefineUnit>),
+    CompareHashes(CompareHashesHead, CompareAnswer),
     PassBegin(PassBegin),
     PassState(PassState),
     PassEnd(PassEnd),
@@ -505,8 +527,8 @@ pub const CERTIFICATE_BYTES_MAX: usize = 8192;
 pub const SIGNATURE_BYTES_MAX: usize = 512;
 /// Longest signed grant in bytes.
 pub const GRANT_BYTES_MAX: usize = 512;
-/// Most hashes one answer may carry: a whole chunk at the finest.
-pub const HASHES_MAX: usize = (CHUNK_BYTES / COMPARE_FINE_BYTES) as usize;
+/// Most units one request may refine, and most hashes or masks one answer may carry: those of a whole chunk.
+pub const UNITS_MAX: usize = (CHUNK_BYTES / COMPARE_UNIT_BYTES) as usize;
 
 impl Message {
     /// The message as a frame.
@@ -550,12 +572,13 @@ impl Message {
             Self::Fenced(m) => put(&mut out, FrameKind::Fenced, &m.to_bytes()),
             Self::CompareRequest(m, units) => {
                 put(&mut out, FrameKind::CompareRequest, &m.to_bytes());
-                put_items(&mut out, units.iter().copied());
+                units.iter().for_each(|unit| out.put_slice(&unit.to_bytes()));
                 FrameKind::CompareRequest
             }
-            Self::CompareHashes(m, hashes) => {
+            Self::CompareHashes(m, answer) => {
                 put(&mut out, FrameKind::CompareHashes, &m.to_bytes());
-                put_items(&mut out, hashes.iter().copied());
+                put_items(&mut out, answer.hashes.iter().copied());
+                put_items(&mut out, answer.masks.iter().copied());
                 FrameKind::CompareHashes
             }
             Self::PassBegin(m) => put(&mut out, FrameKind::PassBegin, &m.to_bytes()),
@@ -613,11 +636,7 @@ impl Message {
             FrameKind::Nack => Self::Nack(Nack::read_exact(body)?),
             FrameKind::Fenced => Self::Fenced(Fenced::read_exact(body)?),
             FrameKind::CompareRequest => take_compare_request(body)?,
-            FrameKind::CompareHashes => {
-                let (head, rest) = CompareHashesHead::read_prefix(body)?;
-                let count = bounded(head.hash_count, HASHES_MAX, "CompareHashes")?;
-                Self::CompareHashes(head, all_items(rest, count, "CompareHashes")?)
-            }
+            FrameKind::CompareHashes => take_compare_hashes(body)?,
             FrameKind::PassBegin => Self::PassBegin(PassBegin::read_exact(body)?),
             FrameKind::PassState => Self::PassState(PassState::read_exact(body)?),
             FrameKind::PassEnd => Self::PassEnd(PassEnd::read_exact(body)?),

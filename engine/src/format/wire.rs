@@ -93,6 +93,16 @@ impl<const N: usize> WireField for [u8; N] {
     }
 }
 
+impl<const N: usize> WireField for [u32; N] {
+    type Wire = [U32; N];
+    fn to_wire(&self) -> [U32; N] {
+        self.map(U32::new)
+    }
+    fn from_wire(wire: [U32; N], _: &'static str, _: &'static str) -> Result<Self, FormatError> {
+        Ok(wire.map(U32::get))
+    }
+}
+
 impl WireField for bool {
     type Wire = u8;
     fn to_wire(&self) -> u8 {

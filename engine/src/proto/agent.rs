@@ -19,6 +19,7 @@ use bytes::Bytes;
 use super::agent_disk::{AgentDisk, ScanEnd, SentBatch, WaitingBulk, WantedPass, next_bulk, next_delta};
 pub use super::agent_disk::{SentBytes, StreamPosition};
 pub use super::agent_event::AgentEvent;
+use super::compare::Computed;
 use super::credit::Balance;
 use super::pass::{Pass, PassAction, Sink};
 use super::resume::{Decision, Ours, Theirs, decide};
@@ -36,10 +37,8 @@ use crate::format::message::{
     Message, Nack, NackReason, OfferHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade,
 };
 use crate::format::wire::Text;
-use crate::limits::{
-    CHUNK_BYTES, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX,
-    GRACE_BYTES,
-};
+use crate::limits::{CHUNK_BYTES, DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX, GRACE_BYTES};
+use crate::mutants::{Mutant, mutant};
 use crate::range_set::RangeSet;
 use crate::units::{
     BLOCK_BYTES, DiskId, Generation, LineageId, PeerId, SECTOR_BYTES, SectorRange, Sequence, Timestamp,
@@ -129,6 +128,10 @@ impl Agent {
             }
             disk.end_walk();
             disk.balance = Balance::default();
+            if mutant(Mutant::ForgetUndurable) {
+                disk.forget_undurable();
+            }
+            disk.wanted = disk.wanted.filter(|_| !mutant(Mutant::ForgetWantedPass));
         }
     }
 
@@ -179,12 +182,12 @@ impl Agent {
             }
             (AgentLink::Ready, Message::Nack(nack)) => self.handle_nack(&nack),
             (AgentLink::Ready, Message::Fenced(fenced)) => self.handle_fenced(&fenced),
-            (AgentLink::Ready, Message::CompareHashes(head, hashes)) => {
+            (AgentLink::Ready, Message::CompareHashes(head, answer)) => {
                 if let Some(disk) = self.open_disk(head.disk, head.generation)
                     && let Some(chunk) = disk.requests.remove(&head.request)
                     && let Some(pass) = disk.pass.as_mut()
                 {
-                    pass.handle_remote(chunk, hashes)
+                    pass.handle_remote(chunk, answer)
                         .map_err(|error| ProtoError::Limit(error.to_string()))?;
                 }
             }
@@ -443,6 +446,9 @@ impl Agent {
             let message = disk.ask_to_open(nack.disk, disk.size_sectors);
             return self.control(&message);
         }
+        if mutant(Mutant::ForgetNack) {
+            return;
+        }
         let from = disk.unacked.iter().position(|batch| batch.header.last_sequence() >= nack.resume_from);
         disk.unsent_from = from.unwrap_or(disk.unacked.len());
         disk.resend_marks(Sequence(nack.resume_from.0.saturating_sub(1)));
@@ -496,27 +502,31 @@ impl Agent {
         }
     }
 
-    /// The fine hashes of a kept chunk.
+    /// What a work item wanted computed of a kept chunk.
     ///
     /// # Errors
-    /// When their number does not fit the chunk: a bug of the reader.
-    pub fn handle_fine(
+    /// When it does not fit what was asked: a bug of the reader.
+    pub fn handle_computed(
         &mut self,
         disk: DiskId,
         epoch: u64,
         chunk: SectorRange,
-        hashes: Vec<UnitHash>,
+        computed: Computed,
     ) -> Result<(), ProtoError> {
         match self.pass_of(disk, epoch) {
             Some(pass) => {
-                pass.handle_fine(chunk, hashes).map_err(|error| ProtoError::Limit(error.to_string()))
+                pass.handle_computed(chunk, computed).map_err(|error| ProtoError::Limit(error.to_string()))
             }
             None => Ok(()),
         }
     }
 
     fn pass_of(&mut self, disk: DiskId, epoch: u64) -> Option<&mut Pass> {
-        self.disks.get_mut(&disk).filter(|disk| disk.epoch == epoch)?.pass.as_mut()
+        self.disks
+            .get_mut(&disk)
+            .filter(|disk| disk.epoch == epoch || mutant(Mutant::LateAnswers))?
+            .pass
+            .as_mut()
     }
 
     /// Submits the records of a chunk of the current pass; `as_of` as handed out with the work item, `time` when the
@@ -664,15 +674,12 @@ impl Agent {
                     let request = disk.next_request;
                     disk.next_request += 1;
                     disk.requests.insert(request, chunk.start);
-                    let unit_bytes =
-                        if units.is_empty() { COMPARE_UNIT_BYTES } else { COMPARE_FINE_BYTES } as u32;
                     out.push(Message::CompareRequest(
                         CompareRequestHead {
                             disk: *id,
                             generation: disk.generation,
                             request,
                             range: chunk,
-                            unit_bytes,
                             unit_count: units.len() as u16,
                         },
                         units,

@@ -19,6 +19,7 @@ use crate::format::extent::Record;
 use crate::format::frame::Frame;
 use crate::format::message::{GrantHead, Message, OfferHead, OpenDiskHead, PassCause, SourceId};
 use crate::limits::{GRACE_BYTES, MARKS_PENDING_MAX};
+use crate::mutants::{Mutant, mutant};
 use crate::units::{DiskId, Generation, LineageId, SectorRange, Sequence, Timestamp};
 
 /// A delta batch that is not yet durable.
@@ -256,6 +257,15 @@ impl AgentDisk {
             batch.header.generation = head.generation;
         }
         self.renew_marks(head.durable);
+        if mutant(Mutant::ReuseSequence) {
+            (self.last, self.last_chain) = (self.durable, self.durable_chain);
+        }
+    }
+
+    /// A deliberate bug: what was submitted and is not durable is gone.
+    pub(super) fn forget_undurable(&mut self) {
+        self.unacked.clear();
+        (self.last, self.last_chain) = (self.durable, self.durable_chain);
     }
 
     /// The target stands at `border` again, before what it had called durable: that waits once more. The border must be
@@ -263,8 +273,9 @@ impl AgentDisk {
     pub(super) fn take_back(&mut self, border: Sequence, chain: Chain) {
         let taken = self.grace.take_back(border);
         (self.durable, self.durable_chain) = (border, chain);
-        for batch in taken.batches.into_iter().rev() {
-            self.unacked.push_front(batch);
+        for batch in taken.batches.into_iter().rev().filter(|_| !mutant(Mutant::GraceForgotten)) {
+            let at = if mutant(Mutant::GraceReversed) { self.unacked.len() } else { 0 };
+            self.unacked.insert(at, batch);
         }
         for mark in taken.marks.into_iter().rev() {
             self.marks.push_front(WaitingMark { mark, sent: false, told: true });
@@ -275,6 +286,7 @@ impl AgentDisk {
     /// was lost on its way counts as one: a compare too many is better than one too few.
     pub(super) fn take_grant(&mut self, generation: Generation, grant: Bytes) -> bool {
         let foreign = self.granted != Generation::ZERO && self.generation != self.granted;
+        let foreign = foreign && !mutant(Mutant::IgnoreOtherSession);
         self.generation = generation;
         self.granted = generation;
         self.grant = grant;
@@ -422,9 +434,16 @@ impl AgentDisk {
     }
 }
 
-/// The next delta batch or mark of a disk that credit allows; a mark goes exactly behind its last record.
+/// The next delta batch or mark of a disk that credit allows; a mark goes exactly behind its last record. Nothing goes while
+/// a compare pass is wanted and has not begun at the target: something before it is missing there, and a target that does
+/// not know would take what follows for a state of the source. PASS_BEGIN travels on another lane, and may be lost.
 pub(super) fn next_delta(id: DiskId, disk: &mut AgentDisk) -> Option<Outgoing> {
-    if let Some(mark) = disk.next_mark() {
+    if disk.wanted.is_some() {
+        return None;
+    }
+    if let Some(mark) = disk.next_mark()
+        && !(mutant(Mutant::DropMark) && mark.number % 2 == 1)
+    {
         return Some(Outgoing { lane: Lane::Delta(id), frame: Message::Mark(mark).encode() });
     }
     let batch = disk.unacked.get_mut(disk.unsent_from)?;

@@ -6,6 +6,7 @@
 
 use crate::format::batch::BATCH_COST_MAX;
 use crate::limits::{PROGRESS_BYTES, PROGRESS_NANOS, UNDURABLE_BYTES_MAX, UNWRITTEN_BYTES_MAX};
+use crate::mutants::{Mutant, mutant};
 
 /// A new limit is announced when it grew by this part of the window.
 const ANNOUNCE_PART: u64 = 8;
@@ -30,7 +31,7 @@ impl Balance {
     /// Spends `cost` if the limit allows it.
     #[must_use = "an unpaid batch must not be sent"]
     pub fn spend(&mut self, cost: u64) -> bool {
-        let allowed = self.spent + cost <= self.limit;
+        let allowed = self.spent + cost <= self.limit || mutant(Mutant::SpendBeyondCredit);
         if allowed {
             self.spent += cost;
         }
@@ -82,7 +83,8 @@ impl Window {
     /// The limit in force: bounded by what is not yet written and by what is not yet durable.
     #[must_use]
     pub fn limit(&self) -> u64 {
-        (self.written + self.limits.unwritten_bytes).min(self.durable + self.limits.undurable_bytes)
+        let twice = if mutant(Mutant::CreditTwice) { self.limits.unwritten_bytes } else { 0 };
+        (self.written + self.limits.unwritten_bytes + twice).min(self.durable + self.limits.undurable_bytes)
     }
 
     /// Takes a batch; `false` when the peer had no credit for it.

@@ -22,7 +22,7 @@ use crate::format::frame::FrameKind;
 use crate::format::handshake::{HELLO_MAGIC, Hello, HelloAck, Role};
 use crate::format::message::{
     CompareRequestHead, ErrorCode, GrowDisk, InventoryDisk, MarkRefused, MarkRequest, Message, OfferHead,
-    OpenDiskHead, PassBegin, PassEnd, PointDegrade, Policy, SourceId, Welcome,
+    OpenDiskHead, PassBegin, PassEnd, PointDegrade, Policy, RefineUnit, SourceId, Welcome,
 };
 use crate::limits::HANDSHAKE_NANOS_MAX;
 use crate::units::{DiskId, Generation, MonoTime, PeerId};
@@ -48,7 +48,7 @@ pub enum DiskInput {
     /// A mark.
     Mark(Mark),
     /// A request for hashes.
-    Compare(CompareRequestHead, Vec<u16>),
+    Compare(CompareRequestHead, Vec<RefineUnit>),
     /// A compare pass is asked for.
     PassBegin(PassBegin),
     /// The disk is covered.

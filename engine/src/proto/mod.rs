@@ -18,6 +18,7 @@ pub mod agent;
 mod agent_disk;
 mod agent_event;
 pub mod batch;
+pub mod compare;
 pub mod credit;
 mod grace;
 pub mod master_target;

@@ -1,18 +1,21 @@
 //! One walk over a disk: which chunks are read, which hashes are asked for, and which pieces are sent.
 //!
-//! A chunk goes `reading → (comparing → refining →) sending → sent`. A bulk pass repairs the target until all of the
+//! A chunk goes `reading → (comparing → refining → confirming →) sending → sent`. A bulk pass repairs the target until all of the
 //! disk is settled durably; a scan round does the same through the delta stream and forgets itself at its mark.
 //!
 //! Invariants: at most [`CHUNKS_OPEN_MAX`] chunks hold data at the agent; what cannot be read is never sent; a chunk is
-//! settled only when the target says its sectors are durable (bulk) or its records were given sequences (scan); a
+//! settled only when the target says its sectors are durable (bulk) or its records were given sequences (scan); nothing of
+//! a compared chunk is sent before a 16-byte hash has confirmed what is left out, for what is sent settles all of it; a
 //! reconnect begins again with what is not settled. Units: sectors; a unit is 64 KiB, a fine unit 4 KiB, counted from the chunk's first sector.
 //! Driven by [`super::agent`]; the data themselves stay with the agent's reader.
 
 use std::collections::{BTreeMap, VecDeque};
 
+use super::compare::{Computed, Question, UnitMask};
 use crate::checksum::UnitHash;
-use crate::format::message::PassMode;
+use crate::format::message::{CompareAnswer, PassMode, RefineUnit};
 use crate::limits::{CHUNK_BYTES, CHUNKS_OPEN_MAX, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES};
+use crate::mutants::{Mutant, mutant};
 use crate::range_set::RangeSet;
 use crate::units::{SECTOR_BYTES, SectorRange};
 
@@ -40,19 +43,19 @@ pub enum PassAction {
         /// The parts of it that are wanted, ascending; empty for all of it.
         pieces: Vec<SectorRange>,
     },
-    /// Ask the target for hashes of the chunk, or with `units` for the fine hashes of those units.
+    /// Ask the target for hashes of the chunk, or with `units` which of their blocks are equal there.
     Ask {
         /// The chunk.
         chunk: SectorRange,
         /// Units to refine; empty for unit hashes of the whole chunk.
-        units: Vec<u16>,
+        units: Vec<RefineUnit>,
     },
-    /// Hash these units of the kept data finely.
-    HashFine {
+    /// Compute this of the kept data.
+    Compute {
         /// The chunk.
         chunk: SectorRange,
-        /// The units.
-        units: Vec<u16>,
+        /// What.
+        question: Question,
     },
     /// Make records of these pieces of the kept data and submit them (perhaps none); then forget the data.
     Send {
@@ -70,8 +73,8 @@ struct Chunk {
     remote: Option<Vec<UnitHash>>,
     refine: Vec<u16>,
     pieces: Vec<SectorRange>,
-    local_fine: Option<Vec<UnitHash>>,
-    remote_fine: Option<Vec<UnitHash>>,
+    /// What the target said of the units to refine: blocks it holds as equal, and the hash over all of them.
+    claim: Option<(Vec<UnitMask>, UnitHash)>,
     /// What of it cannot be read.
     unread: RangeSet,
 }
@@ -98,11 +101,11 @@ pub struct Pass {
 
 /// An answer that does not fit what was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{got} hashes where {expected} were asked for")]
+#[error("an answer for {got} units where {expected} were asked for")]
 pub struct HashCountError {
-    /// Hashes that came.
+    /// Units that were answered.
     pub got: usize,
-    /// Hashes asked for.
+    /// Units asked for.
     pub expected: usize,
 }
 
@@ -259,33 +262,54 @@ impl Pass {
         Ok(())
     }
 
-    /// The target's hashes came: unit hashes first, then fine ones.
+    /// The target's answer came: unit hashes first, then what is equal in the units to refine.
     ///
     /// # Errors
-    /// When the number of hashes does not fit.
-    pub fn handle_remote(&mut self, chunk_start: u64, hashes: Vec<UnitHash>) -> Result<(), HashCountError> {
+    /// When it does not fit what was asked.
+    pub fn handle_remote(&mut self, chunk_start: u64, answer: CompareAnswer) -> Result<(), HashCountError> {
         let Some(state) = self.open.get_mut(&chunk_start) else { return Ok(()) };
+        let CompareAnswer { hashes, masks } = answer;
         if state.remote.is_none() {
+            check_count(masks.len(), 0)?;
             check_count(hashes.len(), unit_count(state.range))?;
             state.remote = Some(hashes);
             self.compare(chunk_start);
+            return Ok(());
+        }
+        check_count(masks.len(), state.refine.len())?;
+        let [hash] = *hashes else { return Err(HashCountError { got: hashes.len(), expected: 1 }) };
+        let equal = state.refine.iter().zip(masks).map(|(unit, mask)| UnitMask { unit: *unit, mask });
+        let equal: Vec<UnitMask> = equal.collect();
+        let chunk = state.range;
+        if equal.iter().all(|unit| unit.mask == 0) {
+            self.send_all_but(chunk_start, &equal);
         } else {
-            check_count(hashes.len(), fine_count(state))?;
-            state.remote_fine = Some(hashes);
-            self.compare_fine(chunk_start);
+            state.claim = Some((equal.clone(), hash));
+            self.actions.push_back(PassAction::Compute { chunk, question: Question::Confirm(equal) });
         }
         Ok(())
     }
 
-    /// The fine hashes of the kept data are there.
+    /// What was to be computed of the kept data is there.
     ///
     /// # Errors
-    /// When the number of hashes does not fit.
-    pub fn handle_fine(&mut self, chunk: SectorRange, hashes: Vec<UnitHash>) -> Result<(), HashCountError> {
+    /// When it does not fit what was asked.
+    pub fn handle_computed(&mut self, chunk: SectorRange, computed: Computed) -> Result<(), HashCountError> {
         let Some(state) = self.open.get_mut(&chunk.start) else { return Ok(()) };
-        check_count(hashes.len(), fine_count(state))?;
-        state.local_fine = Some(hashes);
-        self.compare_fine(chunk.start);
+        match computed {
+            Computed::Crcs(units) => {
+                check_count(units.len(), state.refine.len())?;
+                self.actions.push_back(PassAction::Ask { chunk: state.range, units });
+            }
+            Computed::Confirmed(ours) => {
+                let Some((mut equal, theirs)) = state.claim.take() else { return Ok(()) };
+                if ours != theirs {
+                    // Somewhere two different blocks have the same CRC. Where, nobody knows.
+                    equal.iter_mut().for_each(|unit| unit.mask = 0);
+                }
+                self.send_all_but(chunk.start, &equal);
+            }
+        }
         Ok(())
     }
 
@@ -308,24 +332,20 @@ impl Pass {
         if units.is_empty() {
             self.send(start);
         } else {
-            self.actions.push_back(PassAction::HashFine { chunk, units: units.clone() });
-            self.actions.push_back(PassAction::Ask { chunk, units });
+            self.actions.push_back(PassAction::Compute { chunk, question: Question::Crcs(units) });
         }
     }
 
-    fn compare_fine(&mut self, start: u64) {
+    /// Sends the units that were refined without the blocks that are equal.
+    fn send_all_but(&mut self, start: u64, equal: &[UnitMask]) {
         let Some(state) = self.open.get_mut(&start) else { return };
-        let (Some(local), Some(remote)) = (&state.local_fine, &state.remote_fine) else { return };
-        let mut hashes = local.iter().zip(remote);
-        for unit in &state.refine {
-            for fine in
-                sub_range(state.range, u64::from(*unit), UNIT_SECTORS).aligned_from_start(FINE_SECTORS)
-            {
+        for UnitMask { unit, mask } in equal {
+            let blocks =
+                sub_range(state.range, u64::from(*unit), UNIT_SECTORS).aligned_from_start(FINE_SECTORS);
+            for (index, block) in blocks.enumerate() {
                 // Of one that cannot be read whole, what can be is sent.
-                if let Some((ours, theirs)) = hashes.next()
-                    && (ours != theirs || state.unread.overlap(fine).next().is_some())
-                {
-                    state.pieces.push(fine);
+                if mask & (1 << index) == 0 || state.unread.overlap(block).next().is_some() {
+                    state.pieces.push(block);
                 }
             }
         }
@@ -364,7 +384,8 @@ impl Pass {
     /// Whether everything is settled; true once, so that the end is announced once.
     #[must_use]
     pub fn take_end(&mut self) -> bool {
-        let over = !self.end_announced && self.open.is_empty() && self.settled.contains(self.whole);
+        let settled = if mutant(Mutant::EndPassEarly) { &self.begun } else { &self.settled };
+        let over = !self.end_announced && self.open.is_empty() && settled.contains(self.whole);
         self.end_announced |= over;
         over
     }
@@ -388,40 +409,8 @@ pub const fn unit_count(range: SectorRange) -> usize {
     range.len().div_ceil(UNIT_SECTORS) as usize
 }
 
-fn fine_count(chunk: &Chunk) -> usize {
-    chunk
-        .refine
-        .iter()
-        .map(|unit| {
-            sub_range(chunk.range, u64::from(*unit), UNIT_SECTORS).len().div_ceil(FINE_SECTORS) as usize
-        })
-        .sum()
-}
-
 const fn check_count(got: usize, expected: usize) -> Result<(), HashCountError> {
     if got == expected { Ok(()) } else { Err(HashCountError { got, expected }) }
-}
-
-/// The byte runs that hashes of a request cover, relative to the chunk's first byte: whole units, or the fine units
-/// of `units`. The one definition both ends use.
-pub fn hash_spans(chunk: SectorRange, unit_bytes: u64, units: &[u16]) -> Vec<std::ops::Range<usize>> {
-    let relative = |range: SectorRange| {
-        let from = ((range.start - chunk.start) * SECTOR_BYTES) as usize;
-        from..from + range.bytes() as usize
-    };
-    let unit = (unit_bytes / SECTOR_BYTES).max(1);
-    if units.is_empty() {
-        return chunk.aligned_from_start(unit).map(relative).collect();
-    }
-    units
-        .iter()
-        .map(|index| chunk.start + u64::from(*index) * UNIT_SECTORS)
-        .filter(|start| *start < chunk.end)
-        .flat_map(|start| {
-            SectorRange::new(start, (start + UNIT_SECTORS).min(chunk.end)).aligned_from_start(unit)
-        })
-        .map(relative)
-        .collect()
 }
 
 #[cfg(test)]
@@ -432,6 +421,23 @@ mod tests {
 
     fn whole(units: u64) -> SectorRange {
         SectorRange::new(0, units * UNIT_SECTORS)
+    }
+
+    fn hashes(all: &[UnitHash]) -> CompareAnswer {
+        CompareAnswer { hashes: all.to_vec(), masks: Vec::new() }
+    }
+
+    /// The walk refines one unit and is told by the target that these blocks are equal, with a hash over them.
+    fn refines(pass: &mut Pass, chunk: SectorRange, unit: u16, mask: u16) {
+        let question = Question::Crcs(vec![unit]);
+        assert_eq!(pass.poll_action(), Some(PassAction::Compute { chunk, question }));
+        assert_eq!(pass.poll_action(), None, "without the CRCs there is nothing to ask");
+        let units = vec![RefineUnit { unit, crcs: [5; 16] }];
+        pass.handle_computed(chunk, Computed::Crcs(units.clone())).unwrap();
+        assert_eq!(pass.poll_action(), Some(PassAction::Ask { chunk, units }));
+        pass.handle_remote(chunk.start, CompareAnswer { hashes: vec![H(7)], masks: vec![mask] }).unwrap();
+        let question = Question::Confirm(vec![UnitMask { unit, mask }]);
+        assert_eq!(pass.poll_action(), Some(PassAction::Compute { chunk, question }));
     }
 
     #[test]
@@ -467,15 +473,11 @@ mod tests {
         let mut pass = Pass::new(2, PassMode::Compare, Sink::Bulk, disk, RangeSet::new());
         assert_eq!(pass.poll_action(), Some(PassAction::Read { chunk: disk, hash: true, pieces: vec![] }));
         assert_eq!(pass.poll_action(), Some(PassAction::Ask { chunk: disk, units: vec![] }));
-        pass.handle_remote(0, vec![H(1), H(2), UnitHash::ZEROS, H(4)]).unwrap();
+        pass.handle_remote(0, hashes(&[H(1), H(2), UnitHash::ZEROS, H(4)])).unwrap();
         pass.handle_read(disk, Some(vec![H(1), H(9), H(3), UnitHash::ZEROS])).unwrap();
-        assert_eq!(pass.poll_action(), Some(PassAction::HashFine { chunk: disk, units: vec![1] }));
-        assert_eq!(pass.poll_action(), Some(PassAction::Ask { chunk: disk, units: vec![1] }));
-        let mut theirs = vec![H(5); 16];
-        theirs[3] = H(6);
-        theirs[4] = H(6);
-        pass.handle_fine(disk, vec![H(5); 16]).unwrap();
-        pass.handle_remote(0, theirs).unwrap();
+        refines(&mut pass, disk, 1, 0b1111_1111_1110_0111);
+        assert_eq!(pass.poll_action(), None, "nothing is sent before it is confirmed");
+        pass.handle_computed(disk, Computed::Confirmed(H(7))).unwrap();
         let pieces = vec![SectorRange::new(128 + 24, 128 + 40), SectorRange::new(256, 512)];
         assert_eq!(pass.poll_action(), Some(PassAction::Send { chunk: disk, pieces }));
     }
@@ -508,15 +510,10 @@ mod tests {
         // A block of the first unit, all of the second: there it reads as zeros, as the target does.
         let block = SectorRange::new(8, 16);
         pass.handle_unread(0, &[block, sub_range(disk, 1, UNIT_SECTORS)]);
-        pass.handle_remote(0, vec![H(1), H(2), H(3)]).unwrap();
+        pass.handle_remote(0, hashes(&[H(1), H(2), H(3)])).unwrap();
         pass.handle_read(disk, Some(vec![H(1), UnitHash::ZEROS, H(3)])).unwrap();
-        assert_eq!(pass.poll_action(), Some(PassAction::HashFine { chunk: disk, units: vec![0] }));
-        assert_eq!(pass.poll_action(), Some(PassAction::Ask { chunk: disk, units: vec![0] }));
-        let mut ours = vec![H(5); 16];
-        ours[1] = H(9);
-        ours[4] = H(9);
-        pass.handle_fine(disk, ours).unwrap();
-        pass.handle_remote(0, vec![H(5); 16]).unwrap();
+        refines(&mut pass, disk, 0, 0b1111_1111_1110_1101);
+        pass.handle_computed(disk, Computed::Confirmed(H(7))).unwrap();
         let pieces = vec![SectorRange::new(32, 40)];
         assert_eq!(pass.poll_action(), Some(PassAction::Send { chunk: disk, pieces }));
     }
@@ -624,19 +621,41 @@ mod tests {
     }
 
     #[test]
-    fn hashes_of_the_wrong_number_are_refused() {
-        let disk = whole(4);
-        let mut pass = Pass::new(2, PassMode::Compare, Sink::Bulk, disk, RangeSet::new());
-        let _ = pass.poll_action();
-        assert!(pass.handle_remote(0, vec![H(1); 3]).is_err());
-        assert!(pass.handle_read(disk, Some(vec![H(1); 5])).is_err());
+    fn what_is_not_confirmed_is_sent_whole_and_what_has_nothing_to_confirm_at_once() {
+        let disk = whole(3);
+        let unit = |index| sub_range(disk, index, UNIT_SECTORS);
+        for (mask, ours) in [(0b10, Some(H(8))), (0, None)] {
+            let mut pass = Pass::new(1, PassMode::Compare, Sink::Delta, disk, RangeSet::new());
+            let _ = (pass.poll_action(), pass.poll_action());
+            pass.handle_remote(0, hashes(&[H(1), H(2), H(3)])).unwrap();
+            pass.handle_read(disk, Some(vec![H(1), H(4), H(3)])).unwrap();
+            let _ = pass.poll_action();
+            pass.handle_computed(disk, Computed::Crcs(vec![RefineUnit { unit: 1, crcs: [0; 16] }])).unwrap();
+            let _ = pass.poll_action();
+            pass.handle_remote(0, CompareAnswer { hashes: vec![H(7)], masks: vec![mask] }).unwrap();
+            if let Some(ours) = ours {
+                assert!(matches!(pass.poll_action(), Some(PassAction::Compute { .. })));
+                pass.handle_computed(disk, Computed::Confirmed(ours)).unwrap();
+            }
+            let pieces = vec![unit(1)];
+            assert_eq!(pass.poll_action(), Some(PassAction::Send { chunk: disk, pieces }), "{mask}");
+        }
     }
 
     #[test]
-    fn hash_spans_end_with_the_chunk() {
-        let chunk = SectorRange::new(1000, 1000 + 200);
-        assert_eq!(hash_spans(chunk, COMPARE_UNIT_BYTES, &[]), [0..65536, 65536..102_400]);
-        assert_eq!(hash_spans(chunk, COMPARE_FINE_BYTES, &[1]).len(), 9);
-        assert_eq!(hash_spans(chunk, COMPARE_FINE_BYTES, &[7]), Vec::<std::ops::Range<usize>>::new());
+    fn answers_for_the_wrong_number_of_units_are_refused() {
+        let disk = whole(4);
+        let mut pass = Pass::new(2, PassMode::Compare, Sink::Bulk, disk, RangeSet::new());
+        let _ = pass.poll_action();
+        assert!(pass.handle_remote(0, hashes(&[H(1); 3])).is_err());
+        assert!(pass.handle_remote(0, CompareAnswer { hashes: vec![H(1); 4], masks: vec![1] }).is_err());
+        assert!(pass.handle_read(disk, Some(vec![H(1); 5])).is_err());
+        pass.handle_remote(0, hashes(&[H(1); 4])).unwrap();
+        pass.handle_read(disk, Some(vec![H(1), H(2), H(2), H(1)])).unwrap();
+        assert!(pass.handle_computed(disk, Computed::Crcs(Vec::new())).is_err());
+        for (hash_count, masks) in [(1, 1), (1, 3), (0, 2), (2, 2)] {
+            let answer = CompareAnswer { hashes: vec![H(1); hash_count], masks: vec![0; masks] };
+            assert!(pass.handle_remote(0, answer).is_err(), "{hash_count} and {masks}");
+        }
     }
 }

@@ -23,6 +23,7 @@ use crate::format::frame::{Frame, FrameKind};
 use crate::format::handshake::Hello;
 use crate::format::message::{Credit, GrantHead, Message};
 use crate::limits::{DISKS_PER_AGENT_MAX, HANDSHAKE_NANOS_MAX};
+use crate::mutants::{Mutant, mutant};
 use crate::units::{DiskId, Generation, MonoTime, PeerId, SECTOR_BYTES};
 
 /// Frames of one lane that may wait for a compression job: batches are bounded by credit, marks by this.
@@ -360,6 +361,9 @@ impl RelaySession {
     /// Lets go what stands first in its lane and is ready.
     fn drain_lanes(&mut self) {
         for (lane, slots) in &mut self.lanes {
+            if mutant(Mutant::RelayReorders) {
+                slots.make_contiguous().sort_by_key(|slot| matches!(slot, Slot::Waiting { .. }));
+            }
             while let Some(Slot::Ready { .. }) = slots.front() {
                 let Some(Slot::Ready { frame, cost }) = slots.pop_front() else { break };
                 let disk = match lane {
@@ -449,6 +453,7 @@ impl RelaySession {
         let window = self.windows.get(&id).copied().unwrap_or(self.window_bytes);
         let Some(disk) = self.disks.get_mut(&id) else { return };
         let limit = disk.upstream_limit.min((disk.forwarded + window).saturating_sub(disk.stale));
+        let limit = if mutant(Mutant::RelayCreditTwice) { disk.upstream_limit } else { limit };
         let worth_it = limit >= disk.announced + window / 8 || limit == disk.upstream_limit;
         if limit > disk.announced && worth_it {
             disk.announced = limit;

@@ -20,15 +20,15 @@ use std::collections::VecDeque;
 
 use super::credit::{FlowLimits, Window};
 use super::state::TargetDiskPhase;
-use crate::checksum::UnitHash;
 use crate::format::batch::{BatchHeader, BulkHeader, CHAIN_START, Chain, Mark, credit_cost};
 use crate::format::disk_state::DiskState;
 use crate::format::extent::Record;
 use crate::format::message::{
-    CompareHashesHead, CompareRequestHead, ErrorCode, Message, NackReason, OpenDiskHead, PassBegin,
-    PassCause, PassEnd, PassMode, PointDegrade, SourceId,
+    CompareAnswer, CompareHashesHead, CompareRequestHead, ErrorCode, Message, NackReason, OpenDiskHead,
+    PassBegin, PassCause, PassEnd, PassMode, PointDegrade, RefineUnit, SourceId,
 };
 use crate::limits::CHUNKS_OPEN_MAX;
+use crate::mutants::{Mutant, mutant};
 use crate::range_set::RangeSet;
 use crate::units::{DiskId, Generation, LineageId, MonoTime, PeerId, SectorRange, Sequence};
 
@@ -59,14 +59,14 @@ pub enum DiskAction {
         /// To be reported back.
         cost: u64,
     },
-    /// Hash the target; then [`TargetDisk::handle_hashed`].
+    /// Compare the target as [`super::compare::answer`] says; then [`TargetDisk::handle_hashed`].
     Hash {
         /// Who asked.
         session: SessionId,
         /// What was asked.
         request: CompareRequestHead,
-        /// Units to refine.
-        units: Vec<u16>,
+        /// Units to refine; empty for hashes of the whole range.
+        units: Vec<RefineUnit>,
     },
     /// Flush the target, then make the state durable; then [`TargetDisk::handle_checkpointed`].
     Checkpoint {
@@ -276,7 +276,9 @@ impl TargetDisk {
             return self.reply(session, Message::Fenced(self.fenced()));
         }
         self.phase.become_state(TargetDiskPhase::Opening);
-        self.state.generation = self.state.generation.next();
+        if !(mutant(Mutant::ReuseGeneration) && self.ever_opened) {
+            self.state.generation = self.state.generation.next();
+        }
         if self.ever_opened && self.state.mode == PassMode::Copy {
             self.state.mode = PassMode::Compare; // something was perhaps written and not recorded
         }
@@ -293,6 +295,9 @@ impl TargetDisk {
         self.pass_announce = false;
         self.touch(now);
         self.checkpoint_if_due(now, true);
+        if mutant(Mutant::GrantEarly) {
+            self.grant(session);
+        }
     }
 
     /// A delta batch whose payload was checked. What a peer does wrong is answered, never an error here.
@@ -312,14 +317,16 @@ impl TargetDisk {
         }
         let chain = (header.lineage == self.state.lineage).then_some(self.state.chain);
         let last = header.last_sequence();
-        if chain.is_some() && last <= self.received {
+        let twice = mutant(Mutant::AcceptTwice) && last <= self.received;
+        if chain.is_some() && last <= self.received && !twice {
             self.window_dropped(cost);
             if last <= self.durable {
                 self.ack(session);
             }
             return;
         }
-        if header.first_sequence > self.received.next() {
+        let gap = header.first_sequence > self.received.next();
+        if gap && !mutant(Mutant::ContinueOverGap) {
             self.window_dropped(cost);
             if !self.nacked {
                 self.nacked = true;
@@ -327,7 +334,8 @@ impl TargetDisk {
             }
             return;
         }
-        if header.first_sequence != self.received.next() || chain != Some(header.chain) {
+        let follows = header.first_sequence == self.received.next() && chain == Some(header.chain);
+        if !follows && !twice && !gap {
             let text = "the stream's history does not fit what the target holds; a person must choose a side";
             return self.expel(session, ErrorCode::Fork, text);
         }
@@ -346,7 +354,11 @@ impl TargetDisk {
                 }
             }
         }
-        let pieces = records.into_iter().map(|record| Piece { keep: vec![record.range()], record }).collect();
+        let piece = |record: Record| Piece { keep: vec![record.range()], record };
+        let mut pieces: Vec<Piece> = records.into_iter().map(piece).collect();
+        if mutant(Mutant::ReverseRecords) {
+            pieces.reverse();
+        }
         self.order_write(now, pieces, cost);
     }
 
@@ -427,11 +439,19 @@ impl TargetDisk {
     /// what came after the first time is not remembered.
     fn bulk_may_write(&self, range: SectorRange) -> Vec<SectorRange> {
         let unsettled = self.state.settled.missing(range);
+        if mutant(Mutant::BulkOverDelta) {
+            return unsettled;
+        }
         unsettled.into_iter().flat_map(|part| self.state.touched.missing(part)).collect()
     }
 
     /// A request for hashes.
-    pub fn handle_compare(&mut self, session: SessionId, request: CompareRequestHead, units: Vec<u16>) {
+    pub fn handle_compare(
+        &mut self,
+        session: SessionId,
+        request: CompareRequestHead,
+        units: Vec<RefineUnit>,
+    ) {
         if !self.may_write(session, request.generation) {
             return self.fence(session);
         }
@@ -453,7 +473,9 @@ impl TargetDisk {
         }
         self.state.pass += 1;
         self.state.mode = PassMode::Compare;
-        self.state.settled.clear();
+        if !mutant(Mutant::KeepSettled) {
+            self.state.settled.clear();
+        }
         self.state.touched.clear();
         self.fresh_settled.clear();
         self.pass_end_wanted = false;
@@ -511,24 +533,25 @@ impl TargetDisk {
     }
 
     /// A [`DiskAction::Hash`] is done.
-    pub fn handle_hashed(&mut self, session: SessionId, request: &CompareRequestHead, hashes: Vec<UnitHash>) {
+    pub fn handle_hashed(&mut self, session: SessionId, request: &CompareRequestHead, answer: CompareAnswer) {
         self.hashes_waiting = self.hashes_waiting.saturating_sub(1);
         let head = CompareHashesHead {
             disk: request.disk,
             generation: request.generation,
             request: request.request,
-            hash_count: hashes.len() as u32,
+            hash_count: answer.hashes.len() as u32,
+            mask_count: answer.masks.len() as u16, // at most a chunk's units
         };
-        self.reply(session, Message::CompareHashes(head, hashes));
+        self.reply(session, Message::CompareHashes(head, answer));
     }
 
     /// A [`DiskAction::Checkpoint`] is done: what it recorded is durable.
     pub fn handle_checkpointed(&mut self, now: MonoTime) {
         let Some(done) = self.running.take() else { return };
-        self.durable = done.sequence;
+        self.durable = if mutant(Mutant::AcknowledgeEarly) { self.state.sequence } else { done.sequence };
         self.durable_marked = done.marked;
         if done.generation == self.state.generation {
-            self.durable_mark = done.mark;
+            self.durable_mark = if mutant(Mutant::MarkEarly) { self.mark } else { done.mark };
         }
         self.window.made_durable(done.cost);
         if done.marked > Sequence::ZERO && done.marked == done.sequence {
@@ -609,9 +632,8 @@ impl TargetDisk {
     }
 
     fn may_write(&self, session: SessionId, generation: Generation) -> bool {
-        self.phase == TargetDiskPhase::Open
-            && self.session == Some(session)
-            && generation == self.state.generation
+        let granted = self.session == Some(session) && generation == self.state.generation;
+        self.phase == TargetDiskPhase::Open && (granted || mutant(Mutant::AcceptOldGeneration))
     }
 
     fn order_write(&mut self, now: MonoTime, pieces: Vec<Piece>, cost: u64) {
@@ -636,6 +658,7 @@ impl TargetDisk {
             || self.opening.is_some()
             || self.pass_end_wanted
             || self.pass_announce
+            || self.is_covered()
             || self.dirty_since.is_some_and(|since| now >= since.plus_nanos(self.limits.flush_nanos));
         if !wanted || !self.dirty || self.running.is_some() || self.phase == TargetDiskPhase::Failed {
             return;
@@ -661,6 +684,12 @@ impl TargetDisk {
             announces_pass: std::mem::take(&mut self.pass_announce),
         });
         self.actions.push_back(DiskAction::Checkpoint { state: Box::new(self.state.clone()) });
+    }
+
+    /// The last batch of a pass came: its agent ends the pass when it hears that all of it is durable, so nothing more comes
+    /// that a flush could wait for.
+    fn is_covered(&self) -> bool {
+        !self.fresh_settled.is_empty() && self.state.settled.contains(self.state.whole())
     }
 
     /// The chain digest of everything accepted.

@@ -11,34 +11,53 @@ use bytes::Bytes;
 use super::checker::Rule;
 use super::network::Endpoint;
 use super::scenario::{Mode, Sabotage};
-use super::workload::WriteKind;
+use super::workload::{Source, WriteKind};
 use super::world::{Event, World};
-use crate::checksum::unit_hash;
-use crate::format::batch::{MarkCause, MarkClass, MarkLabel, Stretch};
+use crate::checksum::UnitHash;
+use crate::format::batch::{MarkCause, MarkClass, MarkLabel, Stretch, credit_cost};
 use crate::format::extent::Record;
 use crate::format::frame::FrameKind;
 use crate::format::message::{Auth, ErrorCode, Message, PassCause, PassMode};
-use crate::limits::{
-    BULK_RECORD_BYTES_MAX, CHUNKS_OPEN_MAX, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES, DELTA_RECORD_BYTES_MAX,
-};
+use crate::limits::{BULK_RECORD_BYTES_MAX, CHUNKS_OPEN_MAX, DELTA_RECORD_BYTES_MAX};
 use crate::proto::Prover;
 use crate::proto::agent::{Agent, AgentEvent};
 use crate::proto::batch::cut_records;
-use crate::proto::pass::{PassAction, Sink, hash_spans};
+use crate::proto::compare::{Computed, Question, unit_hashes};
+use crate::proto::pass::{PassAction, Sink};
 use crate::proto::state::TargetDiskPhase;
 use crate::units::{DiskId, PeerId, SectorRange, Sequence, Timestamp};
 
 /// A piece of work that takes time.
 #[derive(Clone, Debug)]
 pub(super) enum Job {
-    Read { disk: usize, epoch: u64, chunk: SectorRange, hash: bool },
-    HashFine { disk: usize, epoch: u64, chunk: SectorRange, units: Vec<u16> },
+    Read {
+        disk: usize,
+        epoch: u64,
+        chunk: SectorRange,
+        hash: bool,
+    },
+    Compute {
+        disk: usize,
+        epoch: u64,
+        chunk: SectorRange,
+        question: Question,
+    },
+    Submit {
+        disk: usize,
+        epoch: u64,
+        chunk: SectorRange,
+        as_of: Sequence,
+        time: Timestamp,
+        records: Vec<Record>,
+    },
 }
 
 /// An agent, or a stale twin of one.
 pub(super) struct AgentNode {
     pub(super) identity: usize,
     pub(super) twin: bool,
+    /// A twin that was restored from a snapshot reads each disk as this write left it.
+    snapshot: Option<Vec<u64>>,
     pub(super) alive: bool,
     life: u64,
     core: Agent,
@@ -52,10 +71,18 @@ pub(super) struct AgentNode {
     synced: BTreeSet<usize>,
     /// Disks the target took away in this session.
     stopped: BTreeSet<usize>,
+    /// Captured writes of each disk that are not harvested yet, oldest first.
+    captured: BTreeMap<usize, Vec<Captured>>,
     /// Running scan rounds: when they began.
     scans: BTreeMap<usize, u64>,
     /// Disks with a scan round that began after the last write and ended.
     pub(super) scanned: BTreeSet<usize>,
+}
+
+/// A write as it was captured.
+struct Captured {
+    write: u64,
+    records: Vec<Record>,
 }
 
 /// Proves an identity to the simulated authority.
@@ -89,6 +116,7 @@ impl AgentNode {
         Self {
             identity,
             twin: twin_of.is_some(),
+            snapshot: None,
             alive: true,
             life: 0,
             core: new_core(identity),
@@ -99,6 +127,7 @@ impl AgentNode {
             kept: BTreeMap::new(),
             synced: BTreeSet::new(),
             stopped: BTreeSet::new(),
+            captured: BTreeMap::new(),
             scans: BTreeMap::new(),
             scanned: BTreeSet::new(),
         }
@@ -107,6 +136,9 @@ impl AgentNode {
 
 /// How long until a broken or refused agent tries again.
 const AGAIN_NANOS: u64 = 300_000_000;
+/// What a harvested batch of several writes may cost, in bytes: what the smallest window always has room for, once all is
+/// written (7/8 of it, for smaller steps are not announced).
+const HARVEST_COST_MAX: u64 = 168 << 10;
 
 impl World {
     pub(super) fn agent_dials(&mut self, agent: usize, life: u64) {
@@ -154,6 +186,9 @@ impl World {
         }
         node.connection = None;
         node.core.handle_disconnected();
+        if self.plan.sabotage == Some(Sabotage::HarvestForgotten) {
+            node.captured.clear();
+        }
         node.scans.clear();
         node.synced.clear();
         node.stopped.clear();
@@ -211,7 +246,11 @@ impl World {
         let identity = self.rng.below(self.plan.agents as u64) as usize;
         let agent = self.agents.len();
         let name = self.fresh_name();
-        self.agents.push(AgentNode { core_name: name, ..AgentNode::new(agent, Some(identity)) });
+        let snapshot = self.rng.chance(500).then(|| {
+            let newest: Vec<u64> = self.sources.iter().map(Source::newest).collect();
+            newest.into_iter().map(|newest| self.rng.below(newest + 1)).collect()
+        });
+        self.agents.push(AgentNode { core_name: name, snapshot, ..AgentNode::new(agent, Some(identity)) });
         self.count("twins", 1);
         self.note(|| format!("agent{agent} is a twin of agent{identity}"));
         self.after(0, Event::AgentDial { agent, life: 0 });
@@ -422,7 +461,7 @@ impl World {
         let life = self.agents[agent].life;
         let job = match action {
             PassAction::Read { chunk, hash, .. } => Job::Read { disk, epoch, chunk, hash },
-            PassAction::HashFine { chunk, units } => Job::HashFine { disk, epoch, chunk, units },
+            PassAction::Compute { chunk, question } => Job::Compute { disk, epoch, chunk, question },
             PassAction::Send { chunk, pieces } => {
                 return self.agent_sends(agent, disk, epoch, sink, as_of, chunk, &pieces);
             }
@@ -442,28 +481,40 @@ impl World {
         if !node.alive || node.life != life {
             return;
         }
-        let hashes = |data: &Bytes, chunk, unit, units: &[u16]| {
-            hash_spans(chunk, unit, units).into_iter().map(|span| unit_hash(&data[span])).collect::<Vec<_>>()
-        };
+        let credulous = self.plan.sabotage == Some(Sabotage::BelieveCrcs);
         let result = match job {
             Job::Read { disk, epoch, chunk, hash } => {
-                let data = Bytes::copy_from_slice(self.sources[disk].read(chunk));
-                let unit_hashes = hash.then(|| hashes(&data, chunk, COMPARE_UNIT_BYTES, &[]));
+                let source = &mut self.sources[disk];
+                let data = match &node.snapshot {
+                    Some(writes) => source.read_as_of(chunk, writes[disk]),
+                    None => Bytes::copy_from_slice(source.read(chunk)),
+                };
+                let unit_hashes = hash.then(|| match node.snapshot.is_some() {
+                    true => unit_hashes(&data),
+                    false => source.unit_hashes(chunk),
+                });
                 node.kept.retain(|(other, old, _), _| *other != disk || *old >= epoch);
                 node.kept.insert((disk, epoch, chunk.start), data);
                 let held = node.kept.keys().filter(|key| (key.0, key.1) == (disk, epoch)).count() as u64;
                 self.checker.bounded("an agent", disk, held, CHUNKS_OPEN_MAX as u64);
                 node.core.handle_read(self.target.disks[disk].id, epoch, chunk, unit_hashes)
             }
-            Job::HashFine { disk, epoch, chunk, units } => {
+            Job::Compute { disk, epoch, chunk, question } => {
                 let data = node.kept.get(&(disk, epoch, chunk.start)).cloned();
                 match data {
                     Some(data) => {
-                        let fine = hashes(&data, chunk, COMPARE_FINE_BYTES, &units);
-                        node.core.handle_fine(self.target.disks[disk].id, epoch, chunk, fine)
+                        let computed = match question.answer(&data) {
+                            Computed::Confirmed(_) if credulous => Computed::Confirmed(UnitHash::ZEROS),
+                            computed => computed,
+                        };
+                        node.core.handle_computed(self.target.disks[disk].id, epoch, chunk, computed)
                     }
                     None => Ok(()), // of a walk that is over
                 }
+            }
+            Job::Submit { disk, epoch, chunk, as_of, time, records } => {
+                node.core.submit_chunk(self.target.disks[disk].id, epoch, chunk, as_of, time, records);
+                Ok(())
             }
         };
         if let Err(error) = result {
@@ -489,13 +540,20 @@ impl World {
         let record_bytes_max =
             if sink == Sink::Bulk { BULK_RECORD_BYTES_MAX } else { DELTA_RECORD_BYTES_MAX };
         let records = cut_records(chunk.start, &data, pieces, record_bytes_max);
-        node.core.submit_chunk(self.target.disks[disk].id, epoch, chunk, as_of, time, records);
+        let (life, within) = (node.life, self.plan.submit_nanos);
+        let job = Job::Submit { disk, epoch, chunk, as_of, time, records };
+        if within == 0 {
+            return self.agent_job_done(agent, life, job);
+        }
+        let delay = self.rng.below(within);
+        self.after(delay, Event::AgentJob { agent, life, job });
     }
 
     /// Somebody wants a mark.
     pub(super) fn agent_marks(&mut self, disk: usize) {
         let agent = self.plan.disks[disk].0;
         if self.agents[agent].alive {
+            self.agent_harvests(agent, disk);
             let (id, source_time) = (self.target.disks[disk].id, Timestamp(self.now));
             // Several at one sequence, too: each is durable or lost by itself.
             for _ in 0..self.rng.between(1, 4) {
@@ -526,14 +584,60 @@ impl World {
                 cut_records(range.start, &data, &[range], DELTA_RECORD_BYTES_MAX)
             }
         };
-        let count = records.len();
-        let id = self.target.disks[disk].id;
-        let time = Timestamp(self.now);
-        let last = self.agents[agent].core.submit_delta(id, Stretch::Ordered, time, records);
-        if let Some(last) = last {
-            self.checker.assigned(disk, last, count, write);
+        let node = &mut self.agents[agent];
+        let waiting = node.captured.entry(disk).or_default();
+        waiting.push(Captured { write, records });
+        let (first, life, within) = (waiting.len() == 1, node.life, self.plan.harvest_nanos);
+        if within == 0 {
+            self.agent_harvested(agent, life, disk);
+        } else if first {
+            let delay = self.rng.below(within);
+            self.after(delay, Event::AgentHarvest { agent, life, disk });
         }
-        self.agent_pump(agent);
+    }
+
+    pub(super) fn agent_harvested(&mut self, agent: usize, life: u64, disk: usize) {
+        if self.agents[agent].alive && self.agents[agent].life == life {
+            self.agent_harvests(agent, disk);
+            self.agent_pump(agent);
+        }
+    }
+
+    /// What was captured goes into batches, as much into each as its credit allows.
+    fn agent_harvests(&mut self, agent: usize, disk: usize) {
+        let id = self.target.disks[disk].id;
+        let mut waiting = self.agents[agent].captured.remove(&disk).unwrap_or_default();
+        if self.plan.sabotage == Some(Sabotage::HarvestReversed) {
+            waiting.reverse();
+        }
+        let mut waiting = waiting.into_iter().peekable();
+        while let Some(first) = waiting.next() {
+            let mut writes = vec![(first.write, first.records.len())];
+            let mut records = first.records;
+            let mut cost = credit_cost(&records);
+            while let Some(more) =
+                waiting.next_if(|more| cost + credit_cost(&more.records) <= HARVEST_COST_MAX)
+            {
+                cost += credit_cost(&more.records);
+                writes.push((more.write, more.records.len()));
+                records.extend(more.records);
+            }
+            let (count, time) = (records.len() as u64, Timestamp(self.now));
+            let Some(last) = self.agents[agent].core.submit_delta(id, Stretch::Ordered, time, records) else {
+                continue;
+            };
+            let mut sequence = last.0 - count;
+            for (write, records) in writes {
+                sequence += records as u64;
+                self.checker.assigned(disk, Sequence(sequence), records, write);
+            }
+        }
+    }
+
+    /// How many of the newest writes of a disk are captured and not harvested.
+    pub(super) fn captured_of(&self, disk: usize) -> u64 {
+        let captured = &self.agents[self.plan.disks[disk].0].captured;
+        captured.get(&disk).map_or(0, |waiting| waiting.len() as u64)
     }
 
     /// Whether a disk is synced, as far as its agent knows, and really.
@@ -548,6 +652,7 @@ impl World {
             && node.synced.contains(&disk)
             && node.core.pass_progress(target.id).is_none()
             && !node.core.mark_pending(target.id)
+            && self.captured_of(disk) == 0
             && (self.plan.mode == Mode::Ordered || node.scanned.contains(&disk))
     }
 

@@ -8,7 +8,7 @@ use std::fmt;
 
 use super::disk::SimDisk;
 use super::scenario::Mode;
-use super::workload::{OLD_TARGET, Source, span};
+use super::workload::{COLLIDES, OLD_TARGET, Source, span};
 use crate::format::batch::{BatchHeader, CHAIN_START, Chain};
 use crate::format::disk_state::DiskState;
 use crate::format::extent::Record;
@@ -87,12 +87,15 @@ struct Watch {
     persisted_marked: Sequence,
     persisted_settled: BTreeMap<u64, RangeSet>,
     done_passes: u64,
-    acknowledged: BTreeMap<u64, Sequence>,
+    /// By core, and by how many losses of the tail before.
+    acknowledged: BTreeMap<(u64, usize), Sequence>,
+    /// Losses of what was durable: the last generation before, and what was persisted, with the last mark.
+    losses: Vec<(Generation, Sequence, Sequence)>,
     /// Marks that survive any crash.
     marks: BTreeSet<[u8; 16]>,
     taint: Taint,
-    /// Newest write and newest sequence given out when the running pass began: a finished pass holds at least that.
-    floor: (u64, u64),
+    /// By pass, the newest write and the newest sequence given out when it began: a finished pass holds at least that.
+    floors: BTreeMap<u64, (u64, u64)>,
 }
 
 /// All rules' memory.
@@ -116,9 +119,10 @@ impl Checker {
             persisted_settled: BTreeMap::new(),
             done_passes: 0,
             acknowledged: BTreeMap::new(),
+            losses: Vec::new(),
             marks: BTreeSet::new(),
             taint: Taint::None,
-            floor: (0, 0),
+            floors: BTreeMap::new(),
         };
         Self { mode, watches: (0..disks).map(|_| watch()).collect(), broken: None }
     }
@@ -208,7 +212,7 @@ impl Checker {
             watch.taint = Taint::Waits(pass);
         }
         let given = watch.assigned.last_key_value().map_or(0, |(sequence, _)| *sequence);
-        watch.floor = (newest, given);
+        watch.floors.insert(pass, (newest, given));
     }
 
     /// The target's state file was replaced.
@@ -229,8 +233,13 @@ impl Checker {
     /// An acknowledgement reached an agent's core (`core` names it).
     pub(super) fn acknowledged(&mut self, disk: usize, core: u64, ack: &Ack) {
         let watch = &mut self.watches[disk];
-        let (persisted, marked) = (watch.persisted, watch.persisted_marked);
-        let before = watch.acknowledged.insert(core, ack.durable).unwrap_or(Sequence::ZERO);
+        // What was sent before a loss, and true then, may arrive after it.
+        let era = watch.losses.partition_point(|loss| loss.0 < ack.generation);
+        let (persisted, marked) = match watch.losses.get(era) {
+            Some((_, persisted, marked)) => (*persisted, *marked),
+            None => (watch.persisted, watch.persisted_marked),
+        };
+        let before = watch.acknowledged.insert((core, era), ack.durable).unwrap_or(Sequence::ZERO);
         self.require(
             ack.received >= ack.durable && ack.durable >= ack.applied,
             Rule::Acknowledgement,
@@ -242,6 +251,12 @@ impl Checker {
         self.require(ack.durable >= before, Rule::Acknowledgement, || {
             format!("disk {disk}: durable went from {before} back to {}", ack.durable)
         });
+    }
+
+    /// The target lost the newest of what was durable, under this generation.
+    pub(super) fn tail_lost(&mut self, disk: usize, generation: Generation) {
+        let watch = &mut self.watches[disk];
+        watch.losses.push((generation, watch.persisted, watch.persisted_marked));
     }
 
     /// A mark was made durable.
@@ -306,19 +321,26 @@ impl Checker {
                 let whole = watch.assigned.get(&(state.sequence.0 + 1)) != Some(write);
                 if whole { *write } else { write - 1 }
             });
-            if state.sequence.0 >= watch.floor.1 {
-                oldest = oldest.max(watch.floor.0);
+            // A crash may have undone the beginning of a later pass.
+            let begun = watch.floors.range(..=state.pass).next_back();
+            if let Some((_, (write, given))) = begun
+                && state.sequence.0 >= *given
+            {
+                oldest = oldest.max(*write);
             }
         }
         for sector in 0..source.sectors {
             let held = &content[span(sector)];
+            if held == &source.bytes()[span(sector)] {
+                continue; // the newest write is as good as any
+            }
             let mut history = source.history(sector).iter().rev();
             let first = history.clone().find(|id| **id <= oldest).copied().unwrap_or(0);
-            let fits = history.any(|id| (!strict || *id >= first) && held == source.content(*id, sector));
-            let before =
-                !strict && (held == source.content(OLD_TARGET, sector) || held.iter().all(|byte| *byte == 0));
-            if !fits && !before {
-                let which = source.history(sector).iter().find(|id| held == source.content(**id, sector));
+            let fits = history.any(|id| (!strict || *id >= first) && source.left(*id, sector, held));
+            let found = || [OLD_TARGET, COLLIDES].iter().any(|id| source.left(*id, sector, held));
+            let before = || !strict && (found() || held.iter().all(|byte| *byte == 0));
+            if !fits && !before() {
+                let which = source.history(sector).iter().find(|id| source.left(**id, sector, held));
                 self.broke(
                     Rule::Prefix,
                     format!(

@@ -1,55 +1,101 @@
 //! A simulated target disk and its state file: what survives a crash is decided here.
 //!
 //! Invariants: a write is volatile until a flush; at a crash each 512-byte sector keeps its flushed content or any
-//! content written to it since, independently of its neighbours; the state file is replaced whole or not at all.
+//! content written to it since, independently of its neighbours; the state file is replaced whole or not at all. A disk
+//! that loses its newest checkpoints is in the state of the one before, whole.
 //! Units: sectors of 512 B. Called by `sim::target`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
+use super::hashes::Hashes;
 use super::rng::Rng;
+use super::workload::span;
+use crate::checksum::UnitHash;
 use crate::units::{SECTOR_BYTES, SectorRange};
 
+/// How many checkpoints a crash may take back, at most.
+const TAIL_MAX: usize = 4;
+
+/// A run of sectors: where it begins, and what it holds.
+type Run = (u64, Vec<u8>);
+
 /// The disk.
-#[derive(Clone, Debug)]
+#[derive(Debug, Default)]
 pub(super) struct SimDisk {
     /// What reads see.
     volatile: Vec<u8>,
     /// What a crash cannot take away.
     flushed: Vec<u8>,
-    /// Sector → contents written since the last flush, oldest first.
-    unflushed: BTreeMap<u64, Vec<Vec<u8>>>,
+    /// What was written since the last flush, oldest first, and where it begins.
+    unflushed: Vec<Run>,
+    hashes: Hashes,
+    /// What the newest checkpoints overwrote, oldest first, and the state file they replaced.
+    past: VecDeque<(Vec<Run>, Vec<u8>)>,
+    /// What was flushed since the last checkpoint overwrote.
+    overwritten: Vec<Run>,
     /// The state file.
     pub(super) state_file: Vec<u8>,
 }
 
 impl SimDisk {
     pub(super) fn new(content: Vec<u8>, state_file: Vec<u8>) -> Self {
-        Self { volatile: content.clone(), flushed: content, unflushed: BTreeMap::new(), state_file }
+        let volatile = content.clone();
+        Self { volatile, flushed: content, state_file, ..Self::default() }
     }
 
     /// Writes whole sectors.
     pub(super) fn write(&mut self, start: u64, data: &[u8]) {
-        for (index, sector) in data.chunks_exact(SECTOR_BYTES as usize).enumerate() {
-            let at = start + index as u64;
-            let from = (at * SECTOR_BYTES) as usize;
-            self.volatile[from..from + sector.len()].copy_from_slice(sector);
-            self.unflushed.entry(at).or_default().push(sector.to_vec());
-        }
+        let range = SectorRange::new(start, start + data.len() as u64 / SECTOR_BYTES);
+        self.volatile[bytes_of(range)].copy_from_slice(data);
+        self.unflushed.push((start, data.to_vec()));
+        self.hashes.changed(range);
     }
 
     /// Everything written so far survives from now on.
     pub(super) fn flush(&mut self) {
-        for at in std::mem::take(&mut self.unflushed).into_keys() {
-            let from = (at * SECTOR_BYTES) as usize;
-            let to = from + SECTOR_BYTES as usize;
-            self.flushed[from..to].copy_from_slice(&self.volatile[from..to]);
+        for (start, data) in self.unflushed.drain(..) {
+            let range = SectorRange::new(start, start + data.len() as u64 / SECTOR_BYTES);
+            let bytes = &mut self.flushed[bytes_of(range)];
+            self.overwritten.push((start, bytes.to_vec()));
+            bytes.copy_from_slice(&data);
         }
+    }
+
+    /// After a flush: the state file is replaced.
+    pub(super) fn checkpoint(&mut self, state_file: Vec<u8>) {
+        let before = std::mem::replace(&mut self.state_file, state_file);
+        self.past.push_back((std::mem::take(&mut self.overwritten), before));
+        if self.past.len() > TAIL_MAX {
+            self.past.pop_front();
+        }
+    }
+
+    /// The state file before the newest checkpoint, if it is remembered.
+    pub(super) fn state_before(&self) -> Option<&[u8]> {
+        self.past.back().map(|(_, state_file)| &state_file[..])
+    }
+
+    /// After a crash: the newest checkpoint is lost, as the end of a log may be.
+    pub(super) fn lose_checkpoint(&mut self) {
+        let Some((overwritten, state_file)) = self.past.pop_back() else { return };
+        let since = std::mem::take(&mut self.overwritten);
+        for (start, data) in since.iter().rev().chain(overwritten.iter().rev()) {
+            let range = SectorRange::new(*start, start + data.len() as u64 / SECTOR_BYTES);
+            self.flushed[bytes_of(range)].copy_from_slice(data);
+            self.volatile[bytes_of(range)].copy_from_slice(data);
+            self.hashes.changed(range);
+        }
+        self.state_file = state_file;
+    }
+
+    /// The hash of every unit of a chunk, as a read sees it.
+    pub(super) fn unit_hashes(&mut self, chunk: SectorRange) -> Vec<UnitHash> {
+        self.hashes.of_units(chunk, &self.volatile[bytes_of(chunk)])
     }
 
     /// What a read sees.
     pub(super) fn read(&self, range: SectorRange) -> &[u8] {
-        let from = range.byte_start() as usize;
-        &self.volatile[from..from + range.bytes() as usize]
+        &self.volatile[bytes_of(range)]
     }
 
     /// Everything a read sees.
@@ -60,15 +106,30 @@ impl SimDisk {
     /// Power is lost: any subset of what was not flushed survives.
     pub(super) fn crash(&mut self, rng: &mut Rng) {
         let keep_per_mille = rng.pick(&[0, 100, 500, 900, 1000]);
-        for (at, contents) in std::mem::take(&mut self.unflushed) {
-            if rng.chance(keep_per_mille) {
-                let survivor = &contents[rng.below(contents.len() as u64) as usize];
-                let from = (at * SECTOR_BYTES) as usize;
-                self.flushed[from..from + survivor.len()].copy_from_slice(survivor);
+        let unflushed = std::mem::take(&mut self.unflushed);
+        let mut contents: BTreeMap<u64, Vec<&[u8]>> = BTreeMap::new();
+        for (start, data) in &unflushed {
+            for (at, sector) in (*start..).zip(data.chunks_exact(SECTOR_BYTES as usize)) {
+                contents.entry(at).or_default().push(sector);
             }
         }
-        self.volatile.clone_from(&self.flushed);
+        // Everywhere else both are the same.
+        for (at, contents) in contents {
+            if rng.chance(keep_per_mille) {
+                let survivor = contents[rng.below(contents.len() as u64) as usize];
+                self.overwritten.push((at, self.flushed[span(at)].to_vec()));
+                self.flushed[span(at)].copy_from_slice(survivor);
+            }
+            self.volatile[span(at)].copy_from_slice(&self.flushed[span(at)]);
+            self.hashes.changed(SectorRange::new(at, at + 1));
+        }
     }
+}
+
+/// The bytes of a run.
+fn bytes_of(range: SectorRange) -> std::ops::Range<usize> {
+    let from = range.byte_start() as usize;
+    from..from + range.bytes() as usize
 }
 
 #[cfg(test)]
@@ -84,7 +145,7 @@ mod tests {
             disk.flush();
             disk.write(1, &[2; 1024]);
             disk.write(2, &[3; 512]);
-            assert_eq!(disk.read(SectorRange::new(2, 3)), [3; 512]);
+            assert_eq!(disk.content()[1024..1536], [3; 512]);
             disk.crash(&mut Rng::new(seed));
             let sectors: Vec<u8> = disk.content().chunks(512).map(|sector| sector[0]).collect();
             assert_eq!((sectors[0], sectors[3]), (1, 1));

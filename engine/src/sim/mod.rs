@@ -12,6 +12,7 @@
 //! | `scenario` | what a seed means |
 //! | `world` | clock, event queue, faults |
 //! | `network`, `disk`, `workload` | what is simulated |
+//! | `codec`, `hashes`, `rng` | what it takes |
 //! | `agent`, `relay`, `target` | drivers of the real cores |
 //! | `checker` | the rules |
 #![expect(
@@ -23,6 +24,7 @@ mod agent;
 mod checker;
 mod codec;
 mod disk;
+mod hashes;
 mod network;
 mod relay;
 mod rng;

@@ -40,6 +40,12 @@ pub enum Sabotage {
     NeverRead,
     /// The target does not keep the last mark of a checkpoint.
     LoseMarks,
+    /// The agent hands in what it harvested with the newest write first.
+    HarvestReversed,
+    /// The agent forgets what it captured and did not harvest with its connection.
+    HarvestForgotten,
+    /// Both ends take blocks with equal CRCs for equal.
+    BelieveCrcs,
 }
 
 /// How often what goes wrong, while faults last.
@@ -55,7 +61,7 @@ pub struct Faults {
     pub relay_crashes: u64,
     /// Crashes and restarts of the master target.
     pub target_crashes: u64,
-    /// A second agent of the same identity that appears for a while.
+    /// A second agent of the same identity that appears for a while, every other one restored from a snapshot.
     pub twins: u64,
     /// Writes (per mille) that find the target full.
     pub full_per_mille: u64,
@@ -67,6 +73,8 @@ pub struct Faults {
     pub late_notices_per_mille: u64,
     /// Frames (per mille) that take far longer.
     pub spikes_per_mille: u64,
+    /// Crashes of the master target (per mille) that cost the newest of what was durable.
+    pub lost_tails_per_mille: u64,
 }
 
 /// One run.
@@ -104,6 +112,10 @@ pub struct Scenario {
     pub disk_nanos: u64,
     /// What goes wrong.
     pub faults: Faults,
+    /// How long captured writes may wait to be harvested, all into few batches; zero: each is a batch at once.
+    pub harvest_nanos: u64,
+    /// How long the records of a chunk may take to be made.
+    pub submit_nanos: u64,
     /// A rule broken on purpose.
     pub sabotage: Option<Sabotage>,
     /// Whether every event is printed.
@@ -150,6 +162,8 @@ impl Scenario {
             delay_nanos: rng.pick(&[MS / 5, 2 * MS, 20 * MS]),
             disk_nanos: rng.pick(&[MS / 20, MS, 8 * MS]),
             faults: Faults::draw(&mut rng),
+            harvest_nanos: rng.pick(&[0, 0, 5, 100, 1000]) * MS,
+            submit_nanos: rng.pick(&[0, 0, 20, 500]) * MS,
             sabotage: None,
             trace: false,
         }
@@ -172,9 +186,10 @@ impl Faults {
             twins: some(0, 2),
             full_per_mille: some(5, 60),
             flush_fails_per_mille: some(0, 30),
-            flips_per_mille: some(2, 20),
+            flips_per_mille: some(5, 60),
             late_notices_per_mille: some(100, 700),
             spikes_per_mille: some(5, 80),
+            lost_tails_per_mille: some(300, 1000),
         }
     }
 }

@@ -16,17 +16,20 @@ use super::network::Endpoint;
 use super::scenario::{Sabotage, Scenario};
 use super::workload::Source;
 use super::world::{Event, World};
-use crate::checksum::unit_hash;
+use crate::checksum::UnitHash;
+use crate::format::FormatError;
 use crate::format::batch::{BatchHeader, credit_cost, decode_batch, decode_bulk};
 use crate::format::disk_state::DiskState;
 use crate::format::extent::{Record, RecordKind};
 use crate::format::frame::FrameKind;
 use crate::format::handshake::Role;
-use crate::format::message::{Auth, CompareRequestHead, ErrorCode, Message, PassMode};
+use crate::format::message::{
+    Auth, CompareAnswer, CompareRequestHead, ErrorCode, Message, PassMode, RefineUnit,
+};
 use crate::limits::HANDSHAKE_NANOS_MAX;
 use crate::proto::Authority;
+use crate::proto::compare::answer;
 use crate::proto::master_target::{DiskInput, SessionEvent, TargetSession, Transport};
-use crate::proto::pass::hash_spans;
 use crate::proto::state::TargetDiskPhase;
 use crate::proto::target_disk::{DiskAction, DiskNotice, Piece, SessionId, TargetDisk};
 use crate::units::{DiskId, Generation, LineageId, MonoTime, PeerId, SECTOR_BYTES};
@@ -294,11 +297,15 @@ impl World {
             DiskInput::Bulk(body) => match decode_bulk(body) {
                 Ok((header, records)) => {
                     let trust = self.plan.sabotage == Some(Sabotage::TrustPayload);
-                    if let Some(error) = records.iter().find_map(|record| open(record, trust).err()) {
-                        return self.session_refused(id, ErrorCode::Protocol, &error.to_string());
+                    match open_all(&records, trust) {
+                        Ok(records) => {
+                            generation = header.generation;
+                            node.td.handle_bulk(now, id, &header, records);
+                        }
+                        Err(error) => {
+                            return self.session_refused(id, ErrorCode::Protocol, &error.to_string());
+                        }
                     }
-                    generation = header.generation;
-                    node.td.handle_bulk(now, id, &header, records);
                 }
                 Err(error) => return self.session_refused(id, ErrorCode::Protocol, &error.to_string()),
             },
@@ -317,7 +324,7 @@ impl World {
                 let pass = node.td.state().pass;
                 if pass > before {
                     self.count("resyncs", 1);
-                    let newest = self.sources[disk].newest();
+                    let newest = self.sources[disk].newest() - self.captured_of(disk);
                     self.checker.pass_begun(disk, pass, begin.generation, newest);
                 }
             }
@@ -329,14 +336,17 @@ impl World {
     fn batch_comes(&mut self, id: SessionId, disk: usize, header: &BatchHeader, records: Vec<Record>) {
         let now = MonoTime(self.now);
         let sabotage = self.plan.sabotage;
-        let node = &mut self.target.disks[disk];
         let trust = sabotage == Some(Sabotage::TrustPayload);
-        if let Some(error) = records.iter().find_map(|record| open(record, trust).err()) {
-            self.count("damaged batches", 1);
-            let node = &mut self.target.disks[disk];
-            node.td.handle_damaged(id, header.generation, credit_cost(&records));
-            return self.note(|| format!("target: {error}"));
-        }
+        let records = match open_all(&records, trust) {
+            Ok(opened) => opened,
+            Err(error) => {
+                self.count("damaged batches", 1);
+                let node = &mut self.target.disks[disk];
+                node.td.handle_damaged(id, header.generation, credit_cost(&records));
+                return self.note(|| format!("target: {error}"));
+            }
+        };
+        let node = &mut self.target.disks[disk];
         let before = node.td.state().sequence;
         if node.td.state().generation > header.generation
             && sabotage == Some(Sabotage::WriteFenced)
@@ -504,31 +514,28 @@ impl World {
     }
 
     fn write_pieces(&mut self, disk: usize, pieces: &[Piece]) {
-        let trust = self.plan.sabotage == Some(Sabotage::TrustPayload);
         let stale = self.plan.sabotage == Some(Sabotage::StaleBulk);
-        let sim = &mut self.target.disks[disk].sim;
         for piece in pieces {
-            let range = piece.record.range();
-            let plain = match piece.record.kind() {
-                RecordKind::Data => open(&piece.record, trust).unwrap_or_default(),
-                RecordKind::Zero | RecordKind::Discard => vec![0; range.bytes() as usize],
-            };
-            let keep = if stale { vec![range] } else { piece.keep.clone() };
-            for part in keep {
-                let from = ((part.start - range.start) * SECTOR_BYTES) as usize;
-                sim.write(part.start, &plain[from..from + part.bytes() as usize]);
-            }
+            write_piece(&mut self.target.disks[disk].sim, piece, stale);
         }
     }
 
-    fn hash_done(&mut self, disk: usize, session: SessionId, request: &CompareRequestHead, units: &[u16]) {
+    fn hash_done(
+        &mut self,
+        disk: usize,
+        session: SessionId,
+        request: &CompareRequestHead,
+        units: &[RefineUnit],
+    ) {
         let node = &mut self.target.disks[disk];
-        let data = node.sim.read(request.range);
-        let hashes = hash_spans(request.range, request.unit_bytes.into(), units)
-            .into_iter()
-            .map(|span| unit_hash(&data[span]))
-            .collect();
-        node.td.handle_hashed(session, request, hashes);
+        let mut answer = match units.is_empty() {
+            true => CompareAnswer { hashes: node.sim.unit_hashes(request.range), masks: Vec::new() },
+            false => answer(units, node.sim.read(request.range)),
+        };
+        if self.plan.sabotage == Some(Sabotage::BelieveCrcs) && !units.is_empty() {
+            answer.hashes = vec![UnitHash::ZEROS]; // what the agent confirms then, whatever it holds
+        }
+        node.td.handle_hashed(session, request, answer);
     }
 
     fn checkpoint_done(&mut self, disk: usize, state: &DiskState) {
@@ -552,7 +559,7 @@ impl World {
         }
         node.undurable = node.unwritten;
         if sabotage != Some(Sabotage::AcknowledgeEarly) || self.rng.chance(500) {
-            node.sim.state_file = state.to_bytes();
+            node.sim.checkpoint(state.to_bytes());
             let mut marks = node.marks_persisted();
             if sabotage == Some(Sabotage::LoseMarks) {
                 marks.pop();
@@ -581,7 +588,7 @@ impl World {
                 Some((_, DiskAction::Write { pieces, .. })) => {
                     let done = self.rng.below(pieces.len() as u64 + 1) as usize;
                     for piece in &pieces[..done] {
-                        half_written(&mut node.sim, piece);
+                        write_piece(&mut node.sim, piece, false); // as far as the disk's cache
                     }
                 }
                 Some((_, DiskAction::Checkpoint { state })) => match self.rng.below(3) {
@@ -589,7 +596,7 @@ impl World {
                     1 => node.sim.flush(),
                     _ => {
                         node.sim.flush();
-                        node.sim.state_file = state.to_bytes();
+                        node.sim.checkpoint(state.to_bytes());
                         let marks = node.marks_persisted();
                         marks.into_iter().for_each(|mark| self.checker.mark_persisted(disk, mark));
                     }
@@ -598,8 +605,39 @@ impl World {
             }
             node.sim.crash(&mut self.rng);
         }
+        let lost = self.plan.faults.lost_tails_per_mille;
+        if !self.calm && lost > 0 && self.rng.chance(lost) {
+            for disk in 0..self.target.disks.len() {
+                self.tail_is_lost(disk);
+            }
+        }
         let delay = self.rng.between(1_000_000, 2_000_000_000);
         self.after(delay, Event::TargetStart);
+    }
+
+    /// The newest checkpoints of a disk are gone, as with the end of a log that rotted. Which generation was granted is
+    /// known from elsewhere.
+    fn tail_is_lost(&mut self, disk: usize) {
+        let sim = &mut self.target.disks[disk].sim;
+        let Ok(newest) = DiskState::decode(&sim.state_file) else { return };
+        for _ in 0..self.rng.below(4) {
+            let Some(Ok(before)) = sim.state_before().map(DiskState::decode) else { break };
+            // A pass that began or ended, or went on, is written down elsewhere, too.
+            if before.pass != newest.pass || before.mode != PassMode::Done {
+                break;
+            }
+            sim.lose_checkpoint();
+        }
+        let Ok(mut state) = DiskState::decode(&sim.state_file) else { return };
+        state.generation = newest.generation;
+        sim.state_file = state.to_bytes();
+        if state.sequence < newest.sequence || state.marked < newest.marked {
+            self.checker.tail_lost(disk, newest.generation);
+            self.count("lost tails", 1);
+            self.note(|| {
+                format!("target disk{disk} goes from {} back to {}", newest.sequence, state.sequence)
+            });
+        }
     }
 
     pub(super) fn target_starts(&mut self) {
@@ -619,23 +657,31 @@ impl World {
             if self.plan.sabotage == Some(Sabotage::ReuseGeneration) {
                 state.generation = Generation(state.generation.0.saturating_sub(1));
             }
-            let (id, sim) = (node.id, node.sim.clone());
-            self.target.disks[disk] = DiskNode::new(id, TargetDisk::new(state, self.plan.flow), sim);
+            let node = &mut self.target.disks[disk];
+            let (id, sim) = (node.id, std::mem::take(&mut node.sim));
+            *node = DiskNode::new(id, TargetDisk::new(state, self.plan.flow), sim);
         }
     }
 }
 
-/// A write that the crash interrupted: it went as far as the disk's cache.
-fn half_written(sim: &mut SimDisk, piece: &Piece) {
+/// The records with their plain data; an error names the first damaged one.
+fn open_all(records: &[Record], trust: bool) -> Result<Vec<Record>, FormatError> {
+    records.iter().map(|record| open(record, trust)).collect()
+}
+
+/// Writes what may be written of a record; `whole` is sabotage.
+fn write_piece(sim: &mut SimDisk, piece: &Piece, whole: bool) {
     let range = piece.record.range();
+    let zeros;
     let plain = match piece.record.kind() {
-        RecordKind::Data => open(&piece.record, false).unwrap_or_default(),
-        RecordKind::Zero | RecordKind::Discard => vec![0; range.bytes() as usize],
-    };
-    for part in &piece.keep {
-        let from = ((part.start - range.start) * SECTOR_BYTES) as usize;
-        if let Some(data) = plain.get(from..from + part.bytes() as usize) {
-            sim.write(part.start, data);
+        RecordKind::Data => piece.record.payload(),
+        RecordKind::Zero | RecordKind::Discard => {
+            zeros = Bytes::from(vec![0; range.bytes() as usize]);
+            &zeros
         }
+    };
+    for part in if whole { std::slice::from_ref(&range) } else { &piece.keep } {
+        let from = ((part.start - range.start) * SECTOR_BYTES) as usize;
+        sim.write(part.start, &plain[from..from + part.bytes() as usize]);
     }
 }

@@ -45,6 +45,7 @@ pub(super) enum Event {
     AgentOpen { agent: usize, life: u64, disk: usize },
     AgentJob { agent: usize, life: u64, job: Job },
     AgentScan { agent: usize, life: u64, disk: usize },
+    AgentHarvest { agent: usize, life: u64, disk: usize },
     AgentStart { agent: usize },
     AgentGivesUp { agent: usize, connection: u64 },
     TwinLeaves { agent: usize },
@@ -111,9 +112,10 @@ pub(super) struct World {
     pub(super) plan: Scenario,
     pub(super) now: u64,
     pub(super) rng: Rng,
-    queue: BinaryHeap<Reverse<(u64, u64, u64)>>,
-    pending: BTreeMap<u64, Event>,
-    next_event: u64,
+    queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
+    /// Events by the number the queue knows them by, and the numbers that are free again.
+    pending: Vec<Option<Event>>,
+    free: Vec<usize>,
     pub(super) net: Network,
     pub(super) sources: Vec<Source>,
     pub(super) agents: Vec<AgentNode>,
@@ -150,8 +152,8 @@ impl World {
         let mut world = Self {
             now: 0,
             queue: BinaryHeap::new(),
-            pending: BTreeMap::new(),
-            next_event: 0,
+            pending: Vec::new(),
+            free: Vec::new(),
             net: Network::new(plan.delay_nanos, plan.faults.spikes_per_mille),
             agents: (0..plan.agents).map(|index| AgentNode::new(index, None)).collect(),
             relays: (0..plan.relays).map(|_| RelayNode::new()).collect(),
@@ -203,10 +205,12 @@ impl World {
 
     /// Something happens at a time.
     pub(super) fn at(&mut self, time: u64, event: Event) {
-        let id = self.next_event;
-        self.next_event += 1;
+        let id = self.free.pop().unwrap_or(self.pending.len());
         self.queue.push(Reverse((time, self.rng.bits(), id)));
-        self.pending.insert(id, event);
+        if id == self.pending.len() {
+            self.pending.push(None);
+        }
+        self.pending[id] = Some(event);
     }
 
     /// Something happens after a delay.
@@ -233,7 +237,8 @@ impl World {
 
     fn play(&mut self) -> Result<Report, (Rule, String)> {
         while let Some(Reverse((time, _, id))) = self.queue.pop() {
-            let Some(event) = self.pending.remove(&id) else { continue };
+            let Some(event) = self.pending[id].take() else { continue };
+            self.free.push(id);
             self.now = time;
             self.report.events += 1;
             self.happen(event);
@@ -268,6 +273,7 @@ impl World {
             Event::AgentDial { agent, life } => self.agent_dials(agent, life),
             Event::AgentOpen { agent, life, disk } => self.agent_opens(agent, life, disk),
             Event::AgentJob { agent, life, job } => self.agent_job_done(agent, life, job),
+            Event::AgentHarvest { agent, life, disk } => self.agent_harvested(agent, life, disk),
             Event::AgentScan { agent, life, disk } => self.agent_scans(agent, life, disk),
             Event::AgentStart { agent } => self.agent_starts(agent),
             Event::AgentGivesUp { agent, connection } => {

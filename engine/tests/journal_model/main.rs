@@ -24,6 +24,8 @@ mod manifest;
 #[cfg(feature = "sim")]
 #[path = "../journal_lab/merge.rs"]
 mod merge;
+#[cfg(feature = "sim")]
+mod mutants;
 mod mutations;
 mod open;
 mod operators;

@@ -7,8 +7,8 @@ use reprotect_engine::format::batch::{
 };
 use reprotect_engine::format::frame::FrameKind;
 use reprotect_engine::format::message::{
-    Ack, CompareHashesHead, Credit, ErrorCode, Fenced, GrowDisk, Message, Nack, NackReason, OfferHead,
-    PassCause, PassMode, PassState, Welcome,
+    Ack, CompareAnswer, CompareHashesHead, Credit, ErrorCode, Fenced, GrowDisk, Message, Nack, NackReason,
+    OfferHead, PassCause, PassMode, PassState, Welcome,
 };
 use reprotect_engine::limits::{DAMAGED_BATCHES_MAX, DISKS_PER_AGENT_MAX, MARKS_PENDING_MAX};
 use reprotect_engine::proto::Lane;
@@ -140,8 +140,8 @@ impl Source {
             let hashes = vec![UnitHash::ZEROS; unit_count(head.range)];
             self.agent.handle_read(DISK, read.unwrap(), head.range, Some(hashes.clone())).unwrap();
             let (generation, request, hash_count) = (head.generation, head.request, hashes.len() as u32);
-            let answer = CompareHashesHead { disk: DISK, generation, request, hash_count };
-            self.gets(&Message::CompareHashes(answer, hashes));
+            let answer = CompareHashesHead { disk: DISK, generation, request, hash_count, mask_count: 0 };
+            self.gets(&Message::CompareHashes(answer, CompareAnswer { hashes, masks: Vec::new() }));
             self.submit_empty_chunks();
         }
     }
@@ -398,6 +398,27 @@ fn a_compare_pass_is_asked_for_until_it_begins() {
     source.agent.handle_disconnected();
     source.open(3, (0, CHAIN_START), 6, PassMode::Compare);
     assert_eq!(asked(&source), 0, "it runs");
+}
+
+#[test]
+fn changes_and_marks_wait_until_a_wanted_compare_pass_began() {
+    let mut source = Source::new();
+    source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+    source.agent.begin_pass(DISK, PassCause::TrackingLost);
+    source.submit(1);
+    assert!(source.agent.submit_mark(DISK, label(1)));
+    source.pump();
+    assert_eq!(source.kinds().last(), Some(&FrameKind::PassBegin), "what follows could overtake it");
+    assert!(!source.kinds().contains(&FrameKind::Batch) && !source.kinds().contains(&FrameKind::Mark));
+    source.sent.clear();
+    let (generation, mode) = (Generation(1), PassMode::Compare);
+    source.gets(&Message::PassState(PassState { disk: DISK, generation, pass: 2, mode }));
+    let delta: Vec<FrameKind> = source
+        .kinds()
+        .into_iter()
+        .filter(|kind| matches!(kind, FrameKind::Batch | FrameKind::Mark))
+        .collect();
+    assert_eq!(delta, [FrameKind::Batch, FrameKind::Mark]);
 }
 
 #[test]

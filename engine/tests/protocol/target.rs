@@ -463,6 +463,35 @@ fn a_pass_ends_only_when_the_whole_disk_is_settled_durably() {
 }
 
 #[test]
+fn the_last_batch_of_a_pass_is_flushed_without_waiting_for_more() {
+    let mut target = Target::new(PassMode::Compare);
+    let generation = target.open(S1);
+    let acknowledged = |out: &Out| out.said(|m| matches!(m, Message::BulkAck(..)));
+    target.bulk(S1, generation, range(0, 128), vec![]);
+    assert!(target.settle().checkpoints.is_empty(), "more comes");
+    target.bulk(S1, generation, range(128, SECTORS), vec![data(128, 136, 1)]);
+    let out = target.settle();
+    assert_eq!((out.checkpoints.len(), acknowledged(&out)), (1, 1));
+    // Not while nothing of the pass is new, however often something else comes.
+    target.delta(S1, generation, vec![data(0, 8, 1)]);
+    assert!(target.settle().checkpoints.is_empty());
+    // One that comes while a checkpoint runs is flushed by the next one, at once.
+    let mut target = Target::new(PassMode::Compare);
+    let generation = target.open(S1);
+    target.bulk(S1, generation, range(0, 128), vec![]);
+    target.td.handle_timeout(MonoTime(u64::MAX));
+    let out = target.look();
+    assert_eq!(out.checkpoints.len(), 1);
+    target.bulk(S1, generation, range(128, SECTORS), vec![]);
+    let late = target.look();
+    assert!(late.checkpoints.is_empty(), "one runs");
+    [out, late].iter().for_each(|out| target.td.handle_written(out.writes[0].1));
+    target.td.handle_checkpointed(T0);
+    let out = target.settle();
+    assert_eq!((out.checkpoints.len(), acknowledged(&out)), (1, 2));
+}
+
+#[test]
 fn a_failed_disk_writes_nothing_grants_nothing_and_wants_no_timer() {
     let mut target = Target::new(PassMode::Done);
     let generation = target.open(S1);
@@ -492,14 +521,8 @@ fn a_full_disk_is_told_while_its_write_waits() {
 fn requests_for_hashes_are_bounded() {
     let mut target = Target::new(PassMode::Compare);
     let generation = target.open(S1);
-    let request = CompareRequestHead {
-        disk: DISK,
-        generation,
-        request: 1,
-        range: range(0, 128),
-        unit_bytes: 65536,
-        unit_count: 0,
-    };
+    let request =
+        CompareRequestHead { disk: DISK, generation, request: 1, range: range(0, 128), unit_count: 0 };
     for _ in 0..10_000 {
         target.td.handle_compare(S1, request, Vec::new());
     }

@@ -9,9 +9,10 @@ use reprotect_engine::format::FormatError;
 use reprotect_engine::format::batch::{Mark, MarkCause, MarkClass};
 use reprotect_engine::format::extent::{Codec, Record};
 use reprotect_engine::format::message::{
-    Ack, Auth, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead,
-    GrowDisk, InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason, OfferHead,
-    OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade, Policy, Welcome,
+    Ack, Auth, BulkAckHead, CompareAnswer, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced,
+    GrantHead, GrowDisk, InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason,
+    OfferHead, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade, Policy,
+    RefineUnit, Welcome,
 };
 use reprotect_engine::format::standby::{Load, Probe};
 use reprotect_engine::format::wire::Text;
@@ -157,27 +158,29 @@ pub(crate) fn flow() -> impl Strategy<Value = Message> {
 }
 
 pub(crate) fn passes() -> impl Strategy<Value = Message> {
-    let request = (key(), any::<u64>(), 0..u64::MAX - 8192, 1_u64..=8192, any::<bool>()).prop_flat_map(
-        |((disk, generation), request, start, len, fine)| {
+    let request = (key(), any::<u64>(), 0..u64::MAX - 8192, 1_u64..=8192, any::<[u32; 16]>()).prop_flat_map(
+        |((disk, generation), request, start, len, crcs)| {
             prop::collection::btree_set(0_u16..64, 0..20).prop_map(move |units| {
                 let head = CompareRequestHead {
                     disk,
                     generation,
                     request,
                     range: SectorRange::new(start, start + len),
-                    unit_bytes: if fine { 4096 } else { 65536 },
                     unit_count: units.len() as u16,
                 };
-                Message::CompareRequest(head, units.into_iter().collect())
+                Message::CompareRequest(
+                    head,
+                    units.into_iter().map(|unit| RefineUnit { unit, crcs }).collect(),
+                )
             })
         },
     );
-    let hashes = (key(), any::<u64>(), vec(id().prop_map(UnitHash), 0..100)).prop_map(
-        |((disk, generation), request, hashes)| {
-            let hash_count = hashes.len() as u32;
-            Message::CompareHashes(CompareHashesHead { disk, generation, request, hash_count }, hashes)
-        },
-    );
+    let answer = (vec(id().prop_map(UnitHash), 0..=64), vec(any::<u16>(), 0..=64));
+    let hashes = (key(), any::<u64>(), answer).prop_map(|((disk, generation), request, (hashes, masks))| {
+        let (hash_count, mask_count) = (hashes.len() as u32, masks.len() as u16);
+        let head = CompareHashesHead { disk, generation, request, hash_count, mask_count };
+        Message::CompareHashes(head, CompareAnswer { hashes, masks })
+    });
     let begin = (key(), of(PassCause::ALL))
         .prop_map(|((disk, generation), cause)| Message::PassBegin(PassBegin { disk, generation, cause }));
     let state = (key(), any::<u64>(), of(PassMode::ALL)).prop_map(|((disk, generation), pass, mode)| {

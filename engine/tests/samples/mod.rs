@@ -12,9 +12,10 @@ use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::handshake::{HELLO_MAGIC, Hello, HelloAck, Role};
 use reprotect_engine::format::message::{
-    Ack, Auth, BulkAckHead, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced, GrantHead,
-    GrowDisk, InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason, OfferHead,
-    OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade, Policy, Welcome,
+    Ack, Auth, BulkAckHead, CompareAnswer, CompareHashesHead, CompareRequestHead, Credit, ErrorCode, Fenced,
+    GrantHead, GrowDisk, InventoryDisk, InventoryHead, MarkRefused, MarkRequest, Message, Nack, NackReason,
+    OfferHead, OpenDiskHead, PassBegin, PassCause, PassEnd, PassMode, PassState, PointDegrade, Policy,
+    RefineUnit, Welcome,
 };
 use reprotect_engine::format::standby::{Load, Probe};
 use reprotect_engine::format::wire::Text;
@@ -140,10 +141,11 @@ fn disk_messages() -> Vec<(&'static str, Message)> {
         generation,
         request: 9,
         range: SectorRange::new(8192, 16384),
-        unit_bytes: 4096,
         unit_count: 2,
     };
-    let hashes = CompareHashesHead { disk, generation, request: 9, hash_count: 2 };
+    let hashes = CompareHashesHead { disk, generation, request: 9, hash_count: 1, mask_count: 2 };
+    let crcs = std::array::from_fn(|block| 0xc0de_0000 + block as u32);
+    let answer = CompareAnswer { hashes: vec![UnitHash([0x4a; 16])], masks: vec![0xfff7, 0x0001] };
     let degrade = PointDegrade {
         disk,
         lineage: LINEAGE,
@@ -159,8 +161,11 @@ fn disk_messages() -> Vec<(&'static str, Message)> {
         ("CREDIT", Message::Credit(Credit { disk, generation, limit: 32 << 20 })),
         ("NACK", Message::Nack(nack)),
         ("FENCED", Message::Fenced(Fenced { disk, generation })),
-        ("COMPARE_REQUEST", Message::CompareRequest(request, vec![1, 63])),
-        ("COMPARE_HASHES", Message::CompareHashes(hashes, vec![UnitHash::ZEROS, UnitHash([0x4a; 16])])),
+        (
+            "COMPARE_REQUEST",
+            Message::CompareRequest(request, [1, 63].map(|unit| RefineUnit { unit, crcs }).to_vec()),
+        ),
+        ("COMPARE_HASHES", Message::CompareHashes(hashes, answer)),
         ("PASS_BEGIN", Message::PassBegin(PassBegin { disk, generation, cause: PassCause::TrackingLost })),
         ("PASS_STATE", Message::PassState(PassState { disk, generation, pass: 4, mode: PassMode::Copy })),
         ("PASS_END", Message::PassEnd(PassEnd { disk, generation, pass: 4 })),

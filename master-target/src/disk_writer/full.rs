@@ -1,5 +1,6 @@
 //! A compare that meets a full retention drive: what waits is to be applied before the target is read, and has no room.
 
+use reprotect_engine::proto::compare::unit_hashes;
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::units::SectorRange;
 
@@ -29,6 +30,7 @@ fn a_compare_waits_for_space_and_does_not_stop_the_disk() {
         growing: None,
         waiting: false,
         sessions: Vec::new(),
+        compared: CompareCache::default(),
         chunk: Vec::new(),
     };
     faulty.set(("undo-", ENOSPC), 0);
@@ -38,12 +40,10 @@ fn a_compare_waits_for_space_and_does_not_stop_the_disk() {
     sender.send(Opened::Ask(Box::new(move |_| assert!(nothing.failed() > 0)))).unwrap();
     sender.send(Opened::Ask(Box::new(move |_| mends.mend()))).unwrap();
     let range = SectorRange::new(0, SECTORS);
-    let request =
-        CompareRequestHead { disk: DISK, generation, request: 1, range, unit_bytes: 4096, unit_count: 0 };
-    let hashes = writer.hash(&request, &[], &inputs).expect("the compare stopped the disk");
+    let request = CompareRequestHead { disk: DISK, generation, request: 1, range, unit_count: 0 };
+    let answer = writer.hash(&request, &[], &inputs).expect("the compare stopped the disk");
     assert!(faulty.failed() > 1, "the drive was never full");
-    let expected: Vec<UnitHash> = content.chunks(4096).map(unit_hash).collect();
-    assert_eq!(hashes, expected, "what waited is not in it");
+    assert_eq!(answer.hashes, unit_hashes(&content), "what waited is not in it");
     assert!(writer.disk.phase() != TargetDiskPhase::Failed && !writer.waiting);
     assert_eq!(writer.status.snapshot().problem, None);
     let DiskStore::Journaled(store) = writer.store else { panic!("another store") };

@@ -56,11 +56,15 @@ pub(super) fn fence(registry: &Registry, agent: PeerId, failback: &mut Failback)
 
 /// Everything is on the target; where the point is not the newest state, the target goes back to it.
 pub(super) fn drain(registry: &Registry, agent: PeerId, failback: &mut Failback) -> anyhow::Result<()> {
+    // Where it was decided before a start, the registry holds the points until the drive is nearly full; from here on they stay.
+    let retention = registry.retention().context(NO_JOURNAL)?;
+    let place =
+        |(name, of): (&String, &FailbackDisk)| Some((DiskId::parse(name).ok()?, of.at.parse::<At>().ok()?));
+    let going = failback.disks.iter().filter(|(_, of)| of.step < FailbackStep::Drained).filter_map(place);
+    let _holds: Vec<_> = going.map(|(disk, at)| retention.hold_to_go_back(disk, at)).collect();
     each(registry, agent, failback, FailbackStep::Drained, |disk, of| {
         let at: At =
             of.at.parse().map_err(|_| anyhow::anyhow!("{} is no point; see the daemon's log", of.at))?;
-        let retention = registry.retention().context(NO_JOURNAL)?;
-        let hold = retention.hold(disk, at);
         let (inputs, _) = registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
         on_disk(&inputs, |store| store.drain())?;
         if !on_disk(&inputs, move |store| store.stands_at(at))? {
@@ -68,7 +72,6 @@ pub(super) fn drain(registry: &Registry, agent: PeerId, failback: &mut Failback)
             of.written_bytes = done.written_bytes;
             tracing::warn!(%disk, %at, written = done.written_bytes, "taken back for a failback");
         }
-        drop(hold);
         Ok(())
     })
 }
@@ -88,6 +91,9 @@ pub(super) fn verify(
         let size_bytes = sectors * reprotect_engine::units::SECTOR_BYTES;
         let mut differing = 0;
         for range in pieces(request.verify, size_bytes, random()?) {
+            if registry.is_stopping() {
+                bail!("the master target stops; repeat the command when it runs again");
+            }
             let looked = on_disk(&inputs, move |store| store.look_at(range))?;
             of.read_bytes += range.len();
             let differ: u64 = looked.different.iter().map(|blocks| blocks.len()).sum();

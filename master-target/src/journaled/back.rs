@@ -6,6 +6,7 @@
 //! own thread.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use reprotect_engine::format::batch::MarkClass;
 use reprotect_engine::format::manifest::EpochCause;
@@ -43,7 +44,16 @@ impl Journaled {
         drop(locked);
         // What cannot be read is refused before anything is changed.
         let view = self.noted(plan.open(), (0, 0))?;
-        self.has_room_to_go_back(&view)?;
+        if self.is_interrupted() {
+            return Err(JournalError::Stops { disk: id });
+        }
+        // Nobody else may have written there: it would be taken for ours from here on.
+        self.may_write()?;
+        let (blocks, needed) = self.images_to_go_back(&view)?;
+        if let Some(free) = self.retention.usable_bytes()?.filter(|free| needed > *free) {
+            let path = self.retention.folder().to_owned();
+            return Err(JournalError::NoRoom { disk: id, path, blocks, needed, free });
+        }
         self.last_mark = None;
         self.map.forget_all()?;
         // What one that did not get to its end left is no state anybody wants; the one before it is a point already.
@@ -53,27 +63,70 @@ impl Journaled {
             self.keep_point(At::entry(before, number), now, MarkClass::Fuzzy, &name)?;
         }
         rollback::begin(self.retention.lock().get()?, &mut self.applier, at, position, now)?;
-        let went = take_back(&self.retention, &mut self.applier, view);
+        self.go_back(view)
+    }
+
+    fn may_write(&mut self) -> Result<(), JournalError> {
+        self.before_writing().map_err(|error| {
+            let (NotDone::Full(why) | NotDone::Failed(why) | NotDone::GivenUp(why)) = error;
+            JournalError::Failed { path: "the target".into(), why }
+        })
+    }
+
+    /// Takes back what differs, and begins the undo epoch after it.
+    fn go_back(&mut self, view: View) -> Result<RolledBack, JournalError> {
+        let (retention, stopping) = (Arc::clone(&self.retention), Arc::clone(&self.stopping));
+        let is_interrupted = || retention.is_interrupted() || stopping.load(Ordering::Acquire);
+        let went = take_back(&retention, &mut self.applier, view, &is_interrupted);
         let done = self.noted(went, (0, 0))?;
         self.flushed();
         self.begin_epoch(EpochCause::Time)?;
         Ok(done)
     }
 
-    /// What a rollback overwrites is kept, and it must not end on its way for want of room: the worst case must fit.
-    fn has_room_to_go_back(&mut self, view: &View) -> Result<(), JournalError> {
+    fn is_interrupted(&self) -> bool {
+        self.retention.is_interrupted() || self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Goes on with a rollback that was begun and stopped; does nothing where there is none.
+    ///
+    /// # Errors
+    /// When the point is not kept any more, something is damaged or cannot be written, or it was interrupted again: the disk
+    /// stays held, and can be taken back to another point.
+    pub(crate) fn go_on_back(&mut self) -> Result<RolledBack, JournalError> {
+        let goes_to = rollback::goes_to(self.retention.lock().get()?, self.id)?;
+        let Some(at) = goes_to else { return Ok(RolledBack::default()) };
+        let _hold = self.retention.hold_to_go_back(self.id, at);
+        let view = self.retention.view(self.id, at)?;
+        self.map.forget_all()?;
+        self.may_write()?;
+        self.go_back(view)
+    }
+
+    /// The most that going back to a point may take of the retention drive; nothing where the target stands there. What waits is
+    /// applied for that, and the point is opened; nothing else is changed. Bytes.
+    ///
+    /// # Errors
+    /// When the point is not kept, or what it needs is damaged; when something cannot be written.
+    pub(crate) fn needed_to_go_back(&mut self, at: At) -> Result<u64, JournalError> {
+        self.drain()?;
+        if self.stands_at(at)? {
+            return Ok(0);
+        }
+        let plan = View::plan(self.retention.lock().get()?, self.id, at)?;
+        let view = self.noted(plan.open(), (0, 0))?;
+        Ok(self.images_to_go_back(&view)?.1)
+    }
+
+    /// What a rollback overwrites is kept, and it must not end on its way for want of room: the worst case, as blocks and as
+    /// bytes of an undo run.
+    fn images_to_go_back(&mut self, view: &View) -> Result<(u64, u64), JournalError> {
         let opened = view.open_runs(self.retention.lock().get()?, &mut self.applier);
         let runs = self.noted(opened, (0, 0))?;
         let whole = BlockRange::new(0, self.applier.size_sectors().div_ceil(BLOCK_SECTORS));
         let differing = view.differing(&runs, &mut self.applier, whole)?;
         let blocks = differing.iter().map(|range| range.end - range.start).sum();
-        let Some(free) = self.retention.usable_bytes()? else { return Ok(()) };
-        let (needed, path) = (images_bytes_max(blocks), self.retention.folder().to_owned());
-        if needed <= free {
-            Ok(())
-        } else {
-            Err(JournalError::NoRoom { disk: self.id, path, blocks, needed, free })
-        }
+        Ok((blocks, images_bytes_max(blocks)))
     }
 
     /// Why nobody may write: the target was taken back, and the newest state is a point.
@@ -100,36 +153,25 @@ impl Journaled {
     }
 }
 
-/// Goes on with a rollback that was begun and stopped; there is one.
-///
-/// # Errors
-/// When the point is not kept any more, or something is damaged or cannot be written.
-pub(super) fn go_on_back(
-    retention: &Arc<Retention>,
-    applier: &mut Applier<Target>,
-) -> Result<RolledBack, JournalError> {
-    let at = rollback::goes_to(retention.lock().get()?, applier.disk())?;
-    let Some(at) = at else { return Ok(RolledBack::default()) };
-    let _hold = retention.hold_to_go_back(applier.disk(), at);
-    let view = retention.view(applier.disk(), at)?;
-    take_back(retention, applier, view)
-}
-
 /// Takes everything back and ends the rollback; the journal is locked for each commit only.
 fn take_back(
     retention: &Retention,
     applier: &mut Applier<Target>,
     view: View,
+    is_interrupted: &dyn Fn() -> bool,
 ) -> Result<RolledBack, JournalError> {
     let id = applier.disk();
     let going = Going::begun(retention.lock().get()?, applier, Some(view))?;
     let done = match going {
-        Some(going) => going.take_back(applier, &mut |named| {
-            let mut locked = retention.lock();
-            let journal = locked.get()?;
-            journal.append_applied(id, named, wall_clock())?;
-            journal.commit(wall_clock())
-        })?,
+        Some(going) => {
+            let mut name = |named| {
+                let mut locked = retention.lock();
+                let journal = locked.get()?;
+                journal.append_applied(id, named, wall_clock())?;
+                journal.commit(wall_clock())
+            };
+            going.take_back(applier, &mut name, is_interrupted)?
+        }
         None => RolledBack::default(),
     };
     rollback::end(retention.lock().get()?, applier, wall_clock())?;

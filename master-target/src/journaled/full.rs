@@ -200,6 +200,7 @@ fn a_rollback_that_stopped_anywhere_is_finished_after_a_restart_though_its_point
             thin_all(&lab.retention(), later).unwrap();
             lab.stop();
             lab.start();
+            lab.disk().go_on_back().unwrap();
             assert_eq!(lab.retention().losses().get(&DISK), None, "{what}: it is not finished");
             assert!(lab.target() == lab.at[&point.number], "{what}: the target holds something else");
         }

@@ -136,6 +136,11 @@ impl Journaled {
             let at = At::entry(epoch, self.applier.applied().number);
             // Fuzzy, so that it is never taken for the newest consistent state of the source.
             self.keep_point(at, wall_clock(), MarkClass::Fuzzy, &format!("before-undo-{epoch}"))?;
+            // Also where it went back for the failback, or a part of the way: it is compared now, and not held at that point.
+            if self.held().is_some() {
+                self.close_epoch(None)?;
+                self.begin_epoch(EpochCause::Time)?;
+            }
         }
         self.retention.lock().get()?.append_state(&self.state, wall_clock())?;
         self.retention.commit()

@@ -56,6 +56,7 @@ impl Registry {
     pub fn record_failback(&self, agent: PeerId, failback: &Failback) -> anyhow::Result<()> {
         self.catalogue.save_failback(agent, failback)?;
         self.lock().failbacks.insert(agent, failback.clone());
+        self.hold_released();
         Ok(())
     }
 
@@ -78,27 +79,35 @@ impl Registry {
         if failback.disks.is_empty() {
             return self.forget_failback(agent);
         }
-        self.record_failback(agent, &failback)?;
-        self.hold_released();
-        Ok(())
+        self.record_failback(agent, &failback)
     }
 
-    /// Keeps every kept point of the disks that are released, and lets go of those of all others.
+    /// Keeps every kept point of the disks that are released, and the points that other disks of failbacks are still to go to;
+    /// lets go of all others.
     pub(crate) fn hold_released(&self) {
         let Some(retention) = &self.retention else { return };
-        let released: BTreeSet<DiskId> = {
-            let inner = self.lock();
-            let disks = inner.failbacks.values().flat_map(|failback| &failback.disks);
-            let released = disks.filter(|(_, disk)| disk.step == FailbackStep::Released);
-            released.filter_map(|(name, _)| DiskId::parse(name).ok()).collect()
-        };
+        // Failbacks of several machines come here at once, and the newest list counts.
+        let mut holding = self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (mut released, mut going) = (BTreeSet::new(), Vec::new());
+        for (name, of) in self.lock().failbacks.values().flat_map(|failback| &failback.disks) {
+            let Ok(disk) = DiskId::parse(name) else { continue };
+            match of.step {
+                FailbackStep::Released => {
+                    released.insert(disk);
+                }
+                FailbackStep::Decided | FailbackStep::Fenced => {
+                    going.extend(of.at.parse().ok().map(|at: At| retention.hold(disk, at)));
+                }
+                FailbackStep::Drained | FailbackStep::Verified => {}
+            }
+        }
         let shape = retention.shape();
         let points = released.iter().filter_map(|disk| shape.disks.get(disk));
         let points = points.flat_map(|disk| disk.points.values());
-        let held = points
+        *holding = points
             .map(|point| retention.hold_runs(point.disk, At::entry(point.epoch, point.number)))
+            .chain(going)
             .collect();
-        *self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = held;
     }
 
     /// Asks every live session of an agent for a point; answers them.
@@ -173,6 +182,7 @@ impl Registry {
     /// When the target cannot be opened, which is the case while a virtual machine has it.
     pub(crate) fn take_back(&self, disk: DiskId, stamp: &str) -> anyhow::Result<bool> {
         let retention = self.retention.as_ref().context(NO_JOURNAL)?;
+        let _opening = retention.opening();
         let closed = |known: &&KnownDisk| known.worker.is_none();
         let record = self.lock().disks.get(&disk).filter(closed).map(|known| known.record.clone());
         let Some(record) = record else { return Ok(false) }; // it is back already
@@ -196,6 +206,9 @@ impl Registry {
         let machine = state.agent.0;
         let mut store = Journaled::open(retention, target, guard, state, machine, log.as_ref())?;
         let state = store.state().clone();
+        if let Err(error) = store.go_on_back() {
+            tracing::error!(%disk, %error, "a rollback did not get to its end; the disk is held");
+        }
         store.take_back(before, changed)?;
         let store = DiskStore::Journaled(Box::new(store));
         let worker = {

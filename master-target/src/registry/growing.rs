@@ -17,6 +17,7 @@ use reprotect_engine::units::{DiskId, PeerId, SECTOR_BYTES};
 use super::{News, Registry};
 use crate::catalogue::{ProtectedDisk, kind_from_text};
 use crate::explain::explain;
+use crate::journaled::back::unfinished;
 use crate::plan::reserved_bytes;
 
 impl Registry {
@@ -34,13 +35,18 @@ impl Registry {
     }
 
     fn grow(&self, agent: PeerId, asked: &GrowDisk) -> anyhow::Result<()> {
-        let _changing = self.changing();
+        let _changing = self.changing_of(&agent.to_string())?;
         let (disk, size_bytes) = (asked.disk, asked.size_sectors * SECTOR_BYTES);
         let mut record = self.growing_record(agent, asked)?;
         if record.size_bytes == size_bytes {
             return Ok(()); // it has grown, and the offer was lost
         }
         let (inputs, _) = self.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
+        if let Some(retention) = &self.retention
+            && let Some(why) = unfinished(retention.lock().get()?, disk)
+        {
+            bail!(why); // its thread may be busy with that for hours
+        }
         let before = record.size_bytes;
         self.check_room(&record, size_bytes - before)?;
         record.grows_to_bytes = Some(size_bytes);

@@ -7,7 +7,6 @@
 
 use std::io::ErrorKind;
 use std::sync::PoisonError;
-use std::sync::atomic::Ordering;
 
 use anyhow::Context as _;
 use reprotect_engine::net::wall_clock;
@@ -26,10 +25,14 @@ impl Registry {
     /// When the journal cannot be written.
     pub fn take_again(&self, disk: DiskId) -> anyhow::Result<bool> {
         let _alone = self.changing();
-        if self.stopping.load(Ordering::Acquire) || self.failback_step(disk).is_some() {
+        if self.is_stopping() || self.failback_step(disk).is_some() {
             return Ok(false);
         }
         let retention = self.retention.as_ref().context(NO_JOURNAL)?;
+        let _opening = retention.opening();
+        if self.is_disk_busy(disk) {
+            return Ok(false);
+        }
         let known = self.lock().disks.get_mut(&disk).map(|known| (known.record.clone(), known.worker.take()));
         let Some((record, worker)) = known else { return Ok(false) };
         if let Some(worker) = worker {
@@ -86,7 +89,7 @@ impl Registry {
     /// When the journal cannot be written.
     pub(crate) fn start_again(&self, disk: DiskId) -> anyhow::Result<bool> {
         let _alone = self.changing();
-        if self.stopping.load(Ordering::Acquire) || !self.waiting_for_space().contains(&disk) {
+        if self.is_stopping() || !self.waiting_for_space().contains(&disk) || self.is_disk_busy(disk) {
             return Ok(false);
         }
         let known = self
@@ -100,6 +103,7 @@ impl Registry {
             return Ok(false);
         };
         let retention = self.retention.as_ref().context(NO_JOURNAL)?;
+        let _opening = retention.opening();
         let log = self.recovered_now(retention, disk)?.unwrap_or_default();
         self.recovered.lock().unwrap_or_else(PoisonError::into_inner).insert(disk, log);
         let agent = peer(&record.agent);
@@ -123,7 +127,7 @@ pub(super) fn is_full(error: &anyhow::Error) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::BTreeSet;
     use std::path::Path;
     use std::sync::Arc;
@@ -158,10 +162,10 @@ mod tests {
     use crate::retention::RetentionSettings;
     use crate::scrub::ScrubSettings;
 
-    const DISK: DiskId = DiskId([1; 16]);
-    const SIZE: u64 = 8 << 20;
+    pub(in crate::registry) const DISK: DiskId = DiskId([1; 16]);
+    pub(in crate::registry) const SIZE: u64 = 8 << 20;
 
-    fn settings() -> RetentionSettings {
+    pub(in crate::registry) fn settings() -> RetentionSettings {
         let hour = Duration::from_secs(3600);
         let ladder =
             Ladder { any_write: hour, every_epoch: hour, rungs: Vec::new(), keep: hour, guaranteed: hour };
@@ -175,7 +179,7 @@ mod tests {
     }
 
     /// As [`lab`]; an `existing` one keeps what its target was found with.
-    fn lab_on(
+    pub(in crate::registry) fn lab_on(
         drive: Arc<dyn Files>,
         dir: &Path,
         existing: bool,
@@ -186,13 +190,19 @@ mod tests {
         let catalogue = Catalogue::open(&dir.join("state")).unwrap();
         let journal = Some((Arc::clone(&retention), found));
         let registry = Registry::open_with(catalogue, FlowLimits::default(), fs_opener(), journal).unwrap();
-        let spec = TargetSpec { path: dir.join("disk.vmdk"), kind: TargetKind::MonolithicFlat };
+        add(&registry, dir, DISK, existing);
+        (Arc::new(registry), retention, committer)
+    }
+
+    pub(in crate::registry) fn add(registry: &Registry, dir: &Path, disk: DiskId, existing: bool) {
+        let name = if disk == DISK { "disk.vmdk".to_owned() } else { format!("{disk}.vmdk") };
+        let spec = TargetSpec { path: dir.join(name), kind: TargetKind::MonolithicFlat };
         let target =
             create_target(&fs_opener(), &spec, SIZE, &BTreeSet::new(), &CreateOptions::default()).unwrap();
         let (agent, lineage) = (PeerId([2; 16]), LineageId([4; 16]));
-        let state = TargetDisk::new_state(DISK, agent, [3; 16], SIZE / 512, lineage, PassMode::Done);
+        let state = TargetDisk::new_state(disk, agent, [3; 16], SIZE / 512, lineage, PassMode::Done);
         let record = ProtectedDisk {
-            disk: DISK.to_string(),
+            disk: disk.to_string(),
             agent: agent.to_string(),
             source: "03".repeat(16),
             source_name: "sda".to_owned(),
@@ -205,7 +215,6 @@ mod tests {
             journal: None,
         };
         registry.add_disk(record, target, state).unwrap();
-        (Arc::new(registry), retention, committer)
     }
 
     fn mode(registry: &Registry) -> Option<PassMode> {
@@ -360,10 +369,10 @@ mod tests {
     }
 
     /// One write of the source, as an entry of the log.
-    fn entry(state: &DiskState) -> (EntryKind, bytes::Bytes) {
+    pub(in crate::registry) fn entry(state: &DiskState) -> (EntryKind, bytes::Bytes) {
         let records = [Record::data(16, vec![7; 4096].into())];
         let header = BatchHeader {
-            disk: DISK,
+            disk: state.disk,
             lineage: state.lineage,
             generation: state.generation,
             first_sequence: state.sequence.next(),

@@ -13,15 +13,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use reprotect_engine::checksum::unit_hash;
 use reprotect_engine::format::batch::{MarkCause, MarkClass, MarkLabel, Stretch};
 use reprotect_engine::format::extent::Record;
 use reprotect_engine::format::message::{Auth, InventoryDisk};
 use reprotect_engine::format::wire::Text;
-use reprotect_engine::limits::{
-    BATCH_PLAIN_BYTES_MAX, BULK_RECORD_BYTES_MAX, COMPARE_FINE_BYTES, COMPARE_UNIT_BYTES,
-    DELTA_RECORD_BYTES_MAX,
-};
+use reprotect_engine::limits::{BATCH_PLAIN_BYTES_MAX, BULK_RECORD_BYTES_MAX, DELTA_RECORD_BYTES_MAX};
 use reprotect_engine::net::dialer::Dialer;
 use reprotect_engine::net::endpoint::{CloseCode, PeerConnection, TransportSettings};
 use reprotect_engine::net::enroll::enroll;
@@ -33,7 +29,8 @@ use reprotect_engine::net::trust::{PeerRule, ROOTS_FILE, Trust};
 use reprotect_engine::net::{tls, wall_clock};
 use reprotect_engine::proto::agent::{Agent, AgentEvent};
 use reprotect_engine::proto::batch::cut_records;
-use reprotect_engine::proto::pass::{PassAction, Sink, hash_spans};
+use reprotect_engine::proto::compare::unit_hashes;
+use reprotect_engine::proto::pass::{PassAction, Sink};
 use reprotect_engine::proto::{Prover, session_proof_message};
 use reprotect_engine::units::{DiskId, PeerId, SECTOR_BYTES, SectorRange, Timestamp};
 use tokio::sync::mpsc;
@@ -292,18 +289,14 @@ impl Stream {
                 let slice = |chunk: SectorRange| {
                     base.slice(chunk.byte_start() as usize..(chunk.byte_start() + chunk.bytes()) as usize)
                 };
-                let hashes = |chunk: SectorRange, unit, units: &[u16]| {
-                    let data = slice(chunk);
-                    hash_spans(chunk, unit, units).into_iter().map(|span| unit_hash(&data[span])).collect()
-                };
                 match action {
                     PassAction::Read { chunk, hash, .. } => {
-                        let hashes = hash.then(|| hashes(chunk, COMPARE_UNIT_BYTES, &[]));
+                        let hashes = hash.then(|| unit_hashes(&slice(chunk)));
                         self.core.handle_read(disk, epoch, chunk, hashes).unwrap();
                     }
-                    PassAction::HashFine { chunk, units } => {
-                        let hashes = hashes(chunk, COMPARE_FINE_BYTES, &units);
-                        self.core.handle_fine(disk, epoch, chunk, hashes).unwrap();
+                    PassAction::Compute { chunk, question } => {
+                        let computed = question.answer(&slice(chunk));
+                        self.core.handle_computed(disk, epoch, chunk, computed).unwrap();
                     }
                     PassAction::Send { chunk, pieces } => {
                         let max =

@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
-use reprotect_engine::checksum::unit_hash;
 use reprotect_engine::compress::Decompressor;
 use reprotect_engine::format::batch::{Mark, credit_cost, decode_batch, decode_bulk};
 use reprotect_engine::format::disk_state::DiskState;
@@ -24,9 +23,9 @@ use reprotect_engine::net::lanes::{self, Arrival, LaneReader};
 use reprotect_engine::net::standby::{self, stand_by};
 use reprotect_engine::net::trust::{PeerRule, Trust};
 use reprotect_engine::net::{mono_clock, tls, wall_clock};
+use reprotect_engine::proto::compare::answer;
 use reprotect_engine::proto::credit::FlowLimits;
 use reprotect_engine::proto::master_target::{DiskInput, SessionEvent, TargetSession, Transport};
-use reprotect_engine::proto::pass::hash_spans;
 use reprotect_engine::proto::target_disk::{DiskAction, SessionId, TargetDisk};
 use reprotect_engine::proto::{Authority, Outgoing, session_proof_message};
 use reprotect_engine::units::{DiskId, Generation, LineageId, PeerId, SectorRange};
@@ -499,9 +498,7 @@ impl World {
                     DiskAction::Hash { session, request, units } => {
                         let from = request.range.byte_start() as usize;
                         let chunk = &disk.bytes[from..from + request.range.bytes() as usize];
-                        let spans = hash_spans(request.range, request.unit_bytes.into(), &units);
-                        let hashes = spans.into_iter().map(|span| unit_hash(&chunk[span])).collect();
-                        disk.core.handle_hashed(session, &request, hashes);
+                        disk.core.handle_hashed(session, &request, answer(&units, chunk));
                     }
                     DiskAction::Checkpoint { state, .. } => {
                         disk.state = *state;

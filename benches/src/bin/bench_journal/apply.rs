@@ -11,19 +11,25 @@ use std::process::Command;
 use std::time::Instant;
 
 use reprotect_engine::compress::Decompressor;
+use reprotect_engine::format::manifest::EpochCause;
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::io::{BlockFile, ReadAt};
+use reprotect_engine::store::journal::entry::{Content, Write};
 use reprotect_engine::store::journal::rollback::rollback;
 use reprotect_engine::store::journal::view::At;
+use reprotect_engine::store::journal::window::Window;
+use reprotect_engine::units::{SECTOR_BYTES, SectorRange};
 
 use super::counting::{Class, Counting, Counts};
 use super::world::{
     BATCH_RECORDS, BLOCK, Batches, NOW, POSITION, Places, add, applier, disk_id, make_targets, mb_per_s,
-    open_or_create, retention, window,
+    open_or_create, retention, twofold, window,
 };
 use super::{Report, setting};
 
 const WINDOW_BYTES: u64 = 32 << 20;
+/// What new files write before a rollback.
+const NEW_FILES_BYTES: u64 = 128 << 20;
 /// Seconds of fio before each window.
 const FLOOR_S: u64 = 2;
 
@@ -131,6 +137,7 @@ pub(crate) fn run(folder: &Path, report: &mut Report) {
     show(&counts, source);
     let floor = floor(&beside);
     back(&files, &mut journal, &mut applier, floor, report);
+    back_over_new_files(&mut journal, &mut applier, report);
     std::fs::remove_file(&beside).expect("fio's file is removed");
 }
 
@@ -157,6 +164,38 @@ fn back(
     // Content, so that nobody measures how fast nothing is done.
     let mut block = vec![0; BLOCK];
     applier.target().read(&mut [ReadAt { offset: 0, data: &mut block }]).expect("the target");
+}
+
+/// Back over what new files wrote: neighbours that held zeros before.
+fn back_over_new_files(
+    journal: &mut reprotect_engine::store::journal::Journal,
+    applier: &mut reprotect_engine::store::journal::applier::Applier<Box<dyn BlockFile>>,
+    report: &mut Report,
+) {
+    const PIECE: u64 = 1 << 20;
+    let mut zeros = None;
+    for is_written in [false, true] {
+        applier.begin_epoch(journal, EpochCause::Time, POSITION, None, NOW).expect("an undo epoch");
+        let number = journal.append(disk_id(0), EntryKind::Batch, &[b"new files"], NOW).expect("room").0;
+        journal.commit(NOW).expect("a commit");
+        let mut window = Window::default();
+        for start in (0..NEW_FILES_BYTES).step_by(PIECE as usize) {
+            let range = SectorRange::new(start / SECTOR_BYTES, (start + PIECE) / SECTOR_BYTES);
+            let content = match is_written {
+                true => Content::Data(twofold(PIECE as usize)),
+                false => Content::Zeros,
+            };
+            window.put(Write { range, content });
+        }
+        applier.apply(journal, number, &window, NOW).expect("a window is applied");
+        journal.commit(NOW).expect("a commit");
+        zeros = zeros.or_else(|| Some(At::entry(applier.open_epoch()?, number)));
+        applier.close_epoch(journal, NOW).expect("an undo epoch");
+    }
+    let begun = Instant::now();
+    let done = rollback(journal, applier, zeros.expect("an undo epoch"), POSITION, NOW).expect("a rollback");
+    assert_eq!(done.written_bytes, NEW_FILES_BYTES);
+    report.held("rollback MB/s over new files", mb_per_s(done.written_bytes, begun), '>', 200.0);
 }
 
 /// What was done to the files, and how long it took.

@@ -6,13 +6,14 @@
 use bytes::{BufMut, Bytes, BytesMut};
 
 use super::{
-    Auth, AuthHead, CERTIFICATE_BYTES_MAX, CERTIFICATES_MAX, CompareRequestHead, GRANT_BYTES_MAX, HASHES_MAX,
-    InventoryDisk, InventoryHead, Message, PointDegrade, SIGNATURE_BYTES_MAX,
+    Auth, AuthHead, CERTIFICATE_BYTES_MAX, CERTIFICATES_MAX, CompareAnswer, CompareHashesHead,
+    CompareRequestHead, GRANT_BYTES_MAX, InventoryDisk, InventoryHead, Message, PointDegrade, RefineUnit,
+    SIGNATURE_BYTES_MAX, UNITS_MAX,
 };
 use crate::format::FormatError;
 use crate::format::frame::FrameKind;
 use crate::format::wire::take_items;
-use crate::limits::{CHUNK_BYTES, COMPARE_FINE_BYTES, DISK_BYTES_MAX, DISKS_PER_AGENT_MAX};
+use crate::limits::{CHUNK_BYTES, DISK_BYTES_MAX, DISKS_PER_AGENT_MAX};
 use crate::units::SECTOR_BYTES;
 
 pub(super) fn put_auth(out: &mut BytesMut, auth: &Auth) -> FrameKind {
@@ -77,21 +78,34 @@ pub(super) fn take_inventory(body: &Bytes) -> Result<Message, FormatError> {
 
 pub(super) fn take_compare_request(body: &Bytes) -> Result<Message, FormatError> {
     const WHAT: &str = "CompareRequest";
-    let (head, rest) = CompareRequestHead::read_prefix(body)?;
+    let (head, mut rest) = CompareRequestHead::read_prefix(body)?;
     let field = |field, got, expected| Err(FormatError::Field { what: WHAT, field, got, expected });
     if head.range.is_empty() || head.range.bytes() > CHUNK_BYTES {
         return field("range", head.range.len(), "one sector to one chunk");
     }
-    if u64::from(head.unit_bytes) != crate::limits::COMPARE_UNIT_BYTES
-        && u64::from(head.unit_bytes) != COMPARE_FINE_BYTES
-    {
-        return field("unit_bytes", head.unit_bytes.into(), "65536 or 4096");
+    let count = bounded(head.unit_count.into(), UNITS_MAX, WHAT)?;
+    let mut units: Vec<RefineUnit> = Vec::with_capacity(count);
+    for _ in 0..count {
+        let (unit, after) = RefineUnit::read_prefix(rest)?;
+        if units.last().is_some_and(|last| last.unit >= unit.unit) {
+            return field("units", unit.unit.into(), "ascending units");
+        }
+        units.push(unit);
+        rest = after;
     }
-    let units: Vec<u16> = all_items(rest, bounded(head.unit_count.into(), HASHES_MAX, WHAT)?, WHAT)?;
-    if units.windows(2).any(|pair| matches!(pair, [a, b] if a >= b)) {
-        return field("units", 0, "ascending units");
+    if rest.is_empty() {
+        Ok(Message::CompareRequest(head, units))
+    } else {
+        Err(FormatError::Trailing { what: WHAT, got: rest.len() })
     }
-    Ok(Message::CompareRequest(head, units))
+}
+
+pub(super) fn take_compare_hashes(body: &Bytes) -> Result<Message, FormatError> {
+    const WHAT: &str = "CompareHashes";
+    let (head, rest) = CompareHashesHead::read_prefix(body)?;
+    let (hashes, rest) = take_items(rest, bounded(head.hash_count, UNITS_MAX, WHAT)?, WHAT)?;
+    let masks = all_items(rest, bounded(head.mask_count.into(), UNITS_MAX, WHAT)?, WHAT)?;
+    Ok(Message::CompareHashes(head, CompareAnswer { hashes, masks }))
 }
 
 pub(super) fn take_point_degrade(body: &Bytes) -> Result<PointDegrade, FormatError> {

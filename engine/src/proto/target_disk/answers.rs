@@ -9,13 +9,15 @@ use crate::format::message::{
     Ack, BulkAckHead, Credit, ErrorCode, Fenced, GrantHead, Message, Nack, NackReason, PassState,
 };
 use crate::limits::RANGES_PER_MESSAGE_MAX;
+use crate::mutants::{Mutant, mutant};
 use crate::proto::credit::Window;
 use crate::units::SectorRange;
 
 impl TargetDisk {
     pub(super) fn acknowledge(&mut self, session: SessionId, done: &Checkpoint) {
         if !done.settled.is_empty() {
-            let ranges: Vec<SectorRange> = done.settled.iter().collect();
+            let settled = if mutant(Mutant::BulkEarly) { &self.state.settled } else { &done.settled };
+            let ranges: Vec<SectorRange> = settled.iter().collect();
             for part in ranges.chunks(RANGES_PER_MESSAGE_MAX) {
                 let head = BulkAckHead {
                     disk: self.state.disk,

@@ -35,6 +35,7 @@ use super::{DiskShape, Journal};
 use crate::format::manifest::{DiskGrown, Edit, EpochCause, EpochClosed, EpochOpened, PointKept};
 use crate::format::segment::Applied;
 use crate::io::{BlockFile, ByteRange, WriteAt};
+use crate::mutants::{Mutant, mutant};
 use crate::units::{DiskId, Generation, LineageId, MonoTime, SECTOR_BYTES, Sequence, Timestamp};
 
 /// Bytes written to the target in one call.
@@ -393,7 +394,7 @@ impl<T: BlockFile> Applier<T> {
         }
         let Some(run) = self.ongoing.run()? else { return Ok(None) };
         capture(&mut self.target, run, self.size_sectors, window, known)?;
-        if !run.is_flushed() {
+        if !run.is_flushed() && !mutant(Mutant::UndoUnflushed) {
             run.flush()?; // barrier 1
         }
         let (undo_bytes, is_empty) = (run.len_bytes(), run.counts().0 == 0);
@@ -411,7 +412,9 @@ impl<T: BlockFile> Applier<T> {
         self.save_over(window, &[])?; // I1, also where nobody asked for it
         self.version += 1;
         self.write_target(window)?;
-        self.target.flush()?; // barrier 2
+        if !mutant(Mutant::TargetUnflushed) {
+            self.target.flush()?; // barrier 2
+        }
         Ok(())
     }
 

@@ -213,7 +213,10 @@ impl Journal {
                     break 'disks;
                 }
                 match self.read(entry.place) {
-                    Ok((head, body)) => copies.push((disk, entry.number, head.kind, body)),
+                    Ok((head, body)) => {
+                        copies.push((disk, entry.number, head.kind, body));
+                        bytes += entry.place.bytes;
+                    }
                     Err(error) => {
                         let reason = error.to_string();
                         let bad = sound.extract_if(.., |needed| needed.has(entry.number));
@@ -222,7 +225,6 @@ impl Journal {
                         lost.extend(bad.map(of));
                     }
                 }
-                bytes += entry.place.bytes;
             }
         }
         self.add_copies(copies, now)?;

@@ -108,6 +108,22 @@ pub enum JournalError {
         /// Bytes that may be used.
         free: u64,
     },
+    /// A rollback was to end on its way, because its disk is closed.
+    #[error(
+        "the rollback of disk {disk} was interrupted: the disk is held, and it is gone on with when the master target starts again; repeat the command then for what other disks of the machine it was for"
+    )]
+    Interrupted {
+        /// The disk.
+        disk: DiskId,
+    },
+    /// A rollback is not begun, because its disk is closed.
+    #[error(
+        "the master target stops, and the rollback of disk {disk} was not begun: repeat the command when it runs again; nothing was changed"
+    )]
+    Stops {
+        /// The disk.
+        disk: DiskId,
+    },
     /// A write or flush failed before.
     #[error("{} has failed before ({why}): repair the medium, then restart", path.display())]
     Failed {

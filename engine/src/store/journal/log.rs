@@ -19,6 +19,7 @@ use crate::format::segment::{
     EntryHead, EntryKind, GROUP_MAGIC, GROUP_PAYLOAD_BYTES_MAX, GroupHeader, SEGMENT_MAGIC, SegmentHeader,
 };
 use crate::io::{BlockFile, ByteRange, ReadAt, WriteAt};
+use crate::mutants::{Mutant, mutant};
 use crate::store::files::Files;
 use crate::units::{BLOCK_BYTES, DiskId, Timestamp};
 
@@ -283,7 +284,7 @@ impl Log {
         let written = current
             .file
             .write(&[WriteAt { offset: current.at, data: bytes }])
-            .and_then(|()| current.file.flush());
+            .and_then(|()| if mutant(Mutant::GroupUnflushed) { Ok(()) } else { current.file.flush() });
         if let Err(error) = written {
             self.failed = Some(error.to_string());
             return Err(error.into());

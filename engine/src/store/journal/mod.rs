@@ -69,6 +69,7 @@ use crate::format::disk_state::DiskState;
 use crate::format::manifest::{DiskAdded, DiskRemoved, Edit};
 use crate::format::segment::{Applied, EntryHead, EntryKind, JournalId};
 use crate::limits::{SEGMENT_BYTES_DEFAULT, SEGMENT_BYTES_MIN};
+use crate::mutants::{Mutant, mutant};
 use crate::store::crc_map::MAP_PREFIX;
 use crate::store::files::Files;
 use crate::units::{DiskId, Timestamp};
@@ -209,6 +210,7 @@ impl Journal {
         let (slots, strangers) = sort_files(&*files, folder, &manifest)?;
         let mut scan =
             recovery::scan(&*files, folder, manifest.journal(), manifest.shape(), opened.durable_group)?;
+        scan.believe_order(opened.clean, opened.durable_group);
         scan.check_readable(manifest.shape())?;
         // Up to here nothing was changed: a manifest that lost something is refused as it is.
         strays::check_known(&*files, folder, &manifest, &slots, &strangers, &scan)?;
@@ -518,6 +520,7 @@ impl Journal {
     pub fn releasable(&self) -> Vec<u64> {
         let current = self.log.current_segment();
         let needed = self.disks.keys().filter_map(|disk| self.oldest_needed(*disk)).min().unwrap_or(u64::MAX);
+        let needed = if mutant(Mutant::ReleaseUnapplied) { u64::MAX } else { needed };
         let segments = self.manifest.shape().segments.keys().copied();
         segments.take_while(|number| Some(*number) != current && *number < needed).collect()
     }

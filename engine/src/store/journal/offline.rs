@@ -67,7 +67,8 @@ impl Offline {
         let (manifest, opened) = Manifest::open_to_read(Arc::clone(&files), folder)?;
         let (slots, strangers) = sort_files(&*files, folder, &manifest)?;
         let superblock = manifest.superblock();
-        let scan = scan(&*files, folder, manifest.journal(), manifest.shape(), opened.durable_group)?;
+        let mut scan = scan(&*files, folder, manifest.journal(), manifest.shape(), opened.durable_group)?;
+        scan.believe_order(opened.clean, opened.durable_group);
         check_known(&*files, folder, &manifest, &slots, &strangers, &scan)?;
         let settings = JournalSettings::default();
         let (mut journal, found) = Journal::scanned(files, folder, settings, manifest, &slots, scan);
@@ -136,7 +137,10 @@ impl Offline {
     /// When a file cannot be read.
     pub fn log(&self, mut see: impl FnMut(Seen<'_>)) -> Result<Scan, JournalError> {
         let (files, journal) = (&**self.journal.files(), self.journal.id());
-        scan_showing(files, self.folder(), journal, self.shape(), self.durable_group, &mut see)
+        let mut scan =
+            scan_showing(files, self.folder(), journal, self.shape(), self.durable_group, &mut see)?;
+        scan.believe_order(self.found.clean, self.durable_group);
+        Ok(scan)
     }
 
     /// What stands where the index of a segment belongs.

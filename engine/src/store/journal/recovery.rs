@@ -105,6 +105,14 @@ pub struct Scan {
 }
 
 impl Scan {
+    /// A journal that was closed in order has all its groups: what stands behind the newest is of an earlier use of the file, and
+    /// no torn write.
+    pub(super) fn believe_order(&mut self, is_closed: bool, durable_group: u64) {
+        if is_closed && self.last_group == durable_group {
+            self.torn = None;
+        }
+    }
+
     /// Refuses a log of which the medium does not give everything, where changes that are on no target are missed: they may be
     /// readable another time, and would then stand beside what was written instead.
     ///

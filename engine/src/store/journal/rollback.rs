@@ -24,11 +24,16 @@ use crate::format::manifest::EpochCause;
 use crate::format::segment::Applied;
 use crate::io::buffer::PoolBuf;
 use crate::io::{BlockFile, ReadAt};
+use crate::mutants::{Mutant, mutant};
 use crate::units::{BLOCK_BYTES, BLOCK_SECTORS, DiskId, SECTOR_BYTES, SectorRange, Timestamp};
 
 /// Blocks compared, saved and written in one go, with one pair of flushes and one commit of the log: bounds the memory, to
 /// that of three steps, each with what stands there and what stood there.
 const STEP_BLOCKS: u64 = 2048;
+/// Zeros that become a hole; fewer are written.
+const HOLE_BLOCKS_MIN: usize = 16;
+/// Blocks of one write.
+const RUN_BLOCKS_MAX: usize = 256;
 
 /// What a rollback did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -95,6 +100,9 @@ pub fn resume<T: BlockFile>(
     applier: &mut Applier<T>,
     now: Timestamp,
 ) -> Result<RolledBack, JournalError> {
+    if mutant(Mutant::ForgetRollback) {
+        return Ok(RolledBack::default());
+    }
     finish(journal, applier, None, now)
 }
 
@@ -106,10 +114,11 @@ fn finish<T: BlockFile>(
 ) -> Result<RolledBack, JournalError> {
     let Some(going) = Going::begun(journal, applier, view)? else { return Ok(RolledBack::default()) };
     let disk = applier.disk();
-    let done = going.take_back(applier, &mut |named| {
+    let mut name = |named| {
         journal.append_applied(disk, named, now)?;
         journal.commit(now)
-    })?;
+    };
+    let done = going.take_back(applier, &mut name, &|| false)?;
     end(journal, applier, now)?;
     Ok(done)
 }
@@ -264,17 +273,18 @@ impl Going {
     }
 
     /// Takes everything back. `name` puts into the log, durably, what a step's before-images are named by; it is called
-    /// before the target is written.
+    /// before the target is written. `is_interrupted` is asked between two steps.
     ///
     /// # Errors
-    /// When an image is damaged, or something cannot be read or written.
+    /// When an image is damaged, something cannot be read or written, or it was interrupted: it may be resumed.
     pub fn take_back<T: BlockFile>(
         self,
         applier: &mut Applier<T>,
         name: &mut Name<'_>,
+        is_interrupted: &dyn Fn() -> bool,
     ) -> Result<RolledBack, JournalError> {
         let Self { view, runs, steps } = self;
-        let mut line = Line { runs: &runs, view: &view, name, done: RolledBack::default() };
+        let mut line = Line { runs: &runs, view: &view, name, is_interrupted, done: RolledBack::default() };
         line.take_back(applier, steps)?;
         Ok(line.done)
     }
@@ -289,6 +299,7 @@ struct Line<'a, 'n> {
     runs: &'a [Run],
     view: &'a View,
     name: &'a mut Name<'n>,
+    is_interrupted: &'a dyn Fn() -> bool,
     done: RolledBack,
 }
 
@@ -301,6 +312,9 @@ impl Line<'_, '_> {
         let (mut read, mut saved): (Option<Step>, Option<Saved>) = (None, None);
         // Two turns more than steps: until the last one is written.
         for ranges in steps.into_iter().map(Some).chain([None, None]) {
+            if (self.is_interrupted)() {
+                return Err(JournalError::Interrupted { disk: applier.disk() });
+            }
             let (next, named) = self.turn(applier, ranges, read.as_ref(), saved.take())?;
             saved = read.map(|step| (step, named));
             read = next;
@@ -392,20 +406,96 @@ fn preload<T: BlockFile>(
     Ok(missing.is_empty())
 }
 
-/// Puts the blocks that are not as they were into a window.
+/// What becomes of a block that is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Turn {
+    /// It is as it was.
+    Same,
+    /// It held zeros.
+    Zeros,
+    /// It held something.
+    Data,
+}
+
+/// Puts the blocks that are not as they were into a window, neighbours together. Zeros become a hole where they are many: a
+/// hole costs a file system more than a few written blocks.
 fn put_differing(window: &mut Window, blocks: BlockRange, then: &Bytes, now: &[u8]) {
-    let mut from = 0;
-    for (block, (old, new)) in
-        (blocks.start..).zip(then.chunks(BLOCK_BYTES as usize).zip(now.chunks(BLOCK_BYTES as usize)))
-    {
-        if old != new {
-            let sector = block * BLOCK_SECTORS;
-            let range = SectorRange::new(sector, sector + old.len() as u64 / SECTOR_BYTES);
-            let zeros = old.iter().all(|byte| *byte == 0);
-            let content =
-                if zeros { Content::Zeros } else { Content::Data(then.slice(from..from + old.len())) };
-            window.put(Write { range, content });
+    const SIZE: usize = BLOCK_BYTES as usize;
+    let turn = |(old, new): (&[u8], &[u8])| match old == new {
+        true => Turn::Same,
+        false if old.iter().all(|byte| *byte == 0) => Turn::Zeros,
+        false => Turn::Data,
+    };
+    let mut turns: Vec<Turn> = then.chunks(SIZE).zip(now.chunks(SIZE)).map(turn).collect();
+    for run in turns.chunk_by_mut(|left, right| left == right) {
+        if run.len() < HOLE_BLOCKS_MIN && run.first() == Some(&Turn::Zeros) {
+            run.fill(Turn::Data);
         }
-        from += old.len();
+    }
+    let mut first = 0;
+    for run in turns.chunk_by(|left, right| left == right) {
+        for part in run.chunks(RUN_BLOCKS_MAX) {
+            let (from, to) = (first * SIZE, ((first + part.len()) * SIZE).min(then.len()));
+            let sector = (blocks.start + first as u64) * BLOCK_SECTORS;
+            let range = SectorRange::new(sector, sector + (to - from) as u64 / SECTOR_BYTES);
+            match part.first() {
+                Some(Turn::Zeros) => window.put(Write { range, content: Content::Zeros }),
+                Some(Turn::Data) => {
+                    window.put(Write { range, content: Content::Data(then.slice(from..to)) });
+                }
+                Some(Turn::Same) | None => {}
+            }
+            first += part.len();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One letter for each block: what it held and holds, as `.` zeros or a letter; the last block is half of one.
+    fn put(then: &str, now: &str) -> Vec<(u64, u64, bool)> {
+        let bytes = |text: &str| -> Vec<u8> {
+            let blocks = text.bytes().map(|letter| if letter == b'.' { 0 } else { letter });
+            let mut bytes: Vec<u8> = blocks.flat_map(|byte| [byte; BLOCK_BYTES as usize]).collect();
+            bytes.truncate(bytes.len() - BLOCK_BYTES as usize / 2);
+            bytes
+        };
+        let (then, now) = (Bytes::from(bytes(then)), bytes(now));
+        let mut window = Window::default();
+        put_differing(&mut window, BlockRange::new(100, 100 + now.len().div_ceil(4096) as u64), &then, &now);
+        let mut at_hand = now.clone();
+        let runs: Vec<(u64, u64, bool)> = window
+            .runs()
+            .map(|Write { range, content }| {
+                let place = |sector: u64| ((sector - 100 * BLOCK_SECTORS) * SECTOR_BYTES) as usize;
+                let out = &mut at_hand[place(range.start)..place(range.end)];
+                match content {
+                    Content::Zeros => out.fill(0),
+                    Content::Data(data) => out.copy_from_slice(data),
+                }
+                (range.start, range.end, matches!(content, Content::Zeros))
+            })
+            .collect();
+        assert_eq!(at_hand, then, "written over what stands there it is what stood there");
+        runs
+    }
+
+    #[test]
+    fn neighbours_go_back_together_and_only_many_zeros_become_a_hole() {
+        let few = "a".repeat(HOLE_BLOCKS_MIN - 1);
+        let many = "a".repeat(HOLE_BLOCKS_MIN);
+        let zeros = |text: &str| ".".repeat(text.len());
+        let sectors = |from: usize, to: usize| (800 + 8 * from as u64, 800 + 8 * to as u64);
+        let runs = put(&format!("xy.{}z", zeros(&few)), &format!("xx.{few}a"));
+        let ((from, _), (to, half)) = (sectors(1, 2), sectors(3, 3 + few.len()));
+        assert_eq!(runs, [(from, from + 8, false), (to, half + 4, false)], "what is the same is not written");
+        let runs = put(&format!("b{}bb", zeros(&many)), &format!("a{many}aa"));
+        let hole = sectors(1, 1 + many.len());
+        assert_eq!(runs, [(800, 808, false), (hole.0, hole.1, true), (hole.1, hole.1 + 12, false)]);
+        let large = "b".repeat(2 * RUN_BLOCKS_MAX);
+        let runs = put(&large, &"a".repeat(large.len()));
+        assert_eq!(runs.len(), 2, "each a megabyte");
     }
 }

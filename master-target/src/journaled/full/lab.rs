@@ -50,6 +50,8 @@ struct Fault {
 pub(crate) struct Faulty {
     files: Arc<dyn Files>,
     fault: Mutex<Fault>,
+    /// What it says is free; none: what is.
+    free_bytes: Mutex<Option<u64>>,
 }
 
 impl Faulty {
@@ -93,6 +95,11 @@ impl Faulty {
         fault.room = fault.room.map(|room| room + bytes);
     }
 
+    /// What the drive says is free from now on.
+    pub(crate) fn says_free(&self, bytes: u64) {
+        *self.free_bytes.lock().unwrap_or_else(PoisonError::into_inner) = Some(bytes);
+    }
+
     /// How many operations failed.
     pub(crate) fn failed(&self) -> usize {
         self.fault().failed
@@ -120,7 +127,8 @@ struct Drive(Arc<Faulty>);
 
 /// A drive that can fail, and its files.
 pub(crate) fn drive() -> (Arc<Faulty>, Arc<dyn Files>) {
-    let faulty = Arc::new(Faulty { files: fs_opener(), fault: Mutex::default() });
+    let faulty =
+        Arc::new(Faulty { files: fs_opener(), fault: Mutex::default(), free_bytes: Mutex::default() });
     (Arc::clone(&faulty), Arc::new(Drive(faulty)))
 }
 
@@ -134,7 +142,8 @@ impl Files for Drive {
     }
 
     fn free_bytes(&self, path: &Path) -> Result<Option<u64>, FilesError> {
-        self.0.files.free_bytes(path)
+        let said = *self.0.free_bytes.lock().unwrap();
+        said.map_or_else(|| self.0.files.free_bytes(path), |bytes| Ok(Some(bytes)))
     }
 
     fn read_head(&self, path: &Path, bytes_max: usize) -> Result<Vec<u8>, FilesError> {
@@ -290,7 +299,11 @@ impl Lab {
         create_target(&fs_opener(), &spec, SECTORS * SECTOR_BYTES, &none, &options).unwrap().close().unwrap();
         let content = vec![0; (SECTORS * SECTOR_BYTES) as usize];
         let mut lab = Self {
-            faulty: Arc::new(Faulty { files: fs_opener(), fault: Mutex::default() }),
+            faulty: Arc::new(Faulty {
+                files: fs_opener(),
+                fault: Mutex::default(),
+                free_bytes: Mutex::default(),
+            }),
             folder: dir.join("retention"),
             spec,
             open: None,

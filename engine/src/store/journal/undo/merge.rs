@@ -20,6 +20,7 @@ use crate::format::undo::{
     BlockRange, FRAMES_START, RUN_BYTES_MAX, RunHeader, RunIdentity, UNDO_ALIGN_BYTES,
 };
 use crate::io::{BlockFile, ByteRange};
+use crate::mutants::{Mutant, mutant};
 use crate::store::files::Files;
 use crate::units::BLOCK_BYTES;
 
@@ -59,7 +60,11 @@ pub fn merge(
             made: Vec::new(),
             file,
         };
-        output.fill(older, newer)?;
+        if mutant(Mutant::MergeNewestWins) {
+            output.fill(newer, older)?;
+        } else {
+            output.fill(older, newer)?;
+        }
         let Output { index, writer, mut file, .. } = output;
         let trailer = index.finish(&mut *file, writer.end(), closed)?;
         file.flush()?;
