@@ -47,11 +47,11 @@ delta-test: build ## an existing target, a share of its blocks changed: [SIZE=8G
 	@$(SCRIPTS)/delta_test.py
 
 bench-sync: setup ## speed and cost of the initial sync, release build: [SIZE=8G] [FILL=50] [ROUNDS=3] [CASES="direct, -1;relayed, -1"]
-	$(CARGO) build --release --workspace --bins
+	$(CARGO) build --release --bins
 	@REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_sync.py
 
 bench-resync: setup ## an existing target repaired, beside rsync and beside reading, release build, as root: [SIZE=8G] [PERCENTS="5 1"] [ROUNDS=1] [LEVEL=1] [SEED=1]
-	$(CARGO) build --release --workspace --bins
+	$(CARGO) build --release --bins
 	@PERCENTS="$(PERCENTS)" REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_resync.py
 
 bench-capture: setup ## cost of live capture, release build, as root: [ROUNDS=30] [SECONDS=1] [INTERVAL=10] [LOADS=4k-1,4k-32,1m,buffered] [MODES=bitmap,window,data] [SEED=n]
@@ -59,7 +59,7 @@ bench-capture: setup ## cost of live capture, release build, as root: [ROUNDS=30
 	@ROUNDS=$(ROUNDS) SEED=$(SEED) SECONDS=$(SECONDS) INTERVAL=$(INTERVAL) LOADS=$(LOADS) MODES=$(MODES) "$${CARGO_TARGET_DIR:-target}/release/bench_capture"
 
 bench-rpo: setup ## age of the durable state under random writes, release build, as root: [SECONDS=60] [RATES="20 50"] [MODES="data window"] [RELAY=1]
-	$(CARGO) build --release --workspace --bins
+	$(CARGO) build --release --bins
 	@REPROTECT_BIN_DIR="$${CARGO_TARGET_DIR:-target}/release" $(SCRIPTS)/bench_rpo.py
 
 capture-stress: setup ## equality under fire, many runs per mode, as root: [RUNS=50]

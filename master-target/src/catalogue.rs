@@ -116,6 +116,9 @@ pub struct Failback {
     pub source_time_ms: u64,
     /// Whether the source was away, so that what it wrote after the point is lost.
     pub source_away: bool,
+    /// Its disks are being taken again: it cannot be finished any more.
+    #[serde(default)]
+    pub undoing: bool,
     /// By UUID.
     pub disks: BTreeMap<String, FailbackDisk>,
 }

@@ -24,6 +24,7 @@ use crate::api::PointInfo;
 use crate::catalogue::{Failback, FailbackDisk, FailbackStep, Machine, ProtectedDisk, hex, peer};
 use crate::points::{self, Chosen, NO_JOURNAL};
 use crate::registry::Registry;
+use crate::retention::Hold;
 
 /// How often it is looked whether the last mark is there.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -156,8 +157,9 @@ fn carry_out(registry: &Registry, request: &FailbackRequest) -> anyhow::Result<F
         Some(known) => go_on(known, &machine, request)?,
         None if request.dry_run => return plan(registry, &machine, &records, request),
         None => {
-            let decided = decide(registry, agent, &records, request)?;
+            let (decided, holds) = decide(registry, agent, &records, request)?;
             registry.record_failback(agent, &decided)?;
+            drop(holds); // the steps have their own
             tracing::warn!(
                 machine = machine.host_name,
                 point = decided.point,
@@ -193,6 +195,13 @@ fn go_on(known: Failback, machine: &Machine, request: &FailbackRequest) -> anyho
             machine.host_name
         );
     }
+    if known.undoing {
+        bail!(
+            "the disks of {} are being taken again, and some of them may be already; repeat `failback --undo {}`",
+            machine.host_name,
+            machine.host_name
+        );
+    }
     Ok(known)
 }
 
@@ -224,13 +233,13 @@ fn check(registry: &Registry, records: &[ProtectedDisk]) -> anyhow::Result<Vec<D
     }
 }
 
-/// Makes the last mark where the source can be asked, and chooses the point.
+/// Makes the last mark where the source can be asked, and chooses the point; it is held until the record says so.
 fn decide(
     registry: &Registry,
     agent: PeerId,
     records: &[ProtectedDisk],
     request: &FailbackRequest,
-) -> anyhow::Result<Failback> {
+) -> anyhow::Result<(Failback, Vec<Hold>)> {
     let disks = check(registry, records)?;
     let text = if source_is_asked(registry, &disks, request)? {
         let point = last_mark(registry, agent, &disks)?;
@@ -244,7 +253,7 @@ fn decide(
     }
     // Before the record, after which no other point can be asked for.
     let retention = registry.retention().context(NO_JOURNAL)?;
-    let _holds: Vec<_> = places.iter().map(|(disk, at)| retention.hold(*disk, *at)).collect();
+    let holds = places.iter().map(|(disk, at)| retention.hold_to_go_back(*disk, *at)).collect();
     points::all_can_go_back(registry, &places)?;
     let listed = points::list(registry, &disks, true)?;
     let info = listed.iter().find(|info| {
@@ -265,14 +274,16 @@ fn decide(
         };
         (disk.to_string(), begun)
     };
-    Ok(Failback {
+    let decided = Failback {
         asked: request.point.clone(),
         point: info.map_or(text, name_of),
         class: info.map_or_else(|| BETWEEN.to_owned(), |info| info.class.clone()),
         source_time_ms: info.map_or(0, |info| info.source_time_ms),
         source_away: request.source_already_off,
+        undoing: false,
         disks: places.iter().map(disk).collect(),
-    })
+    };
+    Ok((decided, holds))
 }
 
 /// Where a point is. One that the operator named may be damaged; the last mark is the newest state, and needs no images.
@@ -421,6 +432,7 @@ fn plan(
         class: info.map_or_else(String::new, |info| info.class.clone()),
         source_time_ms: info.map_or(0, |info| info.source_time_ms),
         source_away: request.source_already_off,
+        undoing: false,
         disks: BTreeMap::new(),
     };
     let mut answer = answer(machine, records, &planned, "planned");
@@ -478,6 +490,8 @@ fn undo(
     records: &[ProtectedDisk],
     mut failback: Failback,
 ) -> anyhow::Result<FailbackAnswer> {
+    failback.undoing = true;
+    registry.record_failback(agent, &failback)?;
     steps::release(registry, agent, &mut failback)?;
     for (name, of) in &failback.disks {
         let changed = registry.take_back(DiskId::parse(name)?, &of.stamp).with_context(|| {
@@ -494,4 +508,37 @@ fn undo(
         machine.host_name
     )];
     Ok(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_being_taken_again_is_not_finished_as_a_failback() {
+        let known = Failback {
+            asked: None,
+            point: "newest".to_owned(),
+            class: String::new(),
+            source_time_ms: 0,
+            source_away: true,
+            undoing: true,
+            disks: BTreeMap::new(),
+        };
+        let machine = Machine { agent: "a".to_owned(), host_name: "web1".to_owned(), disks: Vec::new() };
+        let request = FailbackRequest {
+            machine: "web1".to_owned(),
+            point: None,
+            accept_damage: false,
+            verify: VerifyPolicy::None,
+            source_already_off: true,
+            insist: false,
+            dry_run: false,
+            undo: false,
+        };
+        let refused = go_on(known.clone(), &machine, &request).unwrap_err().to_string();
+        assert!(refused.contains("repeat `failback --undo web1`"), "{refused}");
+        let begun = Failback { undoing: false, ..known };
+        assert_eq!(go_on(begun.clone(), &machine, &request).unwrap(), begun);
+    }
 }

@@ -164,7 +164,9 @@ pub fn tidy_log(retention: &Retention) -> Result<(), JournalError> {
 
 /// Gives segments back that are past their time (`old`), and what keeps them is carried or given up; not while disks are opened.
 fn give_back(retention: &Retention, old: u64, now: Timestamp) -> Result<(), JournalError> {
-    pinned::drop_lost(retention, now)?;
+    if !retention.is_opening() {
+        pinned::drop_lost(retention, now)?;
+    }
     loop {
         let mut locked = retention.lock();
         let journal = locked.get()?;

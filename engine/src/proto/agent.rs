@@ -299,7 +299,8 @@ impl Agent {
         disk.phase.become_state(AgentDiskPhase::Open);
         let foreign = disk.take_grant(head.generation, grant);
         disk.balance = Balance::default();
-        disk.set_target_pass(head.pass);
+        // Of a pass that was asked for nothing is settled yet: its agent did not hear that it began.
+        disk.set_target_pass(head.pass, head.mode == PassMode::Compare && ranges.is_empty());
         let ours = Ours {
             lineage: disk.lineage,
             durable: disk.durable,
@@ -410,7 +411,7 @@ impl Agent {
     fn handle_pass_state(&mut self, state: &PassState) {
         let chunk_bytes = self.chunk_bytes;
         let Some(disk) = self.open_disk(state.disk, state.generation) else { return };
-        disk.set_target_pass(state.pass);
+        disk.set_target_pass(state.pass, true);
         if state.mode == PassMode::Done {
             if disk.pass.as_ref().is_some_and(|pass| pass.number() == state.pass) {
                 disk.end_walk();

@@ -293,10 +293,12 @@ impl AgentDisk {
         foreign
     }
 
-    /// Takes note of the pass that runs at the target.
-    pub(super) fn set_target_pass(&mut self, pass: u64) {
+    /// Takes note of the pass that runs at the target. A newer one than that in which a wanted one was asked for is that one,
+    /// where it is of the whole disk: a target also begins passes of its own, over what it lost.
+    pub(super) fn set_target_pass(&mut self, pass: u64, is_whole: bool) {
         self.target_pass = pass;
-        self.wanted = self.wanted.filter(|wanted| wanted.asked_in.is_none_or(|before| pass <= before));
+        let waits = |wanted: &WantedPass| !is_whole || wanted.asked_in.is_none_or(|before| pass <= before);
+        self.wanted = self.wanted.filter(waits);
     }
 
     /// Ends the running walk: work handed out for it is ignored when it comes back.

@@ -23,13 +23,15 @@ struct Source {
     agent: Agent,
     sent: Vec<(Lane, FrameKind, Bytes)>,
     events: Vec<AgentEvent>,
+    /// What the next grant says is settled.
+    settled: Vec<SectorRange>,
 }
 
 impl Source {
     fn new() -> Self {
         let mut agent = Agent::new(AGENT, TARGET, Box::new(NoSecret));
         agent.set_chunk_bytes(64 << 10);
-        Self { agent, sent: Vec::new(), events: Vec::new() }
+        Self { agent, sent: Vec::new(), events: Vec::new(), settled: Vec::new() }
     }
 
     fn pump(&mut self) {
@@ -82,7 +84,8 @@ impl Source {
     fn grant(&mut self, generation: u64, durable: (u64, Chain), pass: u64, mode: PassMode) {
         let mut head = grant_head(generation, pass, mode);
         (head.durable, head.chain) = (Sequence(durable.0), durable.1);
-        self.gets(&Message::Grant(head, Vec::new(), Bytes::new()));
+        head.range_count = self.settled.len() as u32;
+        self.gets(&Message::Grant(head, self.settled.clone(), Bytes::new()));
     }
 
     fn submit(&mut self, byte: u8) -> Sequence {
@@ -419,6 +422,23 @@ fn changes_and_marks_wait_until_a_wanted_compare_pass_began() {
         .filter(|kind| matches!(kind, FrameKind::Batch | FrameKind::Mark))
         .collect();
     assert_eq!(delta, [FrameKind::Batch, FrameKind::Mark]);
+}
+
+/// A target that lost parts of the disk repairs these in a pass of its own, with the next number.
+#[test]
+fn a_pass_that_a_target_began_for_itself_is_not_taken_for_the_whole_one_that_is_wanted() {
+    for (settled, asks) in [(vec![SectorRange::new(0, 8)], true), (Vec::new(), false)] {
+        let mut source = Source::new();
+        source.open(1, (0, CHAIN_START), 1, PassMode::Done);
+        source.agent.begin_pass(DISK, PassCause::TrackingLost);
+        source.pump();
+        source.agent.handle_disconnected();
+        source.sent.clear();
+        source.settled.clone_from(&settled);
+        source.open(2, (0, CHAIN_START), 2, PassMode::Compare);
+        source.pump();
+        assert_eq!(source.kinds().contains(&FrameKind::PassBegin), asks, "{settled:?}");
+    }
 }
 
 #[test]

@@ -56,7 +56,7 @@ pub(super) fn fence(registry: &Registry, agent: PeerId, failback: &mut Failback)
 
 /// Everything is on the target; where the point is not the newest state, the target goes back to it.
 pub(super) fn drain(registry: &Registry, agent: PeerId, failback: &mut Failback) -> anyhow::Result<()> {
-    // Where it was decided before a start, the registry holds the points until the drive is nearly full; from here on they stay.
+    // The registry holds their runs only; from here on their part of the log stays, too.
     let retention = registry.retention().context(NO_JOURNAL)?;
     let place =
         |(name, of): (&String, &FailbackDisk)| Some((DiskId::parse(name).ok()?, of.at.parse::<At>().ok()?));

@@ -36,6 +36,14 @@ impl Journaled {
             return Err(JournalError::Failed { path: "the target".into(), why });
         }
         self.retention.commit()?;
+        if !self.coming.is_empty() {
+            // It would be applied over the point when there is room again.
+            let what = "what its agent sent waits for room in the redo log, and the disk cannot go back before that is written";
+            return Err(JournalError::Full {
+                path: self.retention.folder().to_owned(),
+                what: what.to_owned(),
+            });
+        }
         let (position, now, id) = (self.position(), wall_clock(), self.id);
         let mut locked = self.retention.lock();
         let journal = locked.get()?;
@@ -48,7 +56,9 @@ impl Journaled {
             return Err(JournalError::Stops { disk: id });
         }
         // Nobody else may have written there: it would be taken for ours from here on.
-        self.may_write()?;
+        if !self.unguarded {
+            self.guard.check().map_err(|why| JournalError::Failed { path: "the target".into(), why })?;
+        }
         let (blocks, needed) = self.images_to_go_back(&view)?;
         if let Some(free) = self.retention.usable_bytes()?.filter(|free| needed > *free) {
             let path = self.retention.folder().to_owned();
@@ -62,6 +72,7 @@ impl Journaled {
             let name = format!("before-rollback-{before}");
             self.keep_point(At::entry(before, number), now, MarkClass::Fuzzy, &name)?;
         }
+        self.may_write()?;
         rollback::begin(self.retention.lock().get()?, &mut self.applier, at, position, now)?;
         self.go_back(view)
     }

@@ -209,6 +209,36 @@ fn a_rollback_that_stopped_anywhere_is_finished_after_a_restart_though_its_point
     assert!(stopped > 2, "{stopped}");
 }
 
+#[test]
+fn a_disk_that_stopped_on_its_way_back_does_not_stand_there_after_it_was_left_and_is_held_no_more_once_taken_again()
+ {
+    for left in 0.. {
+        let dir = tempfile::tempdir().unwrap();
+        let mut lab = Lab::new(dir.path());
+        (1..=6).for_each(|seed| lab.step(seed, "a way back").unwrap());
+        let point = lab.retention().shape().disks[&DISK].points[&[2; 16]];
+        let at = At::entry(point.epoch, point.number);
+        lab.faulty.set(("undo-", EIO), left);
+        let went = lab.disk().rollback(at);
+        lab.faulty.mend();
+        let is_begun = lab.retention().losses().get(&DISK).is_some_and(|text| text.contains("rollback"));
+        if !is_begun {
+            assert!(went.is_err(), "it never stops on its way: the test tries nothing");
+            lab.stop();
+            continue;
+        }
+        lab.disk().leave().unwrap();
+        assert!(!lab.disk().stands_at(at).unwrap(), "parts of two states");
+        lab.stop();
+        lab.start();
+        assert!(!lab.disk().stands_at(at).unwrap() && lab.disk().held().is_some());
+        lab.disk().take_back(lab::LINEAGE, false).unwrap();
+        assert_eq!(lab.disk().held(), None, "its agent compares it");
+        lab.stop();
+        return;
+    }
+}
+
 /// Files of a folder that this program has open: undo runs, and those that are deleted.
 fn open_files(folder: &Path) -> (usize, usize) {
     let links = std::fs::read_dir("/proc/self/fd").unwrap();

@@ -96,12 +96,19 @@ impl Journaled {
         let point = self.point_to_end_at()?;
         self.applier.target().flush()?;
         self.flushed();
-        self.close_epoch(point)?;
+        // A rollback that did not get to its end stays one, or it would be taken for a finished one: `take_back` ends it.
+        if self.shape_unfinished()?.is_none() {
+            self.close_epoch(point)?;
+        }
         self.is_left = true;
         self.map.settle();
         self.retention.lock().get()?.append_state(&self.state, wall_clock())?;
         self.retention.commit()?;
         Ok(self.state.clone())
+    }
+
+    fn shape_unfinished(&self) -> Result<Option<String>, JournalError> {
+        Ok(unfinished(self.retention.lock().get()?, self.id))
     }
 
     /// The newest entry, where it is a mark of the undo epoch that goes on.
@@ -137,7 +144,7 @@ impl Journaled {
             // Fuzzy, so that it is never taken for the newest consistent state of the source.
             self.keep_point(at, wall_clock(), MarkClass::Fuzzy, &format!("before-undo-{epoch}"))?;
             // Also where it went back for the failback, or a part of the way: it is compared now, and not held at that point.
-            if self.held().is_some() {
+            while self.held().is_some() {
                 self.close_epoch(None)?;
                 self.begin_epoch(EpochCause::Time)?;
             }

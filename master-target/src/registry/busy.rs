@@ -66,6 +66,9 @@ impl Registry {
         loop {
             self.wait_until_calm(&agents)?;
             let alone = self.changing();
+            if self.is_stopping() {
+                bail!("the master target stops; repeat the command when it runs again");
+            }
             if !self.is_busy(agent) {
                 return Ok(alone);
             }

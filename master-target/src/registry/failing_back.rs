@@ -96,7 +96,8 @@ impl Registry {
                     released.insert(disk);
                 }
                 FailbackStep::Decided | FailbackStep::Fenced => {
-                    going.extend(of.at.parse().ok().map(|at: At| retention.hold(disk, at)));
+                    // Perhaps for days: of the log they hold nothing, a command that goes on has its own holds.
+                    going.extend(of.at.parse().ok().map(|at: At| retention.hold_runs(disk, at)));
                 }
                 FailbackStep::Drained | FailbackStep::Verified => {}
             }
@@ -206,9 +207,6 @@ impl Registry {
         let machine = state.agent.0;
         let mut store = Journaled::open(retention, target, guard, state, machine, log.as_ref())?;
         let state = store.state().clone();
-        if let Err(error) = store.go_on_back() {
-            tracing::error!(%disk, %error, "a rollback did not get to its end; the disk is held");
-        }
         store.take_back(before, changed)?;
         let store = DiskStore::Journaled(Box::new(store));
         let worker = {

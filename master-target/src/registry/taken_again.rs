@@ -292,6 +292,7 @@ pub(super) mod tests {
             class: "crash-consistent".to_owned(),
             source_time_ms: 0,
             source_away: false,
+            undoing: false,
             disks: [(DISK.to_string(), disk)].into(),
         };
         let catalogue = Catalogue::open(&dir.path().join("state")).unwrap();

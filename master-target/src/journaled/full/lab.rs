@@ -29,7 +29,7 @@ use crate::retention::RetentionSettings;
 use crate::scrub::ScrubSettings;
 
 pub(crate) const DISK: DiskId = DiskId([1; 16]);
-const LINEAGE: LineageId = LineageId([4; 16]);
+pub(crate) const LINEAGE: LineageId = LineageId([4; 16]);
 pub(crate) const SECTORS: u64 = 512;
 pub(crate) const ENOSPC: i32 = 28;
 pub(crate) const EIO: i32 = 5;
