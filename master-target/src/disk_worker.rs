@@ -7,7 +7,7 @@
 //! only after every fragment's CRC held (I8); a failed
 //! write or flush stops this disk and no other (I6); a full medium pauses it until there is space; a panic of either thread stops this disk and is shown.
 //! Memory per disk: at most [`BATCH_SLOTS`] batches of 4 MiB plain, and 64 MiB of frames not yet opened; while it is compared
-//! what [`crate::compare_cache`] says. Started by `registry`.
+//! what `compare_cache` says. Started by `registry`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
