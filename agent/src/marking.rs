@@ -428,11 +428,10 @@ impl Machine {
         run.phase = Phase::Waiting { durable: BTreeMap::new() };
         run.deadline = Some(Instant::now() + WAITING_LIMIT);
         let placed: Vec<bool> = run.disks.iter().map(|disk| self.core.submit_mark(*disk, label)).collect();
-        if !placed.contains(&false) {
-            self.following.restart_labels(&run.disks);
-        }
         if placed.contains(&false) {
             self.fail_run("too many marks wait to become durable; see why in `reprotect-agent status`");
+        } else {
+            self.following.restart_labels(&run.disks);
         }
     }
 

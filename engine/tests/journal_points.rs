@@ -231,7 +231,7 @@ fn what_was_carried_and_applied_since_is_no_gap_and_nothing_is_offered_that_is_g
     let now = store.now();
     store.journal.commit(now).unwrap();
     let (oldest, _) = store.journal.pinned().unwrap();
-    assert_eq!(store.journal.carry(oldest, now).unwrap(), []);
+    assert_eq!(store.journal.carry_piece(oldest, u64::MAX, now).unwrap().unreadable, []);
     store.journal.release(oldest, now).unwrap();
     for _ in 0..4 {
         store.end(MarkClass::Crash, "");
@@ -271,7 +271,7 @@ fn what_was_carried_and_applied_since_is_no_gap_and_nothing_is_offered_that_is_g
 fn release_all(store: &mut Store) -> Result<(), JournalError> {
     let now = store.now();
     while let Some(number) = store.journal.releasable().first().copied() {
-        assert_eq!(store.journal.carry_pinned(number, now)?, []);
+        assert_eq!(store.journal.carry_pinned_piece(number, u64::MAX, now)?.lost, []);
         store.journal.release(number, now)?;
     }
     Ok(())

@@ -30,7 +30,6 @@ use reprotect_engine::store::files::Files;
 use reprotect_engine::units::{BLOCK_BYTES, Generation};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use crate::compare_cache::CompareCache;
 use crate::disk_status::DiskStatus;
 use crate::disk_store::DiskStore;
 use crate::disk_writer::Writer;
@@ -221,21 +220,8 @@ impl DiskWorker {
         if let DiskStore::Journaled(store) = &setup.store {
             core.set_applied(store.applied_sequence());
         }
-        let mut writer = Writer {
-            disk: core,
-            id: disk,
-            store: setup.store,
-            status: Arc::clone(&status),
-            stopping: Arc::clone(&stopping),
-            fenced: setup.fenced,
-            receipts: setup.receipts,
-            fencing: Vec::new(),
-            growing: None,
-            waiting: false,
-            sessions: Vec::new(),
-            compared: CompareCache::default(),
-            chunk: Vec::new(),
-        };
+        let (flag, fenced) = (Arc::clone(&stopping), setup.fenced);
+        let mut writer = Writer::new(core, setup.store, Arc::clone(&status), flag, fenced, setup.receipts);
         let name = disk.to_string();
         let short = name.get(..8).unwrap_or(&name);
         let threads = vec![
@@ -272,8 +258,8 @@ impl DiskWorker {
 
     /// As [`Self::stop`], and tells the disk's sessions that it is no longer protected.
     pub fn retire(self) {
-        // An error means that the threads have ended already.
         self.stopping.store(true, Ordering::Release); // a rollback that is gone on with ends on its way
+        // An error means that the threads have ended already.
         let _ = self.inputs.sender.blocking_send(WorkerMessage::Retire);
         self.stop();
     }

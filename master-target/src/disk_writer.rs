@@ -63,6 +63,31 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
+    pub(crate) fn new(
+        disk: TargetDisk,
+        store: DiskStore,
+        status: Arc<DiskStatus>,
+        stopping: Arc<AtomicBool>,
+        fenced: Option<String>,
+        receipts: Keeper,
+    ) -> Self {
+        Self {
+            id: disk.state().disk,
+            disk,
+            store,
+            status,
+            stopping,
+            fenced,
+            receipts,
+            fencing: Vec::new(),
+            growing: None,
+            waiting: false,
+            sessions: Vec::new(),
+            compared: CompareCache::default(),
+            chunk: Vec::new(),
+        }
+    }
+
     /// A rollback that was begun and stopped is gone on with, while other disks go on. One that cannot be finished leaves the
     /// disk held, so that it can be taken back to another point.
     pub(crate) fn go_on_back(&mut self) {

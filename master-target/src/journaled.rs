@@ -45,7 +45,7 @@ use reprotect_engine::store::journal::{DiskLog, DiskShape, Journal, JournalError
 use reprotect_engine::store::target::Target;
 use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence, Timestamp};
 
-use self::back::unfinished;
+use self::back::{may_have_stopped, unfinished};
 use crate::backlog::Backlog;
 use crate::disk_store::{NotDone, write_pieces};
 use crate::guard::Guard;
@@ -152,7 +152,10 @@ impl Journaled {
             // The daemon ended between two undo epochs; nothing is applied outside of one (I1).
             let position =
                 Position { lineage: state.lineage, generation: state.generation, sequence: state.sequence };
-            applier.begin_epoch(journal, EpochCause::Time, position, None, now)?;
+            // Where it may have stopped on its way back it goes back once more, which finds nothing to do if it had not.
+            let to = may_have_stopped(journal, id);
+            let cause = if to.is_some() { EpochCause::Rollback } else { EpochCause::Time };
+            applier.begin_epoch(journal, cause, position, to, now)?;
         }
         keep_last_point(journal, id, now)?;
         let newest_marks = newest_marks(journal, id)?;

@@ -203,7 +203,7 @@ impl Registry {
         }
         registry.lock().policies = registry.catalogue.policies()?;
         registry.lock().failbacks = registry.catalogue.failbacks()?;
-        registry.hold_released();
+        registry.hold_for_failbacks();
         for (record, state) in registry.catalogue.disks()? {
             registry.start_known(record, state);
         }

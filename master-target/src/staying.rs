@@ -16,8 +16,12 @@ use crate::housekeeping::{common_points, times_of};
 
 /// What stays of a journal, and the remedy; `None` where nothing does.
 pub(crate) fn text(journal: &Journal, ladder: &Ladder, pressure: Pressure, now: Timestamp) -> Option<String> {
-    // As old as this nothing else stays by itself.
-    let kept = if pressure >= Pressure::Least { Duration::ZERO } else { ladder.keep.min(ladder.guaranteed) };
+    // As old as this nothing else stays.
+    let kept = match pressure {
+        Pressure::Least | Pressure::Stop => Duration::ZERO,
+        Pressure::Guaranteed | Pressure::ShortLog => ladder.guaranteed,
+        Pressure::None | Pressure::Alert | Pressure::ThinEarly => ladder.keep,
+    };
     let shape = journal.shape();
     let machines: BTreeSet<_> = shape.disks.values().map(|known| known.added.machine).collect();
     let behind = machines.iter().filter_map(|machine| of_machine(shape, machine, kept, now));

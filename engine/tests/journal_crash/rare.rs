@@ -88,7 +88,11 @@ impl Player {
         let journal = &mut self.store().journal;
         // Entry by entry, with a commit after each.
         while !journal.carry_piece(segment, 1, NOW).unwrap().is_all {}
-        assert_eq!(journal.carry_pinned(segment, NOW).unwrap(), [], "what a pin needs cannot be read");
+        assert_eq!(
+            journal.carry_pinned_piece(segment, u64::MAX, NOW).unwrap().lost,
+            [],
+            "what a pin needs cannot be read"
+        );
         journal.release(segment, NOW).unwrap();
         self.oracle.committed();
     }

@@ -28,21 +28,10 @@ fn writer(dir: &std::path::Path) -> Writer {
     let guard = Guard::new(&*fs_opener(), &spec.path, spec.kind);
     let state =
         TargetDisk::new_state(DISK, PeerId([2; 16]), [3; 16], SECTORS, LineageId([4; 16]), PassMode::Compare);
-    Writer {
-        id: DISK,
-        status: Arc::new(DiskStatus::new(&state)),
-        disk: TargetDisk::new(state, FlowLimits::default()),
-        store: DiskStore::direct(target, guard, dir.join("state")),
-        stopping: Arc::default(),
-        fenced: None,
-        receipts: Receipts::open(dir).keeper(DISK),
-        fencing: Vec::new(),
-        growing: None,
-        waiting: false,
-        sessions: Vec::new(),
-        compared: CompareCache::default(),
-        chunk: Vec::new(),
-    }
+    let status = Arc::new(DiskStatus::new(&state));
+    let store = DiskStore::direct(target, guard, dir.join("state"));
+    let core = TargetDisk::new(state, FlowLimits::default());
+    Writer::new(core, store, status, Arc::default(), None, Receipts::open(dir).keeper(DISK))
 }
 
 #[test]

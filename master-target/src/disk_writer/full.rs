@@ -18,21 +18,11 @@ fn a_compare_waits_for_space_and_does_not_stop_the_disk() {
     let (retention, committer, store) = lab.take();
     let state = store.state().clone();
     let generation = state.generation;
-    let mut writer = Writer {
-        id: DISK,
-        status: Arc::new(DiskStatus::new(&state)),
-        disk: TargetDisk::new(state, FlowLimits::default()),
-        store: DiskStore::Journaled(Box::new(store)),
-        stopping: Arc::default(),
-        fenced: None,
-        receipts: Receipts::open(dir.path()).keeper(DISK),
-        fencing: Vec::new(),
-        growing: None,
-        waiting: false,
-        sessions: Vec::new(),
-        compared: CompareCache::default(),
-        chunk: Vec::new(),
-    };
+    let status = Arc::new(DiskStatus::new(&state));
+    let core = TargetDisk::new(state, FlowLimits::default());
+    let store = DiskStore::Journaled(Box::new(store));
+    let receipts = Receipts::open(dir.path()).keeper(DISK);
+    let mut writer = Writer::new(core, store, status, Arc::default(), None, receipts);
     faulty.set(("undo-", ENOSPC), 0);
     // What comes while it waits: the first is of no use, with the second there is space again.
     let (sender, inputs) = sync_mpsc::sync_channel(2);

@@ -169,7 +169,7 @@ pub(super) fn release(registry: &Registry, agent: PeerId, failback: &mut Failbac
         tracing::warn!(%disk, "released: its virtual machine may use the target now");
         Ok(())
     })?;
-    registry.hold_released();
+    registry.hold_for_failbacks();
     Ok(())
 }
 

@@ -6,7 +6,7 @@
 //! own thread.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use reprotect_engine::format::batch::MarkClass;
 use reprotect_engine::format::manifest::EpochCause;
@@ -52,7 +52,7 @@ impl Journaled {
         drop(locked);
         // What cannot be read is refused before anything is changed.
         let view = self.noted(plan.open(), (0, 0))?;
-        if self.is_interrupted() {
+        if is_interrupted(&self.retention, &self.stopping) {
             return Err(JournalError::Stops { disk: id });
         }
         // Nobody else may have written there: it would be taken for ours from here on.
@@ -87,16 +87,11 @@ impl Journaled {
     /// Takes back what differs, and begins the undo epoch after it.
     fn go_back(&mut self, view: View) -> Result<RolledBack, JournalError> {
         let (retention, stopping) = (Arc::clone(&self.retention), Arc::clone(&self.stopping));
-        let is_interrupted = || retention.is_interrupted() || stopping.load(Ordering::Acquire);
-        let went = take_back(&retention, &mut self.applier, view, &is_interrupted);
+        let went = take_back(&retention, &mut self.applier, view, &|| is_interrupted(&retention, &stopping));
         let done = self.noted(went, (0, 0))?;
         self.flushed();
         self.begin_epoch(EpochCause::Time)?;
         Ok(done)
-    }
-
-    fn is_interrupted(&self) -> bool {
-        self.retention.is_interrupted() || self.stopping.load(Ordering::Acquire)
     }
 
     /// Goes on with a rollback that was begun and stopped; does nothing where there is none.
@@ -162,6 +157,22 @@ impl Journaled {
             last.to_epoch, last.to_number
         ))
     }
+}
+
+/// Whether a rollback is to end on its way: the daemon stops, or the disk is closed.
+fn is_interrupted(retention: &Retention, stopping: &AtomicBool) -> bool {
+    retention.is_interrupted() || stopping.load(Ordering::Acquire)
+}
+
+/// Where the last undo epoch went back to, when it ended and none was begun since. Then nobody knows whether the disk got there:
+/// a rollback that had stopped on its way is ended to begin another, and the program may end in between.
+pub(super) fn may_have_stopped(journal: &Journal, disk: DiskId) -> Option<At> {
+    let last = journal.shape().disks.get(&disk)?.epochs.last().filter(|epoch| epoch.closed.is_some())?.opened;
+    (last.cause == EpochCause::Rollback).then_some(At {
+        epoch: last.to_epoch,
+        number: last.to_number,
+        records: last.to_records,
+    })
 }
 
 /// Takes everything back and ends the rollback; the journal is locked for each commit only.

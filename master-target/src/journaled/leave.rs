@@ -97,7 +97,8 @@ impl Journaled {
         self.applier.target().flush()?;
         self.flushed();
         // A rollback that did not get to its end stays one, or it would be taken for a finished one: `take_back` ends it.
-        if self.shape_unfinished()?.is_none() {
+        let is_on_its_way = unfinished(self.retention.lock().get()?, self.id).is_some();
+        if !is_on_its_way {
             self.close_epoch(point)?;
         }
         self.is_left = true;
@@ -105,10 +106,6 @@ impl Journaled {
         self.retention.lock().get()?.append_state(&self.state, wall_clock())?;
         self.retention.commit()?;
         Ok(self.state.clone())
-    }
-
-    fn shape_unfinished(&self) -> Result<Option<String>, JournalError> {
-        Ok(unfinished(self.retention.lock().get()?, self.id))
     }
 
     /// The newest entry, where it is a mark of the undo epoch that goes on.

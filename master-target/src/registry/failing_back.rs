@@ -56,7 +56,7 @@ impl Registry {
     pub fn record_failback(&self, agent: PeerId, failback: &Failback) -> anyhow::Result<()> {
         self.catalogue.save_failback(agent, failback)?;
         self.lock().failbacks.insert(agent, failback.clone());
-        self.hold_released();
+        self.hold_for_failbacks();
         Ok(())
     }
 
@@ -64,7 +64,7 @@ impl Registry {
     pub(crate) fn forget_failback(&self, agent: PeerId) -> anyhow::Result<()> {
         self.catalogue.remove_failback(agent)?;
         self.lock().failbacks.remove(&agent);
-        self.hold_released();
+        self.hold_for_failbacks();
         Ok(())
     }
 
@@ -84,7 +84,7 @@ impl Registry {
 
     /// Keeps every kept point of the disks that are released, and the points that other disks of failbacks are still to go to;
     /// lets go of all others.
-    pub(crate) fn hold_released(&self) {
+    pub(crate) fn hold_for_failbacks(&self) {
         let Some(retention) = &self.retention else { return };
         // Failbacks of several machines come here at once, and the newest list counts.
         let mut holding = self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -117,27 +117,14 @@ impl Journal {
         self.shape().segments.values().map(|segment| segment.bytes).sum()
     }
 
-    /// Carries what stands in a segment and on no target to the head of the log: then it may be released, and only points
-    /// inside undo epochs that go on are lost with it. The segment is not the one that is written. Of a disk of which
+    /// Carries what stands in a segment and on no target to the head of the log, about so many bytes of it at a time, so that
+    /// others have the journal meanwhile; what was carried is not carried again. When all is, the segment may be released, and
+    /// only points inside undo epochs that go on are lost with it. It is not the one that is written. Of a disk of which
     /// something there cannot be read nothing behind that is carried; these are answered, each with the reason: they are to be
     /// given up before the segment is released.
     ///
     /// # Errors
     /// When the medium is full, or the log failed; nothing is lost by that.
-    pub fn carry(&mut self, segment: u64, now: Timestamp) -> Result<Vec<(DiskId, String)>, JournalError> {
-        loop {
-            let carried = self.carry_piece(segment, u64::MAX, now)?;
-            if carried.is_all {
-                return Ok(carried.unreadable);
-            }
-        }
-    }
-
-    /// As [`Self::carry`], about so many bytes of it at a time, for who does not keep the journal locked meanwhile. What was
-    /// carried is not carried again.
-    ///
-    /// # Errors
-    /// As for [`Self::carry`].
     pub fn carry_piece(
         &mut self,
         segment: u64,
@@ -170,26 +157,12 @@ impl Journal {
         Ok(Carried { is_all, unreadable })
     }
 
-    /// As [`Self::carry`], of what pinned points inside undo epochs need, and a rollback that is not at its end. Answers the
-    /// points that are lost with the segment.
-    ///
-    /// # Errors
-    /// As for [`Self::carry`].
-    pub fn carry_pinned(&mut self, segment: u64, now: Timestamp) -> Result<Vec<LostPin>, JournalError> {
-        loop {
-            let carried = self.carry_pinned_piece(segment, u64::MAX, now)?;
-            if carried.is_all {
-                return Ok(carried.lost);
-            }
-        }
-    }
-
     /// As [`Self::carry_piece`], of what pinned points inside undo epochs need, and a rollback that is not at its end. A point of
     /// which something there cannot be read is answered, and nothing behind that is carried that only such points need: it is
     /// to be dropped before the segment is released.
     ///
     /// # Errors
-    /// As for [`Self::carry`].
+    /// As for [`Self::carry_piece`].
     pub fn carry_pinned_piece(
         &mut self,
         segment: u64,
