@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Live capture from end to end: a mounted ext4 with a database and an ordered writer, protected while it is written to.
+"""Live capture from end to end: a mounted file system with a database and an ordered writer, protected while it is written to.
 
-Environment: SIZE (1G), POINTS (20), FROZEN (5), COPIES (3), MODE (window), RELAY (1), SEED (random, printed), KEEP. Asserted:
+Environment: SIZE (1G), POINTS (20), FROZEN (5), COPIES (3), MODE (window), FS (ext4, or xfs), RELAY (1), SEED (random,
+printed), KEEP. Asserted:
 the disk is followed, not scanned; points come every second and are crash-consistent; of each point that is judged, and of
-what as many random times mean, ext4 replays its journal and `e2fsck -fn` then finds nothing, SQLite's `integrity_check` is
+what as many random times mean, the file system replays its journal and `e2fsck -fn` (`xfs_repair -n`) then finds nothing, SQLite's `integrity_check` is
 ok, the ordered writer (A, fsync, B, fsync) never shows B without A, and nothing shows less than what is older or more than
 was written by then; an agent that was killed goes on from what the kernel remembered, without a compare; FROZEN points made
-meanwhile by `mark --freeze` are clean file systems whose journal need not be replayed, and the time for which everything
+meanwhile by `mark --freeze` are clean file systems whose journal need not be replayed (XFS leaves something in its log when
+it is frozen, so there it is), and the time for which everything
 stood still is printed; COPIES points, made while the test itself holds the file system frozen, are the disk as it was copied
 then, byte for byte; and so is the newest one when the writers have stopped. With MODE=data as many single writes between the
 points are judged like points. Points and times are mounted over NBD and read through `nbdfuse`, frozen points are exported.
@@ -19,7 +21,8 @@ import sys
 import time
 
 from lab import AGENT, LabError, is_root, run, wait_for
-from live import DatabaseWriter, OrderedWriter, crash_points, judge, newer_point, stamp, start_writers, stop_writers
+from live import (EXT4, DatabaseWriter, OrderedWriter, crash_points, file_system, judge, newer_point, stamp, start_writers,
+                  stop_writers)
 from pipeline import Pipeline
 from runner import main, mib, say, seed_setting, setting, size_setting, skipped
 
@@ -48,16 +51,16 @@ def mounted(lab, name, point):
     lab.target.command("unmount", mount["id"])
 
 
-def shown_by(lab, name, point):
+def shown_by(lab, name, point, system):
     """What a point shows, mounted and judged."""
     try:
         with mounted(lab, name, point) as file:
-            return judge(lab, file, lab.dir / "judged")
+            return judge(lab, file, lab.dir / "judged", system=system)
     except LabError as error:
         raise LabError(f"point {point}: {error}") from error
 
 
-def judge_writes(lab, name, sequences, count, seed):
+def judge_writes(lab, name, sequences, count, seed, system):
     """Single writes, each a point: what is not in an ordered stretch is refused, and few are."""
     judged = 0
     for sequence in random.Random(seed).sample(sequences, min(count, len(sequences))):
@@ -69,20 +72,20 @@ def judge_writes(lab, name, sequences, count, seed):
             if "no consistent state" not in str(error):
                 raise
             continue
-        shown_by(lab, name, point)
+        shown_by(lab, name, point, system)
         judged += 1
     if judged * 2 < count:
         raise LabError(f"only {judged} of {count} single writes can be had")
     say(f"  {judged} of {count} single writes between them judged")
 
 
-def judge_points(lab, name, writer, points, times):
+def judge_points(lab, name, writer, points, times, system):
     """Points and times, the oldest first: each is sound, shows no less than the one before, and nothing of the future."""
     wanted = [(point["source_time_ms"] / 1000, point["point"]) for point in points]
     wanted += [(moment, stamp(moment)) for moment in times]
     last = (0, 0)
     for moment, point in sorted(wanted):
-        shown = shown_by(lab, name, point)
+        shown = shown_by(lab, name, point, system)
         if shown[0] < last[0] or shown[1] < last[1]:
             raise LabError(f"point {point} shows {shown}, the one before it {last}")
         if shown[1] > writer.newest_at(moment + CLOCKS):
@@ -132,18 +135,20 @@ def freeze_points(lab, count):
     return answers
 
 
-def judge_frozen(lab, target, name, answers):
-    """Each is a clean file system as it is, without its journal."""
+def judge_frozen(lab, target, name, answers, system):
+    """Each is a clean file system as it is, without its journal; XFS counts free space again by it."""
     copy = lab.dir / "frozen.raw"
     listed = {point["name"]: point["point"] for point in target.command("points", name)["points"] if point["name"]}
     for number in range(len(answers)):
         target.command("export", name, listed[f"frozen-{number}"], "--format", "raw", "-o", copy, timeout=600)
-        said = run("e2fsck", "-fn", copy)
+        if system is not EXT4:
+            judge(lab, copy, lab.dir / "judged", system=system)
         # What it says of a journal that it would have to replay first, had it not been forbidden to.
-        if "journal recovery" in said:
+        elif "journal recovery" in run(*system.check, copy):
             raise LabError(f"frozen point {number} needs its journal")
         copy.unlink()
-    say(f"  {len(answers)} of {len(answers)} frozen points are clean without their journal")
+    how = "without their journal" if system is EXT4 else "when their log is read"
+    say(f"  {len(answers)} of {len(answers)} frozen points are clean {how}")
 
 
 def body(lab):
@@ -156,8 +161,9 @@ def body(lab):
     with open(image, "wb") as file:
         file.truncate(size)
     source = lab.loop(image)
-    run("mkfs.ext4", "-q", source)
-    folder = lab.mount(source, "live")
+    system = setting("FS", "ext4", file_system)
+    run(*system.make, source)
+    folder = lab.mount(source, "live", kind=system.kind)
     (folder / "first").write_bytes(random.Random(seed).randbytes(size // 8))
     run("sync")
     mode = setting("MODE", "window")
@@ -192,11 +198,11 @@ def body(lab):
     rng = random.Random(seed)
     chosen = rng.sample(points, min(count, len(points)))
     span = [points[0]["source_time_ms"] / 1000, last_point["source_time_ms"] / 1000]
-    judge_points(lab, name, writers[0], chosen, [rng.uniform(*span) for _ in chosen])
-    judge_frozen(lab, target, name, frozen)
+    judge_points(lab, name, writers[0], chosen, [rng.uniform(*span) for _ in chosen], system)
+    judge_frozen(lab, target, name, frozen, system)
     compare_copies(lab, name, copies)
     if mode == "data":
-        judge_writes(lab, name, range(first, pipeline.target_disk()["durable"]), len(chosen), seed)
+        judge_writes(lab, name, range(first, pipeline.target_disk()["durable"]), len(chosen), seed, system)
     copy = lab.dir / "point.raw"
     target.command("export", name, last_point["point"], "--format", "raw", "-o", copy, timeout=600)
     run("blockdev", "--flushbufs", source)

@@ -296,10 +296,10 @@ class Lab:
     def unloop(self, device):
         self.take_back(f"detach {device}")
 
-    def mount(self, device, name, *options):
+    def mount(self, device, name, *options, kind="ext4"):
         point = self.dir / name
         point.mkdir(exist_ok=True)
-        run("mount", "-t", "ext4", *options, device, point)
+        run("mount", "-t", kind, *options, device, point)
         self.undo(f"unmount {point}", lambda: run("umount", point))
         return point
 

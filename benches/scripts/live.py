@@ -19,6 +19,22 @@ from lab import LabError, run, wait_for
 RECORD = struct.Struct("<QQ")
 
 
+class FileSystem:
+    """A kind of file system: how it is made, what a copy of one that is mounted needs, and who finds what is wrong with it."""
+
+    def __init__(self, kind, make, options, check):
+        self.kind, self.make, self.options, self.check = kind, make, options, check
+
+
+EXT4 = FileSystem("ext4", ["mkfs.ext4", "-q"], [], ["e2fsck", "-fn"])
+XFS = FileSystem("xfs", ["mkfs.xfs", "-q"], ["-o", "nouuid"], ["xfs_repair", "-n"])
+
+
+def file_system(kind):
+    """The one of that name."""
+    return {"ext4": EXT4, "xfs": XFS}[kind]
+
+
 class OrderedWriter(threading.Thread):
     """Writes each number to A, makes it durable, and only then to B."""
 
@@ -93,12 +109,12 @@ def newest(path):
     return best
 
 
-def judge(lab, image, at, folder=".", look=None):
+def judge(lab, image, at, folder=".", look=None, system=EXT4):
     """What a point shows; answers what its writers had done in `folder`, and what `look` says of the mounted file system.
 
-    ext4 replays its journal when it is mounted."""
+    A file system replays its journal when it is mounted."""
     device = lab.loop(image)
-    root = lab.mount(device, at.name)
+    root = lab.mount(device, at.name, *system.options, kind=system.kind)
     at = root / folder
     try:
         done = (newest(at / "a"), newest(at / "b"))
@@ -112,7 +128,7 @@ def judge(lab, image, at, folder=".", look=None):
         seen = look(root) if look else None
     finally:
         lab.unmount(root)
-    run("e2fsck", "-fn", device)
+    run(*system.check, device)
     lab.unloop(device)
     return (rows, done[1]) if look is None else (rows, done[1], seen)
 

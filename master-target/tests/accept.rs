@@ -26,7 +26,7 @@ fn script(name: &str, settings: &[(&str, &str)]) {
     command.arg(repository.join("benches/scripts").join(name)).stdin(Stdio::null());
     for setting in [
         "SIZE", "FILL", "TARGET", "TARGETS", "RELAY", "KEEP", "SEED", "KILLS", "PERCENT", "LEVEL", "POINTS",
-        "GROWTHS", "MODE", "RATE",
+        "GROWTHS", "MODE", "FS", "RATE",
     ] {
         command.env_remove(setting);
     }
@@ -100,7 +100,10 @@ fn points_of_a_live_disk_are_states_it_was_in_and_a_killed_agent_goes_on() {
 
 #[test]
 fn single_writes_of_a_live_disk_are_states_it_was_in() {
-    script("capture_test.py", &[("SIZE", "256M"), ("POINTS", "6"), ("MODE", "data"), ("RELAY", "0")]);
+    script(
+        "capture_test.py",
+        &[("SIZE", "384M"), ("POINTS", "6"), ("MODE", "data"), ("FS", "xfs"), ("RELAY", "0")],
+    );
 }
 
 #[test]
