@@ -3,7 +3,7 @@
 
 SCRIPTS := benches/scripts
 CARGO ?= cargo
-export SIZE_MIB APPLY_MIB EXTENTS EPOCH_MIB GROW GROWTHS SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS ROLLBACKS PERCENT ROUNDS CASES LEVEL POINTS FROZEN MODE FS RATE KERNELS CUTS LOAD
+export SIZE_MIB APPLY_MIB EXTENTS EPOCH_MIB GROW GROWTHS SIZE TARGET TARGETS RELAY KEEP SEED FILL KILLS ROLLBACKS PERCENT ROUNDS CASES LEVEL POINTS FROZEN COPIES MODE FS RATE KERNELS CUTS LOAD
 # Python writes no caches beside the scripts.
 export PYTHONDONTWRITEBYTECODE := 1
 
@@ -81,7 +81,7 @@ export-test: build ## points exported, and extracted from the folder alone after
 grow-test: build ## a disk that grows under load, with kills of the master target: [SIZE=256M] [GROWTHS=3] [TARGET=flat] [MODE=window|data] [RELAY=1] [SEED=n]
 	@$(SCRIPTS)/grow_test.py
 
-capture-test: build ## a live file system with a database, its crash-consistent points judged: [SIZE=1G] [POINTS=20] [FROZEN=5] [MODE=window|data] [FS=ext4|xfs] [RELAY=1] [SEED=n]
+capture-test: build ## a live file system with a database, its crash-consistent points judged: [SIZE=1G] [POINTS=50] [FROZEN=5] [COPIES=3] [MODE=window|data] [FS=ext4|xfs] [RELAY=1] [SEED=n]
 	@$(SCRIPTS)/capture_test.py
 
 guest-test: build ## a guest with LVM loses its power while it writes; needs no root: [KERNELS="6.1 6.12"] [CUTS=2] [SIZE=512M] [LOAD=8] [RELAY=1] [SEED=n]

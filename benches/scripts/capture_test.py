@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Live capture from end to end: a mounted file system with a database and an ordered writer, protected while it is written to.
 
-Environment: SIZE (1G), POINTS (20), FROZEN (5), COPIES (3), MODE (window), FS (ext4, or xfs), RELAY (1), SEED (random,
+Environment: SIZE (1G), POINTS (50), FROZEN (5), COPIES (3), MODE (window), FS (ext4, or xfs), RELAY (1), SEED (random,
 printed), KEEP. Asserted:
 the disk is followed, not scanned; points come every second and are crash-consistent; of each point that is judged, and of
 what as many random times mean, the file system replays its journal and `e2fsck -fn` (`xfs_repair -n`) then finds nothing, SQLite's `integrity_check` is
@@ -155,7 +155,7 @@ def body(lab):
     if not is_root():
         skipped("live capture needs root")
         return
-    size, count, seed = size_setting("1G"), setting("POINTS", 20, int), seed_setting()
+    size, count, seed = size_setting("1G"), setting("POINTS", 50, int), seed_setting()
     lab.need_space(size * 4, f"a capture test of {mib(size)}")
     image = lab.dir / "disk.raw"
     with open(image, "wb") as file:

@@ -1,5 +1,5 @@
 //! Disks whose waiting entries were given up are taken again as soon as the retention drive has room, without a restart; and
-//! so are those that a start could not open because a drive was full.
+//! so are those that a start could not open because a drive was full. Disks that went back to a point are offered again.
 //!
 //! Invariants: the former not while the drive is as full as when they were given up; one that cannot be opened is tried again
 //! after a pause; it stops nothing else. Units: none. Runs on a thread of its own, started by `daemon`.
@@ -46,6 +46,7 @@ fn run(registry: &Registry, retention: &Retention) {
         let all_open = tried.iter().all(|(_, is_open)| *is_open);
         let until = Instant::now() + if all_open { LOOK_EVERY } else { RETRY };
         while Instant::now() < until && !retention.is_stopping() {
+            registry.offer_what_went_back();
             std::thread::sleep(STOP_CHECK);
         }
     }

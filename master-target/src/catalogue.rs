@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::message::{InventoryDisk, Policy};
-use reprotect_engine::io::durable::{Access, create_dir_durable, read_bounded, replace_file};
+use reprotect_engine::io::durable::{
+    Access, create_dir_durable, read_bounded, remove_file_durable, replace_file,
+};
 use reprotect_engine::store::fingerprint::{Fingerprint, TAGS_MAX};
 use reprotect_engine::store::target::TargetKind;
 use reprotect_engine::units::{DiskId, PeerId, SECTOR_BYTES};
@@ -309,12 +311,7 @@ impl Catalogue {
     /// When the file cannot be removed.
     pub fn remove_failback(&self, agent: PeerId) -> anyhow::Result<()> {
         let path = self.root.join("machines").join(format!("{agent}.failback"));
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("cannot remove {}; remove it by hand", path.display()))
-            }
-            _ => Ok(()),
-        }
+        remove_file_durable(&path).context("remove it by hand")
     }
 
     /// All disks whose record is readable.
@@ -365,9 +362,9 @@ impl Catalogue {
     /// When a file cannot be removed.
     pub fn remove_disk(&self, disk: DiskId) -> anyhow::Result<()> {
         let dir = self.root.join("disks").join(disk.to_string());
-        let removed =
-            std::fs::remove_file(dir.join("disk.json")).and_then(|()| std::fs::remove_dir_all(&dir));
-        removed.with_context(|| format!("cannot remove {}; remove it by hand", dir.display()))
+        remove_file_durable(&dir.join("disk.json")).context("remove it by hand")?;
+        std::fs::remove_dir_all(&dir)
+            .with_context(|| format!("cannot remove {}; remove it by hand", dir.display()))
     }
 
     /// What is doubtful of a disk.
@@ -393,7 +390,7 @@ impl Catalogue {
     /// When the file cannot be removed.
     pub fn remove_doubt(&self, disk: DiskId) -> anyhow::Result<()> {
         let path = self.doubt_path(disk);
-        std::fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))
+        Ok(remove_file_durable(&path)?)
     }
 
     fn doubt_path(&self, disk: DiskId) -> PathBuf {

@@ -3,8 +3,8 @@
 //! Invariants: written by the disk's two threads only; readers never hold them up for longer than a copy.
 //! Units: bytes and sectors. Used by `disk_worker`, `registry` and `admin`.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::extent::Record;
@@ -52,6 +52,10 @@ pub struct DiskStatus {
     records: AtomicU64,
     snapshot: Mutex<Snapshot>,
     scrub: Mutex<ScrubState>,
+    /// What agents are told while the disk goes back to a point.
+    going_back: Mutex<Option<String>>,
+    /// It went back, or stopped on its way, and its agent was not offered it since.
+    went_back: AtomicBool,
 }
 
 /// The counters since the daemon started.
@@ -69,6 +73,25 @@ pub struct Counters {
     pub records: u64,
 }
 
+/// A disk goes back to a point; dropped, it does not any more.
+#[derive(Debug)]
+#[must_use = "it is said for as long as this is kept"]
+pub(crate) struct GoingBack(Arc<DiskStatus>);
+
+impl GoingBack {
+    pub(crate) fn of(status: &Arc<DiskStatus>, text: String) -> Self {
+        *status.going_back.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
+        Self(Arc::clone(status))
+    }
+}
+
+impl Drop for GoingBack {
+    fn drop(&mut self) {
+        *self.0.going_back.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.0.went_back.store(true, Ordering::Release);
+    }
+}
+
 impl DiskStatus {
     /// The status of a disk that was just started.
     #[must_use]
@@ -80,6 +103,8 @@ impl DiskStatus {
             zeroed_bytes: AtomicU64::new(0),
             records: AtomicU64::new(0),
             scrub: Mutex::default(),
+            going_back: Mutex::default(),
+            went_back: AtomicBool::new(false),
             snapshot: Mutex::new(Snapshot {
                 phase: TargetDiskPhase::Closed,
                 closed: false,
@@ -115,6 +140,17 @@ impl DiskStatus {
 
     pub(crate) fn update_scrub(&self, change: impl FnOnce(&mut ScrubState)) {
         change(&mut self.scrub.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Why nobody can have the disk now: it goes back to a point, on the thread that would answer.
+    #[must_use]
+    pub fn going_back(&self) -> Option<String> {
+        self.going_back.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether it went back since this was asked last.
+    pub(crate) fn take_went_back(&self) -> bool {
+        self.went_back.swap(false, Ordering::AcqRel)
     }
 
     /// A copy of the counters.

@@ -210,7 +210,7 @@ impl DiskWorker {
         let status = Arc::new(DiskStatus::new(&setup.state));
         let stopping = Arc::new(AtomicBool::new(false));
         if let DiskStore::Journaled(store) = &mut setup.store {
-            store.stops_by(&stopping);
+            store.shown_by(&status, &stopping);
         }
         let (sender, from_sessions) = mpsc::channel(INPUTS_MAX);
         let (to_writer, opened) = sync_mpsc::sync_channel(BATCH_SLOTS);

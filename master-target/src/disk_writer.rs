@@ -9,7 +9,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc as sync_mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use reprotect_engine::checksum::UnitHash;
@@ -36,6 +36,8 @@ use crate::receipts::Keeper;
 
 /// How often a full medium is tried again, and a stop noticed meanwhile.
 const FULL_RETRY: Duration = Duration::from_millis(500);
+/// How often a rollback is tried again that a full drive stopped on its way.
+const BACK_RETRY: Duration = Duration::from_secs(30);
 /// Longest sleep when nothing is due.
 const IDLE: Duration = Duration::from_millis(500);
 
@@ -57,6 +59,8 @@ pub(crate) struct Writer {
     /// The medium is full.
     pub(crate) waiting: bool,
     pub(crate) sessions: Vec<(SessionId, Replies)>,
+    /// When a rollback that a full drive stopped on its way is tried again.
+    back_again: Option<Instant>,
     /// What was compared a moment ago.
     pub(crate) compared: CompareCache,
     pub(crate) chunk: Vec<u8>,
@@ -83,6 +87,7 @@ impl Writer {
             growing: None,
             waiting: false,
             sessions: Vec::new(),
+            back_again: None,
             compared: CompareCache::default(),
             chunk: Vec::new(),
         }
@@ -91,6 +96,7 @@ impl Writer {
     /// A rollback that was begun and stopped is gone on with, while other disks go on. One that cannot be finished leaves the
     /// disk held, so that it can be taken back to another point.
     pub(crate) fn go_on_back(&mut self) {
+        self.back_again = None;
         let (disk, DiskStore::Journaled(store)) = (self.id, &mut self.store) else { return };
         match store.go_on_back() {
             Ok(done) if done.compared_bytes > 0 => {
@@ -98,7 +104,8 @@ impl Writer {
             }
             Ok(_) => {}
             Err(error) => {
-                tracing::error!(%disk, %error, "a rollback did not get to its end; the disk is held")
+                self.back_again = error.is_full().then(|| Instant::now() + BACK_RETRY);
+                tracing::error!(%disk, %error, "a rollback did not get to its end; the disk is held");
             }
         }
     }
@@ -121,6 +128,9 @@ impl Writer {
             self.execute(inputs);
             self.answer_fences();
             self.grow(inputs);
+            if self.back_again.is_some_and(|at| Instant::now() >= at) {
+                self.go_on_back();
+            }
             // What is there already joins the window before it is applied.
             ready = inputs.try_recv().ok();
             if ready.is_none() {
@@ -151,12 +161,16 @@ impl Writer {
             }
             Opened::Ask(ask) => {
                 self.compared.forget_all(); // it may go back to a point
-                ask(match &mut self.store {
+                let mut store = match &mut self.store {
                     DiskStore::Journaled(store) if self.disk.phase() != TargetDiskPhase::Failed => {
                         Some(store)
                     }
                     _ => None,
-                });
+                };
+                ask(store.as_mut().map(|store| &mut ***store));
+                if store.is_some_and(|store| store.take_stopped_on_its_way()) {
+                    self.back_again = Some(Instant::now() + BACK_RETRY);
+                }
             }
             Opened::Fence(reason, answer) => {
                 self.disk.handle_fence(now, &reason);

@@ -24,6 +24,7 @@ use crate::api::PointInfo;
 use crate::catalogue::{Failback, FailbackDisk, FailbackStep, Machine, ProtectedDisk, hex, peer};
 use crate::points::{self, Chosen, NO_JOURNAL};
 use crate::registry::Registry;
+use crate::registry::failing_back::Letting;
 use crate::retention::Hold;
 
 /// How often it is looked whether the last mark is there.
@@ -172,9 +173,13 @@ fn carry_out(registry: &Registry, request: &FailbackRequest) -> anyhow::Result<F
         return Ok(answer(&machine, &records, &failback, "planned"));
     }
     steps::fence(registry, agent, &mut failback)?;
+    steps::still_whole(registry, &failback, request.insist)?;
     steps::drain(registry, agent, &mut failback)?;
+    steps::still_whole(registry, &failback, request.insist)?;
     steps::verify(registry, agent, &mut failback, request)?;
-    steps::release(registry, agent, &mut failback)?;
+    steps::still_whole(registry, &failback, request.insist)?;
+    let how = if request.insist { Letting::Insisted } else { Letting::Sound };
+    steps::release(registry, agent, &mut failback, how)?;
     let mut answer = answer(&machine, &records, &failback, "released");
     answer.next = steps::next_steps(&machine, &answer.disks);
     tracing::warn!(
@@ -492,7 +497,11 @@ fn undo(
 ) -> anyhow::Result<FailbackAnswer> {
     failback.undoing = true;
     registry.record_failback(agent, &failback)?;
-    steps::release(registry, agent, &mut failback)?;
+    for (name, _) in failback.disks.iter().filter(|(_, of)| of.step < FailbackStep::Fenced) {
+        // Whoever has it open is told that it is taken away; one that stopped needs no fence.
+        let _ = registry.fence(DiskId::parse(name)?);
+    }
+    steps::release(registry, agent, &mut failback, Letting::Undo)?;
     for (name, of) in &failback.disks {
         let changed = registry.take_back(DiskId::parse(name)?, &of.stamp).with_context(|| {
             format!("disk {name} cannot be taken again; power its virtual machine off and detach the disk, then repeat the command")
@@ -511,34 +520,4 @@ fn undo(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_being_taken_again_is_not_finished_as_a_failback() {
-        let known = Failback {
-            asked: None,
-            point: "newest".to_owned(),
-            class: String::new(),
-            source_time_ms: 0,
-            source_away: true,
-            undoing: true,
-            disks: BTreeMap::new(),
-        };
-        let machine = Machine { agent: "a".to_owned(), host_name: "web1".to_owned(), disks: Vec::new() };
-        let request = FailbackRequest {
-            machine: "web1".to_owned(),
-            point: None,
-            accept_damage: false,
-            verify: VerifyPolicy::None,
-            source_already_off: true,
-            insist: false,
-            dry_run: false,
-            undo: false,
-        };
-        let refused = go_on(known.clone(), &machine, &request).unwrap_err().to_string();
-        assert!(refused.contains("repeat `failback --undo web1`"), "{refused}");
-        let begun = Failback { undoing: false, ..known };
-        assert_eq!(go_on(begun.clone(), &machine, &request).unwrap(), begun);
-    }
-}
+mod tests;

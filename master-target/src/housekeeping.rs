@@ -385,7 +385,13 @@ fn merge_one(
         Ok(None) => return Ok(false),
         Err(error) => return pass_over(retention, journal, disk, error),
     };
+    let free = journal.files().free_bytes(&retention.folder().join("any"))?;
     drop(locked);
+    if free.is_some_and(|free| merge.bytes_max() > free) {
+        // Written beside both it might not fit, and what targets overwrite would have no room meanwhile.
+        retention.pass_over(disk, merge.older());
+        return Ok(true);
+    }
     let written = merge.write();
     let mut locked = retention.lock();
     let journal = locked.get()?;

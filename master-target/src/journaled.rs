@@ -47,6 +47,7 @@ use reprotect_engine::units::{DiskId, SECTOR_BYTES, SectorRange, Sequence, Times
 
 use self::back::{may_have_stopped, unfinished};
 use crate::backlog::Backlog;
+use crate::disk_status::DiskStatus;
 use crate::disk_store::{NotDone, write_pieces};
 use crate::guard::Guard;
 use crate::lost::take_up;
@@ -97,6 +98,10 @@ pub struct Journaled {
     unguarded: bool,
     /// The disk is to be closed: a rollback ends on its way.
     stopping: Arc<AtomicBool>,
+    /// Where others see that one goes on.
+    status: Option<Arc<DiskStatus>>,
+    /// One stopped for want of room, and nobody was told yet who goes on with it.
+    stopped_on_its_way: bool,
     /// The newest entry is a mark at which the undo epoch ends, and has not yet.
     at_border: bool,
     /// It was handed over: no undo epoch goes on, and none is begun.
@@ -153,7 +158,7 @@ impl Journaled {
             let position =
                 Position { lineage: state.lineage, generation: state.generation, sequence: state.sequence };
             // Where it may have stopped on its way back it goes back once more, which finds nothing to do if it had not.
-            let to = may_have_stopped(journal, id);
+            let to = may_have_stopped(journal, id).filter(|at| View::check(journal, id, *at).is_ok());
             let cause = if to.is_some() { EpochCause::Rollback } else { EpochCause::Time };
             applier.begin_epoch(journal, cause, position, to, now)?;
         }
@@ -184,6 +189,8 @@ impl Journaled {
             bulk_unflushed: false,
             unguarded: false,
             stopping: Arc::default(),
+            status: None,
+            stopped_on_its_way: false,
             at_border: false,
             is_left: false,
             state,
@@ -192,13 +199,14 @@ impl Journaled {
         disk.redo()?;
         let at = disk.applier.applied().number;
         disk.last_mark = newest_marks.last().filter(|(number, _)| *number == at).copied();
-        disk.guard.flushed();
+        disk.unguarded = true; // opening it may have put its tables in order
+        disk.flushed();
         Ok(disk)
     }
 
-    /// From now on a rollback ends on its way where this is set.
-    pub(crate) fn stops_by(&mut self, stopping: &Arc<AtomicBool>) {
-        self.stopping = Arc::clone(stopping);
+    /// From now on a rollback ends on its way where `stopping` is set, and `status` says that one goes on.
+    pub(crate) fn shown_by(&mut self, status: &Arc<DiskStatus>, stopping: &Arc<AtomicBool>) {
+        (self.status, self.stopping) = (Some(Arc::clone(status)), Arc::clone(stopping));
     }
 
     /// From now on what is overwritten is saved first: before the first write to a disk that was found.
@@ -321,8 +329,8 @@ impl Journaled {
         };
         let (kind, body, newest) = (*kind, body.clone(), *newest);
         if kind == EntryKind::Bulk && !self.applier.is_tracked() {
-            self.before_writing()?;
-            self.bulk_unflushed = true;
+            self.check_guard()?;
+            (self.unguarded, self.bulk_unflushed) = (true, true);
             self.map.forget_all()?; // there is none before before-images are kept
             write_pieces(self.applier.target(), pieces)?;
             self.coming.pop_front();
@@ -427,6 +435,7 @@ impl Journaled {
         self.look_at_runs()?;
         self.apply_ready()?;
         self.record_degraded()?;
+        self.begin_next_epoch()?; // which a full medium kept from beginning
         self.end_old_epoch()?;
         self.let_go_if_asked()?;
         self.map.idle();
@@ -455,7 +464,7 @@ impl Journaled {
         let Some(through) = self.backlog.applicable() else { return Ok(()) };
         self.begin_next_epoch()?;
         if self.backlog.writes().is_none_or(|window| !window.is_empty()) {
-            self.before_writing()?;
+            self.check_guard()?;
         }
         match self.backlog.writes() {
             Some(window) => {
@@ -466,6 +475,7 @@ impl Journaled {
                 }
                 self.retention.commit()?;
                 self.map.before(window)?;
+                self.unguarded |= !window.is_empty();
                 self.applier.write_window(window)?;
                 self.map.after(window);
                 self.note_applied(through)?;
@@ -491,6 +501,7 @@ impl Journaled {
                 journal.commit(wall_clock())?;
             }
             self.map.before(&window)?;
+            self.unguarded |= !window.is_empty();
             self.applier.write_window(&window)?;
             self.map.after(&window);
             self.note_applied(number)?;
@@ -537,19 +548,18 @@ impl Journaled {
         Ok(())
     }
 
-    /// Nobody else may have written since our last flush; what we wrote since then is ours, also where it failed.
-    fn before_writing(&mut self) -> Result<(), NotDone> {
-        if !self.unguarded {
-            self.guard.check().map_err(NotDone::Failed)?;
-        }
-        self.unguarded = true;
-        Ok(())
+    /// Nobody else may have written since our last flush; what we wrote since then is ours, also where it failed. From the
+    /// first byte that we write on, `unguarded` says so: not before, for a full medium may keep us from it for hours.
+    fn check_guard(&self) -> Result<(), NotDone> {
+        if self.unguarded { Ok(()) } else { self.guard.check().map_err(NotDone::Failed) }
     }
 
-    /// The target was flushed.
+    /// The target was flushed. What changed where we wrote nothing was not us, and is not taken for ours.
     fn flushed(&mut self) {
-        self.guard.flushed();
-        (self.unguarded, self.bulk_unflushed) = (false, false);
+        if std::mem::take(&mut self.unguarded) {
+            self.guard.flushed();
+        }
+        self.bulk_unflushed = false;
     }
 
     /// The first undo epoch of a disk whose initial sync is done begins at its first mark.

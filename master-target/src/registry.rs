@@ -6,11 +6,11 @@
 
 mod busy;
 mod doubts;
-mod failing_back;
+pub(crate) mod failing_back;
 mod growing;
 #[cfg(test)]
 mod machines;
-mod taken_again;
+pub(crate) mod taken_again;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;

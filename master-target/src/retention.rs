@@ -34,7 +34,7 @@ use crate::journaled::back::unfinished;
 use crate::pinned::loss_text;
 use crate::rot::note_error;
 use crate::scrub::ScrubSettings;
-use crate::staying;
+use crate::staying::{self, FailingBack};
 
 /// After this pause the last group is proven durable by an empty one.
 const SEAL_AFTER: Duration = Duration::from_millis(50);
@@ -92,6 +92,7 @@ pub struct Retention {
     opening: AtomicU32,
     /// Rollbacks are to end on their way.
     interrupted: AtomicBool,
+    failing_back: Mutex<FailingBack>,
     /// Undo runs that could not be read to be merged, and when.
     passed_over: Mutex<BTreeMap<(DiskId, RunFile), Instant>>,
     progress: Mutex<Progress>,
@@ -162,6 +163,7 @@ impl Retention {
             unreadable: Mutex::default(),
             opening: AtomicU32::new(0),
             interrupted: AtomicBool::new(false),
+            failing_back: Mutex::default(),
             passed_over: Mutex::default(),
             progress: Mutex::default(),
             changed: Condvar::new(),
@@ -313,8 +315,16 @@ impl Retention {
     /// What only a person can let go of, for people whose drive is short; `None` where nothing is.
     pub(crate) fn stays(&self) -> Option<String> {
         let (ladder, pressure) = (self.ladder(), self.pressure());
+        let failbacks = unpoisoned(&self.failing_back).text();
         let mut locked = self.lock();
-        staying::text(locked.get().ok()?, &ladder, pressure, wall_clock())
+        let others = staying::text(locked.get().ok()?, &ladder, pressure, wall_clock());
+        let all: Vec<String> = failbacks.into_iter().chain(others).collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    }
+
+    /// Machines for whose failbacks points are held: that are to be finished, and that are done and may be taken back.
+    pub(crate) fn set_failing_back(&self, to_finish: BTreeSet<String>, away: BTreeSet<String>) {
+        *unpoisoned(&self.failing_back) = FailingBack { to_finish, away };
     }
 
     /// One more look at which what pins need of a segment could not be read; answers how many there were.

@@ -2,7 +2,7 @@
 //!
 //! Invariants: as for `checks`; the folder is not changed but for a trial file. Units: bytes. Called by `checks`.
 
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use reprotect_engine::host::output::bytes;
@@ -28,6 +28,7 @@ pub(crate) fn preflight(settings: &Settings) -> Vec<Finding> {
         )];
     };
     let mut checks = vec![file_system(folder)];
+    checks.extend(inside(settings, folder));
     // What follows would only say the same again.
     if checks.iter().all(Finding::is_fine) {
         checks.push(content(folder));
@@ -148,20 +149,30 @@ fn has_journal(folder: &Path) -> bool {
     matches!(occupant(&*fs_opener(), folder), Ok(Occupant::Journal))
 }
 
+const DRIVE: &str = "retention-drive";
+
+fn targets(settings: &Settings) -> Vec<PathBuf> {
+    let dir = &settings.places.state_dir;
+    // Whoever has no state directory yet has no targets, and is not given one by a check.
+    let disks = dir.is_dir().then(|| Catalogue::open(dir).and_then(|catalogue| catalogue.disks()));
+    let disks = disks.and_then(Result::ok).unwrap_or_default();
+    disks.into_iter().map(|(record, _)| record.path).collect()
+}
+
+/// What must not lie in the folder itself.
+fn inside(settings: &Settings, folder: &Path) -> Option<Finding> {
+    let targets = targets(settings);
+    let path = targets.iter().chain(&settings.datastores).find(|path| path.starts_with(folder))?;
+    Some(Finding::fail(
+        DRIVE,
+        format!("{} lies in the retention folder", path.display()),
+        "keep targets and retention apart: name another folder with `retention.path`",
+    ))
+}
+
 /// What else lies on the drive.
 fn neighbours(settings: &Settings, folder: &Path) -> Finding {
-    let name = "retention-drive";
-    let disks = Catalogue::open(&settings.places.state_dir).and_then(|catalogue| catalogue.disks());
-    let targets: Vec<PathBuf> =
-        disks.unwrap_or_default().into_iter().map(|(record, _)| record.path).collect();
-    let inside = targets.iter().chain(&settings.datastores).find(|path| path.starts_with(folder));
-    if let Some(path) = inside {
-        return Finding::fail(
-            name,
-            format!("{} lies in the retention folder", path.display()),
-            "keep targets and retention apart: name another folder with `retention.path`",
-        );
-    }
+    let (name, targets) = (DRIVE, targets(settings));
     let own = device(folder);
     let places = targets.iter().map(|path| ("the target", path));
     let places = places.chain(settings.datastores.iter().map(|path| ("the datastore", path)));
@@ -181,8 +192,15 @@ fn neighbours(settings: &Settings, folder: &Path) -> Finding {
     Finding::pass(name, "nothing else of ours lies on the drive")
 }
 
-fn device(path: &Path) -> Option<u64> {
-    Some(std::fs::metadata(nearest_any(path)).ok()?.dev())
+/// The whole disk that a path lies on, or is, or is a part of; file systems without one by their number.
+fn device(path: &Path) -> Option<PathBuf> {
+    let about = std::fs::metadata(nearest_any(path)).ok()?;
+    let number = if about.file_type().is_block_device() { about.rdev() } else { about.dev() };
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let link = PathBuf::from(format!("/sys/dev/block/{major}:{minor}"));
+    let Ok(known) = std::fs::canonicalize(&link) else { return Some(link) };
+    let is_part = known.join("partition").exists();
+    Some(if is_part { known.parent().map_or(known.clone(), Path::to_owned) } else { known })
 }
 
 /// The path itself, or the nearest one above it that exists.
@@ -250,6 +268,24 @@ mod tests {
         for bytes in [None, Some(&b""[..]), Some(&[0xff; 8192])] {
             said("the manifest", "manifest-00000001", bytes);
         }
+    }
+
+    #[test]
+    fn a_device_is_on_the_drive_that_its_file_systems_are_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        // Wherever a block device is mounted here: what lies there is on that device.
+        let mounted = mounts.lines().filter_map(|line| {
+            let mut words = line.split(' ');
+            let (device, folder) = (Path::new(words.next()?), Path::new(words.next()?));
+            let is_block = std::fs::metadata(device).is_ok_and(|about| about.file_type().is_block_device());
+            (is_block && folder.is_dir()).then_some((device, folder))
+        });
+        for (of, folder) in mounted {
+            assert_eq!(device(of), device(folder), "{}", of.display());
+        }
+        assert_eq!(device(&dir.path().join("not/there/yet")), device(dir.path()));
+        assert_ne!(device(Path::new("/proc")), device(dir.path()));
     }
 
     #[test]

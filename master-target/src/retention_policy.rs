@@ -209,7 +209,11 @@ fn rung(rung: &Rung) -> String {
 
 /// What of a ladder reaches beyond what is kept at all.
 fn without_effect(ladder: &Ladder) -> Vec<String> {
-    let shares = [("every write", ladder.any_write), ("every undo epoch", ladder.every_epoch)];
+    let shares = [
+        ("every write", ladder.any_write),
+        ("every undo epoch", ladder.every_epoch),
+        ("guaranteed", ladder.guaranteed),
+    ];
     let beyond = shares.into_iter().filter(|(_, length)| *length > ladder.keep);
     let rungs = ladder.beyond_keep().map(rung);
     beyond.map(|(what, length)| format!("{what} for {}", text(length))).chain(rungs).collect()
@@ -329,8 +333,9 @@ mod tests {
         chosen.keep = 48 * HOUR;
         assert_eq!(without_effect(&chosen), ["1d until 30d"]);
         chosen.keep = HOUR;
-        let both = ["every write for 2h", "every undo epoch for 4h"].map(str::to_owned);
-        assert_eq!(without_effect(&chosen), [&both[..], &texts[..]].concat());
+        let shares =
+            ["every write for 2h", "every undo epoch for 4h", "guaranteed for 2h"].map(str::to_owned);
+        assert_eq!(without_effect(&chosen), [&shares[..], &texts[..]].concat());
     }
 
     #[test]

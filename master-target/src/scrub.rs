@@ -173,20 +173,27 @@ struct Round {
     found: BTreeMap<DiskId, ScrubState>,
 }
 
+/// A segment of the redo log that is read, or why it cannot be opened.
+struct OpenSegment {
+    number: u64,
+    file: Result<Box<dyn BlockFile>, String>,
+}
+
 impl Round {
     fn run(&mut self, pause: Duration) {
         loop {
             self.found.clear();
             let begun = Instant::now();
-            let read = self.own().and_then(|()| self.indexes()).and_then(|()| self.runs());
-            let done = read.and_then(|()| self.entries()).and_then(|()| self.targets());
-            match done {
-                Ok(()) => self.publish(begun),
-                Err(error) if error.is::<Stopped>() => return,
-                // Stopping shows in the middle of a read as an error of that.
-                Err(_) if self.budget.stopping.load(Ordering::Acquire) => return,
-                Err(error) => tracing::warn!(%error, "a scrub round could not be ended"),
+            for part in [Self::own, Self::indexes, Self::runs, Self::entries, Self::targets] {
+                match part(self) {
+                    Ok(()) => {}
+                    Err(error) if error.is::<Stopped>() => return,
+                    // Stopping shows in the middle of a read as an error of that.
+                    Err(_) if self.budget.stopping.load(Ordering::Acquire) => return,
+                    Err(error) => tracing::warn!(%error, "a part of a scrub round could not be ended"),
+                }
             }
+            self.publish(begun);
             if self.budget.sleep(pause).is_err() {
                 return;
             }
@@ -248,7 +255,7 @@ impl Round {
             match check_run(&*self.files, &place) {
                 Ok(check) => {
                     self.read(place.disk, check.bytes);
-                    rot::note_run(&self.retention, &place, check.found(), true)?;
+                    let found = check.found();
                     let lost: u64 = check.lost.iter().map(|blocks| blocks.len()).sum();
                     if lost > 0 {
                         let what = format!(
@@ -269,11 +276,12 @@ impl Round {
                         );
                         self.find_run(&place, what)?;
                     }
+                    rot::note_run(&self.retention, &place, found, true)?;
                 }
                 Err(error) => {
                     self.budget.take(0)?;
-                    self.unreadable_run(&place, &error)?;
                     self.find_run(&place, error.to_string())?;
+                    self.unreadable_run(&place, &error)?;
                 }
             }
         }
@@ -308,16 +316,33 @@ impl Round {
     fn entries(&mut self) -> anyhow::Result<()> {
         let places = self.retention.lock().get()?.entry_places();
         let mut decompressor = Decompressor::new()?;
-        let mut open: Option<(u64, Box<dyn BlockFile>)> = None;
+        let mut open: Option<OpenSegment> = None;
+        // Once for each disk, not for each entry.
+        let mut unopened = BTreeMap::new();
         for place in places {
             let segment = place.place.segment;
-            if open.as_ref().is_none_or(|(number, _)| *number != segment) {
+            if open.as_ref().is_none_or(|open| open.number != segment) {
                 if !self.retention.lock().get()?.has_segment(segment) {
                     continue;
                 }
-                open = Some((segment, self.files.open(&place.path, false)?));
+                let opened = self.files.open(&place.path, false);
+                let file = opened.map_err(|error| error.to_string());
+                open = Some(OpenSegment { number: segment, file });
             }
-            let Some((_, file)) = &mut open else { continue };
+            let Some(open) = &mut open else { continue };
+            let file = match &mut open.file {
+                Ok(file) => file,
+                Err(error) => {
+                    self.budget.take(0)?;
+                    let what = format!(
+                        "a part of the redo log is not there ({error}): restore it, or the points inside the undo epochs that it holds are lost"
+                    );
+                    if self.retention.lock().get()?.has_segment(segment) {
+                        unopened.insert(place.disk, what);
+                    }
+                    continue;
+                }
+            };
             let wrong = match check_entry(&mut **file, &place, &mut decompressor) {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => Some(error.to_string()),
@@ -327,8 +352,7 @@ impl Round {
                 }
             };
             self.read(place.disk, place.place.bytes);
-            self.retention.lock().get()?.note_entry(&place, wrong.as_deref(), wall_clock())?;
-            if let Some(wrong) = wrong
+            if let Some(wrong) = &wrong
                 && self.retention.lock().get()?.has_segment(segment)
             {
                 let what = format!(
@@ -339,7 +363,9 @@ impl Round {
                 );
                 self.find(place.disk, what);
             }
+            self.retention.lock().get()?.note_entry(&place, wrong.as_deref(), wall_clock())?;
         }
+        unopened.into_iter().for_each(|(disk, what)| self.find(disk, what));
         Ok(())
     }
 
@@ -495,6 +521,10 @@ impl Files for SlowFiles {
     fn remove(&self, path: &Path) -> Result<(), FilesError> {
         Err(not_written(path))
     }
+    fn remove_durably(&self, path: &Path) -> Result<(), FilesError> {
+        Err(not_written(path))
+    }
+
     fn set_aside(&self, path: &Path, _: &str) -> Result<PathBuf, FilesError> {
         Err(not_written(path))
     }

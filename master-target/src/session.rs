@@ -254,6 +254,11 @@ impl Session {
         if opens && let Some(why) = self.registry.fence_text(disk) {
             return self.core.send_reply(Message::error(disk, ErrorCode::Target, &why), 0);
         }
+        // Its thread would answer when it is there, perhaps in hours; the agent is offered it again then.
+        let going_back = || self.registry.disk_status(disk).and_then(|status| status.going_back());
+        if opens && let Some(why) = going_back() {
+            return self.core.send_reply(Message::error(disk, ErrorCode::Target, &why), 0);
+        }
         let sent = match self.registry.disk_inputs(disk) {
             Some((inputs, _)) => inputs.send(self.id, input, self.replies.clone()).await,
             None => Err(DiskGone),

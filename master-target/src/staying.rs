@@ -14,13 +14,42 @@ use reprotect_engine::units::{DiskId, PeerId, Timestamp};
 use crate::catalogue::hex;
 use crate::housekeeping::{common_points, times_of};
 
+/// Machines for whose failbacks points are held, by name.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FailingBack {
+    /// Begun, and not at their end.
+    pub(crate) to_finish: BTreeSet<String>,
+    /// Released: the way back is kept.
+    pub(crate) away: BTreeSet<String>,
+}
+
+impl FailingBack {
+    /// What they hold, and the remedy; `None` where there are none.
+    pub(crate) fn text(&self) -> Option<String> {
+        let names = |machines: &BTreeSet<String>| machines.iter().cloned().collect::<Vec<_>>().join(", ");
+        let to_finish = (!self.to_finish.is_empty()).then(|| {
+            format!(
+                "a failback of {} was begun, and its point stays: repeat `failback`, or take it back with `failback --undo`",
+                names(&self.to_finish)
+            )
+        });
+        let away = (!self.away.is_empty()).then(|| {
+            format!(
+                "{} was failed back, and all its points stay: `unprotect` its disks when nobody wants to go back there",
+                names(&self.away)
+            )
+        });
+        let all: Vec<String> = to_finish.into_iter().chain(away).collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    }
+}
+
 /// What stays of a journal, and the remedy; `None` where nothing does.
 pub(crate) fn text(journal: &Journal, ladder: &Ladder, pressure: Pressure, now: Timestamp) -> Option<String> {
     // As old as this nothing else stays.
     let kept = match pressure {
         Pressure::Least | Pressure::Stop => Duration::ZERO,
-        Pressure::Guaranteed | Pressure::ShortLog => ladder.guaranteed,
-        Pressure::None | Pressure::Alert | Pressure::ThinEarly => ladder.keep,
+        _ => ladder.kept_at(pressure),
     };
     let shape = journal.shape();
     let machines: BTreeSet<_> = shape.disks.values().map(|known| known.added.machine).collect();

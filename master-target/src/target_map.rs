@@ -78,7 +78,7 @@ impl TargetMap {
         if let Some(map) = self.map.take() {
             let path = map.path().to_owned();
             drop(map);
-            self.files.remove(&path)?;
+            self.files.remove_durably(&path)?;
         }
         Ok(())
     }

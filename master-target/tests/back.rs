@@ -138,6 +138,10 @@ impl Files for Crowded {
     fn remove(&self, path: &Path) -> Result<(), FilesError> {
         self.0.remove(path)
     }
+
+    fn remove_durably(&self, path: &Path) -> Result<(), FilesError> {
+        self.0.remove_durably(path)
+    }
     fn set_aside(&self, path: &Path, suffix: &str) -> Result<PathBuf, FilesError> {
         self.0.set_aside(path, suffix)
     }

@@ -88,6 +88,19 @@ pub fn replace_file(path: &Path, bytes: &[u8], access: Access) -> Result<(), Dur
     sync_directory(directory).map_err(fail("make durable the directory", directory))
 }
 
+/// Removes a file, durably: after a power cut it does not come back. One that is not there is fine.
+///
+/// # Errors
+/// When it cannot be removed, or that cannot be made durable.
+pub fn remove_file_durable(path: &Path) -> Result<(), DurableError> {
+    let fail = |step| move |source| DurableError { step, path: path.to_owned(), source };
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(fail("remove")(error)),
+        _ => {}
+    }
+    sync_directory(parent(path)).map_err(fail("make durable the directory of"))
+}
+
 /// Makes the directory `path` and its missing parents, readable by the owner only, durably. No error if it exists.
 ///
 /// # Errors

@@ -87,6 +87,10 @@ impl Files for Drive {
         self.files.remove(path)
     }
 
+    fn remove_durably(&self, path: &Path) -> Result<(), FilesError> {
+        self.files.remove_durably(path)
+    }
+
     fn set_aside(&self, path: &Path, suffix: &str) -> Result<PathBuf, FilesError> {
         self.files.set_aside(path, suffix)
     }

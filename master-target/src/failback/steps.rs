@@ -3,7 +3,10 @@
 //! Invariants: each takes only the disks that have not done it, and records each disk when it is done; what was done
 //! before an interruption may be done again. Units: bytes. Called by `failback`.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context as _, bail};
+use reprotect_engine::format::message::PassMode;
 use reprotect_engine::io::ByteRange;
 use reprotect_engine::store::journal::view::At;
 use reprotect_engine::units::{BLOCK_BYTES, DiskId, PeerId};
@@ -12,6 +15,7 @@ use super::{FailbackInfo, FailbackRequest, VerifyPolicy};
 use crate::catalogue::{Failback, FailbackDisk, FailbackStep, Machine};
 use crate::points::{NO_JOURNAL, on_disk};
 use crate::registry::Registry;
+use crate::registry::failing_back::Letting;
 
 /// Read in one go, on the disk's own thread.
 const PIECE_BYTES: u64 = 1 << 20;
@@ -45,26 +49,53 @@ fn each(
     Ok(())
 }
 
-/// Nobody may write any more (I9).
+/// Nobody may write any more (I9): to none of the disks, also where one of them cannot be fenced.
 pub(super) fn fence(registry: &Registry, agent: PeerId, failback: &mut Failback) -> anyhow::Result<()> {
+    let unfenced = failback.disks.iter().filter(|(_, of)| of.step < FailbackStep::Fenced);
+    let disks: Vec<DiskId> = unfenced.map(|(name, _)| DiskId::parse(name)).collect::<Result<_, _>>()?;
+    let mut fenced: BTreeMap<DiskId, _> =
+        disks.into_iter().map(|disk| (disk, registry.fence(disk))).collect();
     each(registry, agent, failback, FailbackStep::Fenced, |disk, of| {
-        of.generation = registry.fence(disk)?.0;
+        of.generation = fenced.remove(&disk).context("it came meanwhile; repeat the command")??.0;
         tracing::info!(%disk, generation = of.generation, "fenced for a failback");
         Ok(())
     })
+}
+
+/// Refuses to go on with disks that lost something since the failback was decided: they are not at the point, whatever
+/// their files look like, and verifying does not see it.
+pub(super) fn still_whole(registry: &Registry, failback: &Failback, insist: bool) -> anyhow::Result<()> {
+    let retention = registry.retention().context(NO_JOURNAL)?;
+    let shape = retention.shape();
+    for (name, of) in failback.disks.iter().filter(|(_, of)| of.step < FailbackStep::Released) {
+        let disk = DiskId::parse(name)?;
+        let at = place(of)?;
+        let status = registry.disk_status(disk).with_context(|| {
+            format!("disk {name} could not be opened; see `status`, restart the master target, then repeat the command")
+        })?;
+        let is_lost = shape.disks.get(&disk).is_some_and(|known| known.is_doubtful(at.number));
+        if (is_lost || status.snapshot().mode != PassMode::Done) && !insist {
+            bail!(
+                "disk {name} lost changes since the failback was decided, or parts of its target, and is not the disk at {at}: take it back with `failback --undo`, so that its agent compares it; where the source is gone, release it all the same with --yes"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn place(of: &FailbackDisk) -> anyhow::Result<At> {
+    of.at.parse().map_err(|_| anyhow::anyhow!("{} is no point; see the daemon's log", of.at))
 }
 
 /// Everything is on the target; where the point is not the newest state, the target goes back to it.
 pub(super) fn drain(registry: &Registry, agent: PeerId, failback: &mut Failback) -> anyhow::Result<()> {
     // The registry holds their runs only; from here on their part of the log stays, too.
     let retention = registry.retention().context(NO_JOURNAL)?;
-    let place =
-        |(name, of): (&String, &FailbackDisk)| Some((DiskId::parse(name).ok()?, of.at.parse::<At>().ok()?));
-    let going = failback.disks.iter().filter(|(_, of)| of.step < FailbackStep::Drained).filter_map(place);
+    let known = |(name, of): (&String, &FailbackDisk)| Some((DiskId::parse(name).ok()?, place(of).ok()?));
+    let going = failback.disks.iter().filter(|(_, of)| of.step < FailbackStep::Drained).filter_map(known);
     let _holds: Vec<_> = going.map(|(disk, at)| retention.hold_to_go_back(disk, at)).collect();
     each(registry, agent, failback, FailbackStep::Drained, |disk, of| {
-        let at: At =
-            of.at.parse().map_err(|_| anyhow::anyhow!("{} is no point; see the daemon's log", of.at))?;
+        let at = place(of)?;
         let (inputs, _) = registry.disk_inputs(disk).context("the disk could not be opened; see `status`")?;
         on_disk(&inputs, |store| store.drain())?;
         if !on_disk(&inputs, move |store| store.stands_at(at))? {
@@ -163,9 +194,14 @@ fn random() -> anyhow::Result<u64> {
 }
 
 /// The targets are closed, their locks given up.
-pub(super) fn release(registry: &Registry, agent: PeerId, failback: &mut Failback) -> anyhow::Result<()> {
+pub(super) fn release(
+    registry: &Registry,
+    agent: PeerId,
+    failback: &mut Failback,
+    how: Letting,
+) -> anyhow::Result<()> {
     each(registry, agent, failback, FailbackStep::Released, |disk, of| {
-        of.stamp = registry.release(disk)?;
+        of.stamp = registry.release(disk, how)?;
         tracing::warn!(%disk, "released: its virtual machine may use the target now");
         Ok(())
     })?;

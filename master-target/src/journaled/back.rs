@@ -12,7 +12,7 @@ use reprotect_engine::format::batch::MarkClass;
 use reprotect_engine::format::manifest::EpochCause;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::journal::applier::Applier;
-use reprotect_engine::store::journal::rollback::{self, Going, RolledBack};
+use reprotect_engine::store::journal::rollback::{self, Begun, RolledBack};
 use reprotect_engine::store::journal::undo::{BlockRange, images_bytes_max};
 use reprotect_engine::store::journal::view::{At, View};
 use reprotect_engine::store::journal::{DiskShape, Journal, JournalError};
@@ -20,6 +20,7 @@ use reprotect_engine::store::target::Target;
 use reprotect_engine::units::{BLOCK_SECTORS, DiskId};
 
 use super::Journaled;
+use crate::disk_status::GoingBack;
 use crate::disk_store::NotDone;
 use crate::retention::Retention;
 
@@ -31,10 +32,9 @@ impl Journaled {
     /// something cannot be written.
     pub fn rollback(&mut self, at: At) -> Result<RolledBack, JournalError> {
         let _hold = self.retention.hold_to_go_back(self.id, at);
+        let _shown = self.show_going_back(at);
         // What waits comes first, or it would be applied over the point.
-        if let Err(NotDone::Full(why) | NotDone::Failed(why) | NotDone::GivenUp(why)) = self.apply_all() {
-            return Err(JournalError::Failed { path: "the target".into(), why });
-        }
+        self.apply_all().map_err(|error| self.not_done(error))?;
         self.retention.commit()?;
         if !self.coming.is_empty() {
             // It would be applied over the point when there is room again.
@@ -56,9 +56,7 @@ impl Journaled {
             return Err(JournalError::Stops { disk: id });
         }
         // Nobody else may have written there: it would be taken for ours from here on.
-        if !self.unguarded {
-            self.guard.check().map_err(|why| JournalError::Failed { path: "the target".into(), why })?;
-        }
+        self.check_guard().map_err(|error| self.not_done(error))?;
         let (blocks, needed) = self.images_to_go_back(&view)?;
         if let Some(free) = self.retention.usable_bytes()?.filter(|free| needed > *free) {
             let path = self.retention.folder().to_owned();
@@ -72,26 +70,48 @@ impl Journaled {
             let name = format!("before-rollback-{before}");
             self.keep_point(At::entry(before, number), now, MarkClass::Fuzzy, &name)?;
         }
-        self.may_write()?;
+        self.applier.seal_run(now)?; // others commit meanwhile
         rollback::begin(self.retention.lock().get()?, &mut self.applier, at, position, now)?;
         self.go_back(view)
     }
 
-    fn may_write(&mut self) -> Result<(), JournalError> {
-        self.before_writing().map_err(|error| {
-            let (NotDone::Full(why) | NotDone::Failed(why) | NotDone::GivenUp(why)) = error;
-            JournalError::Failed { path: "the target".into(), why }
-        })
+    /// What a write said that cannot be done, as an error of a command.
+    pub(super) fn not_done(&self, error: NotDone) -> JournalError {
+        match error {
+            NotDone::Full(what) => JournalError::Full { path: self.retention.folder().to_owned(), what },
+            NotDone::Failed(why) | NotDone::GivenUp(why) => {
+                JournalError::Failed { path: "the target".into(), why }
+            }
+        }
     }
 
-    /// Takes back what differs, and begins the undo epoch after it.
+    /// Says that the disk goes back until the answer is dropped.
+    fn show_going_back(&self, at: At) -> Option<GoingBack> {
+        let text =
+            format!("the disk goes back to point {}.{}, and is held until it is there", at.epoch, at.number);
+        self.status.as_ref().map(|status| GoingBack::of(status, text))
+    }
+
+    /// Takes back what differs, and begins the undo epoch after it, unless the medium is full: then that is begun before
+    /// anything more is written.
     fn go_back(&mut self, view: View) -> Result<RolledBack, JournalError> {
         let (retention, stopping) = (Arc::clone(&self.retention), Arc::clone(&self.stopping));
+        self.unguarded = true;
         let went = take_back(&retention, &mut self.applier, view, &|| is_interrupted(&retention, &stopping));
+        if matches!(went, Ok(_) | Err(JournalError::Interrupted { .. })) {
+            self.flushed(); // between two steps all is
+        }
+        self.stopped_on_its_way = went.as_ref().is_err_and(JournalError::is_full);
         let done = self.noted(went, (0, 0))?;
-        self.flushed();
-        self.begin_epoch(EpochCause::Time)?;
-        Ok(done)
+        match self.begin_next_epoch() {
+            Err(error) if !error.is_full() => Err(error),
+            _ => Ok(done),
+        }
+    }
+
+    /// Whether a rollback stopped for want of room since this was asked last: it is to be gone on with when there is some.
+    pub(crate) const fn take_stopped_on_its_way(&mut self) -> bool {
+        std::mem::replace(&mut self.stopped_on_its_way, false)
     }
 
     /// Goes on with a rollback that was begun and stopped; does nothing where there is none.
@@ -103,9 +123,10 @@ impl Journaled {
         let goes_to = rollback::goes_to(self.retention.lock().get()?, self.id)?;
         let Some(at) = goes_to else { return Ok(RolledBack::default()) };
         let _hold = self.retention.hold_to_go_back(self.id, at);
+        let _shown = self.show_going_back(at);
         let view = self.retention.view(self.id, at)?;
         self.map.forget_all()?;
-        self.may_write()?;
+        self.check_guard().map_err(|error| self.not_done(error))?;
         self.go_back(view)
     }
 
@@ -183,20 +204,19 @@ fn take_back(
     is_interrupted: &dyn Fn() -> bool,
 ) -> Result<RolledBack, JournalError> {
     let id = applier.disk();
-    let going = Going::begun(retention.lock().get()?, applier, Some(view))?;
-    let done = match going {
-        Some(going) => {
-            let mut name = |named| {
-                let mut locked = retention.lock();
-                let journal = locked.get()?;
-                journal.append_applied(id, named, wall_clock())?;
-                journal.commit(wall_clock())
-            };
-            going.take_back(applier, &mut name, is_interrupted)?
-        }
+    let mut name = |named| {
+        let mut locked = retention.lock();
+        let journal = locked.get()?;
+        journal.append_applied(id, named, wall_clock())?;
+        journal.commit(wall_clock())
+    };
+    let begun = Begun::of(retention.lock().get()?, applier, Some(view))?;
+    let done = match begun {
+        Some(begun) => begun.find(applier)?.take_back(applier, &mut name, is_interrupted)?,
         None => RolledBack::default(),
     };
-    rollback::end(retention.lock().get()?, applier, wall_clock())?;
+    rollback::end(applier, &mut name, wall_clock())?;
+    applier.close_epoch(retention.lock().get()?, wall_clock())?;
     Ok(done)
 }
 
@@ -205,7 +225,7 @@ pub(crate) fn unfinished(journal: &Journal, disk: DiskId) -> Option<String> {
     let open = journal.shape().disks.get(&disk).and_then(DiskShape::open_epoch)?.opened;
     (open.cause == EpochCause::Rollback).then(|| {
         format!(
-            "a rollback to point {}.{} did not get to its end yet, and the disk is held; if it stopped, the log says why: restart the master target to go on with it, or roll back to another point",
+            "a rollback to point {}.{} did not get to its end yet, and the disk is held; if it stopped, the log says why: where a drive is full free space there, and it is gone on with; else restart the master target, or roll back to another point",
             open.to_epoch, open.to_number
         )
     })

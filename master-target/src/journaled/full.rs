@@ -73,7 +73,7 @@ fn everywhere(
 fn hand_over(lab: &mut Lab, what: &str) -> Result<(), String> {
     lab.write_and_mark(4, MarkCause::Timer, what)?;
     for time in 0..2 {
-        lab.persist(what, |disk| match disk.leave() {
+        lab.persist(what, |disk| match disk.leave(false) {
             Ok(_) => Ok(()),
             Err(error) => Err(NotDone::Full(error.to_string())),
         })?;
@@ -233,7 +233,7 @@ fn a_disk_that_stopped_on_its_way_back_does_not_stand_there_after_it_was_left_an
         lab.stop();
         lab.start();
         assert!(!lab.disk().stands_at(at).unwrap(), "nobody knows that it got there");
-        lab.disk().leave().unwrap();
+        lab.disk().leave(false).unwrap();
         assert!(!lab.disk().stands_at(at).unwrap(), "parts of two states");
         lab.stop();
         lab.start();
@@ -242,6 +242,30 @@ fn a_disk_that_stopped_on_its_way_back_does_not_stand_there_after_it_was_left_an
         assert_eq!(lab.disk().held(), None, "its agent compares it");
         lab.stop();
         return;
+    }
+}
+
+#[test]
+fn what_somebody_else_wrote_is_not_taken_for_ours_because_of_a_mark_or_a_drive_that_was_full() {
+    for full_before in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut lab = Lab::new(dir.path());
+        (1..=2).for_each(|seed| lab.step(seed, "before").unwrap());
+        if full_before {
+            lab.write(3, "before").unwrap();
+            lab.faulty.set(("undo-", ENOSPC), 0);
+            assert!(matches!(lab.disk().apply(), Err(NotDone::Full(_))), "nothing could be written");
+        }
+        let flat = std::fs::File::options().write(true).open(dir.path().join("web-flat.vmdk")).unwrap();
+        flat.set_modified(std::time::SystemTime::now() + std::time::Duration::from_secs(5)).unwrap();
+        lab.faulty.mend();
+        if !full_before {
+            lab.mark(3, MarkCause::Timer, "a mark without writes").unwrap();
+        }
+        let refused = lab.step(4, "after it").unwrap_err();
+        assert!(refused.contains("written by somebody else"), "{refused}");
+        assert!(lab.disk().leave(false).is_err(), "nor is it handed over");
+        lab.stop();
     }
 }
 

@@ -35,7 +35,7 @@ impl Journaled {
         if !self.unguarded {
             self.guard.check().map_err(NotGrown::Failed)?;
         }
-        self.leave().map_err(|error| NotGrown::Refused(error.to_string()))?;
+        self.leave(false).map_err(|error| NotGrown::Refused(error.to_string()))?;
         grow_target(self.applier.target(), &mut self.guard, opener, size_bytes)?;
         self.take_size(size_bytes / SECTOR_BYTES).map_err(|error| NotGrown::Failed(error.to_string()))
     }

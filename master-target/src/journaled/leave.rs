@@ -5,6 +5,8 @@
 //! (I1). What is taken back has another history: points of the one before are degraded where somebody wrote meanwhile.
 //! Units: entry numbers, bytes. Used by `failback`, on the disk's own thread.
 
+use std::collections::BTreeSet;
+
 use reprotect_engine::format::batch::MarkClass;
 use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::manifest::{EpochCause, PointKept};
@@ -12,14 +14,13 @@ use reprotect_engine::format::message::PointDegrade;
 use reprotect_engine::format::wire::Text;
 use reprotect_engine::io::{BlockFile as _, ByteRange, ReadAt};
 use reprotect_engine::net::wall_clock;
-use reprotect_engine::store::journal::JournalError;
 use reprotect_engine::store::journal::undo::BlockRange;
 use reprotect_engine::store::journal::view::At;
+use reprotect_engine::store::journal::{DiskShape, JournalError};
 use reprotect_engine::units::{BLOCK_BYTES, LineageId, Sequence};
 
 use super::Journaled;
 use super::back::unfinished;
-use crate::disk_store::NotDone;
 
 /// What was found in a part of a target.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,21 +33,26 @@ pub(crate) struct Looked {
     pub(crate) different: Vec<BlockRange>,
 }
 
+/// A disk that was left to others.
+#[derive(Clone, Debug)]
+pub(crate) struct Left {
+    /// Its newest state.
+    pub(crate) state: DiskState,
+    /// Somebody else has written to the target.
+    pub(crate) is_foreign: bool,
+}
+
 impl Journaled {
     /// Puts everything that is durable on the target.
     ///
     /// # Errors
     /// When that cannot be done; it may be tried again where the medium is full.
     pub(crate) fn drain(&mut self) -> Result<(), JournalError> {
-        match self.apply_all() {
-            Ok(()) => self.retention.commit(),
-            Err(NotDone::Full(why) | NotDone::Failed(why) | NotDone::GivenUp(why)) => {
-                Err(JournalError::Failed { path: "the target".into(), why })
-            }
-        }
+        self.apply_all().map_err(|error| self.not_done(error))?;
+        self.retention.commit()
     }
 
-    /// Whether the drained target is the disk as it was at a point.
+    /// Whether the drained target is the disk as it was at a point. Never where entries before that are lost.
     pub(crate) fn stands_at(&self, at: At) -> Result<bool, JournalError> {
         let newest = self.applier.applied().number;
         let mut locked = self.retention.lock();
@@ -56,10 +62,15 @@ impl Journaled {
             return Ok(false);
         }
         let Some(shape) = journal.shape().disks.get(&self.id) else { return Ok(false) };
+        if shape.is_doubtful(at.number) {
+            return Ok(false);
+        }
         let back = |cause| cause == EpochCause::Rollback;
         let last = shape.epochs.iter().map(|epoch| epoch.opened).rev().find(|opened| back(opened.cause));
+        let lineage = shape.epochs.last().map(|epoch| epoch.opened.lineage);
         Ok(match last.filter(|opened| opened.epoch > at.epoch) {
-            // Somebody went back since: to here, and nothing came after it.
+            // Somebody went back since: to here, and nothing came after it, nor was the disk handed over in between.
+            Some(went) if Some(went.lineage) != lineage => false,
             Some(went) => {
                 let to = At { epoch: went.to_epoch, number: went.to_number, records: went.to_records };
                 to == at && went.after == newest
@@ -86,13 +97,19 @@ impl Journaled {
         Ok(Looked { read: range.len().div_ceil(BLOCK_BYTES), ..Looked::default() })
     }
 
-    /// Ends the undo epoch and flushes: the target may be closed and handed over. Answers the state it is left in.
+    /// Ends the undo epoch and flushes: the target may be closed and handed over. Answers the state it is left in, and whether
+    /// somebody else wrote to the target, which is refused unless it is `accepted`.
     ///
     /// # Errors
-    /// When something cannot be written; it may be tried again.
-    pub(crate) fn leave(&mut self) -> Result<DiskState, JournalError> {
+    /// When somebody else wrote, or something cannot be written; it may be tried again.
+    pub(crate) fn leave(&mut self, accepted: bool) -> Result<Left, JournalError> {
         self.drain()?;
         self.record_degraded()?;
+        let foreign = self.check_guard().err();
+        let is_foreign = foreign.is_some();
+        if let Some(error) = foreign.filter(|_| !accepted) {
+            return Err(self.not_done(error));
+        }
         let point = self.point_to_end_at()?;
         self.applier.target().flush()?;
         self.flushed();
@@ -105,7 +122,7 @@ impl Journaled {
         self.map.settle();
         self.retention.lock().get()?.append_state(&self.state, wall_clock())?;
         self.retention.commit()?;
-        Ok(self.state.clone())
+        Ok(Left { state: self.state.clone(), is_foreign })
     }
 
     /// The newest entry, where it is a mark of the undo epoch that goes on.
@@ -126,20 +143,39 @@ impl Journaled {
     pub(crate) fn take_back(&mut self, before: LineageId, changed: bool) -> Result<(), JournalError> {
         self.map.forget_all()?;
         if changed {
-            self.degrade(&PointDegrade {
-                disk: self.id,
-                lineage: before,
-                generation: self.state.generation,
-                from: Sequence::ZERO,
-                to: self.state.sequence,
-                cause: Text::new("the target was written by others after a failback"),
-            });
-            self.record_degraded()?;
+            // Of all histories that are kept: none has an image of what others overwrote.
+            let kept = |shape: &DiskShape| shape.epochs.iter().map(|epoch| epoch.opened.lineage).collect();
+            let mut kept: BTreeSet<LineageId> = self.shape_says(kept)?.unwrap_or_default();
+            kept.insert(before);
+            kept.remove(&self.state.lineage);
+            for lineage in kept {
+                self.degrade(&PointDegrade {
+                    disk: self.id,
+                    lineage,
+                    generation: self.state.generation,
+                    from: Sequence::ZERO,
+                    to: Sequence(u64::MAX),
+                    cause: Text::new("the target was written by others after a failback"),
+                });
+                self.record_degraded()?;
+            }
         }
-        if let Some(epoch) = self.applier.open_epoch() {
-            let at = At::entry(epoch, self.applier.applied().number);
-            // Fuzzy, so that it is never taken for the newest consistent state of the source.
-            self.keep_point(at, wall_clock(), MarkClass::Fuzzy, &format!("before-undo-{epoch}"))?;
+        let number = self.applier.applied().number;
+        let has_point = |shape: &DiskShape, epoch| {
+            shape.points.values().any(|point| (point.epoch, point.number) == (epoch, number))
+        };
+        if let Some(mut epoch) = self.applier.open_epoch() {
+            // It was not closed in order, and ends where a point is. Others changed what that shows: this is another one.
+            let is_kept = self.shape_says(|shape| has_point(shape, epoch))?.unwrap_or(false);
+            if is_kept && changed {
+                self.close_epoch(None)?;
+                epoch = self.begin_epoch(EpochCause::Time)?;
+            }
+            if changed || !is_kept {
+                // Fuzzy, so that it is never taken for the newest consistent state of the source.
+                let (at, name) = (At::entry(epoch, number), format!("before-undo-{epoch}"));
+                self.keep_point(at, wall_clock(), MarkClass::Fuzzy, &name)?;
+            }
             // Also where it went back for the failback, or a part of the way: it is compared now, and not held at that point.
             while self.held().is_some() {
                 self.close_epoch(None)?;

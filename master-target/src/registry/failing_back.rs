@@ -21,6 +21,17 @@ use crate::guard::Guard;
 use crate::journaled::Journaled;
 use crate::points::NO_JOURNAL;
 
+/// How the target of a disk is let go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Letting {
+    /// Only where it is as it was written.
+    Sound,
+    /// The operator insists: also where somebody else wrote to it.
+    Insisted,
+    /// To be opened again at once, and compared: also where it stopped, or could not be opened.
+    Undo,
+}
+
 impl Registry {
     /// The failback of a machine that goes on or is done.
     #[must_use]
@@ -89,19 +100,29 @@ impl Registry {
         // Failbacks of several machines come here at once, and the newest list counts.
         let mut holding = self.held.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let (mut released, mut going) = (BTreeSet::new(), Vec::new());
-        for (name, of) in self.lock().failbacks.values().flat_map(|failback| &failback.disks) {
-            let Ok(disk) = DiskId::parse(name) else { continue };
-            match of.step {
-                FailbackStep::Released => {
-                    released.insert(disk);
+        let (mut to_finish, mut away) = (BTreeSet::new(), BTreeSet::new());
+        let inner = self.lock();
+        for (agent, failback) in &inner.failbacks {
+            let machine =
+                inner.machines.get(agent).map_or_else(|| agent.to_string(), |m| m.host_name.clone());
+            for (name, of) in &failback.disks {
+                let Ok(disk) = DiskId::parse(name) else { continue };
+                match of.step {
+                    FailbackStep::Released => {
+                        away.insert(machine.clone());
+                        released.insert(disk);
+                    }
+                    FailbackStep::Decided | FailbackStep::Fenced => {
+                        // Its source may be gone: its part of the log, too, unless the drive is nearly full.
+                        to_finish.insert(machine.clone());
+                        going.extend(of.at.parse().ok().map(|at: At| retention.hold(disk, at)));
+                    }
+                    FailbackStep::Drained | FailbackStep::Verified => {}
                 }
-                FailbackStep::Decided | FailbackStep::Fenced => {
-                    // Perhaps for days: of the log they hold nothing, a command that goes on has its own holds.
-                    going.extend(of.at.parse().ok().map(|at: At| retention.hold_runs(disk, at)));
-                }
-                FailbackStep::Drained | FailbackStep::Verified => {}
             }
         }
+        drop(inner);
+        retention.set_failing_back(to_finish, away);
         let shape = retention.shape();
         let points = released.iter().filter_map(|disk| shape.disks.get(disk));
         let points = points.flat_map(|disk| disk.points.values());
@@ -148,27 +169,44 @@ impl Registry {
         inputs.fence(text)
     }
 
-    /// Closes the target of a disk and gives up its locks. Answers how its files look then. Blocks.
+    /// Closes the target of a disk and gives up its locks. Answers how its files look then; nothing where somebody else has written
+    /// there, so that nobody takes it for unchanged. Blocks.
     ///
     /// # Errors
-    /// When something cannot be written; it may be tried again.
-    pub(crate) fn release(&self, disk: DiskId) -> anyhow::Result<String> {
-        let record = self.lock().disks.get(&disk).map(|known| known.record.clone());
-        let record = record.context("the disk is not protected any more; see `status`")?;
+    /// When it is not known to be closed in order, or somebody else wrote to it, which may be [`Letting::accepted`]; it may be
+    /// tried again.
+    pub(crate) fn release(&self, disk: DiskId, how: Letting) -> anyhow::Result<String> {
+        let known = self.lock().disks.get(&disk).map(|known| (known.record.clone(), known.problem.clone()));
+        let (record, problem) = known.context("the disk is not protected any more; see `status`")?;
+        if let Some(problem) = problem.as_ref().filter(|_| how != Letting::Undo) {
+            bail!("{problem}; then restart the master target, and repeat the command");
+        }
+        let mut is_foreign = problem.is_some(); // nobody looked since it was open
         if let Some((inputs, _)) = self.disk_inputs(disk) {
-            let state = crate::points::on_disk(&inputs, Journaled::leave)?;
-            self.catalogue.save_disk(&record, &state)?;
+            let phase = self.disk_status(disk).map(|status| status.snapshot().phase);
+            if phase == Some(TargetDiskPhase::Failed) && how == Letting::Undo {
+                is_foreign = true; // nobody knows what it holds, and it is compared anyway
+            } else {
+                let accepted = how != Letting::Sound;
+                let left = crate::points::on_disk(&inputs, move |store| store.leave(accepted))?;
+                self.catalogue.save_disk(&record, &left.state)?;
+                is_foreign = left.is_foreign;
+            }
             let worker = self.lock().disks.get_mut(&disk).and_then(|known| known.worker.take());
             if let Some(worker) = worker {
                 let status = std::sync::Arc::clone(worker.status());
                 worker.stop();
                 let snapshot = status.snapshot();
-                if snapshot.phase == TargetDiskPhase::Failed {
-                    bail!("{}", snapshot.problem.unwrap_or_default());
+                if snapshot.phase == TargetDiskPhase::Failed && how != Letting::Undo {
+                    let why = snapshot.problem.unwrap_or_default();
+                    if let Some(known) = self.lock().disks.get_mut(&disk) {
+                        known.problem = Some(why.clone());
+                    }
+                    bail!("{why}; then restart the master target, and repeat the command");
                 }
             }
         }
-        Ok(self.stamp(&record.path, &record.kind))
+        Ok(if is_foreign { String::new() } else { self.stamp(&record.path, &record.kind) })
     }
 
     fn stamp(&self, path: &std::path::Path, kind: &str) -> String {
@@ -215,6 +253,16 @@ impl Registry {
         };
         self.lock().disks.insert(disk, KnownDisk { record, worker: Some(worker), uuid, problem: None });
         Ok(changed)
+    }
+
+    /// Offers what went back to a point, or stopped on its way, to its agent: it was refused meanwhile.
+    pub(crate) fn offer_what_went_back(&self) {
+        let went = |known: &KnownDisk| {
+            let worker = known.worker.as_ref().filter(|worker| worker.status().take_went_back());
+            worker.and_then(|_| peer(&known.record.agent))
+        };
+        let agents: BTreeSet<PeerId> = self.lock().disks.values().filter_map(went).collect();
+        agents.into_iter().for_each(|agent| self.offer_again(agent));
     }
 
     /// Offers an agent's disks to its live sessions again.

@@ -3,7 +3,7 @@
 //!
 //! Invariants: its old threads have ended before its target is opened; one that cannot be opened stays given up, or goes on
 //! waiting, and says why; what a start found lost of it is known until it is open; nothing is opened any more once the
-//! registry stops; a disk that is failed back is left alone. Called by `again`.
+//! registry stops; a disk that is released is left alone, one that is being failed back stays refused to agents. Called by `again`.
 
 use std::io::ErrorKind;
 use std::sync::PoisonError;
@@ -14,7 +14,7 @@ use reprotect_engine::store::journal::{DiskLog, JournalError};
 use reprotect_engine::units::DiskId;
 
 use super::Registry;
-use crate::catalogue::peer;
+use crate::catalogue::{FailbackStep, peer};
 use crate::points::NO_JOURNAL;
 use crate::retention::Retention;
 
@@ -25,7 +25,8 @@ impl Registry {
     /// When the journal cannot be written.
     pub fn take_again(&self, disk: DiskId) -> anyhow::Result<bool> {
         let _alone = self.changing();
-        if self.is_stopping() || self.failback_step(disk).is_some() {
+        let is_released = self.failback_step(disk).is_some_and(|(step, _)| step == FailbackStep::Released);
+        if self.is_stopping() || is_released {
             return Ok(false);
         }
         let retention = self.retention.as_ref().context(NO_JOURNAL)?;
@@ -127,7 +128,7 @@ pub(super) fn is_full(error: &anyhow::Error) -> bool {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use std::collections::BTreeSet;
     use std::path::Path;
     use std::sync::Arc;
@@ -162,10 +163,10 @@ pub(super) mod tests {
     use crate::retention::RetentionSettings;
     use crate::scrub::ScrubSettings;
 
-    pub(in crate::registry) const DISK: DiskId = DiskId([1; 16]);
-    pub(in crate::registry) const SIZE: u64 = 8 << 20;
+    pub(crate) const DISK: DiskId = DiskId([1; 16]);
+    pub(crate) const SIZE: u64 = 8 << 20;
 
-    pub(in crate::registry) fn settings() -> RetentionSettings {
+    pub(crate) fn settings() -> RetentionSettings {
         let hour = Duration::from_secs(3600);
         let ladder =
             Ladder { any_write: hour, every_epoch: hour, rungs: Vec::new(), keep: hour, guaranteed: hour };
@@ -179,7 +180,7 @@ pub(super) mod tests {
     }
 
     /// As [`lab`]; an `existing` one keeps what its target was found with.
-    pub(in crate::registry) fn lab_on(
+    pub(crate) fn lab_on(
         drive: Arc<dyn Files>,
         dir: &Path,
         existing: bool,
@@ -194,7 +195,7 @@ pub(super) mod tests {
         (Arc::new(registry), retention, committer)
     }
 
-    pub(in crate::registry) fn add(registry: &Registry, dir: &Path, disk: DiskId, existing: bool) {
+    pub(crate) fn add(registry: &Registry, dir: &Path, disk: DiskId, existing: bool) {
         let name = if disk == DISK { "disk.vmdk".to_owned() } else { format!("{disk}.vmdk") };
         let spec = TargetSpec { path: dir.join(name), kind: TargetKind::MonolithicFlat };
         let target =
@@ -370,7 +371,7 @@ pub(super) mod tests {
     }
 
     /// One write of the source, as an entry of the log.
-    pub(in crate::registry) fn entry(state: &DiskState) -> (EntryKind, bytes::Bytes) {
+    pub(crate) fn entry(state: &DiskState) -> (EntryKind, bytes::Bytes) {
         let records = [Record::data(16, vec![7; 4096].into())];
         let header = BatchHeader {
             disk: state.disk,

@@ -158,6 +158,11 @@ impl Files for FsFiles {
         }
     }
 
+    fn remove_durably(&self, path: &Path) -> Result<(), FilesError> {
+        self.remove(path)?;
+        sync_directory(path)
+    }
+
     fn set_aside(&self, path: &Path, suffix: &str) -> Result<PathBuf, FilesError> {
         let aside = super::free_name(self, path, suffix)?;
         fs::rename(path, &aside).map_err(missing_or("rename", path))?;

@@ -469,6 +469,12 @@ impl Files for MemoryFiles {
         Ok(())
     }
 
+    fn remove_durably(&self, path: &Path) -> Result<(), FilesError> {
+        self.remove(path)?;
+        self.state().happens(Event::FlushFolder(folder(path).into()));
+        Ok(())
+    }
+
     fn set_aside(&self, path: &Path, suffix: &str) -> Result<PathBuf, FilesError> {
         let aside = super::free_name(self, path, suffix)?;
         let mut state = self.state();

@@ -170,6 +170,12 @@ pub trait Files: Send + Sync {
     /// When it cannot be removed.
     fn remove(&self, path: &Path) -> Result<(), FilesError>;
 
+    /// As [`Self::remove`]; durable when this returns, also where it was gone.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    fn remove_durably(&self, path: &Path) -> Result<(), FilesError>;
+
     /// Renames a file nobody has open, in its directory, to its name with `suffix` (and a number where that is
     /// taken); durable when this returns. Answers the new path.
     ///

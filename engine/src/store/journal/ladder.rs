@@ -60,6 +60,12 @@ impl Ladder {
         self.rungs.iter().zip(begins)
     }
 
+    /// How old a point may become at most on a drive that stands at a step: a higher one never lets it become older.
+    #[must_use]
+    pub fn kept_at(&self, pressure: Pressure) -> Duration {
+        if pressure >= Pressure::Guaranteed { self.guaranteed.min(self.keep) } else { self.keep }
+    }
+
     /// The rungs that begin where nothing is kept any more.
     pub fn beyond_keep(&self) -> impl Iterator<Item = &Rung> {
         self.begins(self.every_epoch).filter(|(_, begin)| *begin >= self.keep).map(|(rung, _)| rung)
@@ -162,7 +168,7 @@ pub fn dropped(
     let last = never_dropped(points);
     let mut gone = BTreeSet::new();
     let mut slots: BTreeMap<(usize, u64), Vec<&Candidate>> = BTreeMap::new();
-    let keep = if pressure >= Pressure::Guaranteed { ladder.guaranteed } else { ladder.keep };
+    let keep = ladder.kept_at(pressure);
     let young = points.iter().filter(|point| age(point, now) <= keep);
     // Of use is one that all disks have; where they differ in their oldest, each would keep its own.
     let oldest = young.min_by_key(|point| (!point.complete, point.place));
@@ -283,6 +289,17 @@ mod tests {
             }
         }
         (points, end)
+    }
+
+    #[test]
+    fn a_fuller_drive_never_keeps_a_point_longer_than_an_emptier_one() {
+        use Pressure::{Alert, Guaranteed, Least, None, ShortLog, Stop, ThinEarly};
+        for (keep, guaranteed) in [(HOUR, DAY), (DAY, HOUR), (HOUR, HOUR)] {
+            let ladder = Ladder { keep, guaranteed, ..ladder() };
+            let kept =
+                [None, Alert, ThinEarly, Guaranteed, ShortLog, Least, Stop].map(|step| ladder.kept_at(step));
+            assert!(kept.is_sorted_by(|emptier, fuller| emptier >= fuller), "{kept:?}");
+        }
     }
 
     #[test]

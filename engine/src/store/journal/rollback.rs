@@ -112,31 +112,32 @@ fn finish<T: BlockFile>(
     view: Option<View>,
     now: Timestamp,
 ) -> Result<RolledBack, JournalError> {
-    let Some(going) = Going::begun(journal, applier, view)? else { return Ok(RolledBack::default()) };
+    let Some(begun) = Begun::of(journal, applier, view)? else { return Ok(RolledBack::default()) };
     let disk = applier.disk();
     let mut name = |named| {
         journal.append_applied(disk, named, now)?;
         journal.commit(now)
     };
-    let done = going.take_back(applier, &mut name, &|| false)?;
-    end(journal, applier, now)?;
+    let done = begun.find(applier)?.take_back(applier, &mut name, &|| false)?;
+    end(applier, &mut name, now)?;
+    applier.close_epoch(journal, now)?;
     Ok(done)
 }
 
-/// Ends one that took everything back.
+/// Ends one that took everything back, but for its undo epoch, which the caller closes: that writes no more than a line of the
+/// manifest then. `name` as for [`Going::take_back`].
 ///
 /// # Errors
 /// When something cannot be written.
 pub fn end<T: BlockFile>(
-    journal: &mut Journal,
     applier: &mut Applier<T>,
+    name: &mut Name<'_>,
     now: Timestamp,
 ) -> Result<(), JournalError> {
+    applier.write_window(&Window::default())?;
     let number = applier.applied().number;
-    applier.apply(journal, number, &Window::default(), now)?;
-    journal.commit(now)?;
-    applier.close_epoch(journal, now)?;
-    Ok(())
+    name(applier.applied_through(number))?;
+    applier.seal_run(now)
 }
 
 /// Cuts ranges into steps of [`STEP_BLOCKS`].
@@ -235,10 +236,17 @@ fn cut<'a>(mut buffer: &'a mut [u8], lens: &[usize]) -> Vec<&'a mut [u8]> {
     lens.iter().map(part).collect()
 }
 
-/// What must be durable in the log before a step is written.
-type Name<'a> = dyn FnMut(Applied) -> Result<(), JournalError> + 'a;
+/// Makes durable in the log what it is given, before a step is written.
+pub type Name<'a> = dyn FnMut(Applied) -> Result<(), JournalError> + 'a;
 
-/// A rollback that was begun. Others use the journal while it goes on.
+/// A rollback that was begun.
+#[derive(Debug)]
+pub struct Begun {
+    view: View,
+    runs: Vec<Run>,
+}
+
+/// A rollback that knows what differs. Others use the journal while it goes on.
 #[derive(Debug)]
 pub struct Going {
     view: View,
@@ -246,12 +254,12 @@ pub struct Going {
     steps: Vec<Vec<BlockRange>>,
 }
 
-impl Going {
+impl Begun {
     /// The one that was begun; `None` where there is none. `view`: of where it goes to, where somebody opened it before.
     ///
     /// # Errors
     /// When what the point needs of the log is damaged or not kept, or an undo run cannot be opened.
-    pub fn begun<T: BlockFile>(
+    pub fn of<T: BlockFile>(
         journal: &Journal,
         applier: &mut Applier<T>,
         view: Option<View>,
@@ -263,15 +271,25 @@ impl Going {
             Some(view) if !plan.is_at_border() => view,
             _ => plan.open()?,
         };
-        let whole = BlockRange::new(0, applier.size_sectors().div_ceil(BLOCK_SECTORS));
         let runs = view.open_runs(journal, applier)?;
+        Ok(Some(Self { view, runs }))
+    }
+
+    /// Finds what differs: reads the indexes of all undo runs since the point.
+    ///
+    /// # Errors
+    /// When one of them is damaged, or cannot be read.
+    pub fn find<T: BlockFile>(self, applier: &mut Applier<T>) -> Result<Going, JournalError> {
+        let Self { view, runs } = self;
+        let whole = BlockRange::new(0, applier.size_sectors().div_ceil(BLOCK_SECTORS));
         let own = applier.take_active()?;
         let differing = view.differing(&runs, applier, whole);
         applier.put_active(own);
-        let steps = steps(differing?);
-        Ok(Some(Self { view, runs, steps }))
+        Ok(Going { view, runs, steps: steps(differing?) })
     }
+}
 
+impl Going {
     /// Takes everything back. `name` puts into the log, durably, what a step's before-images are named by; it is called
     /// before the target is written. `is_interrupted` is asked between two steps.
     ///

@@ -99,6 +99,18 @@ fn candidate(known: &DiskShape, before: Timestamp, held: &[u64], not: &[RunFile]
 }
 
 impl Merge {
+    /// The most that its run may take: as much as both.
+    #[must_use]
+    pub const fn bytes_max(&self) -> u64 {
+        self.older.bytes + self.newer.bytes
+    }
+
+    /// The run that is passed over where this cannot be done.
+    #[must_use]
+    pub const fn older(&self) -> RunFile {
+        self.older.file
+    }
+
     /// Writes the merged run; takes as long as reading both does. Nothing of the journal has changed afterwards.
     ///
     /// # Errors

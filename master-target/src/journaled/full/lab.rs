@@ -179,6 +179,12 @@ impl Files for Drive {
         self.0.files.remove(path)
     }
 
+    fn remove_durably(&self, path: &Path) -> Result<(), FilesError> {
+        self.0.meets(path, false).map_err(|source| FilesError::system("remove", path, source))?;
+        self.0.gives_room(path);
+        self.0.files.remove_durably(path)
+    }
+
     fn set_aside(&self, path: &Path, suffix: &str) -> Result<PathBuf, FilesError> {
         self.0.files.set_aside(path, suffix)
     }
@@ -419,7 +425,7 @@ impl Lab {
     }
 
     /// The source writes: it is in the log, and waits.
-    pub(crate) fn write(&mut self, seed: u64, what: &str) -> Result<DiskState, String> {
+    pub(crate) fn write(&mut self, seed: u64, what: &str) -> Result<(), String> {
         let (start, sectors) = (seed * 40 % (SECTORS - 128), 128);
         let data = noise(seed, sectors);
         let records = [Record::data(start, data.clone().into())];
@@ -445,14 +451,19 @@ impl Lab {
         self.content[from..from + data.len()].copy_from_slice(&data);
         let number = self.disk().newest.0;
         self.at.extend([(number, self.content.clone()), (number + 1, self.content.clone())]);
-        Ok(state)
+        Ok(())
     }
 
     /// The source writes, and a mark follows.
     pub(crate) fn write_and_mark(&mut self, seed: u64, cause: MarkCause, what: &str) -> Result<(), String> {
-        let state = self.write(seed, what)?;
-        let sequence = self.sequence;
+        self.write(seed, what)?;
         self.persist(what, |disk| disk.apply().map(drop))?;
+        self.mark(seed, cause, what)
+    }
+
+    /// A mark behind what was written.
+    pub(crate) fn mark(&mut self, seed: u64, cause: MarkCause, what: &str) -> Result<(), String> {
+        let (state, sequence) = (self.disk().state.clone(), self.sequence);
         let mark = Mark {
             disk: DISK,
             lineage: LINEAGE,
