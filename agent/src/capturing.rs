@@ -69,6 +69,8 @@ pub(crate) enum Order {
     Durable(DiskId),
     /// It will not be.
     GiveBack(DiskId),
+    /// That something was missed is written down.
+    Told(DiskId),
 }
 
 /// File systems that are to be frozen at the moment.
@@ -266,6 +268,7 @@ impl Owner {
             }
             Order::Durable(disk) => self.end_stretch(disk, true),
             Order::GiveBack(disk) => self.end_stretch(disk, false),
+            Order::Told(disk) => self.told(disk),
         }
     }
 
@@ -537,6 +540,12 @@ impl Owner {
         }
         let frozen = held.into_result();
         Ok(WindowRead { batches: read, unread, open, point: false, streams, source_time, frozen })
+    }
+
+    fn told(&mut self, disk: DiskId) {
+        if let (Some(capture), Some(known)) = (&mut self.capture, self.disks.get(&disk)) {
+            capture.told(known.slot);
+        }
     }
 
     fn check_all(&mut self) {

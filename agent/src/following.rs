@@ -29,6 +29,7 @@ use crate::capture::{CaptureSettings, CompareCause};
 use crate::capturing::{Batch, CaptureNews, Capturing, Order, ToFreeze, WindowRead};
 use crate::config::CaptureMode;
 use crate::disks::SourceKind;
+use crate::doubts::Doubts;
 use crate::health::Code;
 use crate::labels::Labels;
 use crate::machine::Machine;
@@ -103,8 +104,8 @@ pub(crate) struct Following {
     streams: BTreeSet<DiskId>,
     /// Of what is streamed.
     labels: Labels,
-    /// What could not be said yet of points: the session was away.
-    doubtful: BTreeMap<DiskId, (Sequence, Sequence, String)>,
+    /// What is to be said of points.
+    pub(crate) doubts: Doubts,
     /// What was missed on disks that are not compared since.
     missed: BTreeMap<DiskId, String>,
     /// Windows that found no moment, since the start.
@@ -125,6 +126,7 @@ impl Following {
         news: mpsc::UnboundedSender<CaptureNews>,
     ) -> Self {
         let positions = Positions::in_folder(&settings.state_dir);
+        let doubts = Doubts::in_folder(&settings.state_dir);
         let wanted = (mode != CaptureMode::Scan).then(|| Capturing::start(settings, news));
         let thread = match wanted {
             Some(Err(error)) => {
@@ -144,7 +146,7 @@ impl Following {
             accounted,
             streams: BTreeSet::new(),
             labels: Labels::default(),
-            doubtful: BTreeMap::new(),
+            doubts,
             missed: BTreeMap::new(),
             windows_failed: 0,
             window_problem: None,
@@ -160,7 +162,7 @@ impl Following {
         }
     }
 
-    fn order(&self, order: Order) {
+    pub(crate) fn order(&self, order: Order) {
         if let Some(thread) = &self.thread {
             thread.order(order);
         }
@@ -216,6 +218,18 @@ impl Following {
     pub(crate) fn forget(&mut self, disk: DiskId) {
         self.let_go(disk);
         self.positions.remove(disk);
+        self.doubts.forget(disk);
+    }
+
+    /// Sequence and time of the last moment at which everything was known to be seen; zero where there was none.
+    pub(crate) fn account(&self, disk: DiskId) -> (Sequence, Timestamp) {
+        self.accounted.get(&disk).copied().unwrap_or_default()
+    }
+
+    /// Something was missed: the disk is to be compared.
+    pub(crate) fn note_missed(&mut self, disk: DiskId, why: &str) {
+        self.unknown.insert(disk);
+        self.missed.insert(disk, why.to_owned());
     }
 
     /// The disk is followed no longer; where its stream stood stays known.
@@ -226,7 +240,6 @@ impl Following {
         self.unknown.remove(&disk);
         self.missed.remove(&disk);
         self.refused.remove(&disk);
-        self.doubtful.remove(&disk);
         self.streams.remove(&disk);
         self.accounted.remove(&disk);
     }
@@ -374,6 +387,7 @@ impl Machine {
         match unread.and_then(|unread| self.following.positions.load(disk, unread, wall_clock())) {
             Some((known, as_of)) => {
                 self.core.recall(disk, known);
+                self.recall_account(disk);
                 if let Some(state) = self.disks.get_mut(&disk) {
                     state.recalled_as_of = as_of;
                 }
@@ -385,6 +399,13 @@ impl Machine {
                     state.unread.distrust();
                 }
             }
+        }
+    }
+
+    /// Up to where the process before this one had seen everything.
+    fn recall_account(&mut self, disk: DiskId) {
+        if let Some(accounted) = self.following.positions.account(disk, wall_clock()) {
+            self.following.accounted.entry(disk).or_insert(accounted);
         }
     }
 
@@ -403,13 +424,19 @@ impl Machine {
     /// What is kept for the next process beside the position of the disk's stream.
     pub(crate) fn holding(&self, disk: DiskId) -> Holding {
         let Some(state) = self.disks.get(&disk) else {
-            return Holding { as_of: Timestamp::ZERO, unread: None };
+            return Holding::default();
         };
-        Holding { as_of: state.freshness.durable_as_of(), unread: state.unread.tag() }
+        let (as_of, unread) = (state.freshness.durable_as_of(), state.unread.tag());
+        Holding { as_of, unread, accounted: self.following.account(disk) }
     }
 
     /// The disk is open at the target. What was harvested before belongs to the pass only if that reads everything.
     pub(crate) fn handle_opened_followed(&mut self, disk: DiskId, mode: PassMode) {
+        if let Some((_, last)) = self.core.position(disk)
+            && let Some((sequence, _)) = self.following.accounted.get_mut(&disk)
+        {
+            *sequence = (*sequence).min(last); // what the target did not keep has its numbers given anew
+        }
         self.tell_doubts(disk);
         self.following.remember(&self.core, disk, self.holding(disk));
         let from_the_start = self.core.pass_progress(disk).is_some_and(|(settled, _)| settled == 0);
@@ -463,7 +490,7 @@ impl Machine {
     }
 
     /// A step on the ladder.
-    fn step(&mut self, disk: DiskId, to: &str, cause: &str) {
+    pub(crate) fn step(&mut self, disk: DiskId, to: &str, cause: &str) {
         if let Some(state) = self.disks.get(&disk) {
             self.health.step(&state.path, to, cause);
         }
@@ -532,6 +559,11 @@ impl Machine {
         if let Some(cause) = cause {
             tracing::info!(%disk, "followed from now on, what was before is not known: {cause}");
             self.following.unknown.insert(disk);
+            if matches!(cause, CompareCause::PinsChanged { .. }) {
+                // Points were made while nobody may have seen the writes.
+                self.recall_account(disk);
+                self.doubt_since_account(disk, &text);
+            }
         } else if was_refused && self.core.is_open(disk) {
             // It was opened without anybody asking where its stream stood.
             self.following.unknown.insert(disk);
@@ -763,38 +795,5 @@ impl Machine {
             }
         };
         self.end_window(class, source_time, held);
-    }
-
-    /// Says of points what could not be said before.
-    fn tell_doubts(&mut self, disk: DiskId) {
-        if let Some((from, to, why)) = self.following.doubtful.get(&disk)
-            && self.core.degrade(disk, *from, *to, why)
-        {
-            self.following.doubtful.remove(&disk);
-        }
-    }
-
-    /// Writes were missed: points since the last clean check promise less, and the disk is compared. Its map is marked
-    /// from end to end, so the next round is that compare.
-    fn handle_unaccounted(&mut self, disk: DiskId, why: &str) {
-        tracing::error!(%disk, "capture missed something, the whole disk is compared: {why}");
-        self.end_streaming(why);
-        self.step(disk, "compare", why);
-        let (from, clean_at) = self.following.accounted.get(&disk).copied().unwrap_or_default();
-        if let Some(state) = self.disks.get_mut(&disk) {
-            state.freshness.set_back(clean_at);
-        }
-        if let Some((_, last)) = self.core.position(disk) {
-            // The point at the last clean account may have been made after it.
-            let known = self.following.doubtful.remove(&disk).map_or(from, |(known, ..)| known.min(from));
-            self.following.doubtful.insert(disk, (known, last, why.to_owned()));
-            self.tell_doubts(disk);
-        }
-        self.following.unknown.insert(disk);
-        self.following.missed.insert(disk, why.to_owned());
-        if let Some(state) = self.disks.get_mut(&disk) {
-            state.unaccounted += 1;
-            state.next_scan = state.next_scan.map(|at| at.min(Instant::now()));
-        }
     }
 }

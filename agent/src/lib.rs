@@ -21,6 +21,7 @@ pub mod config;
 pub mod daemon;
 pub mod dial;
 pub mod disks;
+mod doubts;
 pub mod faults;
 mod following;
 pub mod freeze;

@@ -15,16 +15,18 @@ use reprotect_engine::io::durable::read_bounded;
 use reprotect_engine::proto::agent::StreamPosition;
 use reprotect_engine::units::{DiskId, Generation, LineageId, Sequence, Timestamp};
 
-/// A line of 105 bytes at most.
-const FILE_BYTES_MAX: u64 = 128;
+/// A line of 147 bytes at most.
+const FILE_BYTES_MAX: u64 = 192;
 
 /// What is kept with the position of a stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Holding {
     /// Everything written before is durable; zero where that is not known.
     pub(crate) as_of: Timestamp,
     /// Which set of what could not be read is stored; `None` where there is none to be believed.
     pub(crate) unread: Option<u32>,
+    /// Sequence and time of the last moment at which every write was known to be seen; zero where there was none.
+    pub(crate) accounted: (Sequence, Timestamp),
 }
 
 /// The folder of the files.
@@ -60,7 +62,17 @@ impl Positions {
         // Files of older agents do not say beside which set they were written: they cannot be believed.
         let is_beside = u32::from_str_radix(words.next()?, 16).ok()? == unread;
         let position = StreamPosition { lineage, generation, durable };
-        (is_beside && words.next().is_none()).then_some((position, as_of))
+        // Older agents end here.
+        (is_beside && matches!(words.count(), 0 | 2)).then_some((position, as_of))
+    }
+
+    /// Up to where every write was known to be seen, and when that was; its time is zero where it lies behind `now`.
+    pub(crate) fn account(&self, disk: DiskId, now: Timestamp) -> Option<(Sequence, Timestamp)> {
+        let bytes = read_bounded(&self.path(disk), FILE_BYTES_MAX).ok()?;
+        let mut words = std::str::from_utf8(&bytes).ok()?.split_whitespace().skip(5);
+        let sequence = Sequence(words.next()?.parse().ok()?);
+        let at = Some(Timestamp(words.next()?.parse().ok()?)).filter(|at| *at <= now).unwrap_or_default();
+        words.next().is_none().then_some((sequence, at))
     }
 
     /// Replaces it; where no set is to be believed, neither is a position.
@@ -72,19 +84,21 @@ impl Positions {
             self.remove(disk);
             return Ok(());
         };
-        self.replace(disk, position, holding.as_of, unread).inspect_err(|_| self.remove(disk))
+        self.replace(disk, position, holding, unread).inspect_err(|_| self.remove(disk))
     }
 
     fn replace(
         &self,
         disk: DiskId,
         position: &StreamPosition,
-        as_of: Timestamp,
+        holding: Holding,
         unread: u32,
     ) -> io::Result<()> {
         let lineage = u128::from_be_bytes(position.lineage.0);
         let (generation, durable) = (position.generation.0, position.durable.0);
-        let text = format!("{lineage:032x} {generation} {durable} {} {unread:08x}\n", as_of.0);
+        let (as_of, (sequence, at)) = (holding.as_of.0, holding.accounted);
+        let text =
+            format!("{lineage:032x} {generation} {durable} {as_of} {unread:08x} {sequence} {}\n", at.0);
         let (path, new) = (self.path(disk), self.folder.join(format!("stream-{disk}.new")));
         std::fs::write(&new, text)?;
         std::fs::rename(new, path)
@@ -114,14 +128,23 @@ mod tests {
         assert_eq!(positions.load(disk, 1, now), None);
         let position =
             StreamPosition { lineage: LineageId([9; 16]), generation: Generation(3), durable: Sequence(77) };
-        let holding = Holding { as_of: Timestamp(5), unread: Some(1) };
+        let accounted = (Sequence(70), Timestamp(4));
+        let holding = Holding { as_of: Timestamp(5), unread: Some(1), accounted };
         positions.store(disk, &position, holding).unwrap();
         assert_eq!(positions.load(disk, 1, now), Some((position, Timestamp(5))));
         assert_eq!(positions.load(disk, 2, now), None, "beside another set");
         let known = positions.load(disk, 1, Timestamp(4));
         assert_eq!(known, Some((position, Timestamp::ZERO)), "the clock was set back");
+        assert_eq!(positions.account(disk, now), Some(accounted));
+        assert_eq!(positions.account(disk, Timestamp(3)), Some((Sequence(70), Timestamp::ZERO)));
         let text = std::fs::read_to_string(positions.path(disk)).unwrap();
-        for damaged in [text.trim_end().strip_suffix(" 00000001").unwrap(), "garbage", "", &text.repeat(9)] {
+        let of_older_agents = text.strip_suffix(" 70 4\n").unwrap();
+        std::fs::write(positions.path(disk), of_older_agents).unwrap();
+        assert_eq!(positions.load(disk, 1, now), Some((position, Timestamp(5))));
+        assert_eq!(positions.account(disk, now), None);
+        for damaged in
+            [text.trim_end().strip_suffix(" 00000001 70 4").unwrap(), "garbage", "", &text.repeat(9)]
+        {
             std::fs::write(positions.path(disk), damaged).unwrap();
             assert_eq!(positions.load(disk, 1, now), None, "{damaged}");
         }

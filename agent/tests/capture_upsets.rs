@@ -86,6 +86,35 @@ fn closes(capture: &mut Capture, slot: DiskSlot) -> bool {
     })
 }
 
+/// The next one does not know whether the one before lived to say it.
+#[test]
+fn a_miss_that_was_not_written_down_is_found_again_by_the_next_agent_and_one_that_was_is_not() {
+    let _turn = machine();
+    if !capable() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let device = Loop::new(dir.path(), "disk", 64);
+    let mut first = capture("untold", dir.path());
+    let (slot, _) = first.follow(device.disk(), "x").unwrap();
+    assert!(matches!(first.check(slot, PATIENCE).unwrap().verdict, Verdict::Clean { .. }));
+    first.lose(Kind::Write, Loss::Both, 1);
+    Direct::open(&device.path).write(1 << 20, 1, 16384).unwrap();
+    let found = Verdict::Short { sectors: 32 };
+    assert_eq!(first.check(slot, PATIENCE).unwrap().verdict, found);
+    assert!(matches!(first.check(slot, PATIENCE).unwrap().verdict, Verdict::Clean { .. }), "it is said once");
+    first.leave();
+    let mut next = capture("untold", dir.path());
+    let (slot, known) = next.follow(device.disk(), "x").unwrap();
+    assert!(matches!(known, Continuity::Continued { .. }), "{known:?}");
+    assert_eq!(next.check(slot, PATIENCE).unwrap().verdict, found);
+    next.told(slot);
+    next.leave();
+    let mut last = capture("untold", dir.path());
+    let (slot, _) = last.follow(device.disk(), "x").unwrap();
+    assert!(matches!(last.check(slot, PATIENCE).unwrap().verdict, Verdict::Clean { .. }));
+}
+
 #[test]
 fn an_agent_that_leaves_and_comes_back_knows_what_was_written_and_closes_windows_at_once() {
     let _turn = machine();

@@ -62,6 +62,12 @@ impl Setup {
         Self { site, target, state_dir, device, _memory: memory, disk, agent }
     }
 
+    /// Up to which sequence everything was seen, as the next process will know it.
+    fn account(&self) -> Option<u64> {
+        let text = std::fs::read_to_string(self.state_dir.join(format!("stream-{}", self.disk))).ok()?;
+        text.split_whitespace().nth(5)?.parse().ok()
+    }
+
     fn equal(&self) -> bool {
         capture_lab::run("blockdev", &["--flushbufs", self.device.path.to_str().unwrap()]);
         let content = std::fs::read(&self.device.path).unwrap();
@@ -136,8 +142,15 @@ fn a_write_that_no_program_saw_is_told_demotes_points_and_is_put_right_by_a_comp
         // Windows have a say in the mode, too.
         let setup = Setup::new("capture.mode = \"bitmap\"\ncapture.interval = \"1s\"");
         let agent = AgentDaemon::start(&setup.state_dir);
-        let before = agent.until_disk("a round", setup.disk, |info| info.scan_rounds > 0).await;
+        agent.until_disk("a round", setup.disk, |info| info.scan_rounds > 0).await;
         assert!(setup.equal());
+        Direct::open(&setup.device.path).write(3 << 20, 0x11, 4096).unwrap();
+        let clean =
+            common::wait_for("a clean account that is kept", async || setup.account().filter(|at| *at > 0))
+                .await;
+        agent.stop().await;
+        let agent = AgentDaemon::start(&setup.state_dir);
+        let before = agent.until_disk("a round", setup.disk, |info| info.scan_rounds > 0).await;
         setup.unseen(|| Direct::open(&setup.device.path).write(5 << 20, 0x5a, 8192).unwrap());
         assert!(!setup.equal(), "nothing knows of it");
         // The account is looked at every half a minute.
@@ -151,6 +164,18 @@ fn a_write_that_no_program_saw_is_told_demotes_points_and_is_put_right_by_a_comp
         assert!(setup.equal());
         let degraded = setup.target.degraded();
         assert!(!degraded.is_empty() && degraded.iter().all(|told| told.disk == setup.disk), "{degraded:?}");
+        let first = degraded[0];
+        assert!(
+            first.from.0 >= clean,
+            "points up to the last clean account of the process before are good: {first:?}"
+        );
+        // Whether the target wrote it down nobody knows.
+        agent.stop().await;
+        let agent = AgentDaemon::start(&setup.state_dir);
+        agent.until_disk("a round", setup.disk, |info| info.scan_rounds > 0).await;
+        let again = setup.target.degraded();
+        let same = again[degraded.len()..].iter().find(|told| (told.from, told.to) == (first.from, first.to));
+        assert!(same.is_some_and(|told| told.lineage == first.lineage), "it is said again: {again:?}");
         agent.stop().await;
     });
 }

@@ -99,10 +99,11 @@ impl DiskStore {
         }
     }
 
-    /// Points in a part of the stream promise less than was said.
-    pub(crate) fn degrade(&mut self, degrade: &PointDegrade) {
-        if let Self::Journaled(store) = self {
-            store.degrade(degrade);
+    /// Points in a part of the stream promise less than was said; answers whether that is news.
+    pub(crate) fn degrade(&mut self, degrade: &PointDegrade) -> bool {
+        match self {
+            Self::Journaled(store) => store.degrade(degrade),
+            Self::Direct(_) => false, // there are no points
         }
     }
 

@@ -220,8 +220,9 @@ impl Writer {
             DiskInput::PointDegrade(degrade) => {
                 if self.disk.handle_degrade(session, &degrade) {
                     let (from, to, cause) = (degrade.from, degrade.to, degrade.cause.as_str());
-                    tracing::warn!(disk = %self.id, %from, %to, cause, "points are degraded by the agent");
-                    self.store.degrade(&degrade);
+                    if self.store.degrade(&degrade) {
+                        tracing::warn!(disk = %self.id, %from, %to, cause, "points are degraded by the agent");
+                    }
                 }
             }
             DiskInput::Batch(_) | DiskInput::Bulk(_) => {} // taken by the opener

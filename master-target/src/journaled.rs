@@ -265,13 +265,22 @@ impl Journaled {
 
     /// Points in a part of the stream promise less than was said: recorded when nothing else waits, and tried again
     /// where the medium is full.
-    pub(crate) fn degrade(&mut self, degrade: &PointDegrade) {
+    /// Answers whether it is news: agents say it again and again, because nobody answers it.
+    pub(crate) fn degrade(&mut self, degrade: &PointDegrade) -> bool {
+        let is_it = |part: &StretchDegraded| {
+            (part.lineage, part.from, part.to) == (degrade.lineage, degrade.from, degrade.to)
+        };
+        let known = self.shape_says(|shape| shape.degraded.iter().any(is_it));
+        if known.is_ok_and(|known| known.unwrap_or(false)) {
+            return false; // points that come later are compared with it
+        }
         let full = self.degrading.len() >= DEGRADING_MAX;
         match self.degrading.back_mut().filter(|last| full && last.lineage == degrade.lineage) {
             // One that says too much is better than one that is forgotten.
             Some(last) => (last.from, last.to) = (last.from.min(degrade.from), last.to.max(degrade.to)),
             None => self.degrading.push_back(*degrade),
         }
+        true
     }
 
     /// What was said of points becomes durable: for those that are kept, and for marks in the log.

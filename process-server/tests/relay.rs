@@ -64,9 +64,9 @@ fn policies_marks_and_words_about_points_pass_the_relay() {
         assert!(matches!(patiently("marks", agent.go(&mut link, all_told)).await, Ended::Done));
         assert_eq!(target.marks().len(), 3);
 
-        assert!(agent.core.degrade(disk, Sequence(1), Sequence(2), "the oracle differs"));
-        assert!(!agent.core.degrade(disk, Sequence(2), Sequence(1), "backwards"));
-        assert!(!agent.core.degrade(DiskId([9; 16]), Sequence(1), Sequence(2), "another disk"));
+        assert!(agent.core.degrade(disk, None, Sequence(1), Sequence(2), "the oracle differs"));
+        assert!(!agent.core.degrade(disk, None, Sequence(2), Sequence(1), "backwards"));
+        assert!(!agent.core.degrade(DiskId([9; 16]), None, Sequence(1), Sequence(2), "another disk"));
         // What comes behind it on its way is there: so is it.
         let arrived = patiently("the words arrive", async {
             loop {

@@ -61,13 +61,23 @@ impl Capture {
         Ok(second)
     }
 
-    /// What a check found is told once: the account goes on from here.
+    /// What a check found is told once: the account goes on from here. For the next process it does so only when
+    /// [`Self::told`] was called.
     fn accept(&mut self, slot: DiskSlot, check: Check) -> Result<Check, CaptureError> {
         let anchor = oracle::accept(&self.kernel, &self.tracked(slot)?.disk, slot.0, wall_clock())?;
         let tracked = self.tracked_mut(slot)?;
+        let before = tracked.anchor.map(|anchor| (anchor, tracked.reaped));
+        tracked.untold = tracked.untold.or(before);
         (tracked.anchor, tracked.reaped, tracked.undecided) = (Some(anchor), Account::default(), None);
         self.keep_session();
         Ok(check)
+    }
+
+    /// That a check found something missed outlives the agent now, so the account may be forgotten.
+    pub fn told(&mut self, slot: DiskSlot) {
+        if self.tracked_mut(slot).is_ok_and(|tracked| tracked.untold.take().is_some()) {
+            self.keep_session();
+        }
     }
 
     /// Keeps what a check found for the next process. Where the state directory is full or read-only, that one begins with

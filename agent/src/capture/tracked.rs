@@ -39,6 +39,8 @@ pub(crate) struct Tracked {
     pub(crate) anchor: Option<Anchor>,
     /// Sectors of entries that were given up since the anchor was taken.
     pub(crate) reaped: Account,
+    /// Account before something was missed that is not written down yet: the next process is to find it, too.
+    pub(crate) untold: Option<(Anchor, Account)>,
     /// The kernel has shown no write in flight since the disk is followed, by this process or the ones before it.
     pub(crate) seen_quiet: bool,
     /// What the last check could not decide about.
@@ -75,6 +77,7 @@ impl Tracked {
             slot,
             anchor: None,
             reaped: Account::default(),
+            untold: None,
             seen_quiet: false,
             undecided: None,
             live,
@@ -112,6 +115,7 @@ impl Tracked {
             slot,
             anchor: None,
             reaped: Account::default(),
+            untold: None,
             seen_quiet: false,
             undecided: None,
             live,

@@ -528,6 +528,8 @@ impl Capture {
 }
 
 fn session_disk(tracked: &Tracked) -> SessionDisk {
+    let (anchor, reaped) =
+        tracked.untold.map_or((tracked.anchor, tracked.reaped), |(anchor, reaped)| (Some(anchor), reaped));
     SessionDisk {
         identity: tracked.identity.clone(),
         name: tracked.disk.name.clone(),
@@ -535,9 +537,9 @@ fn session_disk(tracked: &Tracked) -> SessionDisk {
         sequence: tracked.disk.sequence,
         size_sectors: tracked.disk.size.0,
         slot: tracked.slot,
-        anchor: tracked.anchor,
+        anchor,
         seen_quiet: tracked.seen_quiet,
-        reaped: tracked.reaped,
+        reaped,
     }
 }
 

@@ -616,13 +616,20 @@ impl Agent {
         self.disks.get_mut(&disk).is_some_and(|state| state.place_mark(disk, label))
     }
 
-    /// Says that points between two sequences of a disk's stream promise less than their marks did; answers whether
-    /// it could be sent: the disk is open.
-    pub fn degrade(&mut self, disk: DiskId, from: Sequence, to: Sequence, cause: &str) -> bool {
+    /// Says that points between two sequences of a history of a disk (none: its present one) promise less than their marks
+    /// did; answers whether it could be sent: the disk is open.
+    pub fn degrade(
+        &mut self,
+        disk: DiskId,
+        lineage: Option<LineageId>,
+        from: Sequence,
+        to: Sequence,
+        cause: &str,
+    ) -> bool {
         let Some(state) = self.disks.get(&disk).filter(|state| state.phase == AgentDiskPhase::Open) else {
             return false;
         };
-        let Some(lineage) = state.lineage.filter(|_| from <= to) else { return false };
+        let Some(lineage) = lineage.or(state.lineage).filter(|_| from <= to) else { return false };
         let generation = state.generation;
         let cause = Text::new(cause);
         self.control(&Message::PointDegrade(PointDegrade { disk, lineage, generation, from, to, cause }));
