@@ -121,6 +121,9 @@ pub struct Failback {
     /// Its disks are being taken again: it cannot be finished any more.
     #[serde(default)]
     pub undoing: bool,
+    /// The operator knew that the point is damaged, or lacks changes.
+    #[serde(default)]
+    pub accept_damage: bool,
     /// By UUID.
     pub disks: BTreeMap<String, FailbackDisk>,
 }

@@ -54,7 +54,7 @@ pub struct DiskStatus {
     scrub: Mutex<ScrubState>,
     /// What agents are told while the disk goes back to a point.
     going_back: Mutex<Option<String>>,
-    /// It went back, or stopped on its way, and its agent was not offered it since.
+    /// It went back, and its agent was not offered it since.
     went_back: AtomicBool,
 }
 
@@ -88,7 +88,6 @@ impl GoingBack {
 impl Drop for GoingBack {
     fn drop(&mut self) {
         *self.0.going_back.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        self.0.went_back.store(true, Ordering::Release);
     }
 }
 
@@ -146,6 +145,11 @@ impl DiskStatus {
     #[must_use]
     pub fn going_back(&self) -> Option<String> {
         self.going_back.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// It stands at a point.
+    pub(crate) fn note_went_back(&self) {
+        self.went_back.store(true, Ordering::Release);
     }
 
     /// Whether it went back since this was asked last.

@@ -104,9 +104,22 @@ impl Writer {
             }
             Ok(_) => {}
             Err(error) => {
-                self.back_again = error.is_full().then(|| Instant::now() + BACK_RETRY);
                 tracing::error!(%disk, %error, "a rollback did not get to its end; the disk is held");
             }
+        }
+    }
+
+    /// A rollback that stopped for want of room is gone on with after a while.
+    fn go_back_again(&mut self) {
+        if let DiskStore::Journaled(store) = &mut self.store
+            && store.take_stopped_on_its_way()
+        {
+            self.back_again = Some(Instant::now() + BACK_RETRY);
+        }
+        if self.back_again.is_some_and(|at| Instant::now() >= at)
+            && self.disk.phase() != TargetDiskPhase::Failed
+        {
+            self.go_on_back();
         }
     }
 
@@ -128,9 +141,7 @@ impl Writer {
             self.execute(inputs);
             self.answer_fences();
             self.grow(inputs);
-            if self.back_again.is_some_and(|at| Instant::now() >= at) {
-                self.go_on_back();
-            }
+            self.go_back_again();
             // What is there already joins the window before it is applied.
             ready = inputs.try_recv().ok();
             if ready.is_none() {
@@ -161,16 +172,12 @@ impl Writer {
             }
             Opened::Ask(ask) => {
                 self.compared.forget_all(); // it may go back to a point
-                let mut store = match &mut self.store {
+                ask(match &mut self.store {
                     DiskStore::Journaled(store) if self.disk.phase() != TargetDiskPhase::Failed => {
                         Some(store)
                     }
                     _ => None,
-                };
-                ask(store.as_mut().map(|store| &mut ***store));
-                if store.is_some_and(|store| store.take_stopped_on_its_way()) {
-                    self.back_again = Some(Instant::now() + BACK_RETRY);
-                }
+                });
             }
             Opened::Fence(reason, answer) => {
                 self.disk.handle_fence(now, &reason);

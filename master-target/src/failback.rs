@@ -17,6 +17,7 @@ use anyhow::{Context as _, anyhow, bail};
 use reprotect_engine::format::batch::MarkCause;
 use reprotect_engine::format::message::{MarkRequest, PassMode};
 use reprotect_engine::proto::state::TargetDiskPhase;
+use reprotect_engine::store::journal::view::At;
 use reprotect_engine::units::{DiskId, PeerId};
 use serde::{Deserialize, Serialize};
 
@@ -177,10 +178,11 @@ fn carry_out(registry: &Registry, request: &FailbackRequest) -> anyhow::Result<F
     steps::drain(registry, agent, &mut failback)?;
     steps::still_whole(registry, &failback, request.insist)?;
     steps::verify(registry, agent, &mut failback, request)?;
-    steps::still_whole(registry, &failback, request.insist)?;
+    let overridden = steps::still_whole(registry, &failback, request.insist)?;
     let how = if request.insist { Letting::Insisted } else { Letting::Sound };
     steps::release(registry, agent, &mut failback, how)?;
     let mut answer = answer(&machine, &records, &failback, "released");
+    answer.note = overridden;
     answer.next = steps::next_steps(&machine, &answer.disks);
     tracing::warn!(
         machine = machine.host_name,
@@ -260,6 +262,14 @@ fn decide(
     let retention = registry.retention().context(NO_JOURNAL)?;
     let holds = places.iter().map(|(disk, at)| retention.hold_to_go_back(*disk, *at)).collect();
     points::all_can_go_back(registry, &places)?;
+    let shape = retention.shape();
+    let lacks =
+        |(disk, at): &&(DiskId, At)| shape.disks.get(disk).is_some_and(|known| known.is_doubtful(at.number));
+    if let Some((disk, at)) = places.iter().find(lacks).filter(|_| !request.accept_damage) {
+        bail!(
+            "at {at} disk {disk} lacks changes that the redo log lost, and is no state it was in: choose another point, or go home with it as it is with --accept-damage"
+        );
+    }
     let listed = points::list(registry, &disks, true)?;
     let info = listed.iter().find(|info| {
         places.iter().all(|(disk, at)| {
@@ -286,6 +296,7 @@ fn decide(
         source_time_ms: info.map_or(0, |info| info.source_time_ms),
         source_away: request.source_already_off,
         undoing: false,
+        accept_damage: request.accept_damage,
         disks: places.iter().map(disk).collect(),
     };
     Ok((decided, holds))
@@ -438,6 +449,7 @@ fn plan(
         source_time_ms: info.map_or(0, |info| info.source_time_ms),
         source_away: request.source_already_off,
         undoing: false,
+        accept_damage: request.accept_damage,
         disks: BTreeMap::new(),
     };
     let mut answer = answer(machine, records, &planned, "planned");

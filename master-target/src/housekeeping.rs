@@ -388,9 +388,9 @@ fn merge_one(
     let free = journal.files().free_bytes(&retention.folder().join("any"))?;
     drop(locked);
     if free.is_some_and(|free| merge.bytes_max() > free) {
-        // Written beside both it might not fit, and what targets overwrite would have no room meanwhile.
-        retention.pass_over(disk, merge.older());
-        return Ok(true);
+        // Written beside both it might not fit, and what targets overwrite would have no room meanwhile. No other pair is smaller.
+        tracing::debug!(%disk, bytes = merge.bytes_max(), "undo runs are not made one: there is no room for both");
+        return Ok(false);
     }
     let written = merge.write();
     let mut locked = retention.lock();

@@ -102,6 +102,8 @@ pub struct Journaled {
     status: Option<Arc<DiskStatus>>,
     /// One stopped for want of room, and nobody was told yet who goes on with it.
     stopped_on_its_way: bool,
+    /// The last one got there.
+    got_back: bool,
     /// The newest entry is a mark at which the undo epoch ends, and has not yet.
     at_border: bool,
     /// It was handed over: no undo epoch goes on, and none is begun.
@@ -158,7 +160,7 @@ impl Journaled {
             let position =
                 Position { lineage: state.lineage, generation: state.generation, sequence: state.sequence };
             // Where it may have stopped on its way back it goes back once more, which finds nothing to do if it had not.
-            let to = may_have_stopped(journal, id).filter(|at| View::check(journal, id, *at).is_ok());
+            let to = may_have_stopped(journal, id);
             let cause = if to.is_some() { EpochCause::Rollback } else { EpochCause::Time };
             applier.begin_epoch(journal, cause, position, to, now)?;
         }
@@ -191,6 +193,7 @@ impl Journaled {
             stopping: Arc::default(),
             status: None,
             stopped_on_its_way: false,
+            got_back: false,
             at_border: false,
             is_left: false,
             state,
@@ -642,12 +645,16 @@ impl Journaled {
         Ok(())
     }
 
-    /// After an undo epoch that ended without the next beginning.
+    /// After an undo epoch that ended without the next beginning. Where that was one of a rollback which may have stopped on its
+    /// way, another to the same point is begun, as at a start.
     fn begin_next_epoch(&mut self) -> Result<(), JournalError> {
-        if self.applier.is_tracked() && self.applier.open_epoch().is_none() && !self.is_left {
-            let begun = self.begin_epoch(EpochCause::Time);
-            self.hindered(begun)?;
+        if !self.applier.is_tracked() || self.applier.open_epoch().is_some() || self.is_left {
+            return Ok(());
         }
+        let goes_back = self.goes_back_again()?;
+        let begun = self.begin_epoch_to(goes_back);
+        self.hindered(begun)?;
+        self.stopped_on_its_way |= goes_back.is_some();
         Ok(())
     }
 
@@ -672,6 +679,14 @@ impl Journaled {
         self.is_left = false;
         let mut locked = self.retention.lock();
         self.applier.begin_epoch(locked.get()?, cause, position, None, wall_clock())
+    }
+
+    /// Of a rollback, where the disk goes to a point.
+    fn begin_epoch_to(&mut self, goes_back: Option<At>) -> Result<u64, JournalError> {
+        let Some(at) = goes_back else { return self.begin_epoch(EpochCause::Time) };
+        let position = self.position();
+        let mut locked = self.retention.lock();
+        self.applier.begin_epoch(locked.get()?, EpochCause::Rollback, position, Some(at), wall_clock())
     }
 
     /// The newest durable sequence on the target.

@@ -232,6 +232,9 @@ impl Registry {
         let is_full = started.as_ref().err().is_some_and(taken_again::is_full);
         let waits = is_full && self.retention.is_some(); // nobody looks otherwise
         self.wait_for_space(disk, waits);
+        if started.is_ok() {
+            self.forget_recovered(disk);
+        }
         let known = match started {
             Ok((worker, uuid)) => KnownDisk { record, worker: Some(worker), uuid, problem: None },
             Err(error) => {

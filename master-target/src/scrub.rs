@@ -184,16 +184,20 @@ impl Round {
         loop {
             self.found.clear();
             let begun = Instant::now();
+            let mut is_whole = true;
             for part in [Self::own, Self::indexes, Self::runs, Self::entries, Self::targets] {
                 match part(self) {
                     Ok(()) => {}
                     Err(error) if error.is::<Stopped>() => return,
                     // Stopping shows in the middle of a read as an error of that.
                     Err(_) if self.budget.stopping.load(Ordering::Acquire) => return,
-                    Err(error) => tracing::warn!(%error, "a part of a scrub round could not be ended"),
+                    Err(error) => {
+                        is_whole = false;
+                        tracing::warn!(%error, "a part of a scrub round could not be ended");
+                    }
                 }
             }
-            self.publish(begun);
+            self.publish(begun, is_whole);
             if self.budget.sleep(pause).is_err() {
                 return;
             }
@@ -457,15 +461,18 @@ impl Round {
         self.registry.disks().into_iter().find(|view| view.record.disk == name)?.status
     }
 
-    fn publish(&mut self, begun: Instant) {
+    /// What a round found that is not whole was said when it was found, beside what was known before.
+    fn publish(&mut self, begun: Instant, is_whole: bool) {
         let mut bytes = 0;
         for (disk, found) in std::mem::take(&mut self.found) {
             bytes += found.read_bytes;
             if let Some(status) = self.status(disk) {
                 status.update_scrub(|scrub| {
-                    scrub.rounds += 1;
                     scrub.read_bytes += found.read_bytes;
-                    scrub.findings = found.findings;
+                    if is_whole {
+                        scrub.rounds += 1;
+                        scrub.findings = found.findings;
+                    }
                 });
             }
         }

@@ -32,6 +32,8 @@ const HOLD: Duration = Duration::from_secs(3600);
 /// The map of one target.
 pub(crate) struct TargetMap {
     map: Option<CrcMap>,
+    /// One that must not come back, and is not surely gone.
+    going: Option<PathBuf>,
     files: Arc<dyn Files>,
     folder: PathBuf,
     owner: MapOwner,
@@ -67,7 +69,18 @@ impl TargetMap {
         }
         let now = Instant::now();
         let (marks, hold) = ((now, 0), None);
-        Ok(Self { map, files, folder, owner, enabled, writing: false, settled: now, marks, hold })
+        Ok(Self {
+            map,
+            going: None,
+            files,
+            folder,
+            owner,
+            enabled,
+            writing: false,
+            settled: now,
+            marks,
+            hold,
+        })
     }
 
     /// Everything may be written: the map begins anew when the scrub next looks.
@@ -76,9 +89,11 @@ impl TargetMap {
     /// When it cannot be removed; nothing must be written then.
     pub(crate) fn forget_all(&mut self) -> Result<(), JournalError> {
         if let Some(map) = self.map.take() {
-            let path = map.path().to_owned();
-            drop(map);
-            self.files.remove_durably(&path)?;
+            self.going = Some(map.path().to_owned());
+        }
+        if let Some(path) = &self.going {
+            self.files.remove_durably(path)?;
+            self.going = None;
         }
         Ok(())
     }
@@ -88,6 +103,9 @@ impl TargetMap {
     /// # Errors
     /// When the map can neither be told nor removed; nothing must be written then.
     pub(crate) fn before(&mut self, window: &Window) -> Result<(), JournalError> {
+        if self.going.is_some() {
+            self.forget_all()?;
+        }
         let Some(map) = &mut self.map else { return Ok(()) };
         let blocks: Vec<BlockRange> = window
             .blocks()

@@ -63,24 +63,48 @@ pub(super) fn fence(registry: &Registry, agent: PeerId, failback: &mut Failback)
 }
 
 /// Refuses to go on with disks that lost something since the failback was decided: they are not at the point, whatever
-/// their files look like, and verifying does not see it.
-pub(super) fn still_whole(registry: &Registry, failback: &Failback, insist: bool) -> anyhow::Result<()> {
+/// their files look like, and verifying does not see it. Where the operator insists, answers what was overridden.
+pub(super) fn still_whole(
+    registry: &Registry,
+    failback: &Failback,
+    insist: bool,
+) -> anyhow::Result<Option<String>> {
     let retention = registry.retention().context(NO_JOURNAL)?;
-    let shape = retention.shape();
+    let (shape, views) = (retention.shape(), registry.disks());
+    let mut overridden = Vec::new();
     for (name, of) in failback.disks.iter().filter(|(_, of)| of.step < FailbackStep::Released) {
-        let disk = DiskId::parse(name)?;
-        let at = place(of)?;
-        let status = registry.disk_status(disk).with_context(|| {
-            format!("disk {name} could not be opened; see `status`, restart the master target, then repeat the command")
-        })?;
-        let is_lost = shape.disks.get(&disk).is_some_and(|known| known.is_doubtful(at.number));
-        if (is_lost || status.snapshot().mode != PassMode::Done) && !insist {
+        let (disk, at) = (DiskId::parse(name)?, place(of)?);
+        let view = views.iter().find(|view| view.record.disk == *name);
+        let view = view.with_context(|| format!("disk {name} is not protected any more; see `status`"))?;
+        let Some(status) = &view.status else {
+            // Closed, and that could not be recorded.
+            if of.step == FailbackStep::Verified && view.problem.is_none() {
+                continue;
+            }
             bail!(
-                "disk {name} lost changes since the failback was decided, or parts of its target, and is not the disk at {at}: take it back with `failback --undo`, so that its agent compares it; where the source is gone, release it all the same with --yes"
+                "disk {name} could not be opened; see `status`, restart the master target, then repeat the command"
+            );
+        };
+        let is_lost = shape.disks.get(&disk).is_some_and(|known| known.is_doubtful(at.number));
+        if !(is_lost && !failback.accept_damage) && status.snapshot().mode == PassMode::Done {
+            continue;
+        }
+        let what = format!(
+            "disk {name} lost changes since the failback was decided, or parts of its target, and may not be the disk at {at}"
+        );
+        if !insist {
+            bail!(
+                "{what}: take it back with `failback --undo`, so that its agent compares it; where the source is gone, release it all the same with --yes"
             );
         }
+        overridden.push(what);
     }
-    Ok(())
+    if overridden.is_empty() {
+        return Ok(None);
+    }
+    let text = overridden.join("; ");
+    tracing::error!("{text}; the operator insists");
+    Ok(Some(text))
 }
 
 fn place(of: &FailbackDisk) -> anyhow::Result<At> {

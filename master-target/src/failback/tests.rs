@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use reprotect_engine::format::disk_state::DiskState;
 use reprotect_engine::format::message::PassMode;
 use reprotect_engine::format::segment::EntryKind;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::credit::FlowLimits;
+use reprotect_engine::units::Generation;
 
 use super::*;
 use crate::catalogue::{Catalogue, FailbackDisk, FailbackStep};
@@ -33,6 +35,7 @@ fn begun(at: &str, step: FailbackStep) -> Failback {
         source_time_ms: 0,
         source_away: true,
         undoing: false,
+        accept_damage: false,
         disks: BTreeMap::from([(DISK.to_string(), disk)]),
     }
 }
@@ -117,6 +120,33 @@ fn a_disk_that_could_not_be_opened_is_not_called_released_and_can_be_taken_back_
     let known = &shape.disks[&DISK];
     let found = known.points.values().find(|point| point.name.as_str() == "as-found").unwrap();
     assert!(found.degraded, "nobody can say that it was not written meanwhile");
+    registry.stop();
+    retention.close(vec![committer]);
+}
+
+#[test]
+fn a_disk_that_stopped_is_taken_back_with_what_the_log_knows_of_it_not_with_what_it_began_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let (registry, retention, committer) = lab_on(fs_opener(), dir.path(), true);
+    registry.take_inventory(AGENT, "web1", &[]).unwrap();
+    let catalogue = Catalogue::open(&dir.path().join("state")).unwrap();
+    // It stands where it was protected; the log knows of sessions since then.
+    let state = DiskState { generation: Generation(37), ..catalogue.disk_state(DISK).unwrap() };
+    retention.lock().get().unwrap().append_state(&state, wall_clock()).unwrap();
+    registry.record_failback(AGENT, &begun("1.0", FailbackStep::Fenced)).unwrap();
+    let (inputs, _) = registry.disk_inputs(DISK).unwrap();
+    let _ = inputs.ask(|_| panic!("a defect that stops the disk"));
+    let stopped = || registry.disk_status(DISK).unwrap().snapshot().phase == TargetDiskPhase::Failed;
+    let waited = (0..200).any(|_| {
+        std::thread::sleep(Duration::from_millis(10));
+        stopped()
+    });
+    assert!(waited, "it goes on");
+    let undone = failback(&registry, &FailbackRequest { undo: true, ..request("web1", false) }).unwrap();
+    assert_eq!(undone.state, "taken-back");
+    let snapshot = registry.disk_status(DISK).unwrap().snapshot();
+    assert!(snapshot.generation > Generation(37), "late writers carry {:?}", snapshot.generation);
+    assert_eq!(snapshot.mode, PassMode::Compare);
     registry.stop();
     retention.close(vec![committer]);
 }

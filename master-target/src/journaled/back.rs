@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use reprotect_engine::format::batch::MarkClass;
 use reprotect_engine::format::manifest::EpochCause;
+use reprotect_engine::io::BlockFile as _;
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::store::journal::applier::Applier;
 use reprotect_engine::store::journal::rollback::{self, Begun, RolledBack};
@@ -71,6 +72,7 @@ impl Journaled {
             self.keep_point(At::entry(before, number), now, MarkClass::Fuzzy, &name)?;
         }
         self.applier.seal_run(now)?; // others commit meanwhile
+        self.got_back = false;
         rollback::begin(self.retention.lock().get()?, &mut self.applier, at, position, now)?;
         self.go_back(view)
     }
@@ -96,17 +98,31 @@ impl Journaled {
     /// anything more is written.
     fn go_back(&mut self, view: View) -> Result<RolledBack, JournalError> {
         let (retention, stopping) = (Arc::clone(&self.retention), Arc::clone(&self.stopping));
-        self.unguarded = true;
+        (self.unguarded, self.got_back) = (true, false);
         let went = take_back(&retention, &mut self.applier, view, &|| is_interrupted(&retention, &stopping));
-        if matches!(went, Ok(_) | Err(JournalError::Interrupted { .. })) {
-            self.flushed(); // between two steps all is
-        }
         self.stopped_on_its_way = went.as_ref().is_err_and(JournalError::is_full);
+        // Between two steps all is flushed; where there is no room it may wait for hours, and nobody else's write is ours.
+        let is_between = matches!(went, Ok(_) | Err(JournalError::Interrupted { .. }));
+        if is_between || (self.stopped_on_its_way && self.applier.target().flush().is_ok()) {
+            self.flushed();
+        }
         let done = self.noted(went, (0, 0))?;
+        self.got_back = true;
+        if let Some(status) = &self.status {
+            status.note_went_back();
+        }
         match self.begin_next_epoch() {
             Err(error) if !error.is_full() => Err(error),
             _ => Ok(done),
         }
+    }
+
+    /// Where a disk goes to whose last rollback was ended, not known to have got there.
+    pub(super) fn goes_back_again(&self) -> Result<Option<At>, JournalError> {
+        if self.got_back {
+            return Ok(None);
+        }
+        Ok(may_have_stopped(self.retention.lock().get()?, self.id))
     }
 
     /// Whether a rollback stopped for want of room since this was asked last: it is to be gone on with when there is some.
@@ -189,11 +205,9 @@ fn is_interrupted(retention: &Retention, stopping: &AtomicBool) -> bool {
 /// a rollback that had stopped on its way is ended to begin another, and the program may end in between.
 pub(super) fn may_have_stopped(journal: &Journal, disk: DiskId) -> Option<At> {
     let last = journal.shape().disks.get(&disk)?.epochs.last().filter(|epoch| epoch.closed.is_some())?.opened;
-    (last.cause == EpochCause::Rollback).then_some(At {
-        epoch: last.to_epoch,
-        number: last.to_number,
-        records: last.to_records,
-    })
+    let at = At { epoch: last.to_epoch, number: last.to_number, records: last.to_records };
+    // One that is not kept any more had been reached: it is kept until then.
+    (last.cause == EpochCause::Rollback && View::check(journal, disk, at).is_ok()).then_some(at)
 }
 
 /// Takes everything back and ends the rollback; the journal is locked for each commit only.

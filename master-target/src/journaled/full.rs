@@ -246,6 +246,29 @@ fn a_disk_that_stopped_on_its_way_back_does_not_stand_there_after_it_was_left_an
 }
 
 #[test]
+fn a_way_back_that_another_ended_without_beginning_is_gone_on_with_and_not_taken_for_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut lab = Lab::new(dir.path());
+    (1..=6).for_each(|seed| lab.step(seed, "a way back").unwrap());
+    let point = lab.retention().shape().disks[&DISK].points[&[2; 16]];
+    let at = At::entry(point.epoch, point.number);
+    lab.faulty.set(("undo-", ENOSPC), 1);
+    assert!(lab.disk().rollback(at).unwrap_err().is_full());
+    lab.faulty.mend();
+    assert!(lab.target() != lab.at[&at.number], "it got there: the test tries nothing");
+    // Another one ended its epoch, and found no room in the manifest to begin its own.
+    let retention = lab.retention();
+    lab.disk().applier.close_epoch(retention.lock().get().unwrap(), wall_clock()).unwrap();
+    assert!(lab.disk().apply().is_ok());
+    assert!(!lab.disk().stands_at(at).unwrap() && lab.disk().held().is_some());
+    assert!(lab.disk().take_stopped_on_its_way(), "somebody goes on with it");
+    lab.disk().go_on_back().unwrap();
+    assert!(lab.disk().stands_at(at).unwrap() && lab.target() == lab.at[&at.number]);
+    assert!(lab.disk().apply().is_ok() && !lab.disk().take_stopped_on_its_way());
+    lab.stop();
+}
+
+#[test]
 fn what_somebody_else_wrote_is_not_taken_for_ours_because_of_a_mark_or_a_drive_that_was_full() {
     for full_before in [false, true] {
         let dir = tempfile::tempdir().unwrap();

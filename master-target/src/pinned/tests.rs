@@ -433,6 +433,7 @@ fn a_pin_of_a_disk_that_was_failed_back_keeps_nobodys_log() {
         source_time_ms: 0,
         source_away: false,
         undoing: false,
+        accept_damage: false,
         disks: [(PINS.to_string(), disk)].into(),
     };
     catalogue.save_failback(PeerId([2; 16]), &failback).unwrap();

@@ -181,7 +181,8 @@ impl Registry {
         if let Some(problem) = problem.as_ref().filter(|_| how != Letting::Undo) {
             bail!("{problem}; then restart the master target, and repeat the command");
         }
-        let mut is_foreign = problem.is_some(); // nobody looked since it was open
+        // Nobody looked since it was open, or since it was closed and that could not be recorded.
+        let mut is_foreign = problem.is_some() || self.disk_inputs(disk).is_none();
         if let Some((inputs, _)) = self.disk_inputs(disk) {
             let phase = self.disk_status(disk).map(|status| status.snapshot().phase);
             if phase == Some(TargetDiskPhase::Failed) && how == Letting::Undo {
@@ -229,10 +230,9 @@ impl Registry {
         let mut state = self.catalogue.disk_state(disk)?;
         let target = self.open_existing(&record)?;
         let uuid = target.facts().uuid;
+        // Also where it was open since the start and stopped: the catalogue is older than what was checkpointed since.
         let log = self.recovered_now(retention, disk)?;
-        if let Some(log) = &log {
-            state = newest_state(retention.lock().get()?, log)?.unwrap_or(state);
-        }
+        state = newest_state(retention.lock().get()?, &log)?.unwrap_or(state);
         let before = state.lineage;
         let mut lineage = [0; 16];
         getrandom::fill(&mut lineage).context("the system has no randomness; try again")?;
@@ -243,7 +243,8 @@ impl Registry {
         state.touched.clear();
         let guard = Guard::new(&*self.opener, &target.facts().path, target.facts().kind);
         let machine = state.agent.0;
-        let mut store = Journaled::open(retention, target, guard, state, machine, log.as_ref())?;
+        let mut store = Journaled::open(retention, target, guard, state, machine, Some(&log))?;
+        self.forget_recovered(disk);
         let state = store.state().clone();
         store.take_back(before, changed)?;
         let store = DiskStore::Journaled(Box::new(store));
@@ -255,7 +256,7 @@ impl Registry {
         Ok(changed)
     }
 
-    /// Offers what went back to a point, or stopped on its way, to its agent: it was refused meanwhile.
+    /// Offers what went back to a point to its agent: it was refused meanwhile.
     pub(crate) fn offer_what_went_back(&self) {
         let went = |known: &KnownDisk| {
             let worker = known.worker.as_ref().filter(|worker| worker.status().take_went_back());

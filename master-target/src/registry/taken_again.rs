@@ -68,20 +68,22 @@ impl Registry {
             return;
         }
         waiting.remove(&disk);
-        // What it said is older than what happens from here on.
+    }
+
+    /// A disk is open: what the start found of it is older than what happens from here on.
+    pub(super) fn forget_recovered(&self, disk: DiskId) {
         self.recovered.lock().unwrap_or_else(PoisonError::into_inner).remove(&disk);
     }
 
-    /// What the log says of a disk that was not opened since the start, taken out; `None` where it was. Some of it may be
-    /// applied since, or stand elsewhere; what the start found missing is not to be seen any more.
-    pub(super) fn recovered_now(
-        &self,
-        retention: &Retention,
-        disk: DiskId,
-    ) -> Result<Option<DiskLog>, JournalError> {
+    /// What the log says of a disk now. Of one that was not opened since the start, what that found missing is not to be seen
+    /// any more, and is taken from there.
+    pub(super) fn recovered_now(&self, retention: &Retention, disk: DiskId) -> Result<DiskLog, JournalError> {
         let now = retention.lock().get()?.take_again(disk, wall_clock())?;
-        let found = self.recovered.lock().unwrap_or_else(PoisonError::into_inner).remove(&disk);
-        Ok(found.map(|found| DiskLog { missing: found.missing, seen: found.seen, ..now }))
+        let recovered = self.recovered.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(match recovered.get(&disk).cloned() {
+            Some(found) => DiskLog { missing: found.missing, seen: found.seen, ..now },
+            None => now,
+        })
     }
 
     /// Opens a disk that [`Self::waiting_for_space`] named; answers whether it is open. Blocks.
@@ -105,7 +107,7 @@ impl Registry {
         };
         let retention = self.retention.as_ref().context(NO_JOURNAL)?;
         let _opening = retention.opening();
-        let log = self.recovered_now(retention, disk)?.unwrap_or_default();
+        let log = self.recovered_now(retention, disk)?;
         self.recovered.lock().unwrap_or_else(PoisonError::into_inner).insert(disk, log);
         let agent = peer(&record.agent);
         self.start_known(record, self.catalogue.disk_state(disk));
@@ -294,6 +296,7 @@ pub(crate) mod tests {
             source_time_ms: 0,
             source_away: false,
             undoing: false,
+            accept_damage: false,
             disks: [(DISK.to_string(), disk)].into(),
         };
         let catalogue = Catalogue::open(&dir.path().join("state")).unwrap();

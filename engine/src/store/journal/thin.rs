@@ -105,12 +105,6 @@ impl Merge {
         self.older.bytes + self.newer.bytes
     }
 
-    /// The run that is passed over where this cannot be done.
-    #[must_use]
-    pub const fn older(&self) -> RunFile {
-        self.older.file
-    }
-
     /// Writes the merged run; takes as long as reading both does. Nothing of the journal has changed afterwards.
     ///
     /// # Errors
