@@ -81,6 +81,8 @@ pub struct CaptureConfig {
     pub interval: DurationText,
     /// Pause between two points that bring the machine to rest.
     pub app_interval: DurationText,
+    /// What may wait while every write is streamed.
+    pub queue: ByteSize,
 }
 
 impl Default for CaptureConfig {
@@ -89,6 +91,7 @@ impl Default for CaptureConfig {
             mode: CaptureMode::Window,
             interval: DurationText(Duration::from_secs(10)),
             app_interval: DurationText(Duration::from_secs(3600)),
+            queue: ByteSize(128 << 20),
         }
     }
 }
@@ -191,7 +194,7 @@ impl Default for RawConfig {
 }
 
 /// Every key, for the commented default file.
-pub const KEYS: [KeyDoc; 24] = [
+pub const KEYS: [KeyDoc; 25] = [
     KeyDoc {
         key: "state_dir",
         about: "Where identity, certificates and progress are kept; setting it moves the admin socket there too.",
@@ -292,6 +295,13 @@ pub const KEYS: [KeyDoc; 24] = [
         example: "",
     },
     KeyDoc {
+        key: "capture.queue",
+        about: "How much may wait to become durable while every write is known (mode data), all disks together. Beyond, the maps remember what changed, and there are points only, until the target keeps up again.",
+        unit: "size from 16 MiB to 64 GiB",
+        cost: "this much memory, besides `memory`",
+        example: "",
+    },
+    KeyDoc {
         key: "hooks.pre_freeze",
         about: "Program that brings applications to rest before the file systems are frozen; REPROTECT_POINT names the point. It must succeed for the point to be application-consistent.",
         unit: "list: program and arguments; empty for none",
@@ -355,6 +365,8 @@ pub struct Settings {
     pub capture_mode: CaptureMode,
     /// Pause between two rounds of followed disks.
     pub capture_interval: Duration,
+    /// Bytes that may wait to become durable while every write is streamed, all disks together.
+    pub capture_queue_bytes: u64,
     /// Age of the durable state beyond which it is a health event.
     pub rpo_threshold: Duration,
     /// Where numbers are served.
@@ -429,6 +441,9 @@ impl Settings {
             disks: raw.disks.clone(),
             capture_mode: raw.capture.mode,
             capture_interval: loaded.in_range("capture.interval", raw.capture.interval, &capture_range)?.0,
+            capture_queue_bytes: loaded
+                .in_range("capture.queue", raw.capture.queue, &(ByteSize(16 << 20)..=ByteSize(64 << 30)))?
+                .0,
             rpo_threshold: loaded.in_range("rpo_threshold", raw.rpo_threshold, &capture_range)?.0,
             metrics_listen: metrics_listen(loaded, raw.metrics.listen)?,
             app_interval: app_interval(loaded, raw.capture.app_interval)?,

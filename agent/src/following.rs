@@ -37,8 +37,6 @@ use crate::marking::hex;
 use crate::positions::{Holding, Positions};
 use crate::protected::{Activity, Protected};
 
-/// Bytes of a disk that may wait to become durable while every write is streamed; beyond, its map has to do.
-const STREAM_BYTES_MAX: u64 = 128 << 20;
 /// How long a disk that could not be followed is scanned before it is asked for again.
 const REFUSED_FOR: Duration = Duration::from_secs(15);
 
@@ -711,11 +709,14 @@ impl Machine {
             self.handle_batch_sent(&batch);
             self.note_written(disk, batch.records.iter().map(Record::range));
             self.core.submit_delta(disk, batch.kind, now, batch.records);
-            let waiting = self.core.undurable_bytes(disk);
-            if waiting > STREAM_BYTES_MAX {
-                tracing::warn!(%disk, waiting, "the target does not keep up with every write: points only, until it does");
-                return self.end_streaming("the target does not keep up with every write");
-            }
+        }
+        let waiting: u64 = self.following.streams.iter().map(|disk| self.core.undurable_bytes(*disk)).sum();
+        if waiting > self.plan().settings.capture_queue_bytes {
+            tracing::warn!(
+                waiting,
+                "the target does not keep up with every write: points only, until it does"
+            );
+            return self.end_streaming("the target does not keep up with every write");
         }
         for disk in &self.following.streams {
             if let (Some((durable, last)), Some(state)) =
