@@ -65,8 +65,10 @@ pub enum WorkerMessage {
     },
     /// A session ended.
     Lost(SessionId),
-    /// A command or an NBD client wants something.
+    /// A command wants something, and may change the target.
     Ask(Ask),
+    /// A command, an NBD client or the scrub reads.
+    Look(Ask),
     /// Nobody may write any more, and why; answered when a new generation is durable.
     Fence(String, sync_mpsc::SyncSender<Result<Generation, String>>),
     /// The target is to become larger.
@@ -91,6 +93,7 @@ pub(crate) enum Opened {
     Batch(SessionId, BatchHeader, Vec<Record>, Bytes),
     Bulk(SessionId, BulkHeader, Vec<Record>, Bytes),
     Ask(Ask),
+    Look(Ask),
     Fence(String, sync_mpsc::SyncSender<Result<Generation, String>>),
     Grow(GrowOrder),
     /// Nobody can tell what it was, or it was bulk, which has no sequence to ask for: the session ends.
@@ -110,6 +113,7 @@ pub(crate) enum Opened {
 pub struct DiskInputs {
     sender: mpsc::Sender<WorkerMessage>,
     bytes: Arc<Semaphore>,
+    status: Arc<DiskStatus>,
 }
 
 /// The disk does not take messages any more: it was stopped, or its threads broke.
@@ -141,12 +145,37 @@ impl DiskInputs {
         &self,
         work: impl FnOnce(Option<&mut Journaled>) -> T + Send + 'static,
     ) -> Result<T, DiskGone> {
+        self.have_done(WorkerMessage::Ask, work)
+    }
+
+    /// As [`Self::ask`], for what changes nothing on the target.
+    ///
+    /// # Errors
+    /// [`DiskGone`].
+    pub fn look<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(Option<&mut Journaled>) -> T + Send + 'static,
+    ) -> Result<T, DiskGone> {
+        self.have_done(WorkerMessage::Look, work)
+    }
+
+    fn have_done<T: Send + 'static>(
+        &self,
+        message: impl FnOnce(Ask) -> WorkerMessage,
+        work: impl FnOnce(Option<&mut Journaled>) -> T + Send + 'static,
+    ) -> Result<T, DiskGone> {
         let (answer, answered) = sync_mpsc::sync_channel(1);
         let ask: Ask = Box::new(move |store| {
             let _ = answer.send(work(store)); // who asked may have given up
         });
-        self.sender.blocking_send(WorkerMessage::Ask(ask)).map_err(|_| DiskGone)?;
+        self.sender.blocking_send(message(ask)).map_err(|_| DiskGone)?;
         answered.recv().map_err(|_| DiskGone)
+    }
+
+    /// Why its thread answers nobody now: the disk goes back to a point, perhaps for hours.
+    #[must_use]
+    pub fn going_back(&self) -> Option<String> {
+        self.status.going_back()
     }
 
     /// Takes the disk away from whoever has it open, and refuses it from now on. Blocks until that is durable.
@@ -240,7 +269,8 @@ impl DiskWorker {
                 }
             })?,
         ];
-        let inputs = DiskInputs { sender, bytes: Arc::new(Semaphore::new(INPUT_BYTES_MAX)) };
+        let bytes = Arc::new(Semaphore::new(INPUT_BYTES_MAX));
+        let inputs = DiskInputs { sender, bytes, status: Arc::clone(&status) };
         Ok(Self { inputs, stopping, status, threads })
     }
 
@@ -342,6 +372,7 @@ impl Opener {
             WorkerMessage::Input { session, input, replies, .. } => Opened::Other(session, input, replies),
             WorkerMessage::Lost(session) => Opened::Lost(session),
             WorkerMessage::Ask(ask) => Opened::Ask(ask),
+            WorkerMessage::Look(ask) => Opened::Look(ask),
             WorkerMessage::Fence(reason, answer) => Opened::Fence(reason, answer),
             WorkerMessage::Grow(order) => Opened::Grow(order),
             WorkerMessage::Retire => Opened::Retire,

@@ -32,12 +32,15 @@ use crate::compare_cache::CompareCache;
 use crate::disk_status::DiskStatus;
 use crate::disk_store::{DiskStore, NotDone, NotGrown, byte_range};
 use crate::disk_worker::{GrowOrder, Opened, Replies};
+use crate::journaled::Journaled;
 use crate::receipts::Keeper;
 
 /// How often a full medium is tried again, and a stop noticed meanwhile.
 const FULL_RETRY: Duration = Duration::from_millis(500);
 /// How often a rollback is tried again that a full drive stopped on its way.
 const BACK_RETRY: Duration = Duration::from_secs(30);
+/// At the latest so long after the last time what is accepted is applied, whatever else there is to do.
+const APPLY_EVERY: Duration = Duration::from_millis(200);
 /// Longest sleep when nothing is due.
 const IDLE: Duration = Duration::from_millis(500);
 
@@ -61,6 +64,8 @@ pub(crate) struct Writer {
     pub(crate) sessions: Vec<(SessionId, Replies)>,
     /// When a rollback that a full drive stopped on its way is tried again.
     back_again: Option<Instant>,
+    /// When what was accepted was last applied.
+    applied_at: Instant,
     /// What was compared a moment ago.
     pub(crate) compared: CompareCache,
     pub(crate) chunk: Vec<u8>,
@@ -88,6 +93,7 @@ impl Writer {
             waiting: false,
             sessions: Vec::new(),
             back_again: None,
+            applied_at: Instant::now(),
             compared: CompareCache::default(),
             chunk: Vec::new(),
         }
@@ -142,10 +148,11 @@ impl Writer {
             self.answer_fences();
             self.grow(inputs);
             self.go_back_again();
-            // What is there already joins the window before it is applied.
+            // What is there already joins the window before it is applied, but readers of points must not keep it waiting.
             ready = inputs.try_recv().ok();
-            if ready.is_none() {
+            if ready.is_none() || self.applied_at.elapsed() >= APPLY_EVERY {
                 self.apply(inputs);
+                self.applied_at = Instant::now();
             }
         }
     }
@@ -172,13 +179,9 @@ impl Writer {
             }
             Opened::Ask(ask) => {
                 self.compared.forget_all(); // it may go back to a point
-                ask(match &mut self.store {
-                    DiskStore::Journaled(store) if self.disk.phase() != TargetDiskPhase::Failed => {
-                        Some(store)
-                    }
-                    _ => None,
-                });
+                ask(self.journaled());
             }
+            Opened::Look(ask) => ask(self.journaled()),
             Opened::Fence(reason, answer) => {
                 self.disk.handle_fence(now, &reason);
                 self.fenced = Some(reason);
@@ -204,6 +207,14 @@ impl Writer {
                 self.tell_sessions(ErrorCode::UnknownDisk, "the disk is no longer protected");
             }
             Opened::Stop => {}
+        }
+    }
+
+    /// The disk behind the journal, where it is there and did not stop.
+    fn journaled(&mut self) -> Option<&mut Journaled> {
+        match &mut self.store {
+            DiskStore::Journaled(store) if self.disk.phase() != TargetDiskPhase::Failed => Some(store),
+            _ => None,
         }
     }
 

@@ -80,15 +80,37 @@ pub fn copy_point(registry: &Registry, request: &ExportRequest) -> anyhow::Resul
     }
     std::fs::create_dir_all(&request.path)
         .with_context(|| format!("cannot make the folder {}", request.path.display()))?;
-    let mut copies = Vec::new();
-    for record in &records {
-        let ending = if format == CopyFormat::Raw { "raw" } else { "vmdk" };
-        let path = request.path.join(format!("{}.{ending}", short_name(&record.source_name)));
+    let ending = if format == CopyFormat::Raw { "raw" } else { "vmdk" };
+    let mut copies: Vec<ExportedInfo> = Vec::new();
+    for (record, name) in records.iter().zip(file_names(&records)) {
+        let path = request.path.join(format!("{name}.{ending}"));
         let place =
             place(record).with_context(|| format!("disk {} has no such point", record.source_name))?;
-        copies.push(copy_disk(registry, record, place, format, &path)?);
+        let copied = copy_disk(registry, record, place, format, &path).with_context(|| {
+            let made: Vec<&str> = copies.iter().flat_map(|copy| &copy.files).map(String::as_str).collect();
+            match made.as_slice() {
+                [] => format!("{} was not copied", record.source_name),
+                made => format!(
+                    "{} was not copied; others are whole, remove them before you try again: {}",
+                    record.source_name,
+                    made.join(", ")
+                ),
+            }
+        })?;
+        copies.push(copied);
     }
     Ok(ExportAnswer { copies, note })
+}
+
+/// What the copies of a machine's disks are called: by the disk's name on the machine, and its UUID where two have the same.
+fn file_names(records: &[ProtectedDisk]) -> Vec<String> {
+    let name = |record: &ProtectedDisk| short_name(&record.source_name).to_owned();
+    let is_alone = |own: &str| records.iter().filter(|record| name(record) == own).count() == 1;
+    let of = |record: &ProtectedDisk| {
+        let own = name(record);
+        if is_alone(&own) { own } else { format!("{own}-{}", record.disk.get(..8).unwrap_or_default()) }
+    };
+    records.iter().map(of).collect()
 }
 
 fn ids(records: &[ProtectedDisk]) -> anyhow::Result<Vec<DiskId>> {

@@ -283,6 +283,10 @@ impl Journaled {
             Some(last) => (last.from, last.to) = (last.from.min(degrade.from), last.to.max(degrade.to)),
             None => self.degrading.push_back(*degrade),
         }
+        // Not behind what waits for room at the target. Where it cannot be recorded now, `apply` tries again, and fails with it.
+        if let Err(error) = self.record_degraded() {
+            tracing::warn!(disk = %self.id, %error, "that points are degraded is not recorded yet");
+        }
         true
     }
 
@@ -445,6 +449,10 @@ impl Journaled {
     /// Applies what may be applied; answers the newest durable sequence on the target.
     pub(crate) fn apply(&mut self) -> Result<Sequence, NotDone> {
         self.look_at_runs()?;
+        match self.record_degraded() {
+            Err(error) if !error.is_full() => return Err(error.into()),
+            _ => {} // where the drive is full, below
+        }
         self.apply_ready()?;
         self.record_degraded()?;
         self.begin_next_epoch()?; // which a full medium kept from beginning

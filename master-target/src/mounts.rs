@@ -25,7 +25,7 @@ use reprotect_engine::units::DiskId;
 use crate::api::MountInfo;
 use crate::config::MountsConfig;
 use crate::disk_worker::DiskInputs;
-use crate::points::{NO_JOURNAL, on_disk};
+use crate::points::{NO_JOURNAL, look_at_disk};
 use crate::registry::{Registry, fs_opener};
 use crate::retention::Hold;
 
@@ -54,7 +54,7 @@ impl BlockFile for ViewFile {
     fn read(&mut self, reads: &mut [ReadAt<'_>]) -> Result<(), BlockError> {
         for read in reads {
             let (offset, len, view) = (read.offset, read.data.len(), Arc::clone(&self.view));
-            let bytes = on_disk(&self.inputs, move |store| {
+            let bytes = look_at_disk(&self.inputs, move |store| {
                 let mut bytes = vec![0; len];
                 store.read_view(&view, offset, &mut bytes)?;
                 Ok(bytes)
@@ -81,7 +81,7 @@ impl BlockFile for ViewFile {
 
     fn allocated(&mut self, range: ByteRange) -> Result<Vec<ByteRange>, BlockError> {
         let view = Arc::clone(&self.view);
-        on_disk(&self.inputs, move |store| store.view_allocated(&view, range))
+        look_at_disk(&self.inputs, move |store| store.view_allocated(&view, range))
             .map_err(|error| self.error(BlockOp::Map, range.start, range.len(), error.to_string()))
     }
 }
@@ -221,12 +221,15 @@ impl Mounts {
         mount.end().await
     }
 
-    /// Ends all mounts: the daemon stops.
+    /// Ends all mounts, beside one another: the daemon stops, and a client that does not read its answers is waited for.
     pub async fn stop(&self) {
         let mounts = std::mem::take(&mut *self.lock());
-        for mount in mounts {
-            if let Err(error) = mount.end().await {
-                tracing::warn!(%error, "a mount could not be ended in order");
+        let mut ending: tokio::task::JoinSet<_> = mounts.into_iter().map(Mount::end).collect();
+        while let Some(ended) = ending.join_next().await {
+            match ended {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "a mount could not be ended in order"),
+                Err(error) => tracing::warn!(%error, "a mount could not be ended in order"),
             }
         }
     }

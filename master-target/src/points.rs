@@ -470,13 +470,27 @@ pub fn timeline(registry: &Registry, disks: &[ProtectedDisk]) -> anyhow::Result<
     disks.iter().map(of).collect()
 }
 
+const STOPPED: &str = "the disk is stopped, or not in the retention journal; see `status`";
+
 /// Runs on a disk's thread; a disk that stands says so.
 pub(crate) fn on_disk<T: Send + 'static>(
     inputs: &DiskInputs,
     work: impl FnOnce(&mut Journaled) -> Result<T, JournalError> + Send + 'static,
 ) -> anyhow::Result<T> {
     let answer = inputs.ask(move |store| store.map(work))?;
-    Ok(answer.context("the disk is stopped, or not in the retention journal; see `status`")??)
+    Ok(answer.context(STOPPED)??)
+}
+
+/// As [`on_disk`], for what only reads; refused at once while the disk goes back to a point.
+pub(crate) fn look_at_disk<T: Send + 'static>(
+    inputs: &DiskInputs,
+    work: impl FnOnce(&mut Journaled) -> Result<T, JournalError> + Send + 'static,
+) -> anyhow::Result<T> {
+    if let Some(why) = inputs.going_back() {
+        bail!("{why}; read it then");
+    }
+    let answer = inputs.look(move |store| store.map(work))?;
+    Ok(answer.context(STOPPED)??)
 }
 
 /// Takes disks back to a point, in place, one after another.

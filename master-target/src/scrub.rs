@@ -412,7 +412,7 @@ impl Round {
         different: &mut Vec<ByteRange>,
     ) -> anyhow::Result<bool> {
         let Some((inputs, _)) = self.registry.disk_inputs(disk) else { return Ok(false) };
-        let Ok(Some(answer)) = inputs.ask(move |store| store.map(|store| store.scrub(range))) else {
+        let Ok(Some(answer)) = inputs.look(move |store| store.map(|store| store.scrub(range))) else {
             return Ok(false);
         };
         match answer {

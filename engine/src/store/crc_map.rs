@@ -41,6 +41,8 @@ pub struct CrcMap {
     blocks: u64,
     /// Pages that are marked open on the medium, with what is known by now.
     open: BTreeMap<u64, Vec<u32>>,
+    /// It is only read: nothing is learnt.
+    is_read_only: bool,
 }
 
 impl std::fmt::Debug for CrcMap {
@@ -95,19 +97,8 @@ impl CrcMap {
         let path = map_path(folder, owner.disk);
         let blocks = owner.size_sectors.div_ceil(BLOCK_SECTORS);
         let bytes = (1 + blocks.div_ceil(PAGE_ENTRIES)) * BLOCK_BYTES;
-        if files.facts(&path)?.is_some_and(|facts| facts.size_bytes == bytes) {
-            let head = files.read_head(&path, BLOCK_BYTES as usize)?;
-            if let Ok(header) = MapHeader::open(&head) {
-                let found = MapOwner {
-                    journal: header.journal,
-                    disk: header.disk,
-                    size_sectors: header.size_sectors,
-                };
-                if found == owner {
-                    let file = files.open(&path, true)?;
-                    return Ok(Self { path, file, salt: header.salt, blocks, open: BTreeMap::new() });
-                }
-            }
+        if let Some(known) = Self::known(files, folder, owner, false)? {
+            return Ok(known);
         }
         files.remove(&path)?;
         files.create(&path, bytes)?;
@@ -117,7 +108,42 @@ impl CrcMap {
         let header = MapHeader { magic: MAP_MAGIC, crc: 0, journal, disk, salt, size_sectors };
         file.write(&[WriteAt { offset: 0, data: &header.to_block() }])?;
         file.flush()?;
-        Ok(Self { path, file, salt, blocks, open: BTreeMap::new() })
+        Ok(Self { path, file, salt, blocks, open: BTreeMap::new(), is_read_only: false })
+    }
+
+    /// The map of a disk as it stands, to be read; `None` where there is none, or one that is damaged or of something else.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn open_to_read(
+        files: &dyn Files,
+        folder: &Path,
+        owner: MapOwner,
+    ) -> Result<Option<Self>, JournalError> {
+        Self::known(files, folder, owner, true)
+    }
+
+    fn known(
+        files: &dyn Files,
+        folder: &Path,
+        owner: MapOwner,
+        is_read_only: bool,
+    ) -> Result<Option<Self>, JournalError> {
+        let path = map_path(folder, owner.disk);
+        let blocks = owner.size_sectors.div_ceil(BLOCK_SECTORS);
+        let bytes = (1 + blocks.div_ceil(PAGE_ENTRIES)) * BLOCK_BYTES;
+        if files.facts(&path)?.is_none_or(|facts| facts.size_bytes != bytes) {
+            return Ok(None);
+        }
+        let Ok(header) = MapHeader::open(&files.read_head(&path, BLOCK_BYTES as usize)?) else {
+            return Ok(None);
+        };
+        let MapHeader { journal, disk, size_sectors, salt, .. } = header;
+        if (MapOwner { journal, disk, size_sectors }) != owner {
+            return Ok(None);
+        }
+        let file = files.open(&path, !is_read_only)?;
+        Ok(Some(Self { path, file, salt, blocks, open: BTreeMap::new(), is_read_only }))
     }
 
     /// The file.
@@ -241,7 +267,7 @@ impl CrcMap {
         }
         if was_open {
             self.open.insert(page, entries);
-        } else if checked.learnt > before {
+        } else if checked.learnt > before && !self.is_read_only {
             // Nothing of it is being written: it may be written as it is.
             let bytes = encode_page(self.salt, page, false, &entries);
             self.write_pages(&[(page, bytes)])?;

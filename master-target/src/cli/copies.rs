@@ -154,6 +154,9 @@ pub struct JournalExtractArgs {
     /// The disk's target: its VMDK or device.
     #[arg(long, value_name = "PATH")]
     pub target: PathBuf,
+    /// Copy also what is not on the target as the master target wrote it.
+    #[arg(long)]
+    pub accept_damage: bool,
     /// How the copy is stored.
     #[arg(long, value_enum)]
     pub format: CopyFormat,

@@ -51,6 +51,7 @@ mod tolerant;
 pub mod undo;
 pub mod verify;
 pub mod view;
+pub mod watched;
 pub mod window;
 
 use std::collections::{BTreeMap, BTreeSet};

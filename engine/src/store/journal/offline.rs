@@ -23,11 +23,13 @@ use super::strays::{check_known, sort_files};
 use super::tolerant::Tolerant;
 use super::undo::{ActiveRun, Hole, SealedRun};
 use super::view::{At, View};
+use super::watched::Watched;
 use super::{Journal, JournalSettings, Recovered, Run, Shape};
 use crate::format::FormatError;
 use crate::format::manifest::{Edit, EditHead, SegmentOpened, Superblock};
 use crate::format::segment::Applied;
 use crate::io::{BlockError, BlockFile, BlockOp, ByteRange, ReadAt, WriteAt};
+use crate::store::crc_map::{CrcMap, MapOwner};
 use crate::store::files::Files;
 use crate::units::{DiskId, SECTOR_BYTES};
 
@@ -220,6 +222,25 @@ impl Offline {
         let log = self.found.disks.get(&disk);
         let applied = log.and_then(|log| log.applied).map_or(nothing, |(applied, _)| applied);
         inspect(&self.journal, &epoch.opened, shape.size_sectors(), &applied)
+    }
+
+    /// The target of a disk, compared with what its CRC map says was written there as it is read, unless it is `accepted` as it is.
+    ///
+    /// # Errors
+    /// When the disk is not in the journal, or the map cannot be read.
+    pub fn watched<T: BlockFile>(
+        &self,
+        disk: DiskId,
+        target: T,
+        accepted: bool,
+    ) -> Result<Watched<T>, JournalError> {
+        let owner = MapOwner {
+            journal: self.journal.id(),
+            disk,
+            size_sectors: shape(&self.journal, disk)?.size_sectors(),
+        };
+        let map = CrcMap::open_to_read(&**self.journal.files(), self.folder(), owner)?;
+        Ok(Watched::new(target, map, accepted))
     }
 
     /// A disk with its target, which may be behind the log.

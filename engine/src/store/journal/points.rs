@@ -525,7 +525,8 @@ pub fn timeline(journal: &mut Journal, disk: DiskId) -> Result<Vec<Interval>, Jo
         let offer = match is_whole(journal, disk, (from.at, to.at), reaches_to) {
             false => Offer::Lost,
             true if to.damaged.is_some() => Offer::Damaged,
-            true if to.degraded => Offer::Degraded,
+            // A fuzzy mark is no state of the disk.
+            true if to.degraded || to.class == MarkClass::Fuzzy => Offer::Degraded,
             true => Offer::PointsOnly,
         };
         put(&mut intervals, Interval { offer, from: from.source_time, to: to.source_time });

@@ -4,6 +4,7 @@
 
 use std::time::Instant;
 
+use anyhow::Context as _;
 use reprotect_engine::host::output::{Output, bytes};
 use reprotect_engine::io::BlockFile as _;
 use reprotect_engine::store::export::export;
@@ -34,7 +35,13 @@ pub(super) fn extract(args: &JournalExtractArgs, output: Output) -> anyhow::Resu
         let at = find_point(&mut offline, disk, &args.point)?;
         (Which::At(at), at.to_string())
     };
-    let target = open_target_to_read(&args.target)?;
+    let target = offline.watched(disk, open_target_to_read(&args.target)?, args.accept_damage)?;
+    if !target.is_known() {
+        eprintln!(
+            "what the master target wrote to {} is not known (the scrub is off, or has not seen it yet): what no undo run has is taken as it stands there",
+            args.target.display()
+        );
+    }
     let mut opened = offline.disk(disk, target)?;
     let (got, expected) = (opened.target_bytes(), opened.size_bytes());
     anyhow::ensure!(
@@ -59,6 +66,9 @@ pub(super) fn extract(args: &JournalExtractArgs, output: Output) -> anyhow::Resu
         &std::path::absolute(&args.output)?,
         engine_format(args.format),
         &mut tell,
+    )
+    .context(
+        "nothing was kept; where what stands on the target is to be copied all the same, say --accept-damage",
     )?;
     progress.finish("done");
     let extracted = Extracted {

@@ -102,7 +102,7 @@ fn read_target(offline: &mut Offline, target: &DiskPath, output: Output) -> anyh
         read_bytes: 0,
         problem: None,
     };
-    let opened = open_target_to_read(&target.path)?;
+    let opened = offline.watched(disk, open_target_to_read(&target.path)?, false)?;
     let mut opened = offline.disk(disk, opened)?;
     let (got, expected) = (opened.target_bytes(), opened.size_bytes());
     anyhow::ensure!(
