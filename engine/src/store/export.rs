@@ -1,7 +1,7 @@
 //! A disk as it was, copied into files of its own: flat, sparse or stream-optimised VMDK, or raw.
 //!
-//! Invariants: nothing that exists is overwritten; what was begun and not finished is removed; when this returns `Ok`
-//! the copy is durable, name included. Blocks of zeros are left out where the format can. The copy has a UUID of its
+//! Invariants: nothing that exists is overwritten; a copy is made in a folder of its own, `NAME.partial`, and gets its names when
+//! it is whole and durable, so that what a kill leaves looks like nothing else; what fails is removed. Blocks of zeros are left out where the format can. The copy has a UUID of its
 //! own. Units: bytes. Called by the master target's `export` and by the offline tools, on a thread of their own.
 
 use std::collections::BTreeSet;
@@ -67,6 +67,12 @@ pub enum ExportError {
     /// A file cannot be made or measured.
     #[error(transparent)]
     Files(#[from] FilesError),
+    /// Somebody else makes the same copy, or was killed while doing so.
+    #[error("{} is there: another export makes this copy, or one that was killed left it; if none runs, remove that folder", path.display())]
+    Partial {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The copy cannot be written.
     #[error("{0}; nothing was left behind: free some space or choose another place, then try again")]
     Write(#[source] BlockError),
@@ -87,7 +93,7 @@ impl Answer for ExportError {
             Self::Source(error) | Self::Write(error) => error.severity(),
             Self::Target(error) => error.severity(),
             Self::Files(error) => error.severity(),
-            Self::Stream { .. } => Severity::Stop,
+            Self::Partial { .. } | Self::Stream { .. } => Severity::Stop,
         }
     }
 }
@@ -106,24 +112,73 @@ pub fn export(
     format: ExportFormat,
     progress: &mut dyn FnMut(u64),
 ) -> Result<Exported, ExportError> {
-    let mut made = Vec::new();
-    let copied = match format {
-        ExportFormat::Flat => vmdk(files, source, out, TargetKind::MonolithicFlat, &mut made, progress),
-        ExportFormat::Sparse => vmdk(files, source, out, TargetKind::MonolithicSparse, &mut made, progress),
-        ExportFormat::Stream => stream(source, out, &mut made, progress),
-        ExportFormat::Raw => raw(files, source, out, &mut made, progress),
-    };
-    let data_bytes = copied.inspect_err(|_| {
-        for path in made.iter().rev() {
-            let _ = files.remove(path); // the error that matters is the one that is answered
-        }
-    })?;
+    let mut partial = Partial::begin(out)?;
+    let place = partial.folder.join(out.file_name().unwrap_or_default());
+    let made = &mut partial.made;
+    let data_bytes = match format {
+        ExportFormat::Flat => vmdk(files, source, &place, TargetKind::MonolithicFlat, made, progress),
+        ExportFormat::Sparse => vmdk(files, source, &place, TargetKind::MonolithicSparse, made, progress),
+        ExportFormat::Stream => stream(source, &place, made, progress),
+        ExportFormat::Raw => raw(files, source, &place, made, progress),
+    }?;
     let mut exported = Exported { size_bytes: source.size_bytes(), data_bytes, ..Exported::default() };
-    for path in made {
-        exported.file_bytes += files.facts(&path)?.map_or(0, |facts| facts.size_bytes);
-        exported.files.push(path);
+    exported.files = partial.finish()?;
+    for path in &exported.files {
+        exported.file_bytes += files.facts(path)?.map_or(0, |facts| facts.size_bytes);
     }
     Ok(exported)
+}
+
+/// A copy that is not whole, in its folder; dropped, it is removed.
+struct Partial {
+    folder: PathBuf,
+    /// Where it will be.
+    home: PathBuf,
+    /// Its files, the one that makes it a disk first.
+    made: Vec<PathBuf>,
+}
+
+impl Partial {
+    fn begin(out: &Path) -> Result<Self, ExportError> {
+        if std::fs::symlink_metadata(out).is_ok() {
+            return Err(FilesError::Exists { path: out.into() }.into());
+        }
+        let home = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut name = out.file_name().unwrap_or_default().to_owned();
+        name.push(".partial");
+        let folder = home.join(name);
+        std::fs::create_dir(&folder).map_err(|error| match error.kind() {
+            ErrorKind::AlreadyExists => ExportError::Partial { path: folder.clone() },
+            _ => FilesError::system("create", &folder, error).into(),
+        })?;
+        Ok(Self { folder, home: home.to_owned(), made: Vec::new() })
+    }
+
+    /// The copy is whole and durable where it is: it gets its names. Answers its files.
+    fn finish(mut self) -> Result<Vec<PathBuf>, ExportError> {
+        let named = |path: &PathBuf| self.home.join(path.file_name().unwrap_or_default());
+        let names: Vec<PathBuf> = self.made.iter().map(named).collect();
+        if let Some(path) = names.iter().find(|path| std::fs::symlink_metadata(path).is_ok()) {
+            return Err(FilesError::Exists { path: path.clone() }.into());
+        }
+        // What makes it a disk comes last.
+        for (from, to) in self.made.iter().zip(&names).rev() {
+            std::fs::rename(from, to).map_err(|error| FilesError::system("rename", from, error))?;
+        }
+        let synced = File::open(&self.home).and_then(|home| home.sync_all());
+        synced.map_err(|error| FilesError::system("make durable the directory", &self.home, error))?;
+        self.made.clear();
+        Ok(names)
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        for path in self.made.iter().rev() {
+            let _ = std::fs::remove_file(path); // the error that matters is the one that is answered
+        }
+        let _ = std::fs::remove_dir(&self.folder);
+    }
 }
 
 fn vmdk(
@@ -189,8 +244,6 @@ fn stream(
     })?;
     let file = writer.finish().map_err(failed)?.into_inner().map_err(|error| failed(error.into_error()))?;
     file.sync_all().map_err(failed)?;
-    let folder = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
     Ok(copied)
 }
 
@@ -257,4 +310,70 @@ fn hand_on(at: u64, data: &[u8], put: &mut Put<'_>) -> Result<u64, ExportError> 
         from += full + grain; // the grain behind it is zeros, or beyond the end
     }
     Ok(copied)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::files::fs::FsFiles;
+    use crate::store::files::memory::MemoryFiles;
+
+    const SIZE: u64 = 1 << 20;
+
+    fn real() -> Arc<dyn Files> {
+        Arc::new(FsFiles::new(|path, writable| {
+            let options =
+                if writable { crate::io::OpenOptions::writing() } else { crate::io::OpenOptions::reading() };
+            crate::io::open(path, &options)
+        }))
+    }
+
+    fn source() -> Box<dyn BlockFile> {
+        let (files, path) = (MemoryFiles::default().opener(), Path::new("/disk"));
+        files.create(path, SIZE).unwrap();
+        let mut disk = files.open(path, true).unwrap();
+        disk.write(&[WriteAt { offset: 0, data: &[7; 8192] }]).unwrap();
+        disk
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(folder).unwrap();
+        let mut names: Vec<String> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_copy_has_its_name_when_it_is_whole_and_not_before() {
+        for format in [ExportFormat::Flat, ExportFormat::Sparse, ExportFormat::Stream, ExportFormat::Raw] {
+            let dir = tempfile::tempdir().unwrap();
+            let out = dir.path().join("web.vmdk");
+            let seen = std::cell::RefCell::new(Vec::new());
+            let mut look = |_| seen.borrow_mut().push(names(dir.path()));
+            let made = export(&real(), &mut *source(), &out, format, &mut look).unwrap();
+            assert!(!seen.borrow().is_empty());
+            assert!(seen.borrow().iter().all(|names| *names == ["web.vmdk.partial"]), "{format:?}: {seen:?}");
+            let listed: Vec<PathBuf> = names(dir.path()).iter().map(|name| dir.path().join(name)).collect();
+            assert!(made.files.len() == listed.len() && made.files.iter().all(|file| listed.contains(file)));
+            let again = export(&real(), &mut *source(), &out, format, &mut |_| ()).unwrap_err();
+            assert!(again.to_string().contains("exists"), "{format:?}: {again}");
+            assert_eq!(names(dir.path()).len(), listed.len(), "{format:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_killed_export_left_is_named_and_what_fails_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("web.vmdk");
+        // In the way of the second file.
+        std::fs::write(dir.path().join("web-flat.vmdk"), "mine").unwrap();
+        let refused = export(&real(), &mut *source(), &out, ExportFormat::Flat, &mut |_| ()).unwrap_err();
+        assert!(refused.to_string().contains("web-flat.vmdk"), "{refused}");
+        assert_eq!(names(dir.path()), ["web-flat.vmdk"]);
+        std::fs::create_dir(dir.path().join("web.vmdk.partial")).unwrap();
+        let refused = export(&real(), &mut *source(), &out, ExportFormat::Raw, &mut |_| ()).unwrap_err();
+        assert!(refused.to_string().contains("was killed"), "{refused}");
+        assert_eq!(names(dir.path()), ["web-flat.vmdk", "web.vmdk.partial"]);
+    }
 }
