@@ -297,7 +297,7 @@ pub const KEYS: [KeyDoc; 25] = [
     KeyDoc {
         key: "capture.queue",
         about: "How much may wait to become durable while every write is known (mode data), all disks together. Beyond, the maps remember what changed, and there are points only, until the target keeps up again.",
-        unit: "size from 16 MiB to 64 GiB",
+        unit: "size from 64 MiB to 64 GiB",
         cost: "this much memory, besides `memory`",
         example: "",
     },
@@ -442,7 +442,7 @@ impl Settings {
             capture_mode: raw.capture.mode,
             capture_interval: loaded.in_range("capture.interval", raw.capture.interval, &capture_range)?.0,
             capture_queue_bytes: loaded
-                .in_range("capture.queue", raw.capture.queue, &(ByteSize(16 << 20)..=ByteSize(64 << 30)))?
+                .in_range("capture.queue", raw.capture.queue, &(ByteSize(64 << 20)..=ByteSize(64 << 30)))?
                 .0,
             rpo_threshold: loaded.in_range("rpo_threshold", raw.rpo_threshold, &capture_range)?.0,
             metrics_listen: metrics_listen(loaded, raw.metrics.listen)?,

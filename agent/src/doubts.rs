@@ -46,11 +46,13 @@ struct Doubt {
 pub(crate) struct Doubts {
     folder: PathBuf,
     of: BTreeMap<DiskId, Vec<Doubt>>,
+    /// How many of a disk's are not written down.
+    unstored: BTreeMap<DiskId, u32>,
 }
 
 impl Doubts {
     pub(crate) fn in_folder(folder: &Path) -> Self {
-        Self { folder: folder.to_owned(), of: BTreeMap::new() }
+        Self { folder: folder.to_owned(), of: BTreeMap::new(), unstored: BTreeMap::new() }
     }
 
     fn path(&self, disk: DiskId) -> PathBuf {
@@ -63,21 +65,38 @@ impl Doubts {
         self.of.entry(disk).or_insert_with(|| read(&path))
     }
 
-    /// One more.
-    ///
-    /// # Errors
-    /// When it cannot be written; it is known to this process all the same.
-    fn add(&mut self, disk: DiskId, doubt: Doubt) -> anyhow::Result<()> {
+    /// One more; [`Self::write_down`] comes next.
+    fn add(&mut self, disk: DiskId, doubt: Doubt) {
         let known = self.known(disk);
         known.push(doubt);
-        if known.len() > DOUBTS_MAX
-            && let [first, second, ..] = known.as_mut_slice()
-        {
-            second.from = second.from.min(first.from);
-            second.to = first.to.zip(second.to).map(|(first, second)| first.max(second));
-            known.remove(0);
+        if known.len() > DOUBTS_MAX {
+            // The oldest two of one history become one; of as many histories no disk has points.
+            let same =
+                known.windows(2).position(|pair| matches!(pair, [one, two] if one.lineage == two.lineage));
+            let merged = known.remove(same.unwrap_or(0));
+            if let Some(next) = same.and_then(|at| known.get_mut(at)) {
+                next.from = next.from.min(merged.from);
+                next.to = merged.to.zip(next.to).map(|(one, two)| one.max(two));
+            }
         }
-        self.store(disk)
+        *self.unstored.entry(disk).or_default() += 1;
+    }
+
+    /// Whether all that is doubtful of a disk is on the medium.
+    fn is_stored(&self, disk: DiskId) -> bool {
+        !self.unstored.contains_key(&disk)
+    }
+
+    /// Answers how many more are on the medium now.
+    ///
+    /// # Errors
+    /// When they cannot be written; they are known to this process all the same.
+    fn write_down(&mut self, disk: DiskId) -> anyhow::Result<u32> {
+        if self.is_stored(disk) {
+            return Ok(0);
+        }
+        self.store(disk)?;
+        Ok(self.unstored.remove(&disk).unwrap_or(0))
     }
 
     fn store(&self, disk: DiskId) -> anyhow::Result<()> {
@@ -101,11 +120,17 @@ impl Doubts {
         let before = known.clone();
         known.retain(|doubt| doubt.since >= oldest);
         for doubt in known.iter_mut() {
-            doubt.lineage.get_or_insert_with(|| text_of(lineage));
-            doubt.to.get_or_insert(last.0);
+            let of = doubt.lineage.get_or_insert_with(|| text_of(lineage));
+            // Of a history that is over, everything from there on.
+            let end = if *of == text_of(lineage) { last.0 } else { u64::MAX };
+            doubt.to.get_or_insert(end);
         }
         let (is_changed, said) = (*known != before, known.clone());
-        if is_changed && let Err(error) = self.store(disk) {
+        // Where it is not written down yet, it is as it is when that is done.
+        if is_changed
+            && self.is_stored(disk)
+            && let Err(error) = self.store(disk)
+        {
             tracing::warn!(%disk, "what is doubtful of points is not kept as it is: {error:#}");
         }
         said.into_iter().map(|doubt| (doubt.lineage.as_deref().and_then(lineage_of), doubt)).collect()
@@ -114,6 +139,7 @@ impl Doubts {
     /// The disk is not protected any more.
     pub(crate) fn forget(&mut self, disk: DiskId) {
         self.of.insert(disk, Vec::new());
+        self.unstored.remove(&disk);
         if let Err(error) = self.store(disk) {
             tracing::warn!(%disk, "what was doubtful of points of a disk that is not protected any more stays: {error:#}");
         }
@@ -158,21 +184,37 @@ impl Machine {
         let (from, clean_at) = self.following.account(disk);
         let open = self.core.is_open(disk);
         let last = self.core.position(disk).map(|(_, last)| last.0).filter(|_| open);
-        let known = self.core.stream_position(disk).map(|known| text_of(known.lineage));
+        let known = self.core.stream_position(disk).map(|known| known.lineage);
+        let lineage = known.or_else(|| self.following.lineage_before(disk)).map(text_of);
         let mut why = why.to_owned();
         why.truncate(why.floor_char_boundary(WHY_BYTES_MAX));
-        let doubt =
-            Doubt { lineage: known.filter(|_| open), from: from.0, to: last, since: wall_clock().0, why };
-        match self.following.doubts.add(disk, doubt) {
-            Ok(()) => self.following.order(Order::Told(disk)),
-            // The account is not told that it is known: the next process finds the same again.
-            Err(error) => tracing::error!(
-                %disk,
-                "that points are doubtful could not be written down, make room in the state directory: {error:#}"
-            ),
-        }
+        self.following
+            .doubts
+            .add(disk, Doubt { lineage, from: from.0, to: last, since: wall_clock().0, why });
+        self.write_doubts_down(disk);
         self.tell_doubts(disk);
         clean_at
+    }
+
+    /// Answers whether all that is doubtful of a disk is on the medium: before that its account does not go on.
+    pub(crate) fn write_doubts_down(&mut self, disk: DiskId) -> bool {
+        if self.holds_a_freeze() && !self.following.doubts.is_stored(disk) {
+            return false; // the folder may lie on a file system that stands still: at the next account
+        }
+        match self.following.doubts.write_down(disk) {
+            Ok(count) => {
+                (0..count).for_each(|_| self.following.order(Order::Told(disk)));
+                true
+            }
+            // The account is not told that it is known: the next process finds the same again.
+            Err(error) => {
+                tracing::error!(
+                    %disk,
+                    "that points are doubtful could not be written down, make room in the state directory: {error:#}"
+                );
+                false
+            }
+        }
     }
 
     /// Writes were missed: points since the last clean check promise less, and the disk is compared. Its map is marked
@@ -213,8 +255,10 @@ mod tests {
     fn a_doubt_is_said_at_every_opening_also_by_the_next_process_until_the_disk_is_let_go() {
         let dir = tempfile::tempdir().unwrap();
         let mut doubts = Doubts::in_folder(dir.path());
-        doubts.add(DISK, doubt(3, Some(8))).unwrap();
-        doubts.add(DISK, doubt(8, None)).unwrap();
+        doubts.add(DISK, doubt(3, Some(8)));
+        doubts.add(DISK, doubt(8, None));
+        assert_eq!(doubts.write_down(DISK).unwrap(), 2);
+        assert_eq!(doubts.write_down(DISK).unwrap(), 0);
         drop(doubts);
         let mut doubts = Doubts::in_folder(dir.path());
         assert_eq!(
@@ -234,10 +278,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut doubts = Doubts::in_folder(dir.path());
         for at in 0..40 {
-            doubts.add(DISK, doubt(10 * at, Some(10 * at + 5))).unwrap();
+            doubts.add(DISK, doubt(10 * at, Some(10 * at + 5)));
         }
         let all = said(&mut doubts, 500);
         assert_eq!((all.len(), all[0], all[15]), (DOUBTS_MAX, (0, 245), (390, 395)));
+        // Those of another history stay apart, and what was open of it goes to its end.
+        doubts.add(DISK, Doubt { lineage: Some("0".repeat(32)), ..doubt(7, None) });
+        let other = doubts.settled(DISK, LINEAGE, Sequence(500)).pop().unwrap();
+        assert_eq!((other.0, other.1.to), (Some(LineageId([0; 16])), Some(u64::MAX)));
         doubts.known(DISK).truncate(1);
         doubts.known(DISK)[0].since = 1;
         assert_eq!(said(&mut doubts, 500), []);

@@ -22,7 +22,7 @@ use reprotect_engine::format::message::{PassCause, PassMode};
 use reprotect_engine::net::wall_clock;
 use reprotect_engine::proto::agent::Agent;
 use reprotect_engine::range_set::RangeSet;
-use reprotect_engine::units::{DiskId, SectorRange, Sequence, Timestamp};
+use reprotect_engine::units::{DiskId, LineageId, SectorRange, Sequence, Timestamp};
 use tokio::sync::mpsc;
 
 use crate::capture::{CaptureSettings, CompareCause};
@@ -214,9 +214,20 @@ impl Following {
 
     /// The disk is not protected any more, or not as it was.
     pub(crate) fn forget(&mut self, disk: DiskId) {
+        self.forget_stream(disk);
+        self.doubts.forget(disk);
+        self.accounted.remove(&disk);
+    }
+
+    /// The disk is not what it was, and stays protected: what is doubtful of its points stays so.
+    pub(crate) fn forget_stream(&mut self, disk: DiskId) {
         self.let_go(disk);
         self.positions.remove(disk);
-        self.doubts.forget(disk);
+    }
+
+    /// The history that the process before this one knew.
+    pub(crate) fn lineage_before(&self, disk: DiskId) -> Option<LineageId> {
+        self.positions.lineage(disk)
     }
 
     /// Sequence and time of the last moment at which everything was known to be seen; zero where there was none.
@@ -239,7 +250,6 @@ impl Following {
         self.missed.remove(&disk);
         self.refused.remove(&disk);
         self.streams.remove(&disk);
-        self.accounted.remove(&disk);
     }
 
     fn set(&mut self, disk: DiskId, step: Step) {
@@ -407,27 +417,6 @@ impl Machine {
         }
     }
 
-    /// The target is open where the process before this one knew it to be: its state is as old as that one said. Where it
-    /// is not, a compare is asked for next, and sets it back.
-    pub(crate) fn recall_age(&mut self, disk: DiskId, mode: PassMode) {
-        let durable = self.core.position(disk).unwrap_or_default().0;
-        if let Some(state) = self.disks.get_mut(&disk) {
-            let as_of = std::mem::take(&mut state.recalled_as_of);
-            if mode == PassMode::Done {
-                state.freshness.covers(durable, as_of);
-            }
-        }
-    }
-
-    /// What is kept for the next process beside the position of the disk's stream.
-    pub(crate) fn holding(&self, disk: DiskId) -> Holding {
-        let Some(state) = self.disks.get(&disk) else {
-            return Holding::default();
-        };
-        let (as_of, unread) = (state.freshness.durable_as_of(), state.unread.tag());
-        Holding { as_of, unread, accounted: self.following.account(disk) }
-    }
-
     /// The disk is open at the target. What was harvested before belongs to the pass only if that reads everything.
     pub(crate) fn handle_opened_followed(&mut self, disk: DiskId, mode: PassMode) {
         if let Some((_, last)) = self.core.position(disk)
@@ -508,7 +497,10 @@ impl Machine {
                 }
             }
             CaptureNews::Accounted { disk, as_of } => {
-                if let Some((_, last)) = self.core.position(disk) {
+                // What was missed before is said of points since the account before that.
+                if self.write_doubts_down(disk)
+                    && let Some((_, last)) = self.core.position(disk)
+                {
                     self.following.accounted.insert(disk, (last, as_of));
                 }
             }

@@ -26,7 +26,7 @@ impl Machine {
         );
         tracing::error!(%disk, path = state.path, "stopped: {text}");
         state.stop(text);
-        self.following.forget(disk);
+        self.following.forget_stream(disk);
     }
 
     /// Asks the target of a disk that is larger to grow, where it can be asked now: else when it is opened, or offered.

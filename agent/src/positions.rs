@@ -11,9 +11,12 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use reprotect_engine::format::message::PassMode;
 use reprotect_engine::io::durable::read_bounded;
 use reprotect_engine::proto::agent::StreamPosition;
 use reprotect_engine::units::{DiskId, Generation, LineageId, Sequence, Timestamp};
+
+use crate::machine::Machine;
 
 /// A line of 147 bytes at most.
 const FILE_BYTES_MAX: u64 = 192;
@@ -66,6 +69,13 @@ impl Positions {
         (is_beside && matches!(words.count(), 0 | 2)).then_some((position, as_of))
     }
 
+    /// The history that the stream had.
+    pub(crate) fn lineage(&self, disk: DiskId) -> Option<LineageId> {
+        let bytes = read_bounded(&self.path(disk), FILE_BYTES_MAX).ok()?;
+        let word = std::str::from_utf8(&bytes).ok()?.split_whitespace().next()?;
+        Some(LineageId(u128::from_str_radix(word, 16).ok()?.to_be_bytes()))
+    }
+
     /// Up to where every write was known to be seen, and when that was; its time is zero where it lies behind `now`.
     pub(crate) fn account(&self, disk: DiskId, now: Timestamp) -> Option<(Sequence, Timestamp)> {
         let bytes = read_bounded(&self.path(disk), FILE_BYTES_MAX).ok()?;
@@ -113,6 +123,29 @@ impl Positions {
             }
             _ => {}
         }
+    }
+}
+
+impl Machine {
+    /// The target is open where the process before this one knew it to be: its state is as old as that one said. Where it
+    /// is not, a compare is asked for next, and sets it back.
+    pub(crate) fn recall_age(&mut self, disk: DiskId, mode: PassMode) {
+        let durable = self.core.position(disk).unwrap_or_default().0;
+        if let Some(state) = self.disks.get_mut(&disk) {
+            let as_of = std::mem::take(&mut state.recalled_as_of);
+            if mode == PassMode::Done {
+                state.freshness.covers(durable, as_of);
+            }
+        }
+    }
+
+    /// What is kept for the next process beside the position of the disk's stream.
+    pub(crate) fn holding(&self, disk: DiskId) -> Holding {
+        let Some(state) = self.disks.get(&disk) else {
+            return Holding::default();
+        };
+        let (as_of, unread) = (state.freshness.durable_as_of(), state.unread.tag());
+        Holding { as_of, unread, accounted: self.following.account(disk) }
     }
 }
 

@@ -15,7 +15,9 @@ use std::time::Duration;
 use capture_lab::{
     Direct, Loop, Nothing, PATIENCE, Running, capable, capture, differences, fio, image, machine, run, until,
 };
-use reprotect_agent::capture::{Capture, Continuity, DiskSlot, Kind, Loss, Verdict, WindowEnd, WindowPlan};
+use reprotect_agent::capture::{
+    Capture, CompareCause, Continuity, DiskSlot, Kind, Loss, Verdict, WindowEnd, WindowPlan,
+};
 
 /// Writes that are always on their way.
 fn never_idle(device: &Path) -> Running {
@@ -84,6 +86,34 @@ fn closes(capture: &mut Capture, slot: DiskSlot) -> bool {
         println!("{end:?}");
         matches!(end, WindowEnd::Closed(_))
     })
+}
+
+#[test]
+fn an_interruption_is_said_by_every_agent_until_it_is_written_down_whichever_was_killed_before() {
+    let _turn = machine();
+    if !capable() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let device = Loop::new(dir.path(), "disk", 64);
+    let mut first = capture("owed", dir.path());
+    first.follow(device.disk(), "x").unwrap();
+    first.leave();
+    std::fs::remove_file("/sys/fs/bpf/reprotect/agent-owed/link_on_queue").unwrap();
+    // One that did not get to its disk, one that did not get to writing it down.
+    capture("owed", dir.path()).leave();
+    for (owed, tell) in [(true, false), (true, true), (false, false)] {
+        let mut next = capture("owed", dir.path());
+        let (slot, known) = next.follow(device.disk(), "x").unwrap();
+        let is_said = matches!(known, Continuity::Compare(CompareCause::PinsChanged { .. }));
+        assert_eq!(is_said, owed, "{known:?}");
+        if tell {
+            next.told(slot);
+        }
+        if owed {
+            next.leave(); // the last one takes everything out of the kernel
+        }
+    }
 }
 
 /// The next one does not know whether the one before lived to say it.

@@ -110,6 +110,7 @@ impl Writer {
             }
             Ok(_) => {}
             Err(error) => {
+                self.back_again = error.is_full().then(|| Instant::now() + BACK_RETRY);
                 tracing::error!(%disk, %error, "a rollback did not get to its end; the disk is held");
             }
         }

@@ -174,11 +174,11 @@ fn carry_out(registry: &Registry, request: &FailbackRequest) -> anyhow::Result<F
         return Ok(answer(&machine, &records, &failback, "planned"));
     }
     steps::fence(registry, agent, &mut failback)?;
-    steps::still_whole(registry, &failback, request.insist)?;
+    steps::still_whole(registry, &failback, request)?;
     steps::drain(registry, agent, &mut failback)?;
-    steps::still_whole(registry, &failback, request.insist)?;
+    steps::still_whole(registry, &failback, request)?;
     steps::verify(registry, agent, &mut failback, request)?;
-    let overridden = steps::still_whole(registry, &failback, request.insist)?;
+    let overridden = steps::still_whole(registry, &failback, request)?;
     let how = if request.insist { Letting::Insisted } else { Letting::Sound };
     steps::release(registry, agent, &mut failback, how)?;
     let mut answer = answer(&machine, &records, &failback, "released");

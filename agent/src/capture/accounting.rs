@@ -12,7 +12,7 @@ use reprotect_engine::units::Timestamp;
 use super::layout::{Control, Flight, Tally};
 use super::oracle::{self, Check};
 use super::sysfs::Account;
-use super::tracked::{Tracked, Undecided};
+use super::tracked::{Tracked, Undecided, Untold};
 use super::tracker::gone;
 use super::{Capture, CaptureError, DiskSlot, Verdict};
 
@@ -66,18 +66,23 @@ impl Capture {
     fn accept(&mut self, slot: DiskSlot, check: Check) -> Result<Check, CaptureError> {
         let anchor = oracle::accept(&self.kernel, &self.tracked(slot)?.disk, slot.0, wall_clock())?;
         let tracked = self.tracked_mut(slot)?;
-        let before = tracked.anchor.map(|anchor| (anchor, tracked.reaped));
-        tracked.untold = tracked.untold.or(before);
+        let first = tracked.anchor.map(|anchor| Untold { anchor, reaped: tracked.reaped, misses: 0 });
+        let more = |known: Untold| Untold { misses: known.misses + 1, ..known };
+        tracked.untold = tracked.untold.or(first).map(more);
         (tracked.anchor, tracked.reaped, tracked.undecided) = (Some(anchor), Account::default(), None);
         self.keep_session();
         Ok(check)
     }
 
-    /// That a check found something missed outlives the agent now, so the account may be forgotten.
+    /// That a check found something missed, or that capture was interrupted, outlives the agent now, so the account may be
+    /// forgotten. Once for each time that it was found.
     pub fn told(&mut self, slot: DiskSlot) {
-        if self.tracked_mut(slot).is_ok_and(|tracked| tracked.untold.take().is_some()) {
-            self.keep_session();
-        }
+        let Ok(tracked) = self.tracked_mut(slot) else { return };
+        let less = |known: Untold| Untold { misses: known.misses - 1, ..known };
+        tracked.untold = tracked.untold.map(less).filter(|left| left.misses > 0);
+        let identity = tracked.identity.clone();
+        self.session.owed.remove(&identity);
+        self.keep_session();
     }
 
     /// Keeps what a check found for the next process. Where the state directory is full or read-only, that one begins with

@@ -4,6 +4,7 @@
 //! vouch for is compared; it vouches only for what programs saw without a break, in the boot it names. Between boots
 //! nothing holds: the file system was mounted and its log replayed before the agent could start. Called by `tracker`.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use reprotect_engine::io::durable::{Access, read_bounded, replace_file};
@@ -30,6 +31,9 @@ pub(crate) struct Session {
     #[serde(default)]
     pub(crate) object: String,
     pub(crate) disks: Vec<SessionDisk>,
+    /// Disks, by who they are, of which capture was interrupted, which is not known to be written down.
+    #[serde(default)]
+    pub(crate) owed: BTreeSet<String>,
 }
 
 /// A disk in it.
@@ -166,7 +170,8 @@ mod tests {
             reaped: Account { written: 16, discarded: 8 },
         };
         let (boot, object) = ("b".into(), "o".into());
-        Session { version: VERSION, boot, pins: vec![1, 2], object, disks: vec![disk] }
+        let owed = BTreeSet::from(["wwn".to_owned()]);
+        Session { version: VERSION, boot, pins: vec![1, 2], object, disks: vec![disk], owed }
     }
 
     #[test]

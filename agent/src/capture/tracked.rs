@@ -30,6 +30,15 @@ pub(crate) struct Undecided {
     pub(crate) old_stale: Account,
 }
 
+/// The account as it stood before misses that are not written down yet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Untold {
+    pub(crate) anchor: Anchor,
+    pub(crate) reaped: Account,
+    /// How many.
+    pub(crate) misses: u32,
+}
+
 /// The maps and the identity of a followed disk.
 #[derive(Debug)]
 pub(crate) struct Tracked {
@@ -40,7 +49,7 @@ pub(crate) struct Tracked {
     /// Sectors of entries that were given up since the anchor was taken.
     pub(crate) reaped: Account,
     /// Account before something was missed that is not written down yet: the next process is to find it, too.
-    pub(crate) untold: Option<(Anchor, Account)>,
+    pub(crate) untold: Option<Untold>,
     /// The kernel has shown no write in flight since the disk is followed, by this process or the ones before it.
     pub(crate) seen_quiet: bool,
     /// What the last check could not decide about.

@@ -7,6 +7,7 @@
 //! block stays pending until its stretch is confirmed; one process owns the pins and each disk.
 //! All calls block, briefly; none is for an async runtime. Units: sectors. Called by the agent's daemon.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use reprotect_engine::net::wall_clock;
@@ -118,7 +119,7 @@ pub struct Capture {
     root: PathBuf,
     store: SessionStore,
     pub(crate) kernel: Kernel,
-    session: Session,
+    pub(super) session: Session,
     /// Disks of the session that this one continues; taken by `follow`.
     left: Vec<SessionDisk>,
     /// Why other disks cannot be continued.
@@ -174,7 +175,13 @@ impl Capture {
                 Err(error) => CompareCause::PinsChanged { what: error.to_string() },
             },
         };
-        let mut session = Session { version: VERSION, boot, pins: Vec::new(), object, disks: Vec::new() };
+        // What is interrupted is owed to its disks until it is written down, also by the processes that come next.
+        let known = before.filter(|_| matches!(fresh, CompareCause::PinsChanged { .. }));
+        let owed = known.map_or_else(BTreeSet::new, |session| {
+            session.disks.into_iter().map(|disk| disk.identity).chain(session.owed).collect()
+        });
+        let (pins, disks) = (Vec::new(), Vec::new());
+        let mut session = Session { version: VERSION, boot, pins, object, disks, owed };
         let kernel = Kernel::begin(&place, &options, |kernel| {
             session.pins = kernel.ids().to_vec();
             store.store(&session)
@@ -236,15 +243,25 @@ impl Capture {
                 CompareCause::OtherDisk
             }
             Some(known) => match self.is_followed(&known, &disk) {
-                Ok(()) => return self.follow_left(disk, claim, &known),
+                Ok(()) => {
+                    let (slot, continuity) = self.follow_left(disk, claim, &known)?;
+                    let owed = self.session.owed.contains(identity);
+                    return Ok((
+                        slot,
+                        if owed { Continuity::Compare(interrupted_before()) } else { continuity },
+                    ));
+                }
                 Err(error) => {
                     self.forget(&known)?;
+                    self.session.owed.insert(identity.to_owned());
                     CompareCause::PinsChanged { what: error.to_string() }
                 }
             },
         };
         let slot = self.follow_anew(disk, claim, identity)?;
-        Ok((slot, Continuity::Compare(cause)))
+        let is_told =
+            matches!(cause, CompareCause::PinsChanged { .. }) || !self.session.owed.contains(identity);
+        Ok((slot, Continuity::Compare(if is_told { cause } else { interrupted_before() })))
     }
 
     /// Whether the programs really have followed it all the time.
@@ -527,9 +544,16 @@ impl Capture {
     }
 }
 
+fn interrupted_before() -> CompareCause {
+    CompareCause::PinsChanged {
+        what: "an agent before this one found it, and ended before it was written down".to_owned(),
+    }
+}
+
 fn session_disk(tracked: &Tracked) -> SessionDisk {
-    let (anchor, reaped) =
-        tracked.untold.map_or((tracked.anchor, tracked.reaped), |(anchor, reaped)| (Some(anchor), reaped));
+    let (anchor, reaped) = tracked
+        .untold
+        .map_or((tracked.anchor, tracked.reaped), |untold| (Some(untold.anchor), untold.reaped));
     SessionDisk {
         identity: tracked.identity.clone(),
         name: tracked.disk.name.clone(),

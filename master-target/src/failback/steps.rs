@@ -67,7 +67,7 @@ pub(super) fn fence(registry: &Registry, agent: PeerId, failback: &mut Failback)
 pub(super) fn still_whole(
     registry: &Registry,
     failback: &Failback,
-    insist: bool,
+    request: &FailbackRequest,
 ) -> anyhow::Result<Option<String>> {
     let retention = registry.retention().context(NO_JOURNAL)?;
     let (shape, views) = (retention.shape(), registry.disks());
@@ -86,13 +86,15 @@ pub(super) fn still_whole(
             );
         };
         let is_lost = shape.disks.get(&disk).is_some_and(|known| known.is_doubtful(at.number));
-        if !(is_lost && !failback.accept_damage) && status.snapshot().mode == PassMode::Done {
+        if !(is_lost && !failback.accept_damage && !request.accept_damage)
+            && status.snapshot().mode == PassMode::Done
+        {
             continue;
         }
         let what = format!(
             "disk {name} lost changes since the failback was decided, or parts of its target, and may not be the disk at {at}"
         );
-        if !insist {
+        if !request.insist {
             bail!(
                 "{what}: take it back with `failback --undo`, so that its agent compares it; where the source is gone, release it all the same with --yes"
             );
