@@ -570,6 +570,12 @@ impl Owner {
                         let why = CompareCause::Unaccounted { sectors }.to_string();
                         news.push(missed(why));
                     }
+                    Verdict::Behind { sectors } => {
+                        let why = format!(
+                            "the kernel counts {sectors} sectors less than were seen: its account was off for a while (iostats), and what was missed then is not known"
+                        );
+                        news.push(missed(why));
+                    }
                     Verdict::Unranged { commands } => {
                         let why = format!(
                             "{commands} commands went past the block layer and may have written anything"

@@ -258,17 +258,17 @@ pub fn write_out_all(mount_points: &[PathBuf]) {
 
 fn open_mounts(mount_points: &[PathBuf]) -> Result<Vec<(PathBuf, File)>, FreezeError> {
     let mut mounts: Vec<(PathBuf, File)> = Vec::new();
-    let mut devices = Vec::new();
+    let mut superblocks = Vec::new();
     for path in mount_points {
         let open = || {
             let mut options = std::fs::OpenOptions::new();
             let file = options.read(true).custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC).open(path)?;
-            let device = file.metadata()?.dev();
-            Ok((file, device))
+            let superblock = superblock_of(&file)?;
+            Ok((file, superblock))
         };
-        let (file, device) = open().map_err(|source| FreezeError::Open { path: path.clone(), source })?;
-        if !devices.contains(&device) {
-            devices.push(device);
+        let (file, superblock) = open().map_err(|source| FreezeError::Open { path: path.clone(), source })?;
+        if !superblocks.contains(&superblock) {
+            superblocks.push(superblock);
             mounts.push((path.clone(), file));
         }
     }
@@ -277,6 +277,24 @@ fn open_mounts(mount_points: &[PathBuf]) -> Result<Vec<(PathBuf, File)>, FreezeE
         count if count > MOUNTS_MAX => Err(FreezeError::TooMany(count)),
         _ => Ok(mounts),
     }
+}
+
+/// The number of what is frozen, `major:minor`, which the mounts of one file system share. Files of btrfs have one for each
+/// subvolume, so theirs will not do where the kernel says that of the mount.
+fn superblock_of(file: &File) -> io::Result<String> {
+    let fd = file.as_raw_fd();
+    let of_mount = || {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+        let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().to_owned();
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+        let line = mounts.lines().find(|line| line.split(' ').next() == Some(mount.as_str()))?;
+        line.split(' ').nth(2).map(str::to_owned)
+    };
+    let of_file = || {
+        let number = file.metadata()?.dev();
+        Ok(format!("{}:{}", rustix::fs::major(number), rustix::fs::minor(number)))
+    };
+    of_mount().map_or_else(of_file, Ok)
 }
 
 /// Thaws what an agent that was killed together with its guard left frozen. Blocks.

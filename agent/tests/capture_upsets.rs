@@ -352,6 +352,8 @@ fn a_full_state_directory_ends_nothing() {
     let (slot, continuity) = second.follow(device.disk(), "x").unwrap();
     assert!(matches!(continuity, Continuity::Continued { .. }), "{continuity:?}");
     let check = second.check(slot, PATIENCE).unwrap();
+    assert_eq!(check.verdict, Verdict::Short { sectors: 8 }, "nobody wrote it down: {check:?}");
+    let check = second.check(slot, PATIENCE).unwrap();
     assert!(matches!(check.verdict, Verdict::Clean { .. }), "told already: {check:?}");
     std::fs::remove_file(state.join("filler")).unwrap();
 }

@@ -14,6 +14,7 @@ use capture_lab::{Loop, Mounted};
 use common::target::FakeTarget;
 use common::{AgentDaemon, Site, run, source_id, write_config};
 use reprotect_agent::api::{MarkAnswer, MarkRequest};
+use reprotect_agent::freeze::{Freeze, Limits};
 use reprotect_engine::format::batch::{MarkCause, MarkClass};
 use reprotect_engine::format::message::{PassMode, Policy};
 use reprotect_engine::host::admin_client::AdminClient;
@@ -106,6 +107,35 @@ impl Setup {
     fn placed(&self, cause: MarkCause) -> Vec<MarkClass> {
         let marks = self.target.marks();
         marks.iter().filter(|mark| mark.cause == cause).map(|mark| mark.class).collect()
+    }
+}
+
+#[test]
+fn subvolumes_of_one_btrfs_are_frozen_once_and_thawed() {
+    let _machine = capture_lab::machine();
+    if !capture_lab::capable() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let device = Loop::new(dir.path(), "disk.img", 256);
+    let path = device.path.to_str().unwrap();
+    capture_lab::run("mkfs.btrfs", &["-q", "-f", path]);
+    let mount = |name: &str, options: &str| {
+        let at = dir.path().join(name);
+        std::fs::create_dir(&at).unwrap();
+        capture_lab::run("mount", &["-t", "btrfs", "-o", options, path, at.to_str().unwrap()]);
+        Mounted { at }
+    };
+    let whole = mount("whole", "defaults");
+    for name in ["root", "home"] {
+        capture_lab::run("btrfs", &["-q", "subvolume", "create", whole.at.join(name).to_str().unwrap()]);
+    }
+    let (root, home) = (mount("root", "subvol=root"), mount("home", "subvol=home"));
+    let limits = Limits::of(Duration::from_secs(10));
+    let freeze = Freeze::begin(&[root.at.clone(), home.at.clone()], limits, dir.path()).unwrap();
+    assert!(freeze.end().held);
+    for mounted in [&root, &home] {
+        std::fs::write(mounted.at.join("file"), "it goes on").unwrap();
     }
 }
 

@@ -34,6 +34,14 @@ impl Capture {
         if let Verdict::Unranged { .. } = first.verdict {
             return self.accept(slot, first);
         }
+        let was_behind = std::mem::take(&mut self.tracked_mut(slot)?.behind);
+        if let Verdict::Behind { .. } = first.verdict {
+            if was_behind {
+                return self.accept(slot, first);
+            }
+            self.tracked_mut(slot)?.behind = true;
+            return Ok(Check { verdict: Verdict::Undecided, ..first });
+        }
         if !matches!(first.verdict, Verdict::Short { .. }) {
             if matches!(first.verdict, Verdict::Clean { .. }) {
                 self.tracked_mut(slot)?.undecided = None;

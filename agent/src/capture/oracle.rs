@@ -10,6 +10,8 @@
 //! check that is exact becomes the anchor of the next, so that nothing found once is counted again.
 //! Units: sectors. Called by `tracker`.
 
+use std::time::Duration;
+
 use reprotect_engine::units::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +22,8 @@ use super::sysfs::{Account, BlockDisk};
 
 /// Samples of a check on a disk that is never quiet.
 pub(crate) const SAMPLES: usize = 100;
+/// A program that counted before the kernel did may have been put to sleep in between: after so long both have.
+const SETTLE: Duration = Duration::from_millis(20);
 
 /// The difference of the kernel's account and ours, as far as it is known. Wrapping: ours may begin later or earlier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +39,10 @@ impl Bounds {
 
     fn narrowed(self, other: Self) -> Self {
         Self { low: self.low.max(other.low), high: self.high.min(other.high) }
+    }
+
+    fn spanning(self, other: Self) -> Self {
+        Self { low: self.low.min(other.low), high: self.high.max(other.high) }
     }
 
     const fn is_exact(self) -> bool {
@@ -89,6 +97,11 @@ pub enum Verdict {
         /// Sectors nobody saw, at least.
         sectors: u64,
     },
+    /// The kernel's account is behind what was seen, by so much at least: it was off for a while, and hides as much.
+    Behind {
+        /// Sectors.
+        sectors: u64,
+    },
     /// A driver's own command or a command for zones may have changed anything.
     Unranged {
         /// How many.
@@ -112,6 +125,17 @@ struct Reading {
     discarded: Bounds,
     stale: Account,
     unranged: u64,
+}
+
+impl Reading {
+    /// What this one and an older one say together, and whether both say exactly the same.
+    fn beside(self, older: &Self) -> (Self, bool) {
+        let agree = |now: Bounds, then: Bounds| now.is_exact() && now == then;
+        let agree = agree(self.written, older.written) && agree(self.discarded, older.discarded);
+        let (written, discarded) =
+            (self.written.spanning(older.written), self.discarded.spanning(older.discarded));
+        (Self { written, discarded, ..self }, agree)
+    }
 }
 
 fn seen(kernel: &Kernel, disk: &BlockDisk, slot: usize) -> Account {
@@ -165,8 +189,16 @@ pub(crate) fn anchor(
     slot: usize,
     now: Timestamp,
 ) -> Result<Anchor, CaptureError> {
-    let reading = read(kernel, disk, slot)?;
+    let reading = settled(kernel, disk, slot)?.0;
     Ok(anchor_of(&reading, now))
+}
+
+/// Two readings with a pause between, as one that allows both; and whether they are exact and agree.
+fn settled(kernel: &Kernel, disk: &BlockDisk, slot: usize) -> Result<(Reading, bool), CaptureError> {
+    let first = read(kernel, disk, slot)?;
+    std::thread::sleep(SETTLE);
+    let second = read(kernel, disk, slot)?;
+    Ok(second.beside(&first))
 }
 
 const fn anchor_of(reading: &Reading, now: Timestamp) -> Anchor {
@@ -184,12 +216,12 @@ pub(crate) fn check(
     reaped: Account,
     now: Timestamp,
 ) -> Result<(Check, Account), CaptureError> {
-    let reading = read(kernel, disk, slot)?;
+    // Exact is what two readings agree on: the account of one moment may lack what is being counted.
+    let (reading, agree) = settled(kernel, disk, slot)?;
     let last_clean = Some(anchor.at());
     let (verdict, short) = judge(anchor, &reading, reaped);
-    let exact = reading.written.is_exact() && reading.discarded.is_exact();
     if let Verdict::Clean { .. } = verdict
-        && exact
+        && agree
     {
         *anchor = anchor_of(&reading, now);
         return Ok((Check { verdict, last_clean: Some(now) }, short));
@@ -217,6 +249,12 @@ fn judge(anchor: &Anchor, reading: &Reading, reaped: Account) -> (Verdict, Accou
         written: reading.stale.written.saturating_sub(anchor.stale.written) + reaped.written,
         discarded: reading.stale.discarded.saturating_sub(anchor.stale.discarded) + reaped.discarded,
     };
+    // Nothing makes the kernel's account smaller but its being off.
+    let behind = |now: Bounds, then: Bounds| u64::try_from(then.low.saturating_sub(now.high)).unwrap_or(0);
+    let sectors = behind(reading.written, anchor.written) + behind(reading.discarded, anchor.discarded);
+    if sectors > 0 {
+        return (Verdict::Behind { sectors }, Account::default());
+    }
     // What is missing for certain: the least it can be now, less the most it could be then.
     let missing = |now: Bounds, then: Bounds| u64::try_from(now.low.saturating_sub(then.high)).unwrap_or(0);
     let written = missing(reading.written, anchor.written);
@@ -274,6 +312,23 @@ mod tests {
         let reaped = Account { written: 0, discarded: 8 };
         let short = Account { written: 8, discarded: 0 };
         assert_eq!(judge(&anchor, &reading, reaped), (Verdict::Short { sectors: 8 }, short));
+    }
+
+    #[test]
+    fn an_account_that_goes_back_is_not_clean_and_one_that_two_readings_differ_on_is_vague() {
+        let anchor = Anchor::exact(Account { written: 100, discarded: 0 });
+        let (verdict, _) = judge(&anchor, &reading(92, 92, 0), Account::default());
+        assert_eq!(verdict, Verdict::Behind { sectors: 8 });
+        // The first was read between a program and the kernel.
+        let (both, agree) = reading(100, 100, 0).beside(&reading(92, 92, 0));
+        assert_eq!((both.written, agree), (Bounds { low: 92, high: 100 }, false));
+        assert_eq!(judge(&anchor, &both, Account::default()).0, Verdict::Undecided);
+        let vague = anchor_of(&both, Timestamp(1));
+        assert_eq!(
+            judge(&vague, &reading(100, 100, 0), Account::default()).0,
+            Verdict::Clean { explained: 0 }
+        );
+        assert!(reading(7, 7, 0).beside(&reading(7, 7, 0)).1);
     }
 
     #[test]

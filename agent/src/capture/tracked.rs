@@ -54,6 +54,8 @@ pub(crate) struct Tracked {
     pub(crate) seen_quiet: bool,
     /// What the last check could not decide about.
     pub(crate) undecided: Option<Undecided>,
+    /// The last check found the kernel's account behind what was seen.
+    pub(crate) behind: bool,
     live: Bitmap,
     incoming: Bitmap,
     pending: [Option<Bitmap>; STRETCHES_MAX],
@@ -89,6 +91,7 @@ impl Tracked {
             untold: None,
             seen_quiet: false,
             undecided: None,
+            behind: false,
             live,
             incoming,
             pending,
@@ -127,6 +130,7 @@ impl Tracked {
             untold: None,
             seen_quiet: false,
             undecided: None,
+            behind: false,
             live,
             incoming,
             pending,
