@@ -57,6 +57,10 @@ impl Capture {
             }
         }
         let (second, short) = self.check_once(slot, wall_clock())?;
+        if let Verdict::Behind { .. } = second.verdict {
+            self.tracked_mut(slot)?.behind = true;
+            return Ok(Check { verdict: Verdict::Undecided, ..second });
+        }
         if let Verdict::Short { sectors } = second.verdict {
             if !quiet && self.may_be_lost_completions(slot, short)? {
                 return Ok(Check { verdict: Verdict::Undecided, ..second });

@@ -311,7 +311,7 @@ fn watch_skipped(paths: &str, dir: &Path) -> io::Result<()> {
         let right = match check.verdict {
             Verdict::Clean { .. } => true,
             Verdict::Short { sectors } => sectors <= unexplained,
-            Verdict::Undecided | Verdict::Unranged { .. } => false,
+            Verdict::Undecided | Verdict::Behind { .. } | Verdict::Unranged { .. } => false,
         };
         if !right {
             let told =
