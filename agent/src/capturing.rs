@@ -71,6 +71,8 @@ pub(crate) enum Order {
     GiveBack(DiskId),
     /// That something was missed is written down.
     Told(DiskId),
+    /// That capture was interrupted is.
+    ToldInterrupted(DiskId),
 }
 
 /// File systems that are to be frozen at the moment.
@@ -163,8 +165,15 @@ impl Capturing {
     ) -> std::io::Result<Self> {
         let (orders, wanted) = mpsc::channel();
         let farewell = Farewell(news.clone());
-        let owner =
-            Owner { settings, capture: None, refused: None, disks: BTreeMap::new(), stream: None, news };
+        let owner = Owner {
+            settings,
+            capture: None,
+            refused: None,
+            disks: BTreeMap::new(),
+            identities: BTreeMap::new(),
+            stream: None,
+            news,
+        };
         let run = move || {
             let _farewell = farewell;
             owner.run(&wanted);
@@ -215,6 +224,8 @@ struct Owner {
     /// Why there is no capture on this machine, and since when that is known.
     refused: Option<(String, Instant)>,
     disks: BTreeMap<DiskId, Followed>,
+    /// Who they are, also those that are followed no longer.
+    identities: BTreeMap<DiskId, String>,
     stream: Option<Stream>,
     news: async_mpsc::UnboundedSender<CaptureNews>,
 }
@@ -269,6 +280,7 @@ impl Owner {
             Order::Durable(disk) => self.end_stretch(disk, true),
             Order::GiveBack(disk) => self.end_stretch(disk, false),
             Order::Told(disk) => self.told(disk),
+            Order::ToldInterrupted(disk) => self.told_interrupted(disk),
         }
     }
 
@@ -322,6 +334,7 @@ impl Owner {
         let (whole, file) = (SectorRange::new(0, size_sectors), open_direct(path)?);
         let capture = self.capture()?;
         let (slot, continuity) = capture.follow(device, identity).map_err(text)?;
+        self.identities.insert(disk, identity.to_owned());
         let cause = match continuity {
             // Marked from end to end by a process before this one, and not put right by it.
             Continuity::Continued { dirty_blocks } if dirty_blocks >= whole.len() / BLOCK_SECTORS => {
@@ -548,61 +561,57 @@ impl Owner {
         }
     }
 
+    /// Also of a disk that is not followed any more.
+    fn told_interrupted(&mut self, disk: DiskId) {
+        if let (Some(capture), Some(identity)) = (&mut self.capture, self.identities.get(&disk)) {
+            capture.told_interrupted(identity);
+        }
+    }
+
     fn check_all(&mut self) {
         let Some(capture) = &mut self.capture else { return };
-        let mut news = Vec::new();
         // Pins that are gone are told by the disks' own checks.
         let events = capture.newly_skipped().unwrap_or(0);
         if events > 0 {
-            news.push(CaptureNews::Skipped { events });
-        }
-        for (disk, known) in &self.disks {
-            let as_of = wall_clock();
-            let checked = capture.check(known.slot, CHECK_PATIENCE);
-            let missed = |why: String| CaptureNews::Unaccounted { disk: *disk, why };
-            match checked {
-                Ok(check) => match check.verdict {
-                    // The next check has to find it clean, too.
-                    Verdict::Clean { .. } if events > 0 => {}
-                    Verdict::Clean { .. } => news.push(CaptureNews::Accounted { disk: *disk, as_of }),
-                    Verdict::Undecided => {}
-                    Verdict::Short { sectors } => {
-                        let why = CompareCause::Unaccounted { sectors }.to_string();
-                        news.push(missed(why));
-                    }
-                    Verdict::Behind { sectors } => {
-                        let why = format!(
-                            "the kernel counts {sectors} sectors less than were seen: its account was off for a while (iostats), and what was missed then is not known"
-                        );
-                        news.push(missed(why));
-                    }
-                    Verdict::Unranged { commands } => {
-                        let why = format!(
-                            "{commands} commands went past the block layer and may have written anything"
-                        );
-                        news.push(missed(why));
-                    }
-                },
-                Err(error) => {
-                    news.push(CaptureNews::Unfollowed { disk: *disk, why: error.to_string() });
-                }
-            }
-        }
-        let mut gone = Vec::new();
-        for one in news {
-            if let CaptureNews::Unaccounted { disk, .. } = &one
-                && let Some(known) = self.disks.get(disk)
-                && let Err(error) = capture.mark(known.slot, known.whole)
-            {
-                tracing::error!(%disk, %error, "the disk could not be marked");
-            }
-            if let CaptureNews::Unfollowed { disk, .. } = &one {
-                gone.push(*disk);
-            }
             // A failed send means that the agent is stopping.
-            let _ = self.news.send(one);
+            let _ = self.news.send(CaptureNews::Skipped { events });
         }
-        gone.into_iter().for_each(|disk| self.unfollow(disk));
+        let disks: Vec<DiskId> = self.disks.keys().copied().collect();
+        for disk in disks {
+            self.check_disk(disk, events > 0);
+            self.stream_on(); // the ring does not wait for the others
+        }
+    }
+
+    /// `skipped`: programs were not run for some events since the last check.
+    fn check_disk(&mut self, disk: DiskId, skipped: bool) {
+        let (Some(capture), Some(known)) = (&mut self.capture, self.disks.get(&disk)) else { return };
+        let (slot, whole, as_of) = (known.slot, known.whole, wall_clock());
+        let why = match capture.check(slot, CHECK_PATIENCE).map(|check| check.verdict) {
+            // The next check has to find it clean, too.
+            Ok(Verdict::Clean { .. }) if skipped => return,
+            Ok(Verdict::Clean { .. }) => {
+                let _ = self.news.send(CaptureNews::Accounted { disk, as_of });
+                return;
+            }
+            Ok(Verdict::Undecided) => return,
+            Ok(Verdict::Short { sectors }) => CompareCause::Unaccounted { sectors }.to_string(),
+            Ok(Verdict::Behind { sectors }) => format!(
+                "the kernel counts {sectors} sectors less than were seen: its account was off for a while (iostats), and what was missed then is not known"
+            ),
+            Ok(Verdict::Unranged { commands }) => {
+                format!("{commands} commands went past the block layer and may have written anything")
+            }
+            Err(error) => {
+                capture.owe(slot);
+                let _ = self.news.send(CaptureNews::Unfollowed { disk, why: error.to_string() });
+                return self.unfollow(disk);
+            }
+        };
+        if let Err(error) = capture.mark(slot, whole) {
+            tracing::error!(%disk, %error, "the disk could not be marked");
+        }
+        let _ = self.news.send(CaptureNews::Unaccounted { disk, why });
     }
 }
 
@@ -656,8 +665,15 @@ mod tests {
         let (news, _told) = async_mpsc::unbounded_channel();
         let _place = capture_lab::Place::new("outgrown");
         let settings = CaptureSettings::new("outgrown", dir.path().to_owned());
-        let mut owner =
-            Owner { settings, capture: None, refused: None, disks: BTreeMap::new(), stream: None, news };
+        let mut owner = Owner {
+            settings,
+            capture: None,
+            refused: None,
+            disks: BTreeMap::new(),
+            identities: BTreeMap::new(),
+            stream: None,
+            news,
+        };
         let follow =
             |mib: u64, owner: &mut Owner| owner.follow(DISK, &device.path, "x", mib * MIB_SECTORS).unwrap();
         assert_eq!(follow(8, &mut owner), Some(CompareCause::FirstTime));
@@ -681,8 +697,15 @@ mod tests {
         let (news, mut told) = async_mpsc::unbounded_channel();
         let _place = capture_lab::Place::new("left-out");
         let settings = CaptureSettings::new("left-out", dir.path().to_owned());
-        let mut owner =
-            Owner { settings, capture: None, refused: None, disks: BTreeMap::new(), stream: None, news };
+        let mut owner = Owner {
+            settings,
+            capture: None,
+            refused: None,
+            disks: BTreeMap::new(),
+            identities: BTreeMap::new(),
+            stream: None,
+            news,
+        };
         owner.follow(DISK, &device.path, "x", 16 * MIB_SECTORS).unwrap();
         owner.capture.as_mut().unwrap().skip(3);
         owner.check_all();

@@ -41,13 +41,22 @@ struct Doubt {
     why: String,
 }
 
+/// What makes points doubtful.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// The account lacks something.
+    Miss,
+    /// Capture was interrupted.
+    Interruption,
+}
+
 /// The doubts of all disks.
 #[derive(Debug)]
 pub(crate) struct Doubts {
     folder: PathBuf,
     of: BTreeMap<DiskId, Vec<Doubt>>,
-    /// How many of a disk's are not written down.
-    unstored: BTreeMap<DiskId, u32>,
+    /// Of what those of a disk are that are not written down.
+    unstored: BTreeMap<DiskId, Vec<Found>>,
 }
 
 impl Doubts {
@@ -66,7 +75,7 @@ impl Doubts {
     }
 
     /// One more; [`Self::write_down`] comes next.
-    fn add(&mut self, disk: DiskId, doubt: Doubt) {
+    fn add(&mut self, disk: DiskId, found: Found, doubt: Doubt) {
         let known = self.known(disk);
         known.push(doubt);
         if known.len() > DOUBTS_MAX {
@@ -79,7 +88,7 @@ impl Doubts {
                 next.to = merged.to.zip(next.to).map(|(one, two)| one.max(two));
             }
         }
-        *self.unstored.entry(disk).or_default() += 1;
+        self.unstored.entry(disk).or_default().push(found);
     }
 
     /// Whether all that is doubtful of a disk is on the medium.
@@ -87,16 +96,16 @@ impl Doubts {
         !self.unstored.contains_key(&disk)
     }
 
-    /// Answers how many more are on the medium now.
+    /// Answers what more is on the medium now.
     ///
     /// # Errors
     /// When they cannot be written; they are known to this process all the same.
-    fn write_down(&mut self, disk: DiskId) -> anyhow::Result<u32> {
+    fn write_down(&mut self, disk: DiskId) -> anyhow::Result<Vec<Found>> {
         if self.is_stored(disk) {
-            return Ok(0);
+            return Ok(Vec::new());
         }
         self.store(disk)?;
-        Ok(self.unstored.remove(&disk).unwrap_or(0))
+        Ok(self.unstored.remove(&disk).unwrap_or_default())
     }
 
     fn store(&self, disk: DiskId) -> anyhow::Result<()> {
@@ -180,7 +189,7 @@ impl Machine {
     }
 
     /// Points since the last clean account promise less. Answers when that was.
-    pub(crate) fn doubt_since_account(&mut self, disk: DiskId, why: &str) -> Timestamp {
+    pub(crate) fn doubt_since_account(&mut self, disk: DiskId, found: Found, why: &str) -> Timestamp {
         let (from, clean_at) = self.following.account(disk);
         let open = self.core.is_open(disk);
         let last = self.core.position(disk).map(|(_, last)| last.0).filter(|_| open);
@@ -202,8 +211,13 @@ impl Machine {
             return false; // the folder may lie on a file system that stands still: at the next account
         }
         match self.following.doubts.write_down(disk) {
-            Ok(count) => {
-                (0..count).for_each(|_| self.following.order(Order::Told(disk)));
+            Ok(found) => {
+                for found in found {
+                    self.following.order(match found {
+                        Found::Miss => Order::Told(disk),
+                        Found::Interruption => Order::ToldInterrupted(disk),
+                    });
+                }
                 true
             }
             // The account is not told that it is known: the next process finds the same again.
@@ -219,11 +233,11 @@ impl Machine {
 
     /// Writes were missed: points since the last clean check promise less, and the disk is compared. Its map is marked
     /// from end to end, so the next round is that compare.
-    pub(crate) fn handle_unaccounted(&mut self, disk: DiskId, why: &str) {
+    pub(crate) fn handle_unaccounted(&mut self, disk: DiskId, found: Found, why: &str) {
         tracing::error!(%disk, "capture missed something, the whole disk is compared: {why}");
         self.end_streaming(why);
         self.step(disk, "compare", why);
-        let clean_at = self.doubt_since_account(disk, why);
+        let clean_at = self.doubt_since_account(disk, found, why);
         self.following.note_missed(disk, why);
         if let Some(state) = self.disks.get_mut(&disk) {
             state.freshness.set_back(clean_at);
@@ -255,10 +269,10 @@ mod tests {
     fn a_doubt_is_said_at_every_opening_also_by_the_next_process_until_the_disk_is_let_go() {
         let dir = tempfile::tempdir().unwrap();
         let mut doubts = Doubts::in_folder(dir.path());
-        doubts.add(DISK, doubt(3, Some(8)));
-        doubts.add(DISK, doubt(8, None));
-        assert_eq!(doubts.write_down(DISK).unwrap(), 2);
-        assert_eq!(doubts.write_down(DISK).unwrap(), 0);
+        doubts.add(DISK, Found::Miss, doubt(3, Some(8)));
+        doubts.add(DISK, Found::Interruption, doubt(8, None));
+        assert_eq!(doubts.write_down(DISK).unwrap(), [Found::Miss, Found::Interruption]);
+        assert_eq!(doubts.write_down(DISK).unwrap(), []);
         drop(doubts);
         let mut doubts = Doubts::in_folder(dir.path());
         assert_eq!(
@@ -278,12 +292,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut doubts = Doubts::in_folder(dir.path());
         for at in 0..40 {
-            doubts.add(DISK, doubt(10 * at, Some(10 * at + 5)));
+            doubts.add(DISK, Found::Miss, doubt(10 * at, Some(10 * at + 5)));
         }
         let all = said(&mut doubts, 500);
         assert_eq!((all.len(), all[0], all[15]), (DOUBTS_MAX, (0, 245), (390, 395)));
         // Those of another history stay apart, and what was open of it goes to its end.
-        doubts.add(DISK, Doubt { lineage: Some("0".repeat(32)), ..doubt(7, None) });
+        doubts.add(DISK, Found::Miss, Doubt { lineage: Some("0".repeat(32)), ..doubt(7, None) });
         let other = doubts.settled(DISK, LINEAGE, Sequence(500)).pop().unwrap();
         assert_eq!((other.0, other.1.to), (Some(LineageId([0; 16])), Some(u64::MAX)));
         doubts.known(DISK).truncate(1);

@@ -29,7 +29,7 @@ use crate::capture::{CaptureSettings, CompareCause};
 use crate::capturing::{Batch, CaptureNews, Capturing, Order, ToFreeze, WindowRead};
 use crate::config::CaptureMode;
 use crate::disks::SourceKind;
-use crate::doubts::Doubts;
+use crate::doubts::{Doubts, Found};
 use crate::health::Code;
 use crate::labels::Labels;
 use crate::machine::Machine;
@@ -511,9 +511,9 @@ impl Machine {
                 );
                 self.following.events_skipped += events;
             }
-            CaptureNews::Unaccounted { disk, why } => self.handle_unaccounted(disk, &why),
+            CaptureNews::Unaccounted { disk, why } => self.handle_unaccounted(disk, Found::Miss, &why),
             CaptureNews::Unfollowed { disk, why } => {
-                self.handle_unaccounted(disk, &why);
+                self.handle_unaccounted(disk, Found::Interruption, &why);
                 self.step(disk, "scan", &why);
                 self.following.set(disk, Step::refused(why));
                 self.fail_run(&format!("disk {disk} cannot be followed any more"));
@@ -552,7 +552,7 @@ impl Machine {
             if matches!(cause, CompareCause::PinsChanged { .. }) {
                 // Points were made while nobody may have seen the writes.
                 self.recall_account(disk);
-                self.doubt_since_account(disk, &text);
+                self.doubt_since_account(disk, Found::Interruption, &text);
             }
         } else if was_refused && self.core.is_open(disk) {
             // It was opened without anybody asking where its stream stood.

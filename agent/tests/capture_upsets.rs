@@ -104,11 +104,11 @@ fn an_interruption_is_said_by_every_agent_until_it_is_written_down_whichever_was
     capture("owed", dir.path()).leave();
     for (owed, tell) in [(true, false), (true, true), (false, false)] {
         let mut next = capture("owed", dir.path());
-        let (slot, known) = next.follow(device.disk(), "x").unwrap();
+        let (_, known) = next.follow(device.disk(), "x").unwrap();
         let is_said = matches!(known, Continuity::Compare(CompareCause::PinsChanged { .. }));
         assert_eq!(is_said, owed, "{known:?}");
         if tell {
-            next.told(slot);
+            next.told_interrupted("x");
         }
         if owed {
             next.leave(); // the last one takes everything out of the kernel

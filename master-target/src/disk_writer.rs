@@ -149,9 +149,12 @@ impl Writer {
             self.answer_fences();
             self.grow(inputs);
             self.go_back_again();
-            // What is there already joins the window before it is applied, but readers of points must not keep it waiting.
-            ready = inputs.try_recv().ok();
-            if ready.is_none() || self.applied_at.elapsed() >= APPLY_EVERY {
+            // What is there already joins the window before it is applied, but readers of points must not keep it waiting. Nothing
+            // is taken out before that: where the medium is full, `apply` goes on taking in what comes, in its order.
+            if self.applied_at.elapsed() < APPLY_EVERY {
+                ready = inputs.try_recv().ok();
+            }
+            if ready.is_none() {
                 self.apply(inputs);
                 self.applied_at = Instant::now();
             }

@@ -86,15 +86,28 @@ impl Capture {
         Ok(check)
     }
 
-    /// That a check found something missed, or that capture was interrupted, outlives the agent now, so the account may be
-    /// forgotten. Once for each time that it was found.
+    /// That a check found something missed outlives the agent now, so the account may be forgotten. Once for each time that it
+    /// was found.
     pub fn told(&mut self, slot: DiskSlot) {
         let Ok(tracked) = self.tracked_mut(slot) else { return };
         let less = |known: Untold| Untold { misses: known.misses - 1, ..known };
         tracked.untold = tracked.untold.map(less).filter(|left| left.misses > 0);
-        let identity = tracked.identity.clone();
-        self.session.owed.remove(&identity);
         self.keep_session();
+    }
+
+    /// That capture of a disk was interrupted outlives the agent now.
+    pub fn told_interrupted(&mut self, identity: &str) {
+        if self.session.owed.remove(identity) {
+            self.keep_session();
+        }
+    }
+
+    /// Capture of a disk is interrupted: every process that follows it says so until [`Self::told_interrupted`].
+    pub(crate) fn owe(&mut self, slot: DiskSlot) {
+        if let Ok(identity) = self.tracked(slot).map(|tracked| tracked.identity.clone()) {
+            self.session.owed.insert(identity);
+            self.keep_session();
+        }
     }
 
     /// Keeps what a check found for the next process. Where the state directory is full or read-only, that one begins with

@@ -54,6 +54,9 @@ pub(crate) struct SessionDisk {
     /// Sectors of entries that were given up since the anchor was taken.
     #[serde(default)]
     pub(crate) reaped: Account,
+    /// Something was missed that is not written down: the anchor is from before that.
+    #[serde(default)]
+    pub(crate) untold: bool,
 }
 
 impl SessionDisk {
@@ -168,6 +171,7 @@ mod tests {
             anchor: Some(Anchor::exact(Account { written: 8, discarded: 0 })),
             seen_quiet: true,
             reaped: Account { written: 16, discarded: 8 },
+            untold: true,
         };
         let (boot, object) = ("b".into(), "o".into());
         let owed = BTreeSet::from(["wwn".to_owned()]);

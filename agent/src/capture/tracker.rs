@@ -175,10 +175,11 @@ impl Capture {
                 Err(error) => CompareCause::PinsChanged { what: error.to_string() },
             },
         };
-        // What is interrupted is owed to its disks until it is written down, also by the processes that come next.
-        let known = before.filter(|_| matches!(fresh, CompareCause::PinsChanged { .. }));
-        let owed = known.map_or_else(BTreeSet::new, |session| {
-            session.disks.into_iter().map(|disk| disk.identity).chain(session.owed).collect()
+        // What was missed or interrupted is owed to its disks until it is written down, also by the processes that come next.
+        let was_interrupted = matches!(fresh, CompareCause::PinsChanged { .. });
+        let owed = before.map_or_else(BTreeSet::new, |session| {
+            let disks = session.disks.into_iter().filter(|disk| disk.untold || was_interrupted);
+            disks.map(|disk| disk.identity).chain(session.owed).collect()
         });
         let (pins, disks) = (Vec::new(), Vec::new());
         let mut session = Session { version: VERSION, boot, pins, object, disks, owed };
@@ -564,6 +565,7 @@ fn session_disk(tracked: &Tracked) -> SessionDisk {
         anchor,
         seen_quiet: tracked.seen_quiet,
         reaped,
+        untold: tracked.untold.is_some(),
     }
 }
 

@@ -10,6 +10,8 @@ use std::io::{BufWriter, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::{CWD, RenameFlags};
+
 use super::files::{Files, FilesError};
 use super::target::{
     AdapterType, CreateOptions, DiskUuid, TargetError, TargetKind, TargetSpec, create_target,
@@ -156,19 +158,15 @@ impl Partial {
 
     /// The copy is whole and durable where it is: it gets its names. Answers its files.
     fn finish(mut self) -> Result<Vec<PathBuf>, ExportError> {
-        let named = |path: &PathBuf| self.home.join(path.file_name().unwrap_or_default());
-        let names: Vec<PathBuf> = self.made.iter().map(named).collect();
-        if let Some(path) = names.iter().find(|path| std::fs::symlink_metadata(path).is_ok()) {
-            return Err(FilesError::Exists { path: path.clone() }.into());
-        }
-        // What makes it a disk comes last.
-        for (from, to) in self.made.iter().zip(&names).rev() {
-            std::fs::rename(from, to).map_err(|error| FilesError::system("rename", from, error))?;
+        // What makes it a disk comes last. What fails removes those that have their names, too.
+        for path in self.made.iter_mut().rev() {
+            let to = self.home.join(path.file_name().unwrap_or_default());
+            rename_to_new(path, &to)?;
+            *path = to;
         }
         let synced = File::open(&self.home).and_then(|home| home.sync_all());
         synced.map_err(|error| FilesError::system("make durable the directory", &self.home, error))?;
-        self.made.clear();
-        Ok(names)
+        Ok(std::mem::take(&mut self.made))
     }
 }
 
@@ -177,7 +175,25 @@ impl Drop for Partial {
         for path in self.made.iter().rev() {
             let _ = std::fs::remove_file(path); // the error that matters is the one that is answered
         }
-        let _ = std::fs::remove_dir(&self.folder);
+        let _ = std::fs::remove_dir_all(&self.folder); // made by this export, with nothing of others in it
+    }
+}
+
+/// Never over something that exists.
+fn rename_to_new(from: &Path, to: &Path) -> Result<(), FilesError> {
+    let exists = || FilesError::Exists { path: to.into() };
+    let renamed = rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE);
+    match renamed {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::EXIST) => Err(exists()),
+        // Not every file system knows how.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) if std::fs::symlink_metadata(to).is_ok() => {
+            Err(exists())
+        }
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => {
+            std::fs::rename(from, to).map_err(|error| FilesError::system("rename", from, error))
+        }
+        Err(error) => Err(FilesError::system("rename", from, error.into())),
     }
 }
 
@@ -196,6 +212,12 @@ fn vmdk(
     let checked = check_vmdk(&**files, out)?;
     let extents = checked.descriptor.extents().iter().filter_map(|extent| extent.file.as_deref());
     made.extend(extents.map(|name| out.with_file_name(name)).filter(|path| path != out));
+    // Before the first byte is copied.
+    let home = out.parent().and_then(Path::parent).unwrap_or(Path::new("."));
+    let taken = made.iter().map(|path| home.join(path.file_name().unwrap_or_default()));
+    if let Some(path) = taken.into_iter().find(|path| std::fs::symlink_metadata(path).is_ok()) {
+        return Err(FilesError::Exists { path }.into());
+    }
     let copied = copy(source, progress, &mut |offset, data| {
         target.write(&[WriteAt { offset, data }]).map_err(ExportError::Write)
     })?;

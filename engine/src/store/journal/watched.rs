@@ -47,7 +47,7 @@ impl<T: BlockFile> Watched<T> {
         match checked.different.first() {
             None => Ok(()),
             Some(blocks) => Err(io::Error::other(format!(
-                "bytes {}-{} are not as the master target wrote them: it is the target of another disk, or somebody has written to it since (a virtual machine that ran from it), or its medium rots",
+                "bytes {}-{} are not as the master target wrote them: it is the target of another disk, or somebody has written to it since (a virtual machine that ran from it), or its medium rots; `journal extract --accept-damage` copies what stands there",
                 blocks.start * BLOCK_BYTES,
                 (blocks.end * BLOCK_BYTES).min(self.target.size_bytes()) - 1
             ))),

@@ -4,7 +4,6 @@
 
 use std::time::Instant;
 
-use anyhow::Context as _;
 use reprotect_engine::host::output::{Output, bytes};
 use reprotect_engine::io::BlockFile as _;
 use reprotect_engine::store::export::export;
