@@ -332,9 +332,9 @@ impl Owner {
             return Err(shrank(path));
         }
         let (whole, file) = (SectorRange::new(0, size_sectors), open_direct(path)?);
+        self.identities.insert(disk, identity.to_owned());
         let capture = self.capture()?;
         let (slot, continuity) = capture.follow(device, identity).map_err(text)?;
-        self.identities.insert(disk, identity.to_owned());
         let cause = match continuity {
             // Marked from end to end by a process before this one, and not put right by it.
             Continuity::Continued { dirty_blocks } if dirty_blocks >= whole.len() / BLOCK_SECTORS => {

@@ -197,9 +197,11 @@ impl Machine {
         let lineage = known.or_else(|| self.following.lineage_before(disk)).map(text_of);
         let mut why = why.to_owned();
         why.truncate(why.floor_char_boundary(WHY_BYTES_MAX));
-        self.following
-            .doubts
-            .add(disk, Doubt { lineage, from: from.0, to: last, since: wall_clock().0, why });
+        self.following.doubts.add(
+            disk,
+            found,
+            Doubt { lineage, from: from.0, to: last, since: wall_clock().0, why },
+        );
         self.write_doubts_down(disk);
         self.tell_doubts(disk);
         clean_at

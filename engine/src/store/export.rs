@@ -151,6 +151,7 @@ impl Partial {
         let folder = home.join(name);
         std::fs::create_dir(&folder).map_err(|error| match error.kind() {
             ErrorKind::AlreadyExists => ExportError::Partial { path: folder.clone() },
+            ErrorKind::NotFound => FilesError::NoFolder { path: home.into() }.into(),
             _ => FilesError::system("create", &folder, error).into(),
         })?;
         Ok(Self { folder, home: home.to_owned(), made: Vec::new() })

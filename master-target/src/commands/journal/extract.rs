@@ -65,9 +65,6 @@ pub(super) fn extract(args: &JournalExtractArgs, output: Output) -> anyhow::Resu
         &std::path::absolute(&args.output)?,
         engine_format(args.format),
         &mut tell,
-    )
-    .context(
-        "nothing was kept; where what stands on the target is to be copied all the same, say --accept-damage",
     )?;
     progress.finish("done");
     let extracted = Extracted {
