@@ -131,7 +131,7 @@ impl Doubts {
         for doubt in known.iter_mut() {
             let of = doubt.lineage.get_or_insert_with(|| text_of(lineage));
             // Of a history that is over, everything from there on.
-            let end = if *of == text_of(lineage) { last.0 } else { u64::MAX };
+            let end = if *of == text_of(lineage) { last.0 } else { Sequence::LAST.0 };
             doubt.to.get_or_insert(end);
         }
         let (is_changed, said) = (*known != before, known.clone());
@@ -301,7 +301,7 @@ mod tests {
         // Those of another history stay apart, and what was open of it goes to its end.
         doubts.add(DISK, Found::Miss, Doubt { lineage: Some("0".repeat(32)), ..doubt(7, None) });
         let other = doubts.settled(DISK, LINEAGE, Sequence(500)).pop().unwrap();
-        assert_eq!((other.0, other.1.to), (Some(LineageId([0; 16])), Some(u64::MAX)));
+        assert_eq!((other.0, other.1.to), (Some(LineageId([0; 16])), Some(Sequence::LAST.0)));
         doubts.known(DISK).truncate(1);
         doubts.known(DISK)[0].since = 1;
         assert_eq!(said(&mut doubts, 500), []);

@@ -159,6 +159,9 @@ impl SectorCount {
 }
 
 impl Sequence {
+    /// The last one that formats hold.
+    pub const LAST: Self = Self((1 << 63) - 1);
+
     /// The next sequence. Sequences count records one by one and do not reach 2^64.
     #[must_use]
     pub const fn next(self) -> Self {

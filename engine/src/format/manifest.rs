@@ -706,6 +706,27 @@ impl Edit {
         bytes
     }
 
+    /// Whether it could be read back: what cannot must not be written, or no start would get past it.
+    ///
+    /// # Errors
+    /// What a reader would say.
+    pub fn check_readable(&self) -> Result<(), FormatError> {
+        let body = self.body();
+        let (body_bytes, body_crc, kind) = (body.len() as u32, crc32(&body), self.kind());
+        let head = EditHead {
+            magic: EDIT_MAGIC,
+            crc: 0,
+            manifest: 0,
+            index: 0,
+            durable_group: 0,
+            durable_index: 0,
+            body_bytes,
+            body_crc,
+            kind,
+        };
+        Self::decode(&head, &body).map(drop)
+    }
+
     /// Reads the body of an edit.
     ///
     /// # Errors
@@ -750,6 +771,22 @@ impl Edit {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_edit_that_no_start_could_read_is_known_before_it_is_written() {
+        let cause = Text::new("x");
+        let part = StretchDegraded {
+            disk: DiskId([9; 16]),
+            lineage: LineageId([1; 16]),
+            from: Sequence::ZERO,
+            to: Sequence::LAST,
+            time: Timestamp(1),
+            cause,
+        };
+        assert_eq!(Edit::StretchDegraded(part).check_readable(), Ok(()));
+        let beyond = StretchDegraded { to: Sequence(u64::MAX), ..part };
+        assert!(Edit::StretchDegraded(beyond).check_readable().is_err());
+    }
 
     #[test]
     fn an_edit_reads_back_and_every_flipped_bit_of_it_is_noticed() {

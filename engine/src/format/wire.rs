@@ -61,6 +61,7 @@ number_field! {
 /// Largest sequence or generation a format may hold: counters that begin at zero never come near, so a larger one is
 /// damage or an attack, and what is read may be counted on without overflow.
 pub const COUNTER_MAX: u64 = u64::MAX >> 1;
+const _: () = assert!(crate::units::Sequence::LAST.0 == COUNTER_MAX);
 
 macro_rules! counter_field {
     ($($ty:ident)*) => {$(

@@ -122,6 +122,9 @@ fn a_disk_that_could_not_be_opened_is_not_called_released_and_can_be_taken_back_
     assert!(found.degraded, "nobody can say that it was not written meanwhile");
     registry.stop();
     retention.close(vec![committer]);
+    drop((registry, retention));
+    let (again, _) = Retention::open(fs_opener(), &dir.path().join("journal"), settings()).unwrap();
+    assert!(again.shape().disks[&DISK].points.values().any(|point| point.degraded), "a start reads it");
 }
 
 #[test]

@@ -154,7 +154,7 @@ impl Journaled {
                     lineage,
                     generation: self.state.generation,
                     from: Sequence::ZERO,
-                    to: Sequence(u64::MAX),
+                    to: Sequence::LAST,
                     cause: Text::new("the target was written by others after a failback"),
                 });
                 self.record_degraded()?;

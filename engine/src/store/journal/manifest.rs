@@ -311,6 +311,12 @@ impl Manifest {
     /// it cannot be written for another reason nothing is written from then on.
     pub fn append(&mut self, edits: &[Edit], now: Timestamp, durable_group: u64) -> Result<(), JournalError> {
         self.check()?;
+        if let Some(error) = edits.iter().find_map(|edit| edit.check_readable().err()) {
+            let why = format!(
+                "a defect of the master target: it is not written what no start could read ({error})"
+            );
+            return Err(JournalError::Failed { path: manifest_path(&self.folder, self.number()), why });
+        }
         let before = self.shape.before(edits);
         for edit in edits {
             if let Err(what) = self.shape.apply(edit) {
